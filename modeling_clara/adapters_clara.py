@@ -1,0 +1,190 @@
+"""The three LoRA roles of one backbone: which one is active, which ones train, and how checkpointing remembers it.
+
+Stands between the model and PEFT. It knows nothing of text, memories or losses.
+"""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from .configuration_clara import ROLES, CLaRaConfig
+
+logger = logging.getLogger(__name__)
+
+
+class CallLock:
+    """A re-entrant lock that copies and pickles as a fresh one, so that models stay copyable."""
+
+    def __init__(self):
+        self._lock = threading.RLock()
+
+    def __enter__(self):
+        self._lock.acquire()
+
+    def __exit__(self, *exception):
+        self._lock.release()
+
+    def __reduce__(self):
+        return CallLock, ()
+
+
+def check_role(role: str) -> str:
+    """Return `role`, or raise a ValueError that names the roles there are."""
+    if role not in ROLES:
+        raise ValueError(f"`role` must be one of {list(ROLES)}, got {role!r}. Use one of these names.")
+    return role
+
+
+def linear_module_names(backbone: nn.Module) -> list[str]:
+    """Names of all linear layers below the LM head, the PEFT target "all-linear" spelled out and sorted.
+
+    PEFT would store "all-linear" as an unordered set of full paths; plain names are the same for every depth.
+    """
+    modules = backbone.base_model.named_modules()
+    return sorted({name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)})
+
+
+def lora_config(config: CLaRaConfig, role: str) -> LoraConfig:
+    """The PEFT configuration of a role, as `adapter_config.json` stores it."""
+    settings = config.lora[role]
+    peft_config = LoraConfig(
+        r=settings["rank"],
+        lora_alpha=settings["alpha"],
+        lora_dropout=settings["dropout"],
+        target_modules=list(settings["target_modules"]),
+        task_type="CAUSAL_LM",
+    )
+    peft_config.base_model_name_or_path = config.backbone_name_or_path
+    peft_config.revision = config.backbone_revision
+    return peft_config
+
+
+class RoleSwitch:
+    """Switches the LoRA layers of a backbone between the roles.
+
+    PEFT's `set_adapter` also flips `requires_grad`, and a parameter whose flag is off when the backward pass reaches
+    it loses its gradient without a word. The switch therefore sets the name of the active adapter and nothing else;
+    what trains is decided by `set_trainable` alone. A test holds it against `set_adapter`.
+
+    Args:
+        backbone: a module into which the adapters of all roles have been injected.
+    """
+
+    def __init__(self, backbone: nn.Module):
+        self.layers = [module for module in backbone.modules() if isinstance(module, LoraLayer)]
+        self.merged_role: str | None = None
+        self.active: str | None = None
+        self.switches = 0
+        self.set_trainable(())
+        self._activate(None)
+
+    def set_trainable(self, roles: Iterable[str]) -> None:
+        """Let the adapters of `roles` train and freeze those of the others."""
+        trainable = {check_role(role) for role in roles}
+        for layer in self.layers:
+            for role in ROLES:
+                for parameter in (layer.lora_A[role].weight, layer.lora_B[role].weight):
+                    parameter.requires_grad_(role in trainable)
+
+    def _activate(self, role: str | None) -> None:
+        for layer in self.layers:
+            layer._active_adapter = [role] if role else []
+        self.active = role
+        self.switches += 1
+
+    @contextlib.contextmanager
+    def use(self, role: str | None) -> Iterator[None]:
+        """Run the backbone in a role, or plain for None, and restore the role before it.
+
+        Raises:
+            ValueError: unknown role.
+            RuntimeError: another role is merged into the weights by `bulk_compression`.
+        """
+        if role is not None:
+            check_role(role)
+        if self.merged_role is not None and role != self.merged_role:
+            raise RuntimeError(
+                f"the {self.merged_role} is merged into the backbone, so the role {role!r} cannot run. Leave the "
+                "`bulk_compression()` context first."
+            )
+        if self.merged_role is not None or role == self.active:  # merged layers have no active adapter
+            yield
+            return
+        before = self.active
+        self._activate(role)
+        try:
+            yield
+        finally:
+            self._activate(before)
+
+    def checkpoint_context(self, inner: Callable | None = None) -> Callable:
+        """A `context_fn` for `torch.utils.checkpoint` that recomputes a layer in the role of its forward pass.
+
+        Without it the recomputation runs in whatever role is active during the backward pass: wrong gradients, no
+        exception. The recomputation does not restore the role layer by layer: the backward pass goes through
+        generator, reasoner and compressor once, and `forward` activates its role anyway.
+
+        Args:
+            inner: a user's own `context_fn`, entered inside.
+        """
+
+        def context_fn():
+            role = self.active
+            forward, recompute = inner() if inner else (contextlib.nullcontext(), contextlib.nullcontext())
+
+            @contextlib.contextmanager
+            def recompute_in_role():
+                if self.active != role:
+                    self._activate(role)
+                with recompute:
+                    yield
+
+            return forward, recompute_in_role()
+
+        return context_fn
+
+    @contextlib.contextmanager
+    def merged(self, role: str) -> Iterator[None]:
+        """Add the LoRA product of `role` to the backbone's weights and put the very same tensors back afterwards.
+
+        PEFT's `unmerge` subtracts and so returns rounded weights; here the original tensors are kept. Costs a second
+        copy of the adapted weights while the context is open. Quantised layers stay unmerged, with a warning.
+
+        Raises:
+            RuntimeError: a role is merged already.
+        """
+        check_role(role)
+        if self.merged_role is not None:
+            raise RuntimeError("`bulk_compression()` is already open. Leave it before opening it again.")
+        if not all(layer.get_base_layer().weight.dtype.is_floating_point for layer in self.layers):
+            logger.warning(
+                "the backbone is quantised, so the %s is not merged and runs at its usual speed. Load the backbone "
+                "without `quantization_config` to compress faster.",
+                role,
+            )
+            with self.use(role):
+                yield
+            return
+        before = self.active
+        originals = []
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                for layer in self.layers:
+                    weight = layer.get_base_layer().weight
+                    originals.append((weight, weight.data))
+                    weight.data = weight.data + layer.get_delta_weight(role).to(weight.dtype)
+            self._activate(None)
+            self.merged_role = role
+            yield
+        finally:
+            with torch.inference_mode(False), torch.no_grad():
+                for weight, original in originals:
+                    weight.data = original
+            self.merged_role = None
+            self._activate(before)

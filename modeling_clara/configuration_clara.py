@@ -1,0 +1,131 @@
+"""CLaRaConfig: the numbers that define a checkpoint, as they stand in its config.json.
+
+First in the data's way: everything else is built from it. It knows nothing of tensors, text or files.
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+FORMAT_VERSION = 1
+ROLES = ("compressor", "reasoner", "generator")
+LORA_SETTINGS = ("rank", "alpha", "dropout", "target_modules")
+
+
+@strict
+class CLaRaConfig(PreTrainedConfig):
+    """Configuration of `CLaRaForRAG` (arXiv 2511.18659).
+
+    Args:
+        format_version (`int`): layout of the checkpoint folder; a reader refuses what it does not know.
+        text_config (`dict` or `PreTrainedConfig`): configuration of the backbone, any causal language model.
+        backbone_name_or_path (`str`): Hub id or folder the backbone weights come from.
+        backbone_revision (`str`): commit the backbone weights were trained at, None for a folder.
+        backbone_digests (`dict`): hashes of the backbone's embedding and last layer, see `checkpoint_clara.py`.
+        backbone_included (`bool`): whether the checkpoint carries the backbone in its folder `backbone/`.
+        memory_sizes (`list[int]`): memory vectors per document the compressor is trained for, ascending. The first
+            k vectors of a memory are the memory of size k (nested memory).
+        retrieval_memory_size (`int`): memory vectors compared by `retrieve`; None means `max(memory_sizes)`.
+        document_max_length (`int`): tokens of one span, title and BOS included (paper: 256).
+        retrieval_top_k (`int`): documents that are read by default (paper: 5).
+        retrieval_temperature (`float`): temperature of the differentiable top-k (paper: 0.02).
+        alignment_weight (`float`): lambda of L_MSE, eq. 2.2 (paper: 0.1); the loss is a mean over the hidden size.
+        contrastive_weight (`float`): weight of the InfoNCE term where positives are given; 0 is the paper.
+        lora (`dict`): role -> rank, alpha, dropout, target_modules; every role of `ROLES` (paper: 16, 32, 0.1, all
+            linear layers).
+
+    Raises:
+        ValueError: a field or a relation between fields is out of its range; the message names both.
+    """
+
+    model_type = "clara"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
+
+    format_version: int = FORMAT_VERSION
+    text_config: dict | PreTrainedConfig | None = None
+    backbone_name_or_path: str | None = None
+    backbone_revision: str | None = None
+    backbone_digests: dict | None = None
+    backbone_included: bool = False
+    memory_sizes: list[int] | tuple[int, ...] = (4, 8, 16)
+    retrieval_memory_size: int | None = None
+    document_max_length: int = 256
+    retrieval_top_k: int = 5
+    retrieval_temperature: float = 0.02
+    alignment_weight: float = 0.1
+    contrastive_weight: float = 0.0
+    lora: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"`format_version` of config.json must be {FORMAT_VERSION}, got {self.format_version}. Update the "
+                "package (`pip install -U clara-rag`), or load with `trust_remote_code=True` to use the code that "
+                "was saved with the checkpoint."
+            )
+        super().__post_init__(**kwargs)
+        self.memory_sizes = list(self.memory_sizes)
+        self._check_memory_sizes()
+        if self.retrieval_memory_size is None:
+            self.retrieval_memory_size = self.memory_sizes[-1]
+        self.check_memory_size(self.retrieval_memory_size, "retrieval_memory_size")
+        self._check_numbers()
+        self._check_lora()
+
+    @property
+    def max_memory_size(self) -> int:
+        """Memory vectors of a complete memory."""
+        return self.memory_sizes[-1]
+
+    def check_memory_size(self, memory_size: int | None, name: str = "memory_size") -> int:
+        """Return `memory_size`, or `max(memory_sizes)` for None.
+
+        Raises:
+            ValueError: the size is not one of `memory_sizes`.
+        """
+        if memory_size is None:
+            return self.max_memory_size
+        if isinstance(memory_size, bool) or memory_size not in self.memory_sizes:
+            raise ValueError(
+                f"`{name}` must be one of `config.memory_sizes` {self.memory_sizes}, got {memory_size!r}. Pass one of "
+                "them, or train a checkpoint whose `memory_sizes` include it."
+            )
+        return int(memory_size)
+
+    def _check_memory_sizes(self) -> None:
+        sizes = self.memory_sizes
+        if not sizes or any(size < 1 for size in sizes) or sizes != sorted(set(sizes)):
+            raise ValueError(
+                f"`memory_sizes` must be ascending, distinct and >= 1, got {sizes}. Pass for example (4, 8, 16)."
+            )
+
+    def _check_numbers(self) -> None:
+        rules = {
+            "document_max_length": (self.document_max_length >= 8, ">= 8 tokens"),
+            "retrieval_top_k": (self.retrieval_top_k >= 1, ">= 1"),
+            "retrieval_temperature": (self.retrieval_temperature > 0, "> 0"),
+            "alignment_weight": (self.alignment_weight >= 0, ">= 0"),
+            "contrastive_weight": (self.contrastive_weight >= 0, ">= 0"),
+        }
+        for name, (valid, rule) in rules.items():
+            if not valid:
+                raise ValueError(f"`{name}` must be {rule}, got {getattr(self, name)}. Correct it in the config.")
+
+    def _check_lora(self) -> None:
+        if self.lora is None:
+            self.lora = {role: {"rank": 16, "alpha": 32, "dropout": 0.1, "target_modules": None} for role in ROLES}
+        if set(self.lora) != set(ROLES):
+            raise ValueError(
+                f"`lora` must have the roles {list(ROLES)}, got {sorted(self.lora)}. Name each role once."
+            )
+        for role, settings in self.lora.items():
+            if set(settings) != set(LORA_SETTINGS):
+                raise ValueError(
+                    f"`lora[{role!r}]` must have the settings {list(LORA_SETTINGS)}, got {sorted(settings)}. "
+                    "Correct it in the config."
+                )
+            if settings["rank"] < 1:
+                raise ValueError(f"`lora[{role!r}]['rank']` must be >= 1, got {settings['rank']}. Paper: 16.")
+
+
+CLaRaConfig.register_for_auto_class()

@@ -1,0 +1,104 @@
+"""The files of one checkpoint, in a folder or on the Hub, and what their tensors must look like.
+
+Stands below the checkpoint: finds and reads files, and turns what is missing or damaged into an error that names the
+file and the remedy. It knows nothing of models.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file
+from transformers.utils.hub import resolve_revision
+
+HUB_KEYWORDS = ("token", "cache_dir", "force_download", "local_files_only", "proxies")
+
+
+class CheckpointFiles:
+    """Finds the files of one checkpoint: a folder, or a Hub repo at one commit.
+
+    Args:
+        source: folder or Hub id.
+        subfolder: folder inside it that holds the checkpoint.
+        revision: branch, tag or commit; resolved once, so that all files are of one commit.
+        hub_keywords: `HUB_KEYWORDS` for the download.
+    """
+
+    def __init__(self, source: str | os.PathLike, subfolder: str = "", revision: str | None = None, **hub_keywords):
+        self.source, self.subfolder, self.hub_keywords = str(source), subfolder, hub_keywords
+        self.is_local = os.path.isdir(self.source)
+        names = ("token", "cache_dir", "local_files_only")
+        options = {name: hub_keywords[name] for name in names if hub_keywords.get(name) is not None}
+        self.revision = None if self.is_local else resolve_revision(self.source, revision, **options)
+
+    def path(self, name: str) -> Path:
+        """Local path of a file, downloaded where needed.
+
+        Raises:
+            FileNotFoundError: naming the file and the remedy.
+        """
+        subfolder, _, filename = f"{self.subfolder}/{name}".strip("/").rpartition("/")
+        try:
+            path = cached_file(self.source, filename, subfolder=subfolder, revision=self.revision, **self.hub_keywords)
+        except OSError as error:
+            where = self.source if self.is_local else f"{self.source} (revision {self.revision or 'main'})"
+            raise FileNotFoundError(
+                f"`{name}` must be in {where}, but could not be read there: {error} The checkpoint is incomplete or "
+                "out of reach: copy or save it again, or check id, revision and token."
+            ) from error
+        return Path(path)
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """All tensors of a safetensors file, as stored.
+
+        Raises:
+            FileNotFoundError: missing.
+            ValueError: truncated or no safetensors file.
+        """
+        path = self.path(name)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in sorted(file.keys())}  # noqa: SIM118 (no dict)
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(
+                f"`{name}` of {self.source} must be a complete safetensors file: {error}. It is damaged or was copied "
+                "in part: copy or download it again (`force_download=True`)."
+            ) from error
+
+    def json(self, name: str) -> dict:
+        """A JSON file.
+
+        Raises:
+            FileNotFoundError: missing.
+            ValueError: not JSON.
+        """
+        try:
+            return json.loads(self.path(name).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"`{name}` of {self.source} must be JSON: {error}. It is damaged: copy or download it again."
+            ) from error
+
+
+def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], name: str) -> None:
+    """Raise a ValueError unless a file has exactly the expected tensors, in shape and finite."""
+    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or unexpected:
+        raise ValueError(
+            f"`{name}` must hold the tensors that config.json describes; missing: {missing[:3]} ({len(missing)}), "
+            f"unexpected: {unexpected[:3]} ({len(unexpected)}). The file belongs to another checkpoint or another "
+            "backbone: use the files of one `save_pretrained`."
+        )
+    for key, tensor in expected.items():
+        if found[key].shape != tensor.shape:
+            raise ValueError(
+                f"`{key}` in `{name}` must have the shape {tuple(tensor.shape)}, got {tuple(found[key].shape)}. Rank, "
+                "memory sizes or backbone differ from config.json: use the files of one `save_pretrained`."
+            )
+        if not found[key].isfinite().all():
+            raise ValueError(
+                f"`{key}` in `{name}` must be finite, got NaN or infinity. Use an earlier checkpoint of the training."
+            )

@@ -1,0 +1,175 @@
+"""Generation: prompts with memories in, text out, at once or piece by piece.
+
+Stands between the text-level calls and the backbone's `generate`. It knows nothing of retrieval or files.
+"""
+
+import contextlib
+import threading
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+
+from .candidates_clara import Source
+from .processing_clara import Prompt
+
+PROMPTS_PER_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer with what it was read from, best source first.
+
+    `keywords` explains the query where `explain=True`, else it is None. `abstained` is True where every source scored
+    below `min_score`: then `text` is empty and nothing was generated.
+    """
+
+    text: str
+    sources: list[Source]
+    keywords: list[str] | None = None
+    abstained: bool = False
+
+
+class _RefuseNaN(LogitsProcessor):
+    """Turns NaN logits, which greedy search would read as token 0, into an error."""
+
+    def __call__(self, input_ids, scores):
+        if scores.isnan().any():
+            raise ValueError(
+                "the generator must give finite logits, got NaN. Its weights are broken: reload them with "
+                "`from_pretrained` or lower the learning rate."
+            )
+        return scores
+
+
+class _StopOnEvent(StoppingCriteria):
+    """Ends generation when the reader of a stream has left."""
+
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+@contextlib.contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class ReaderMixin:
+    """The generator's side of `CLaRaForRAG`: from prompts and memories to text."""
+
+    def build_generation_config(self, given: GenerationConfig | None, max_new_tokens: int) -> GenerationConfig:
+        """A copy of the given configuration, or greedy search, with the length limit and the end tokens filled in."""
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens` must be an int >= 1, got {max_new_tokens!r}. Default: 64.")
+        config = GenerationConfig(do_sample=False) if given is None else GenerationConfig.from_dict(given.to_dict())
+        if config.max_new_tokens is None and config.max_length is None:
+            config.max_new_tokens = max_new_tokens
+        if config.eos_token_id is None:
+            own = self.backbone.generation_config.eos_token_id
+            ends = {self.processor.answer_end_id, self.processor.tokenizer.eos_token_id}
+            ends |= set(own if isinstance(own, list) else [own])
+            config.eos_token_id = sorted(ends - {None})
+        config.pad_token_id = self.processor.pad_token_id
+        config.return_dict_in_generate = False
+        return config
+
+    def check_window(self, n_tokens: int, name: str, remedy: str = "Shorten it.") -> None:
+        window = self.config.text_config.max_position_embeddings
+        if n_tokens > window:
+            raise ValueError(
+                f"the prompt of `{name}` must fit into the backbone's window of {window} tokens, got {n_tokens}. "
+                f"{remedy}"
+            )
+
+    def checked_prompt(self, question, n_documents, memory_size, generation: GenerationConfig, name: str) -> Prompt:
+        prompt = self.text_processor().build_prompt(question, n_documents, memory_size, name=name)
+        self.check_window(
+            len(prompt.input_ids) + (generation.max_new_tokens or 0),
+            name,
+            "Shorten the question, or lower `top_k`, `memory_size` or `max_new_tokens`.",
+        )
+        return prompt
+
+    def generate_texts(
+        self, prompts: list[Prompt], memories: list[torch.Tensor], generation: GenerationConfig, **kwargs
+    ) -> list[str]:
+        """Texts of the prompts, whose memories are (documents, k, hidden); batches of similar length."""
+        texts = [""] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
+        for start in range(0, len(order), PROMPTS_PER_BATCH):
+            rows = order[start : start + PROMPTS_PER_BATCH]
+            inputs = self.text_processor().pad_prompts([prompts[row] for row in rows])
+            inputs = {name: tensor.to(self.memory_embeddings.device) for name, tensor in inputs.items()}
+            memory = torch.nn.utils.rnn.pad_sequence([memories[row] for row in rows], batch_first=True)
+            counts = torch.tensor([len(memories[row]) for row in rows], device=memory.device)
+            is_real = torch.arange(memory.shape[1], device=memory.device) < counts[:, None]
+            inputs_embeds = self.prompt_embeddings(inputs["input_ids"], inputs["memory_mask"], memory, is_real)
+            with self.roles.use("generator"):
+                generated = self.backbone.generate(
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=inputs["attention_mask"],
+                    generation_config=generation,
+                    logits_processor=LogitsProcessorList([_RefuseNaN()]),
+                    **kwargs,
+                )
+            for row, ids in zip(rows, generated.tolist(), strict=True):
+                texts[row] = self._decode(ids, generation.eos_token_id)
+        return texts
+
+    def _decode(self, ids: list[int], ends: int | list[int]) -> str:
+        ends = ends if isinstance(ends, list) else [ends]
+        stop = next((index for index, token in enumerate(ids) if token in ends), len(ids))
+        return self.processor.tokenizer.decode(ids[:stop], skip_special_tokens=True).strip()
+
+    def stream_text(self, prompt, memory, generation, answer: Answer) -> Generator[str, None, Answer]:
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_special_tokens=True)
+        stop = threading.Event()
+        outcome = {}
+
+        def work():
+            try:
+                with self.lock, eval_mode(self), torch.no_grad():
+                    stopping = StoppingCriteriaList([_StopOnEvent(stop)])
+                    outcome["text"] = self.generate_texts(
+                        [prompt], [memory], generation, streamer=streamer, stopping_criteria=stopping
+                    )[0]
+            except BaseException as error:  # handed to the reader, who raises it
+                outcome["error"] = error
+                streamer.end()
+
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        try:
+            for piece in streamer:
+                if piece:
+                    yield piece
+        finally:
+            stop.set()
+            worker.join()
+        if "error" in outcome:
+            raise outcome["error"]
+        return replace(answer, text=outcome["text"])
+
+
+def returning(answer: Answer) -> Generator[str, None, Answer]:
+    """An empty stream with a return value."""
+    return answer
+    yield

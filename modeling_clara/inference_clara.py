@@ -1,0 +1,321 @@
+"""The text-level calls of a model: compress, encode_queries, retrieve, answer, stream, paraphrase, explain_queries.
+
+Stands between the user's strings and the passes of `modeling_clara.py`. Every call runs in eval mode without gradient,
+one thread at a time, and changes nothing. It knows nothing of losses, files or how a role is switched.
+"""
+
+import functools
+from collections.abc import Generator, Mapping, Sequence
+
+import torch
+from transformers import GenerationConfig
+
+from .candidates_clara import Source, collect_candidates, rank_candidates
+from .generation_clara import Answer, ReaderMixin, eval_mode, returning
+from .processing_clara import CLaRaProcessor
+from .text_clara import check_list, check_text
+
+
+def text_call(method):
+    """Run a method alone, in eval mode, without gradient, and put the training flags back."""
+
+    @functools.wraps(method)
+    def wrapper(self, *args, **kwargs):
+        with self.lock, eval_mode(self), torch.no_grad():
+            return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+class InferenceMixin(ReaderMixin):
+    """Text in, text out. Mixed into `CLaRaForRAG`; needs `model.processor`."""
+
+    @text_call
+    def compress(
+        self, documents: Sequence[str | Mapping], *, memory_size: int | None = None, batch_size: int = 16
+    ) -> torch.Tensor:
+        """Compress documents of one span each into memories.
+
+        Args:
+            documents: texts, or dicts with `text` and optionally `title`.
+            memory_size: k, one of `config.memory_sizes`; default the largest.
+            batch_size: documents per pass. They are sorted by length first, so a batch has little padding.
+
+        Returns:
+            (documents, k, hidden) float32 on the model's device, in the order given.
+
+        Raises:
+            TypeError, ValueError: naming the document that is malformed, empty or longer than one span (split it with
+                `processor.split_document()`), or that gives a memory that is not finite.
+        """
+        memory_size = self.config.check_memory_size(memory_size)
+        return self._encode_ids(
+            "compressor", self.text_processor().encode_documents(documents), memory_size, batch_size
+        )
+
+    @text_call
+    def encode_queries(
+        self, questions: Sequence[str], *, memory_size: int | None = None, batch_size: int = 16
+    ) -> torch.Tensor:
+        """Encode questions into the space of the memories; arguments and errors as in `compress`.
+
+        Returns:
+            (questions, k, hidden) float32 on the model's device.
+        """
+        memory_size = self.config.check_memory_size(memory_size)
+        ids = self.text_processor().encode_questions(questions)
+        for index, question_ids in enumerate(ids):
+            self.check_window(len(question_ids) + memory_size, f"questions[{index}]")
+        return self._encode_ids("reasoner", ids, memory_size, batch_size, name="questions")
+
+    @text_call
+    def retrieve(
+        self,
+        questions: Sequence[str],
+        *,
+        documents: Sequence | None = None,
+        corpus=None,
+        top_k: int | None = None,
+        retrieval_memory_size: int | None = None,
+        min_score: float | None = None,
+    ) -> list[list[Source]]:
+        """Rank documents by the cosine of question and document memory (eq. 3.1).
+
+        Args:
+            questions: list of texts.
+            documents: one list for all questions, or a list of documents for every question. A document is a text or a
+                dict with `text` and optionally `title`, `id` (default: its index) and `memory`, a stored memory
+                (n, hidden) that is then not computed again. Long documents are split into spans.
+            corpus: in place of `documents`, an object with `search(query_memory, top_k)` that returns for every
+                question a list of dicts `{document_id, span, score, title, text, memory}`, best first.
+            top_k: documents per question, each by its best span; default min(`config.retrieval_top_k`, candidates).
+            retrieval_memory_size: k that is compared; default `config.retrieval_memory_size`.
+            min_score: sources with a lower cosine are left out.
+
+        Returns:
+            For each question its sources, best first; ties go to the lower index.
+
+        Raises:
+            TypeError, ValueError: naming the argument, the index and the rule.
+        """
+        hits, _ = self._search(questions, documents, corpus, top_k, retrieval_memory_size, min_score)
+        return [[source for source, _ in row] for row in hits]
+
+    @text_call
+    def answer(
+        self,
+        questions: Sequence[str],
+        *,
+        documents: Sequence | None = None,
+        corpus=None,
+        top_k: int | None = None,
+        memory_size: int | None = None,
+        retrieval_memory_size: int | None = None,
+        min_score: float | None = None,
+        max_new_tokens: int = 64,
+        generation_config: GenerationConfig | None = None,
+        explain: bool = False,
+    ) -> list[Answer]:
+        """Retrieve, then read the memories of the best documents and answer.
+
+        Args:
+            questions: list of texts.
+            documents: as in `retrieve`.
+            corpus: as in `retrieve`.
+            top_k: as in `retrieve`; every document retrieved is read.
+            retrieval_memory_size: as in `retrieve`.
+            min_score: as in `retrieve`; where no source reaches it the model abstains.
+            memory_size: k that is read; default the largest.
+            max_new_tokens: length limit of an answer, in tokens; a limit set in `generation_config` wins.
+            generation_config: sampling and search options; default greedy.
+            explain: also fill `Answer.keywords`.
+
+        Returns:
+            One `Answer` per question.
+
+        Raises:
+            TypeError, ValueError: naming the argument, the index and the rule, also when a prompt and its answer do
+                not fit into the backbone's window.
+        """
+        hits, queries = self._search(
+            questions, documents, corpus, top_k, retrieval_memory_size, min_score, memory_size
+        )
+        memory_size = self.config.check_memory_size(memory_size)
+        generation = self.build_generation_config(generation_config, max_new_tokens)
+        prompts, memories, owners = [], [], []
+        for index, (question, row) in enumerate(zip(questions, hits, strict=True)):
+            if row:
+                prompts.append(self.checked_prompt(question, len(row), memory_size, generation, f"questions[{index}]"))
+                memories.append(torch.stack([memory[:memory_size] for _, memory in row]))
+                owners.append(index)
+        texts = dict(zip(owners, self.generate_texts(prompts, memories, generation), strict=True))
+        keywords = self._keywords(queries, 50) if explain else [None] * len(hits)
+        return [
+            Answer(texts.get(index, ""), [source for source, _ in row], keywords[index], abstained=not row)
+            for index, row in enumerate(hits)
+        ]
+
+    def stream(
+        self,
+        question: str,
+        *,
+        documents: Sequence | None = None,
+        corpus=None,
+        top_k: int | None = None,
+        memory_size: int | None = None,
+        retrieval_memory_size: int | None = None,
+        min_score: float | None = None,
+        max_new_tokens: int = 64,
+        generation_config: GenerationConfig | None = None,
+        explain: bool = False,
+    ) -> Generator[str, None, Answer]:
+        """Answer one question piece by piece; arguments and errors as in `answer`.
+
+        Bad arguments raise here, not at the first piece. Generation runs in a thread of its own and stops when the
+        iterator is closed.
+
+        Returns:
+            Iterator of str. The `Answer` is its return value: `answer = yield from model.stream(...)`, or
+            `StopIteration.value`. Beam search cannot stream and is a ValueError.
+        """
+        check_text(question, "question")
+        with self.lock, eval_mode(self), torch.no_grad():
+            hits, queries = self._search(
+                [question], documents, corpus, top_k, retrieval_memory_size, min_score, memory_size
+            )
+            memory_size = self.config.check_memory_size(memory_size)
+            keywords = self._keywords(queries, 50)[0] if explain else None
+        generation = self.build_generation_config(generation_config, max_new_tokens)
+        if (generation.num_beams or 1) > 1:
+            raise ValueError(f"`num_beams` must be 1 to stream, got {generation.num_beams}. Use `answer` for beams.")
+        sources = [source for source, _ in hits[0]]
+        if not sources:
+            return returning(Answer("", [], keywords, abstained=True))
+        prompt = self.checked_prompt(question, len(sources), memory_size, generation, "question")
+        memory = torch.stack([memory[:memory_size] for _, memory in hits[0]])
+        return self.stream_text(prompt, memory, generation, Answer("", sources, keywords))
+
+    @text_call
+    def paraphrase(
+        self,
+        documents: Sequence[str | Mapping],
+        *,
+        memory_size: int | None = None,
+        max_new_tokens: int = 256,
+        generation_config: GenerationConfig | None = None,
+    ) -> list[str]:
+        """What each document's memory says back; documents of one span each, as in `compress`.
+
+        Returns:
+            One text per document.
+        """
+        memory_size = self.config.check_memory_size(memory_size)
+        generation = self.build_generation_config(generation_config, max_new_tokens)
+        ids = self.text_processor().encode_documents(documents)
+        memory = self._encode_ids("compressor", ids, memory_size, batch_size=16)
+        prompt = self.checked_prompt(None, 1, memory_size, generation, "documents")
+        return self.generate_texts([prompt] * len(ids), list(memory[:, None]), generation)
+
+    @text_call
+    def explain_queries(self, questions: Sequence[str], top_n: int = 50) -> list[list[str]]:
+        """Words that the query memories stand for: each vector through the LM head (paper, section 5).
+
+        Args:
+            questions: list of texts.
+            top_n: tokens taken from every memory vector, between 1 and the vocabulary's size.
+
+        Returns:
+            For each question the words without punctuation and special tokens, those that more vectors name first,
+            then by their summed probability.
+        """
+        vocabulary = self.config.text_config.vocab_size
+        if not 1 <= top_n <= vocabulary:
+            raise ValueError(f"`top_n` must be between 1 and the vocabulary's {vocabulary}, got {top_n}. Default: 50.")
+        return self._keywords(self.encode_queries(questions), top_n)
+
+    # --- encoding ----------------------------------------------------------------------------------------------------
+
+    def text_processor(self) -> CLaRaProcessor:
+        if self.processor is None:
+            raise ValueError(
+                "`model.processor` must be set for calls on text, got None. Load the model with `from_pretrained` or "
+                "`from_backbone`, or set it to a CLaRaProcessor."
+            )
+        return self.processor
+
+    def _encode_ids(
+        self, role: str, ids: list[list[int]], memory_size: int, batch_size: int, name: str = "documents"
+    ) -> torch.Tensor:
+        """(texts, k, hidden) float32 of id lists; batches of similar length, one synchronisation at the end."""
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be >= 1, got {batch_size}. Default: 16.")
+        device = self.memory_embeddings.device
+        memory = torch.empty(len(ids), memory_size, self.config.text_config.hidden_size, device=device)
+        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = self.text_processor().pad([ids[row] for row in rows], self.text_processor().pad_token_id)
+            lengths = torch.tensor([len(ids[row]) for row in rows])
+            encoded, _ = self.encode(role, batch.to(device), lengths.to(device), memory_size)
+            memory[torch.tensor(rows, device=device)] = encoded.float()
+        broken = (~memory.isfinite().flatten(1).all(-1)).nonzero()
+        if len(broken):
+            raise ValueError(
+                f"the memory of `{name}[{int(broken[0])}]` must be finite, got NaN or infinity. The weights of the "
+                f"backbone or the {role} are broken: reload them with `from_pretrained`."
+            )
+        return memory
+
+    # --- retrieval ---------------------------------------------------------------------------------------------------
+
+    def _search(
+        self, questions, documents, corpus, top_k, retrieval_memory_size, min_score, memory_size=None
+    ) -> tuple[list[list[tuple[Source, torch.Tensor]]], torch.Tensor]:
+        """For each question (source, memory (n, hidden)) pairs, best first; and the query memories."""
+        check_list(questions, "questions")
+        k_score = self.config.check_memory_size(
+            self.config.retrieval_memory_size if retrieval_memory_size is None else retrieval_memory_size,
+            "retrieval_memory_size",
+        )
+        k_needed = max(k_score, self.config.check_memory_size(memory_size))
+        if (documents is None) == (corpus is None):
+            raise ValueError("`documents` or `corpus` must be given, not both and not neither. Pass one of them.")
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"`top_k` must be an int >= 1, got {top_k!r}. Leave it out for the default.")
+        if corpus is not None:
+            queries = self.encode_queries(questions, memory_size=k_score)
+            hits = corpus.search(queries, top_k or self.config.retrieval_top_k)
+            ranked = [[_hit(hit) for hit in row] for row in hits]
+        else:
+            candidates, memory = collect_candidates(self, documents, len(questions), top_k, k_needed)
+            queries = self.encode_queries(questions, memory_size=k_score)
+            ranked = rank_candidates(queries, candidates, memory, k_score, top_k or self.config.retrieval_top_k)
+        if min_score is not None:
+            ranked = [[hit for hit in row if hit[0].score >= min_score] for row in ranked]
+        return ranked, queries
+
+    def _keywords(self, queries: torch.Tensor, top_n: int) -> list[list[str]]:
+        """Words of (questions, k, hidden) query memories, see `explain_queries`."""
+        head = self.get_output_embeddings()
+        tokenizer = self.text_processor().tokenizer
+        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        words_of = []
+        for query in queries:
+            probabilities, tokens = head(query.to(head.weight.dtype)).float().softmax(-1).topk(top_n)
+            counts = {}
+            for vector_tokens, vector_probabilities in zip(tokens.tolist(), probabilities.tolist(), strict=True):
+                named = {}
+                for token, probability in zip(vector_tokens, vector_probabilities, strict=True):
+                    word = "" if token in special else tokenizer.decode([token]).strip()
+                    if any(character.isalnum() for character in word):
+                        named[word] = named.get(word, 0.0) + probability
+                for word, probability in named.items():
+                    count, total = counts.get(word, (0, 0.0))
+                    counts[word] = (count + 1, total + probability)
+            words_of.append(sorted(counts, key=lambda word: (-counts[word][0], -counts[word][1], word)))
+        return words_of
+
+
+def _hit(hit: Mapping) -> tuple[Source, torch.Tensor]:
+    fields = ("document_id", "span", "score", "title", "text")
+    return Source(**{name: hit[name] for name in fields}), torch.as_tensor(hit["memory"])

@@ -1,0 +1,304 @@
+"""CLaRaForRAG: one backbone, three LoRA roles, and the passes that turn tensors into memories, scores and a loss.
+
+Stands between the processor (text -> tensors) and the text-level calls of `inference_clara.py`. It knows nothing of
+text, prompts, training stages or files; loading and saving are in `checkpoint_clara.py`.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .adapters_clara import CallLock, RoleSwitch, check_role, linear_module_names, lora_config
+from .checkpoint_clara import CheckpointMixin
+from .configuration_clara import ROLES, CLaRaConfig
+from .inference_clara import InferenceMixin
+from .memory_clara import check_slots, memory_alignment_loss, place_memory_tokens, read_memory, write_memory
+from .retrieval_clara import contrastive_loss, cosine_scores, select_memory, straight_through_topk
+
+
+@dataclass
+class CLaRaOutput(ModelOutput):
+    """What `CLaRaForRAG.forward` returns.
+
+    Attributes:
+        loss: () float32, `lm_loss + alignment_weight * alignment_loss + contrastive_weight * contrastive_loss`
+            (eq. 2.2), the last two where they apply; None without labels.
+        lm_loss: () float32, next-token cross entropy of the labels; None without labels.
+        alignment_loss: () float32, L_MSE (eq. 2.1); None unless documents were compressed here.
+        contrastive_loss: () float32, InfoNCE; None without `positive_mask`.
+        logits: (batch, length, vocabulary) of the generator.
+        memory: (batch, candidates, n, hidden), what was compressed here or given.
+        scores: (batch, candidates) float32 cosines, -inf where there is no candidate; None without a query.
+        selected: (batch, k) int64, index of the document read in each slot, -1 for none; None without a query.
+    """
+
+    loss: torch.FloatTensor | None = None
+    lm_loss: torch.FloatTensor | None = None
+    alignment_loss: torch.FloatTensor | None = None
+    contrastive_loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    memory: torch.FloatTensor | None = None
+    scores: torch.FloatTensor | None = None
+    selected: torch.LongTensor | None = None
+
+
+class CLaRaForRAG(InferenceMixin, CheckpointMixin, PreTrainedModel):
+    """Compressor, query reasoner and generator over one causal language model (arXiv 2511.18659).
+
+    Args:
+        config (`CLaRaConfig`): everything the model is built from.
+        backbone (`PreTrainedModel`, *optional*): a loaded causal language model; without it one with random weights is
+            built from `config.text_config`.
+
+    Use `from_pretrained` for a trained model and `from_backbone` for fresh adapters on a backbone of your own; both
+    attach `model.processor`, which the text-level calls need.
+    """
+
+    config_class = CLaRaConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    def __init__(self, config: CLaRaConfig, backbone: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.backbone = AutoModelForCausalLM.from_config(config.text_config) if backbone is None else backbone
+        hidden_size = config.text_config.hidden_size
+        self.memory_embeddings = nn.Parameter(torch.empty(config.max_memory_size, hidden_size))
+        self.separator_embedding = nn.Parameter(torch.empty(1, hidden_size))
+        self.processor = None
+        self.post_init()
+        self.backbone.requires_grad_(False)
+        for role in ROLES:
+            settings = config.lora[role]
+            settings["target_modules"] = sorted(settings["target_modules"] or linear_module_names(self.backbone))
+            self.backbone.add_adapter(lora_config(config, role), role)
+        self.roles = RoleSwitch(self.backbone)
+        self.lock = CallLock()
+        self.set_trainable_roles(ROLES)
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if module is self:
+            std = self.config.text_config.initializer_range
+            init.normal_(self.memory_embeddings, mean=0.0, std=std)
+            init.normal_(self.separator_embedding, mean=0.0, std=std)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.backbone.get_output_embeddings()
+
+    def set_trainable_roles(self, roles: Iterable[str]) -> None:
+        """Let the adapters of these roles train and freeze everything else.
+
+        The memory rows and the separator train with the compressor: they are part of its fingerprint, and a corpus
+        compressed with them must stay valid while reasoner and generator train.
+
+        Raises:
+            ValueError: unknown role; nothing is changed then.
+        """
+        roles = {check_role(role) for role in roles}
+        self.roles.set_trainable(roles)
+        for rows in (self.memory_embeddings, self.separator_embedding):
+            rows.requires_grad_("compressor" in roles)
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+        """Recompute activations in the backward pass, each layer in the role of its forward pass.
+
+        Raises:
+            ValueError: `use_reentrant=True`, which cannot remember the role.
+        """
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if options["use_reentrant"]:
+            raise ValueError(
+                "`use_reentrant` must be False, got True: reentrant checkpointing recomputes in the wrong role. Leave "
+                "it out."
+            )
+        options["context_fn"] = self.roles.checkpoint_context(options.get("context_fn"))
+        super().activation_checkpointing_enable(options, **kwargs)
+
+    @contextlib.contextmanager
+    def bulk_compression(self) -> Iterator[None]:
+        """Merge the compressor for long runs of `compress`; the exact unmerged model is restored on leaving.
+
+        Holds a second copy of the adapted weights while open. Calls that need another role raise a RuntimeError; other
+        threads wait. Legal inside `torch.inference_mode()`.
+        """
+        with self.lock, self.roles.merged("compressor"):
+            yield
+
+    def encode(
+        self, role: str, input_ids: torch.Tensor, lengths: torch.Tensor, memory_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read texts as compressor or reasoner: backbone without LM head, last hidden state only.
+
+        Args:
+            role: "compressor" or "reasoner".
+            input_ids: (batch, length) int64, right-padded.
+            lengths: (batch,) int64, real tokens of each text.
+            memory_size: k.
+
+        Returns:
+            memory: (batch, k, hidden).
+            hidden_states: (batch, length + k, hidden), final-layer states of texts and memory tokens.
+        """
+        token_embeddings = self.get_input_embeddings()(input_ids)
+        inputs_embeds = place_memory_tokens(token_embeddings, lengths, self.memory_embeddings[:memory_size])
+        with self.roles.use(role):
+            # Right padding behind causal attention needs no mask, which leaves the fast attention kernels open.
+            hidden_states = self.backbone.base_model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
+        return read_memory(hidden_states, lengths, memory_size), hidden_states
+
+    def prompt_embeddings(
+        self, input_ids: torch.Tensor, memory_mask: torch.Tensor, memory: torch.Tensor, memory_is_real: torch.Tensor
+    ) -> torch.Tensor:
+        """Embed prompts and write `[memory, separator]` of every document into their slots.
+
+        Args:
+            input_ids: (batch, length) int64, pad ids at slots.
+            memory_mask: (batch, length) bool, True at slots.
+            memory: (batch, documents, k, hidden).
+            memory_is_real: (batch, documents) bool, False where a prompt reads fewer documents.
+
+        Returns:
+            (batch, length, hidden)
+
+        Raises:
+            ValueError: a prompt has more or fewer slots than rows.
+        """
+        separator = self.separator_embedding.to(memory.dtype).expand(*memory.shape[:2], 1, -1)
+        rows = torch.cat([memory, separator], dim=2)  # (batch, documents, k + 1, hidden)
+        check_slots(memory_mask, memory_is_real.sum(-1) * rows.shape[2])
+        return write_memory(self.get_input_embeddings()(input_ids), memory_mask, rows[memory_is_real].flatten(0, 1))
+
+    def forward(
+        self,
+        document_input_ids: torch.LongTensor | None = None,
+        document_attention_mask: torch.LongTensor | None = None,
+        memory: torch.FloatTensor | None = None,
+        document_mask: torch.BoolTensor | None = None,
+        query_input_ids: torch.LongTensor | None = None,
+        query_attention_mask: torch.LongTensor | None = None,
+        positive_mask: torch.BoolTensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        memory_mask: torch.BoolTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        num_samples_in_batch: int | torch.Tensor | None = None,
+        memory_size: int | None = None,
+    ) -> CLaRaOutput:
+        """All passes of a training step in one graph; `CLaRaProcessor.__call__` makes the inputs.
+
+        Documents are compressed (stages 1 and 2) or come as `memory` (stage 3). With a query the top documents are
+        chosen through the straight-through top-k, without one all are read.
+
+        Args:
+            document_input_ids: (batch, documents, length) int64.
+            document_attention_mask: (batch, documents, length), 1 at real tokens; a row of zeros is no document.
+            memory: (batch, documents, n, hidden) in place of the two above.
+            document_mask: (batch, documents) bool, False where there is no document; for `memory` only.
+            query_input_ids: (batch, length) int64, the question.
+            query_attention_mask: (batch, length), 1 at real tokens.
+            positive_mask: (batch, documents) bool, the gold documents, for the contrastive term.
+            input_ids: (batch, length) int64, the generator's prompt with pad ids at slots.
+            attention_mask: (batch, length), 1 at prompt tokens and slots; either padding side.
+            memory_mask: (batch, length) bool, True at slots: k + 1 of them for every document read.
+            labels: (batch, length) int64, -100 where there is no loss.
+            num_items_in_batch: label tokens over all accumulated micro-batches; default: of this batch.
+            num_samples_in_batch: rows over all accumulated micro-batches, for the terms that are means over rows;
+                default: of this batch.
+            memory_size: k to compress to and read, default `max(memory_sizes)`.
+
+        Returns:
+            `CLaRaOutput`
+
+        Raises:
+            ValueError: inputs that contradict each other, naming them.
+        """
+        k_read = self.config.check_memory_size(memory_size)
+        k_score = self.config.retrieval_memory_size
+        alignment = contrastive = scores = selected = None
+        if (document_input_ids is None) == (memory is None):
+            raise ValueError("`document_input_ids` or `memory` must be given, not both and not neither. Pass one.")
+        needed = k_read if query_input_ids is None else max(k_read, k_score)
+        if memory is None:
+            document_mask = document_attention_mask.any(-1)
+            memory, alignment = self._compress_step(document_input_ids, document_attention_mask, needed)
+        elif memory.shape[2] < needed:
+            raise ValueError(f"`memory` must have at least {needed} vectors, got {memory.shape[2]}. Pass larger ones.")
+        if document_mask is None:
+            document_mask = torch.ones(memory.shape[:2], dtype=torch.bool, device=memory.device)
+
+        read, read_mask = memory[:, :, :k_read], document_mask
+        if query_input_ids is not None:
+            query, _ = self.encode("reasoner", *_right_padded(query_input_ids, query_attention_mask), k_score)
+            scores = cosine_scores(query, memory, k_score)
+            top_k = min(self.config.retrieval_top_k, memory.shape[1])
+            selection, selected = straight_through_topk(
+                scores, top_k, self.config.retrieval_temperature, document_mask
+            )
+            read, read_mask = select_memory(selection, read), selected >= 0
+            if positive_mask is not None:
+                contrastive = contrastive_loss(scores, positive_mask, self.config.retrieval_temperature, document_mask)
+            scores = scores.masked_fill(~document_mask, -torch.inf)
+
+        logits = loss = lm_loss = None
+        if input_ids is not None:
+            inputs_embeds = self.prompt_embeddings(input_ids, memory_mask, read, read_mask)
+            logits = self._generator_logits(inputs_embeds, attention_mask)
+        n_samples = memory.shape[0] if num_samples_in_batch is None else num_samples_in_batch
+        alignment = None if alignment is None else alignment.sum() / n_samples
+        contrastive = None if contrastive is None else contrastive.sum() / n_samples
+        if labels is not None:
+            lm_loss = self.backbone.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+            loss = lm_loss
+            if alignment is not None and query_input_ids is None:  # stage 3 is the LM loss alone
+                loss = loss + self.config.alignment_weight * alignment
+            if contrastive is not None:
+                loss = loss + self.config.contrastive_weight * contrastive
+        return CLaRaOutput(loss, lm_loss, alignment, contrastive, logits, memory, scores, selected)
+
+    def _compress_step(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, memory_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory (batch, documents, k, hidden) and L_MSE (batch,) of (batch, documents, length) ids."""
+        batch, n_documents, length = input_ids.shape
+        flat_ids, lengths = _right_padded(input_ids.flatten(0, 1), attention_mask.flatten(0, 1))
+        memory, hidden_states = self.encode("compressor", flat_ids, lengths, memory_size)
+        is_document_token = torch.arange(length, device=lengths.device) < lengths[:, None]
+        per_document = memory_alignment_loss(hidden_states[:, :length], is_document_token, memory)
+        is_document = (lengths > 0).view(batch, n_documents)
+        per_row = (per_document.view(batch, n_documents) * is_document).sum(-1) / is_document.sum(-1).clamp(min=1)
+        return memory.unflatten(0, (batch, n_documents)), per_row
+
+    def _generator_logits(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """(batch, length, vocabulary) of the generator; positions count real tokens, so the padding side is free."""
+        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        with self.roles.use("generator"):
+            return self.backbone(
+                inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            ).logits
+
+
+def _right_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move real tokens to the front: (rows, length) ids and (rows,) lengths, whatever the padding side was."""
+    order = attention_mask.long().argsort(dim=-1, descending=True, stable=True)
+    return input_ids.gather(-1, order), attention_mask.long().sum(-1)
+
+
+CLaRaForRAG.register_for_auto_class("AutoModel")

@@ -1,0 +1,414 @@
+"""CLaRaProcessor: text -> tensors. Owns special tokens, spans, padding and the prompts.
+
+Stands between a user's text and the model. Text is data here: documents and questions are encoded by themselves,
+without added tokens, and spliced as ids into the rendered template. It knows nothing of memories or adapters.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+from .prompting_clara import (
+    ANSWER_PROMPT,
+    DOCUMENTS,
+    PARAPHRASE_PROMPTS,
+    SYSTEM_PROMPT,
+    check_prompt,
+    render_prompt,
+)
+from .text_clara import check_list, check_text, overlap_start, read_document, word_start
+
+IGNORE_INDEX = -100
+
+
+class Prompt(NamedTuple):
+    """One generator input as id lists of equal length.
+
+    Attributes:
+        input_ids: the prompt, pad ids at memory slots, and the answer where one was given.
+        memory_mask: True at memory slots.
+        labels: the answer's ids, -100 elsewhere.
+    """
+
+    input_ids: list[int]
+    memory_mask: list[bool]
+    labels: list[int]
+
+
+class _EncodedPrompt(NamedTuple):
+    segments: list[list[int]]
+    slots: tuple[str, ...]
+    answer_prefix: str
+    answer_end_id: int
+
+
+class CLaRaProcessor(ProcessorMixin):
+    """Builds every input of `CLaRaForRAG` from text.
+
+    Args:
+        tokenizer: a fast tokenizer, with or without chat template and BOS.
+        document_max_length: tokens of one span, BOS and title included (paper: 256).
+        document_overlap: tokens that two neighbouring spans of a document share.
+        system_prompt: the generator's instruction.
+        answer_prompt: the user turn, with `{documents}` and `{question}`.
+        paraphrase_prompts: user turns with `{documents}`; inference uses the first, training draws from all.
+        chat_template_kwargs: variables for the chat template; by default `{"enable_thinking": False}`, which templates
+            without such a switch ignore: answers here are short.
+        chat_template: replaces the tokenizer's.
+
+    Raises:
+        ValueError: a prompt lacks a placeholder, a number is out of range, or the tokenizer is not a fast one.
+    """
+
+    attributes = ["tokenizer"]
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        document_max_length: int = 256,
+        document_overlap: int = 32,
+        system_prompt: str = SYSTEM_PROMPT,
+        answer_prompt: str = ANSWER_PROMPT,
+        paraphrase_prompts: Sequence[str] = PARAPHRASE_PROMPTS,
+        chat_template_kwargs: dict | None = None,
+        chat_template: str | None = None,
+    ):
+        super().__init__(tokenizer, chat_template=chat_template)
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"`tokenizer` must be a fast tokenizer, got {type(tokenizer).__name__}. Load it with AutoTokenizer or "
+                "convert it to tokenizer.json."
+            )
+        if not 0 <= document_overlap <= document_max_length // 2:
+            raise ValueError(
+                f"`document_overlap` must be between 0 and half of `document_max_length` ({document_max_length}), got "
+                f"{document_overlap}. Lower it."
+            )
+        check_prompt(answer_prompt, name="answer_prompt", has_question=True)
+        for prompt in paraphrase_prompts:
+            check_prompt(prompt, name="paraphrase_prompts", has_question=False)
+        self.document_max_length = document_max_length
+        self.document_overlap = document_overlap
+        self.system_prompt = system_prompt
+        self.answer_prompt = answer_prompt
+        self.paraphrase_prompts = list(paraphrase_prompts)
+        self.chat_template_kwargs = (
+            {"enable_thinking": False} if chat_template_kwargs is None else chat_template_kwargs
+        )
+        self._plain_tokenizer = None
+        self._added_ids = None
+        self._prompts = {}
+
+    # --- text -> ids -------------------------------------------------------------------------------------------------
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id under padding and memory slots: the tokenizer's pad, else EOS, else 0. Its embedding is never read."""
+        for token_id in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token_id is not None:
+                return token_id
+        return 0
+
+    @property
+    def bos_ids(self) -> list[int]:
+        """`[bos]` if the tokenizer puts one in front of a text by itself, else `[]`."""
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else []
+
+    def encode_text(self, text: str, name: str = "text") -> list[int]:
+        """Ids of a user's text, none of which is an added token (special or not), and no BOS.
+
+        Args:
+            text: any string; markup in it is plain characters.
+            name: how an error names it, for example `documents[3]`.
+
+        Raises:
+            TypeError: not a string.
+            ValueError: not encodable as UTF-8, or a character that exists as an added token only.
+        """
+        return self._encode(text, name)[0]
+
+    def _encode(self, text: str, name: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and their character ranges in `text`; see `encode_text`."""
+        if not isinstance(text, str):
+            raise TypeError(f"`{name}` must be a str, got {type(text).__name__}. Pass its text.")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"`{name}` must be valid UTF-8, got a lone surrogate at character {error.start}. Decode the source "
+                "with the right encoding."
+            ) from error
+        if self._plain_tokenizer is None:
+            self._plain_tokenizer, self._added_ids = _without_added_tokens(self.tokenizer)
+        ids, offsets, pieces = [], [], [(0, len(text))]
+        while pieces:
+            start, end = pieces.pop()
+            encoding = self._plain_tokenizer.encode(text[start:end], add_special_tokens=False)
+            if self._added_ids.isdisjoint(encoding.ids):
+                ids += encoding.ids
+                offsets += [(start + first, start + last) for first, last in encoding.offsets]
+                continue
+            # A model that holds markup as ordinary pieces (Unigram does): cut the text inside each of them.
+            markup = [
+                range_
+                for token, range_ in zip(encoding.ids, encoding.offsets, strict=True)
+                if token in self._added_ids
+            ]
+            if any(last - first < 2 for first, last in markup):
+                first, last = next(range_ for range_ in markup if range_[1] - range_[0] < 2)
+                raise ValueError(
+                    f"`{name}` must not contain {text[start + first : start + last]!r} (character {start + first}), "
+                    "which this tokenizer can only read as markup. Remove it."
+                )
+            cuts = [start, *(start + first + 1 for first, _ in markup), end]
+            pieces += reversed(list(zip(cuts[:-1], cuts[1:], strict=True)))
+        return ids, offsets
+
+    def encode_questions(self, questions: Sequence[str], name: str = "questions") -> list[list[int]]:
+        """Reasoner input of each question: `[BOS?] question`, without the memory tokens.
+
+        Raises:
+            TypeError, ValueError: naming the index of a question that is no string or empty.
+        """
+        encoded = []
+        for index, question in enumerate(check_list(questions, name)):
+            check_text(question, f"{name}[{index}]")
+            encoded.append(self.bos_ids + self.encode_text(question.strip(), f"{name}[{index}]"))
+        return encoded
+
+    def encode_documents(self, documents: Sequence[str | Mapping], name: str = "documents") -> list[list[int]]:
+        """Compressor input of each document: `[BOS?] title "\\n" text`, without the memory tokens.
+
+        Raises:
+            TypeError, ValueError: naming the index of a document that is malformed, empty, or longer than one span.
+        """
+        encoded = []
+        for index, document in enumerate(check_list(documents, name)):
+            spans = self._spans(*read_document(document, f"{name}[{index}]"), f"{name}[{index}]")
+            if len(spans) > 1:
+                raise ValueError(
+                    f"`{name}[{index}]` must fit into one span of {self.document_max_length} tokens, got {len(spans)} "
+                    "spans. Split it with `processor.split_document()` and compress the spans."
+                )
+            encoded.append(spans[0][2])
+        return encoded
+
+    def split_document(self, document: str | Mapping, name: str = "document") -> list[dict]:
+        """Cut a document into overlapping spans that share its title and its id.
+
+        Args:
+            document: text, or a dict with `text` and optionally `title` and `id` (or `document_id`).
+            name: how an error names it, for example `documents[3]`.
+
+        Returns:
+            One dict per span with the document's own fields, `span` (its number), `text` (its part of the text) and
+            `n_tokens` (compressor input without memory tokens). A span is a document: `compress` takes it. A title of
+            more than a quarter of a span is not repeated: it becomes the beginning of the text.
+        """
+        title, text = read_document(document, name)
+        fields = dict(document) if isinstance(document, Mapping) else {}
+        return [
+            {**fields, "title": header, "text": part, "span": number, "n_tokens": len(ids)}
+            for number, (header, part, ids) in enumerate(self._spans(title, text, name))
+        ]
+
+    def _spans(self, title: str, text: str, name: str) -> list[tuple[str, str, list[int]]]:
+        """(title, text, ids) of each span, every one at most `document_max_length` ids long."""
+        header = self.bos_ids + (self.encode_text(title + "\n", name) if title else [])
+        ids, offsets = self._encode(text, name)
+        if len(header) + len(ids) <= self.document_max_length:
+            return [(title, text, header + ids)]
+        if len(header) > self.document_max_length // 4:  # too long to stand on every span: read once, as text
+            return self._spans("", f"{title}\n{text}", name)
+        budget = self.document_max_length - len(header)
+        overlap = min(self.document_overlap, budget // 2)
+        spans, first = [], 0  # first: index of the token at which the next span begins
+        while first < len(offsets):
+            start, last = offsets[first][0], min(first + budget, len(offsets))
+            end = len(text) if last == len(offsets) else word_start(text, start, offsets[last][0])
+            part = text[start:end].strip()
+            while len(part_ids := self.encode_text(part, name)) > budget:  # out of its context a text can take more
+                last -= len(part_ids) - budget
+                end = word_start(text, start, offsets[last][0])
+                part = text[start:end].strip()
+            if part:
+                spans.append((title, part, header + part_ids))
+            following = next((index for index in range(first, len(offsets)) if offsets[index][1] > end), len(offsets))
+            if following == len(offsets):
+                break
+            first = overlap_start(text, offsets, max(first + 1, following - overlap), following)
+        return spans
+
+    # --- prompts -----------------------------------------------------------------------------------------------------
+
+    def build_prompt(
+        self,
+        question: str | None,
+        n_documents: int,
+        memory_size: int,
+        answer: str | None = None,
+        *,
+        prompt: str | None = None,
+        name: str = "questions",
+    ) -> Prompt:
+        """One generator input, the same for training and inference.
+
+        Args:
+            question: the question, or None for a paraphrase.
+            n_documents: documents read; each takes `memory_size` slots and one for the separator.
+            memory_size: k.
+            answer: target text; it is followed by the token that ends a turn.
+            prompt: user turn in place of `answer_prompt` or the first of `paraphrase_prompts`.
+            name: how an error names the question.
+        """
+        if prompt is None:
+            prompt = self.paraphrase_prompts[0] if question is None else self.answer_prompt
+        encoded = self._encoded_prompt(prompt)
+        n_slots = n_documents * (memory_size + 1)
+        input_ids, memory_mask = list(encoded.segments[0]), [False] * len(encoded.segments[0])
+        for slot, segment in zip(encoded.slots, encoded.segments[1:], strict=True):
+            if slot == DOCUMENTS:
+                ids, is_memory = [self.pad_token_id] * n_slots, True
+            else:
+                check_text(question, name)
+                ids, is_memory = self.encode_text(question.strip(), name), False
+            input_ids += ids + segment
+            memory_mask += [is_memory] * len(ids) + [False] * len(segment)
+        labels = [IGNORE_INDEX] * len(input_ids)
+        if answer is not None:
+            answer_ids = [*self.encode_text(encoded.answer_prefix + answer, "answers"), encoded.answer_end_id]
+            input_ids, labels = input_ids + answer_ids, labels + answer_ids
+            memory_mask += [False] * len(answer_ids)
+        return Prompt(input_ids, memory_mask, labels)
+
+    @property
+    def answer_end_id(self) -> int:
+        """Id that ends an answer: the first token the chat template puts behind one, else EOS."""
+        return self._encoded_prompt(self.answer_prompt).answer_end_id
+
+    def _encoded_prompt(self, prompt: str) -> _EncodedPrompt:
+        """Render a prompt and encode the template's own text, the only text whose markup counts; cached."""
+        template = self.chat_template or self.tokenizer.chat_template
+        key = (prompt, self.system_prompt, template if isinstance(template, str) else str(template))
+        if key not in self._prompts:
+            rendered = render_prompt(prompt, self.system_prompt, self._render_chat if template else None)
+            segments = [self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in rendered.segments]
+            if not template:
+                segments[0] = self.bos_ids + segments[0]
+            end_ids = self.tokenizer(rendered.answer_end.lstrip(), add_special_tokens=False)["input_ids"]
+            eos = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.pad_token_id
+            end_id = end_ids[0] if end_ids and end_ids[0] in self.tokenizer.added_tokens_decoder else eos
+            self._prompts[key] = _EncodedPrompt(segments, rendered.slots, rendered.answer_prefix, end_id)
+        return self._prompts[key]
+
+    def _render_chat(self, messages: list[dict], *, add_generation_prompt: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **self.chat_template_kwargs,
+        )
+
+    # --- ids -> tensors ----------------------------------------------------------------------------------------------
+
+    def pad(self, sequences: Sequence[Sequence], value: int | bool, side: str = "right") -> torch.Tensor:
+        """Pad id lists to the longest of them: (rows, length) int64, or bool for a bool `value`."""
+        length = max(map(len, sequences))
+        rows = [
+            [*row, *[value] * (length - len(row))] if side == "right" else [*[value] * (length - len(row)), *row]
+            for row in sequences
+        ]
+        return torch.tensor(rows)
+
+    def pad_prompts(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+        """Left-padded generator inputs.
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels` (batch, length) int64 and `memory_mask` (batch, length) bool.
+        """
+        return {
+            "input_ids": self.pad([prompt.input_ids for prompt in prompts], self.pad_token_id, "left"),
+            "attention_mask": self.pad([[1] * len(prompt.input_ids) for prompt in prompts], 0, "left"),
+            "memory_mask": self.pad([prompt.memory_mask for prompt in prompts], False, "left"),
+            "labels": self.pad([prompt.labels for prompt in prompts], IGNORE_INDEX, "left"),
+        }
+
+    def __call__(
+        self,
+        questions: Sequence[str | None],
+        documents: Sequence[Sequence[str | Mapping]],
+        answers: Sequence[str] | None = None,
+        *,
+        memory_size: int,
+        top_k: int | None = None,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """A batch for `CLaRaForRAG.forward`.
+
+        Args:
+            questions: one per row, None for a paraphrase of the row's documents.
+            documents: a list of documents per row; the lists may differ in length.
+            answers: target of each row; without it there are no labels.
+            memory_size: k, to be passed to `forward` as well.
+            top_k: with it the question is encoded as a query and min(top_k, documents) slots are left for what the
+                selection takes; without it all documents are read.
+            return_tensors: only "pt".
+
+        Returns:
+            `document_input_ids`, `document_attention_mask` (batch, documents, length); `input_ids`, `attention_mask`,
+            `memory_mask`, `labels` (batch, length); with `top_k` also `query_input_ids`, `query_attention_mask`
+            (batch, length). All int64 but the bool mask.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"`return_tensors` must be 'pt', got {return_tensors!r}. Leave it out.")
+        lists = {"documents": documents} if answers is None else {"documents": documents, "answers": answers}
+        for name, values in lists.items():
+            if len(values) != len(questions):
+                raise ValueError(
+                    f"`{name}` must have one entry per question ({len(questions)}), got {len(values)}. Make the lists "
+                    "equally long."
+                )
+        encoded = [self.encode_documents(row, f"documents[{index}]") for index, row in enumerate(documents)]
+        n_documents = max(map(len, encoded))
+        flat = [ids for row in encoded for ids in row + [[]] * (n_documents - len(row))]
+        shape = (len(encoded), n_documents, -1)
+        features = {
+            "document_input_ids": self.pad(flat, self.pad_token_id).view(shape),
+            "document_attention_mask": self.pad([[1] * len(ids) for ids in flat], 0).view(shape),
+        }
+        counts = [len(row) if top_k is None else min(top_k, len(row)) for row in encoded]
+        targets = answers if answers is not None else [None] * len(encoded)
+        prompts = [
+            self.build_prompt(question, count, memory_size, answer, name=f"questions[{index}]")
+            for index, (question, count, answer) in enumerate(zip(questions, counts, targets, strict=True))
+        ]
+        features |= self.pad_prompts(prompts)
+        if answers is None:
+            del features["labels"]
+        if top_k is not None:
+            queries = self.encode_questions(questions)
+            features["query_input_ids"] = self.pad(queries, self.pad_token_id)
+            features["query_attention_mask"] = self.pad([[1] * len(ids) for ids in queries], 0)
+        return BatchFeature(features)
+
+
+def _without_added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, set[int]]:
+    """The same tokenizer without its added tokens, and their ids.
+
+    The unknown token is left out of the ids: from a text it says only that a character was not known.
+    """
+    backend = tokenizer.backend_tokenizer
+    plain = Tokenizer(backend.model)
+    if backend.normalizer is not None:
+        plain.normalizer = backend.normalizer
+    if backend.pre_tokenizer is not None:
+        plain.pre_tokenizer = backend.pre_tokenizer
+    return plain, set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
+
+
+CLaRaProcessor.register_for_auto_class()

@@ -1,0 +1,105 @@
+"""Prompts as text: the default instructions and the one renderer that training and inference share.
+
+Stands between the templates of the processor and the tokenizer. It never sees a user's text: documents and questions
+are spliced in later as token ids, so nothing in them can act as markup. It knows nothing of tensors.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+try:
+    from jinja2 import TemplateError
+except ImportError:  # without jinja2 no chat template can be rendered and transformers says so
+
+    class TemplateError(Exception):
+        """Stands in where jinja2 is absent."""
+
+
+DOCUMENTS = "{documents}"
+QUESTION = "{question}"
+
+SYSTEM_PROMPT = "Answer briefly from the background."
+ANSWER_PROMPT = "Background: {documents}\nQuestion: {question}"
+PARAPHRASE_PROMPTS = (
+    "Background: {documents}\nRestate the background in your own words.",
+    "Background: {documents}\nTell again, in other words, everything that the background says.",
+    "Background: {documents}\nWrite a text that carries the same facts as the background.",
+)
+
+# Private-use characters: no tokenizer's markup, left alone by the templates' string filters.
+_SYSTEM, _DOCUMENTS, _QUESTION, _ANSWER = "\ue000s\ue001", "\ue000d\ue001", "\ue000q\ue001", "\ue000a\ue001"
+
+
+class RenderedPrompt(NamedTuple):
+    """A prompt cut at the places where ids are spliced in.
+
+    Attributes:
+        segments: pieces of template text, in order, between them the entries of `slots`.
+        slots: `"{documents}"` or `"{question}"`, one fewer than `segments`.
+        answer_prefix: text in front of an answer, a space in the plain format.
+        answer_end: template text after an answer, empty where the tokenizer's EOS ends it.
+    """
+
+    segments: tuple[str, ...]
+    slots: tuple[str, ...]
+    answer_prefix: str
+    answer_end: str
+
+
+def check_prompt(prompt: str, *, name: str, has_question: bool) -> None:
+    """Raise a ValueError unless `prompt` has each placeholder that it needs exactly once."""
+    for placeholder, wanted in ((DOCUMENTS, 1), (QUESTION, int(has_question))):
+        if prompt.count(placeholder) != wanted:
+            raise ValueError(
+                f"`{name}` must contain {placeholder} {wanted} time(s), got {prompt.count(placeholder)} in "
+                f"{prompt!r}. Correct it in processor_config.json."
+            )
+
+
+def render_prompt(prompt: str, system_prompt: str, render_chat: Callable[..., str] | None) -> RenderedPrompt:
+    """Put the user's `prompt` and the instruction into the chat template.
+
+    Args:
+        prompt: user text with `{documents}` and, for answers, `{question}`.
+        system_prompt: the instruction. It becomes the system turn, or stands before the user's text where the
+            template has no system role, which is found out by rendering.
+        render_chat: `(messages, add_generation_prompt) -> text`, or None for the plain format
+            `{system_prompt}\\n\\n{prompt}\\nAnswer:` with a space before the answer and EOS after it.
+
+    Returns:
+        `RenderedPrompt`
+
+    Raises:
+        ValueError: the template drops or repeats the user's text.
+    """
+    user = prompt.replace(DOCUMENTS, _DOCUMENTS).replace(QUESTION, _QUESTION)
+    if render_chat is None:
+        return _cut(f"{system_prompt}\n\n{user}\nAnswer:", answer_prefix=" ", answer_end="")
+    messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": user}]
+    try:
+        text = render_chat(messages, add_generation_prompt=True)
+    except TemplateError:
+        text = ""
+    if text.count(_SYSTEM) != 1:
+        messages = [{"role": "user", "content": f"{_SYSTEM}\n\n{user}" if system_prompt else user}]
+        text = render_chat(messages, add_generation_prompt=True)
+    closed = render_chat([*messages, {"role": "assistant", "content": _ANSWER}], add_generation_prompt=False)
+    answer_end = closed.rpartition(_ANSWER)[2]
+    return _cut(text.replace(_SYSTEM, system_prompt), answer_prefix="", answer_end=answer_end)
+
+
+def _cut(text: str, *, answer_prefix: str, answer_end: str) -> RenderedPrompt:
+    """Cut the rendered text at its markers, in the order in which they stand there."""
+    marks = sorted((text.find(mark), mark) for mark in (_DOCUMENTS, _QUESTION) if mark in text)
+    if not marks or any(text.count(mark) != 1 for _, mark in marks):
+        raise ValueError(
+            "the chat template must show the user's text exactly once. Give the processor another `chat_template`."
+        )
+    segments, start = [], 0
+    for position, mark in marks:
+        segments.append(text[start:position])
+        start = position + len(mark)
+    names = {_DOCUMENTS: DOCUMENTS, _QUESTION: QUESTION}
+    return RenderedPrompt(
+        (*segments, text[start:]), tuple(names[mark] for _, mark in marks), answer_prefix, answer_end
+    )

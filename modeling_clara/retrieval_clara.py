@@ -1,0 +1,116 @@
+"""Retrieval as tensors: cosine scores, the straight-through top-k and the contrastive term.
+
+Stands between memories and the prompt: a query memory and candidate memories go in, the chosen memories come out.
+Pure functions: no model, no config, no text, no files.
+"""
+
+import torch
+from torch.nn import functional as F
+
+
+def flatten_memory(memory: torch.Tensor, memory_size: int) -> torch.Tensor:
+    """The retrieval vector: the first k memory vectors concatenated and scaled to length one.
+
+    Args:
+        memory: (..., n, hidden) with n >= k.
+        memory_size: k.
+
+    Returns:
+        (..., k * hidden) float32, one L2 norm over the whole vector.
+    """
+    return F.normalize(memory[..., :memory_size, :].float().flatten(-2), dim=-1)
+
+
+def cosine_scores(query: torch.Tensor, memory: torch.Tensor, memory_size: int) -> torch.Tensor:
+    """Score of every candidate, `cos(vec Q, vec M)` (eq. 3.1).
+
+    Args:
+        query: (batch, n, hidden), n >= k.
+        memory: (batch, candidates, n, hidden), n >= k.
+        memory_size: k, the same for both.
+
+    Returns:
+        (batch, candidates) float32 in [-1, 1].
+    """
+    return torch.einsum("bd,bnd->bn", flatten_memory(query, memory_size), flatten_memory(memory, memory_size))
+
+
+def straight_through_topk(
+    scores: torch.Tensor, top_k: int, temperature: float, candidate_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Differentiable top-k (eq. 3.3-3.6): hard one-hot forward, soft slot-by-slot backward.
+
+    Slot j backpropagates through softmax(scores / temperature) over the candidates that slots 0..j-1 have not taken;
+    taken ones are masked with -inf. Ties go to the lower index.
+
+    Args:
+        scores: (batch, candidates) float.
+        top_k: slots, at most the number of candidates.
+        temperature: > 0 (paper: 0.02).
+        candidate_mask: (batch, candidates) bool, False where there is no candidate.
+
+    Returns:
+        selection: (batch, top_k, candidates), one-hot rows forward; zero rows where candidates ran out.
+        selected: (batch, top_k) int64, index of the chosen candidate; -1 where candidates ran out.
+
+    Raises:
+        ValueError: `top_k` is larger than the number of candidates.
+
+    Example:
+        >>> selection, selected = straight_through_topk(torch.tensor([[0.1, 0.9, 0.5]]), 2, 0.02)
+        >>> selected.tolist(), selection.tolist()
+        ([[1, 2]], [[[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]])
+    """
+    if top_k > scores.shape[1]:
+        raise ValueError(
+            f"`top_k` must be <= number of candidates ({scores.shape[1]}), got {top_k}. Lower `top_k` or pass more "
+            "documents."
+        )
+    if candidate_mask is None:
+        candidate_mask = torch.ones_like(scores, dtype=torch.bool)
+    ranked = scores.detach().masked_fill(~candidate_mask, -torch.inf).sort(dim=-1, descending=True, stable=True)
+    selected = ranked.indices[:, :top_k]  # (batch, top_k)
+    is_real = candidate_mask.gather(1, selected)
+    one_hot = F.one_hot(selected, scores.shape[1]).to(scores.dtype) * is_real[..., None]
+    taken = one_hot.cumsum(1) - one_hot  # (batch, top_k, candidates), what the earlier slots took
+    free = candidate_mask[:, None] & (taken == 0) & is_real[..., None]
+    # A slot without any free candidate would be a softmax over -inf only: NaN. It gets finite logits and weight zero.
+    logits = (scores[:, None] / temperature).masked_fill(~free & is_real[..., None], -torch.inf)
+    soft = torch.softmax(logits, dim=-1) * is_real[..., None]
+    return one_hot + (soft - soft.detach()), selected.masked_fill(~is_real, -1)
+
+
+def select_memory(selection: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """The chosen memories, with the gradient of the choice (paper, section 3).
+
+    Args:
+        selection: (batch, top_k, candidates) from `straight_through_topk`.
+        memory: (batch, candidates, k, hidden).
+
+    Returns:
+        (batch, top_k, k, hidden)
+    """
+    return torch.einsum("bjn,bnkh->bjkh", selection.to(memory.dtype), memory)
+
+
+def contrastive_loss(
+    scores: torch.Tensor, positive_mask: torch.Tensor, temperature: float, candidate_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """InfoNCE over the candidates of each question; with several positives, the log of their summed probability.
+
+    Args:
+        scores: (batch, candidates) float.
+        positive_mask: (batch, candidates) bool. A question without a positive contributes 0.
+        temperature: > 0.
+        candidate_mask: (batch, candidates) bool, False where there is no candidate.
+
+    Returns:
+        (batch,) float32
+    """
+    if candidate_mask is None:
+        candidate_mask = torch.ones_like(positive_mask)
+    logits = (scores.float() / temperature).masked_fill(~candidate_mask, -torch.inf)
+    positive_mask = positive_mask & candidate_mask
+    has_positive = positive_mask.any(-1)
+    positives = logits.masked_fill(~positive_mask & has_positive[:, None], -torch.inf)
+    return (logits.logsumexp(-1) - positives.logsumexp(-1)) * has_positive
