@@ -5,13 +5,14 @@ one thread at a time, and changes nothing. It knows nothing of losses, files or 
 """
 
 import functools
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 
 import torch
 from transformers import GenerationConfig
 
 from .candidates_clara import Source, collect_candidates, rank_candidates
 from .generation_clara import Answer, ReaderMixin, eval_mode, returning
+from .packing_clara import MAX_TOKENS, can_pack
 from .processing_clara import CLaRaProcessor
 from .text_clara import check_list, check_text
 
@@ -39,7 +40,8 @@ class InferenceMixin(ReaderMixin):
         Args:
             documents: texts, or dicts with `text` and optionally `title`.
             memory_size: k, one of `config.memory_sizes`; default the largest.
-            batch_size: documents per pass. They are sorted by length first, so a batch has little padding.
+            batch_size: documents per pass at most. They are sorted by length first, so a batch has little padding; on
+                CPU they are packed without any, up to `packing_clara.MAX_TOKENS` tokens.
 
         Returns:
             (documents, k, hidden) float32 on the model's device, in the order given.
@@ -222,11 +224,11 @@ class InferenceMixin(ReaderMixin):
 
         Args:
             questions: list of texts.
-            top_n: tokens taken from every memory vector, between 1 and the vocabulary's size.
+            top_n: tokens taken from every memory vector and words returned, between 1 and the vocabulary's size.
 
         Returns:
-            For each question the words without punctuation and special tokens, those that more vectors name first,
-            then by their summed probability.
+            For each question at most `top_n` words without punctuation and special tokens, those that more vectors
+            name first, then by their summed probability.
         """
         vocabulary = self.config.text_config.vocab_size
         if not 1 <= top_n <= vocabulary:
@@ -252,11 +254,15 @@ class InferenceMixin(ReaderMixin):
         device = self.memory_embeddings.device
         memory = torch.empty(len(ids), memory_size, self.config.text_config.hidden_size, device=device)
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            batch = self.text_processor().pad([ids[row] for row in rows], self.text_processor().pad_token_id)
-            lengths = torch.tensor([len(ids[row]) for row in rows])
-            encoded, _ = self.encode(role, batch.to(device), lengths.to(device), memory_size)
+        is_packed = can_pack(self.backbone, len(ids[order[-1]]) + memory_size)
+        for rows in _batches(order, [len(text) + memory_size for text in ids], batch_size, is_packed):
+            texts = [ids[row] for row in rows]
+            if is_packed:
+                encoded = self.encode_packed(role, texts, memory_size)
+            else:
+                batch = self.text_processor().pad(texts, self.text_processor().pad_token_id)
+                lengths = torch.tensor([len(text) for text in texts])
+                encoded, _ = self.encode(role, batch.to(device), lengths.to(device), memory_size)
             memory[torch.tensor(rows, device=device)] = encoded.float()
         broken = (~memory.isfinite().flatten(1).all(-1)).nonzero()
         if len(broken):
@@ -302,18 +308,33 @@ class InferenceMixin(ReaderMixin):
         words_of = []
         for query in queries:
             probabilities, tokens = head(query.to(head.weight.dtype)).float().softmax(-1).topk(top_n)
+            tokens, probabilities = tokens.tolist(), probabilities.tolist()
+            words = {token: tokenizer.decode([token]).strip() for token in set().union(*tokens) - special}
             counts = {}
-            for vector_tokens, vector_probabilities in zip(tokens.tolist(), probabilities.tolist(), strict=True):
+            for vector_tokens, vector_probabilities in zip(tokens, probabilities, strict=True):
                 named = {}
                 for token, probability in zip(vector_tokens, vector_probabilities, strict=True):
-                    word = "" if token in special else tokenizer.decode([token]).strip()
+                    word = words.get(token, "")
                     if any(character.isalnum() for character in word):
                         named[word] = named.get(word, 0.0) + probability
                 for word, probability in named.items():
                     count, total = counts.get(word, (0, 0.0))
                     counts[word] = (count + 1, total + probability)
-            words_of.append(sorted(counts, key=lambda word: (-counts[word][0], -counts[word][1], word)))
+            ranked = sorted(counts, key=lambda word: (-counts[word][0], -counts[word][1], word))  # noqa: B023
+            words_of.append(ranked[:top_n])
         return words_of
+
+
+def _batches(order: list[int], lengths: list[int], batch_size: int, is_packed: bool) -> Iterator[list[int]]:
+    """Cut `order` into batches of `batch_size` texts, packed ones also at `MAX_TOKENS` tokens."""
+    batch, n_tokens = [], 0
+    for row in order:
+        if batch and (len(batch) == batch_size or (is_packed and n_tokens + lengths[row] > MAX_TOKENS)):
+            yield batch
+            batch, n_tokens = [], 0
+        batch.append(row)
+        n_tokens += lengths[row]
+    yield batch
 
 
 def _hit(hit: Mapping) -> tuple[Source, torch.Tensor]:

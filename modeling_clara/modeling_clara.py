@@ -5,6 +5,7 @@ text, prompts, training stages or files; loading and saving are in `checkpoint_c
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from .checkpoint_clara import CheckpointMixin
 from .configuration_clara import ROLES, CLaRaConfig
 from .inference_clara import InferenceMixin
 from .memory_clara import check_slots, memory_alignment_loss, place_memory_tokens, read_memory, write_memory
+from .packing_clara import packed
 from .retrieval_clara import contrastive_loss, cosine_scores, select_memory, straight_through_topk
 
 
@@ -79,7 +81,9 @@ class CLaRaForRAG(InferenceMixin, CheckpointMixin, PreTrainedModel):
         for role in ROLES:
             settings = config.lora[role]
             settings["target_modules"] = sorted(settings["target_modules"] or linear_module_names(self.backbone))
-            self.backbone.add_adapter(lora_config(config, role), role)
+            with warnings.catch_warnings():  # PEFT warns of several adapters on one model, which is the point here
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                self.backbone.add_adapter(lora_config(config, role), role)
         self.roles = RoleSwitch(self.backbone)
         self.lock = CallLock()
         self.set_trainable_roles(ROLES)
@@ -157,6 +161,35 @@ class CLaRaForRAG(InferenceMixin, CheckpointMixin, PreTrainedModel):
             # Right padding behind causal attention needs no mask, which leaves the fast attention kernels open.
             hidden_states = self.backbone.base_model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
         return read_memory(hidden_states, lengths, memory_size), hidden_states
+
+    def encode_packed(self, role: str, texts: list[list[int]], memory_size: int) -> torch.Tensor:
+        """`encode` of id lists in one packed row; the backbone must allow it (`packing_clara.can_pack`).
+
+        Args:
+            role: "compressor" or "reasoner".
+            texts: ids of each text.
+            memory_size: k.
+
+        Returns:
+            (texts, k, hidden)
+        """
+        device = self.memory_embeddings.device
+        slots = [0] * memory_size  # any id: its embedding is replaced
+        ids = torch.tensor([[token for text in texts for token in (*text, *slots)]], device=device)
+        lengths = [len(text) + memory_size for text in texts]
+        ends = torch.tensor(lengths).cumsum(0)
+        rows = (ends[:, None] - memory_size + torch.arange(memory_size)).to(device)  # (texts, k), places of the slots
+        memory_mask = torch.zeros_like(ids, dtype=torch.bool).index_fill(1, rows.flatten(), True)
+        memory_rows = self.memory_embeddings[:memory_size].repeat(len(texts), 1)
+        inputs_embeds = write_memory(self.get_input_embeddings()(ids), memory_mask, memory_rows)
+        with self.roles.use(role), packed(self.backbone):
+            hidden_states = self.backbone.base_model(
+                inputs_embeds=inputs_embeds,
+                position_ids=torch.cat([torch.arange(length) for length in lengths])[None].to(device),
+                cu_seq_lens_q=[0, *ends.tolist()],
+                use_cache=False,
+            ).last_hidden_state
+        return hidden_states[0][rows]
 
     def prompt_embeddings(
         self, input_ids: torch.Tensor, memory_mask: torch.Tensor, memory: torch.Tensor, memory_is_real: torch.Tensor

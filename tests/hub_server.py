@@ -1,6 +1,6 @@
 """A small real Hugging Face Hub on 127.0.0.1, to which the unmodified huggingface_hub client uploads and downloads.
 It stands in for huggingface.co in the tests, each server with its own state in memory; only tests import it.
-It does not know Xet, pull requests, gated repos, lists of repos or redirects to a CDN: an unknown route answers 501.
+It does not know Xet, pull requests, gated repos, redirects to a CDN or chunked requests; an unknown route answers 501.
 """
 
 import base64
@@ -136,8 +136,6 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 if failure and failure.status:
                     raise Refusal(failure.status, "Failed on purpose")
-                if "Transfer-Encoding" in self.headers:
-                    raise Refusal(411, "This small Hub does not read chunked requests.")
                 answer = self.call_route(url.path)
             except Refusal as refusal:
                 answer = refusal.reply
