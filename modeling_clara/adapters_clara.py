@@ -78,9 +78,11 @@ class RoleSwitch:
 
     def __init__(self, backbone: nn.Module):
         self.layers = [module for module in backbone.modules() if isinstance(module, LoraLayer)]
-        self.merged_role: str | None = None
         self.active: str | None = None
         self.switches = 0
+        self.merged_weights: dict[str, list[torch.Tensor]] = {}  # role -> weight of each layer with the role added
+        self._own_weights: list[torch.Tensor] = []  # the backbone's own, kept while anything is merged
+        self._holds: str | None = None  # the role whose merged weights the layers hold now
         self.set_trainable(())
         self._activate(None)
 
@@ -93,10 +95,22 @@ class RoleSwitch:
                     parameter.requires_grad_(role in trainable)
 
     def _activate(self, role: str | None) -> None:
+        is_merged = role in self.merged_weights and not torch.is_grad_enabled()
         for layer in self.layers:
-            layer._active_adapter = [role] if role else []
+            layer._active_adapter = [role] if role and not is_merged else []
+        self._hold(role if is_merged else None)
         self.active = role
         self.switches += 1
+
+    def _hold(self, role: str | None) -> None:
+        """Point every layer at the weights with `role` added, or at the backbone's own for None."""
+        if role == self._holds:
+            return
+        weights = self._own_weights if role is None else self.merged_weights[role]
+        with torch.inference_mode(False), torch.no_grad():
+            for layer, weight in zip(self.layers, weights, strict=True):
+                layer.get_base_layer().weight.data = weight
+        self._holds = role
 
     @contextlib.contextmanager
     def use(self, role: str | None) -> Iterator[None]:
@@ -104,16 +118,10 @@ class RoleSwitch:
 
         Raises:
             ValueError: unknown role.
-            RuntimeError: another role is merged into the weights by `bulk_compression`.
         """
         if role is not None:
             check_role(role)
-        if self.merged_role is not None and role != self.merged_role:
-            raise RuntimeError(
-                f"the {self.merged_role} is merged into the backbone, so the role {role!r} cannot run. Leave the "
-                "`bulk_compression()` context first."
-            )
-        if self.merged_role is not None or role == self.active:  # merged layers have no active adapter
+        if role == self.active and self._holds is None:
             yield
             return
         before = self.active
@@ -149,42 +157,43 @@ class RoleSwitch:
 
         return context_fn
 
-    @contextlib.contextmanager
-    def merged(self, role: str) -> Iterator[None]:
-        """Add the LoRA product of `role` to the backbone's weights and put the very same tensors back afterwards.
+    def merge(self, roles: Iterable[str]) -> None:
+        """Keep, for each role, the backbone's weights with its LoRA product added; passes without gradient use them.
 
-        PEFT's `unmerge` subtracts and so returns rounded weights; here the original tensors are kept. Costs a second
-        copy of the adapted weights while the context is open. Quantised layers stay unmerged, with a warning.
+        The backbone's own tensors are kept and come back in every other role and in `unmerge`, bit for bit (PEFT's
+        `unmerge` subtracts and so returns rounded ones). Costs one copy of the adapted weights per role. A quantised
+        backbone stays as it is, with a warning.
 
         Raises:
-            RuntimeError: a role is merged already.
+            ValueError: unknown role.
+            RuntimeError: something is merged already.
         """
-        check_role(role)
-        if self.merged_role is not None:
-            raise RuntimeError("`bulk_compression()` is already open. Leave it before opening it again.")
-        if not all(layer.get_base_layer().weight.dtype.is_floating_point for layer in self.layers):
-            logger.warning(
-                "the backbone is quantised, so the %s is not merged and runs at its usual speed. Load the backbone "
-                "without `quantization_config` to compress faster.",
-                role,
+        roles = [check_role(role) for role in roles]
+        if self._own_weights:
+            raise RuntimeError(
+                f"{sorted(self.merged_weights)} are merged already. Leave that `bulk_compression()` or "
+                "`bulk_answering()` before opening another."
             )
-            with self.use(role):
-                yield
+        weights = [layer.get_base_layer().weight for layer in self.layers]
+        if not all(type(weight) is nn.Parameter and weight.dtype.is_floating_point for weight in weights):
+            logger.warning(
+                "the backbone is quantised, so %s are not merged and run at their usual speed. Load it without "
+                "`quantization_config` to run them faster.",
+                roles,
+            )
             return
-        before = self.active
-        originals = []
-        try:
-            with torch.inference_mode(False), torch.no_grad():
-                for layer in self.layers:
-                    weight = layer.get_base_layer().weight
-                    originals.append((weight, weight.data))
-                    weight.data = weight.data + layer.get_delta_weight(role).to(weight.dtype)
-            self._activate(None)
-            self.merged_role = role
-            yield
-        finally:
-            with torch.inference_mode(False), torch.no_grad():
-                for weight, original in originals:
-                    weight.data = original
-            self.merged_role = None
-            self._activate(before)
+        with torch.inference_mode(False), torch.no_grad():
+            merged = {
+                role: [
+                    weight.data + layer.get_delta_weight(role).to(weight.dtype)
+                    for layer, weight in zip(self.layers, weights, strict=True)
+                ]
+                for role in roles
+            }
+        self._own_weights, self.merged_weights = [weight.data for weight in weights], merged
+
+    def unmerge(self) -> None:
+        """Put the backbone's own tensors back and drop the merged ones."""
+        if self._own_weights:
+            self._hold(None)
+        self._own_weights, self.merged_weights = [], {}

@@ -85,7 +85,9 @@ def default_dtype(kwargs: dict) -> dict:
     """Fill in `dtype`: float32 on CPU, else what the backbone was saved in; `torch_dtype` is the old name."""
     dtype = kwargs.pop("torch_dtype", None)
     dtype = kwargs.pop("dtype", None) or dtype
-    on_cpu = kwargs.get("device_map") in (None, "cpu") and kwargs.get("quantization_config") is None
+    device_map = kwargs.get("device_map")
+    devices = set(map(str, device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]))
+    on_cpu = devices == {"cpu"} and kwargs.get("quantization_config") is None
     return {**kwargs, "dtype": dtype or (torch.float32 if on_cpu else "auto")}
 
 

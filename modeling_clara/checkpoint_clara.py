@@ -10,7 +10,6 @@ a warning. It knows nothing of forward passes or text-level calls. The layout:
 
 import json
 import os
-import shutil
 import tempfile
 from copy import deepcopy
 from pathlib import Path
@@ -32,7 +31,7 @@ from .backbone_clara import (
 )
 from .configuration_clara import ROLES, CLaRaConfig
 from .digest_clara import backbone_digests, compressor_fingerprint
-from .files_clara import HUB_KEYWORDS, CheckpointFiles, check_tensors
+from .files_clara import HUB_KEYWORDS, CheckpointFiles, check_tensors, complete_tokenizer_config, move_files
 from .processing_clara import CLaRaProcessor
 
 SPECIAL_ROWS_FILE = "clara.safetensors"
@@ -233,7 +232,12 @@ class CheckpointMixin:
         hub = {name: kwargs[name] for name in HUB_KEYWORDS if kwargs.get(name) is not None}
         files = CheckpointFiles(pretrained_model_name_or_path, subfolder, revision, **hub)
         if config is None:
-            files.path("config.json")
+            model_type = files.json("config.json").get("model_type")
+            if model_type != cls.config_class.model_type:
+                raise ValueError(
+                    f"`model_type` in `config.json` of {files.source} must be {cls.config_class.model_type!r}, got "
+                    f"{model_type!r}. Give a CLaRa checkpoint, or start one on a language model with `from_backbone`."
+                )
             config = CLaRaConfig.from_pretrained(files.source, subfolder=subfolder, revision=files.revision, **hub)
         config = deepcopy(config)
         config.dtype = None
@@ -252,7 +256,9 @@ class CheckpointMixin:
         table = model.get_input_embeddings().weight
         for rows in (model.memory_embeddings, model.separator_embedding):
             rows.data = rows.data.to(table.device, table.dtype)
-        model._remember(load_weights(model, files))
+        # Copies: the loaded tensors are mapped from the files, which may be overwritten while the model lives.
+        stored = load_weights(model, files)
+        model._stored = {part: {name: t.clone() for name, t in tensors.items()} for part, tensors in stored.items()}
         model.processor = load_processor(files, config)
         model.name_or_path = files.source
         return model.eval()
@@ -276,12 +282,18 @@ class CheckpointMixin:
             is_main_process: False writes nothing, for all but one process of a distributed run.
 
         Raises:
-            ValueError: there is no processor, or the backbone is quantised and should be included.
+            ValueError: there is no processor or it contradicts the config, or the backbone is quantised and should be
+                included.
         """
         if not is_main_process:
             return
         if self.processor is None:
             raise ValueError("`model.processor` must be set to save, got None. Set it to a CLaRaProcessor first.")
+        if self.processor.document_max_length != self.config.document_max_length:
+            raise ValueError(
+                f"`processor.document_max_length` must be {self.config.document_max_length} as in the config to save, "
+                f"got {self.processor.document_max_length}. Set both alike."
+            )
         include_backbone = self.config.backbone_included if include_backbone is None else include_backbone
         target = Path(save_directory)
         if target.is_file():
@@ -292,14 +304,14 @@ class CheckpointMixin:
             self._write_config(folder, include_backbone)
             for role in ROLES:
                 self._write_adapter(folder / role, role)
-            rows = {name: tensor.detach().cpu().contiguous() for name, tensor in special_rows(self).items()}
-            save_file(rows, folder / SPECIAL_ROWS_FILE, metadata={"format": "pt"})
+            save_file(self._exact_tensors("rows"), folder / SPECIAL_ROWS_FILE, metadata={"format": "pt"})
             self.processor.save_pretrained(folder)
+            complete_tokenizer_config(folder)
             if include_backbone:
                 write_backbone(self, folder / BACKBONE_FOLDER, max_shard_size)
             if not (target / "README.md").exists():
                 (folder / "README.md").write_text(self._card(include_backbone), encoding="utf-8")
-            _move_files(folder, target)
+            move_files(folder, target)
 
     def _write_config(self, folder: Path, include_backbone: bool) -> None:
         config = deepcopy(self.config)
@@ -310,8 +322,7 @@ class CheckpointMixin:
 
     def _write_adapter(self, folder: Path, role: str) -> None:
         folder.mkdir()
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_tensors(self, role).items()}
-        save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+        save_file(self._exact_tensors(role), folder / ADAPTER_FILE, metadata={"format": "pt"})
         settings = self.backbone.peft_config[role].to_dict()
         settings |= {
             "base_model_name_or_path": self.config.backbone_name_or_path,
@@ -333,21 +344,23 @@ class CheckpointMixin:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 that tells whether memories of two models can be compared; see `digest_clara.py`.
-
-        Taken from the stored tensors while the live ones are unchanged since loading, so the compute dtype does not
-        enter.
-        """
-        tensors = {**adapter_tensors(self, "compressor"), **special_rows(self)}
-        if self._stored is not None and self._stored[0] == [tensor._version for tensor in tensors.values()]:
-            tensors = self._stored[1]
+        """SHA-256 that tells whether memories of two models can be compared; see `digest_clara.py`."""
+        tensors = {**self._exact_tensors("compressor"), **self._exact_tensors("rows")}
         return compressor_fingerprint(tensors, self.processor, self.config)
 
-    _stored: tuple[list[int], dict[str, torch.Tensor]] | None = None
+    _stored: dict[str, dict[str, torch.Tensor]] | None = None
 
-    def _remember(self, stored: dict[str, dict[str, torch.Tensor]]) -> None:
-        live = {**adapter_tensors(self, "compressor"), **special_rows(self)}
-        self._stored = ([tensor._version for tensor in live.values()], {**stored["compressor"], **stored["rows"]})
+    def _exact_tensors(self, part: str) -> dict[str, torch.Tensor]:
+        """What to save and hash of a role or of "rows": the live tensors on CPU, or what they were rounded from.
+
+        A model that was loaded in another dtype holds rounded adapters. While nothing but the rounding has changed
+        them, the stored tensors are meant: the compute dtype enters neither the fingerprint nor a saved checkpoint.
+        """
+        live = special_rows(self) if part == "rows" else adapter_tensors(self, part)
+        live = {name: tensor.detach().cpu().contiguous() for name, tensor in live.items()}
+        stored = self._stored[part] if self._stored else live
+        is_same = {name: torch.equal(stored[name].to(tensor.dtype), tensor) for name, tensor in live.items()}
+        return {name: stored[name] if is_same[name] else tensor for name, tensor in live.items()}
 
 
 _AUTO_KEYWORDS = ("_from_auto", "adapter_kwargs", "trust_remote_code", "code_revision", "state_dict")
@@ -365,15 +378,8 @@ def load_processor(files: CheckpointFiles, config: CLaRaConfig) -> CLaRaProcesso
             f"`document_max_length` in `processor_config.json` must be {config.document_max_length} as in "
             f"config.json, got {settings.get('document_max_length')}. Use the files of one `save_pretrained`."
         )
-    files.json("tokenizer.json")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        files.json(name)
     return CLaRaProcessor.from_pretrained(
         files.source, subfolder=files.subfolder, revision=files.revision, **files.hub_keywords
     )
-
-
-def _move_files(folder: Path, target: Path) -> None:
-    """Move every file into its place, config.json last: a folder without it is not a checkpoint."""
-    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    for name in sorted(names, key=lambda name: name == Path("config.json")):
-        (target / name).parent.mkdir(exist_ok=True)
-        shutil.move(folder / name, target / name)

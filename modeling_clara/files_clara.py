@@ -1,11 +1,12 @@
 """The files of one checkpoint, in a folder or on the Hub, and what their tensors must look like.
 
-Stands below the checkpoint: finds and reads files, and turns what is missing or damaged into an error that names the
-file and the remedy. It knows nothing of models.
+Stands below the checkpoint: finds, reads and places files, and turns what is missing or damaged into an error that
+names the file and the remedy. It knows nothing of models.
 """
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -43,6 +44,8 @@ class CheckpointFiles:
         subfolder, _, filename = f"{self.subfolder}/{name}".strip("/").rpartition("/")
         try:
             path = cached_file(self.source, filename, subfolder=subfolder, revision=self.revision, **self.hub_keywords)
+            if path is None:  # what it returns for a missing config.json, where it raises for any other file
+                raise FileNotFoundError("there is no such file.")
         except OSError as error:
             where = self.source if self.is_local else f"{self.source} (revision {self.revision or 'main'})"
             raise FileNotFoundError(
@@ -69,18 +72,22 @@ class CheckpointFiles:
             ) from error
 
     def json(self, name: str) -> dict:
-        """A JSON file.
+        """A JSON file that holds an object.
 
         Raises:
             FileNotFoundError: missing.
-            ValueError: not JSON.
+            ValueError: not JSON, or no object.
         """
         try:
-            return json.loads(self.path(name).read_text(encoding="utf-8"))
+            content = json.loads(self.path(name).read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError(f"it holds a {type(content).__name__}, no object")
         except ValueError as error:
             raise ValueError(
-                f"`{name}` of {self.source} must be JSON: {error}. It is damaged: copy or download it again."
+                f"`{name}` of {self.source} must be JSON: {error}. It is damaged: copy or download it again "
+                "(`force_download=True`)."
             ) from error
+        return content
 
 
 def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], name: str) -> None:
@@ -102,3 +109,33 @@ def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
             raise ValueError(
                 f"`{key}` in `{name}` must be finite, got NaN or infinity. Use an earlier checkpoint of the training."
             )
+
+
+def complete_tokenizer_config(folder: Path) -> None:
+    """Take out where the tokenizer was loaded from; repeat the chat template, so that no prompt hangs on one file."""
+    path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("is_local", "local_files_only"):
+        settings.pop(name, None)
+    if template.exists():
+        settings["chat_template"] = template.read_text(encoding="utf-8")
+    text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def move_files(folder: Path, target: Path) -> None:
+    """Move every file into its place, config.json last: a folder without it is not a checkpoint.
+
+    Files of an earlier checkpoint that transformers would read with the new one are removed: chat templates, and
+    shards of the backbone where one is moved in.
+    """
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    patterns = ["chat_template.jinja", "chat_templates/*.jinja"]
+    if Path("backbone/config.json") in names:
+        patterns.append("backbone/*.safetensors*")
+    for path in [path for pattern in patterns for path in target.glob(pattern)]:
+        if path.relative_to(target) not in names:
+            path.unlink()
+    for name in sorted(names, key=lambda name: name == Path("config.json")):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.move(folder / name, target / name)

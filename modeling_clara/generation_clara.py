@@ -131,10 +131,10 @@ class ReaderMixin:
                     **kwargs,
                 )
             for row, ids in zip(rows, generated.tolist(), strict=True):
-                texts[row] = self._decode(ids, generation.eos_token_id)
+                texts[row] = self.decode_answer(ids, generation.eos_token_id)
         return texts
 
-    def _decode(self, ids: list[int], ends: int | list[int]) -> str:
+    def decode_answer(self, ids: list[int], ends: int | list[int]) -> str:
         ends = ends if isinstance(ends, list) else [ends]
         stop = next((index for index, token in enumerate(ids) if token in ends), len(ids))
         return self.processor.tokenizer.decode(ids[:stop], skip_special_tokens=True).strip()

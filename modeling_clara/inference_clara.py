@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 
 import torch
 from transformers import GenerationConfig
+from transformers.utils.logging import tqdm
 
 from .candidates_clara import Source, collect_candidates, rank_candidates
 from .generation_clara import Answer, ReaderMixin, eval_mode, returning
@@ -255,7 +256,8 @@ class InferenceMixin(ReaderMixin):
         memory = torch.empty(len(ids), memory_size, self.config.text_config.hidden_size, device=device)
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         is_packed = can_pack(self.backbone, len(ids[order[-1]]) + memory_size)
-        for rows in _batches(order, [len(text) + memory_size for text in ids], batch_size, is_packed):
+        batches = list(_batches(order, [len(text) + memory_size for text in ids], batch_size, is_packed))
+        for rows in tqdm(batches, desc=f"{role} passes", delay=2, leave=False):  # a bar after two seconds
             texts = [ids[row] for row in rows]
             if is_packed:
                 encoded = self.encode_packed(role, texts, memory_size)

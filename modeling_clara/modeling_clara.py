@@ -130,15 +130,33 @@ class CLaRaForRAG(InferenceMixin, CheckpointMixin, PreTrainedModel):
         options["context_fn"] = self.roles.checkpoint_context(options.get("context_fn"))
         super().activation_checkpointing_enable(options, **kwargs)
 
-    @contextlib.contextmanager
-    def bulk_compression(self) -> Iterator[None]:
-        """Merge the compressor for long runs of `compress`; the exact unmerged model is restored on leaving.
+    def bulk_compression(self) -> contextlib.AbstractContextManager[None]:
+        """Context: merge the compressor for long runs of `compress`; the exact unmerged model is restored on leaving.
 
-        Holds a second copy of the adapted weights while open. Calls that need another role raise a RuntimeError; other
-        threads wait. Legal inside `torch.inference_mode()`.
+        Holds a second copy of the adapted weights while open. All other calls work inside as well, from any thread;
+        training there runs unmerged. Legal inside `torch.inference_mode()`.
+
+        Raises:
+            RuntimeError: a bulk context is open already.
         """
-        with self.lock, self.roles.merged("compressor"):
+        return self._merged(("compressor",))
+
+    def bulk_answering(self) -> contextlib.AbstractContextManager[None]:
+        """Context: merge reasoner and generator for many questions, two more copies of the adapted weights.
+
+        Otherwise as `bulk_compression`.
+        """
+        return self._merged(("reasoner", "generator"))
+
+    @contextlib.contextmanager
+    def _merged(self, roles: tuple[str, ...]) -> Iterator[None]:
+        with self.lock:
+            self.roles.merge(roles)
+        try:
             yield
+        finally:
+            with self.lock:
+                self.roles.unmerge()
 
     def encode(
         self, role: str, input_ids: torch.Tensor, lengths: torch.Tensor, memory_size: int

@@ -252,6 +252,7 @@ class CLaRaProcessor(ProcessorMixin):
         memory_size: int,
         answer: str | None = None,
         *,
+        text_documents: Sequence[str | Mapping] = (),
         prompt: str | None = None,
         name: str = "questions",
     ) -> Prompt:
@@ -262,6 +263,7 @@ class CLaRaProcessor(ProcessorMixin):
             n_documents: documents read; each takes `memory_size` slots and one for the separator.
             memory_size: k.
             answer: target text; it is followed by the token that ends a turn.
+            text_documents: documents written out behind the memories, for baselines that read the full text.
             prompt: user turn in place of `answer_prompt` or the first of `paraphrase_prompts`.
             name: how an error names the question.
         """
@@ -272,18 +274,25 @@ class CLaRaProcessor(ProcessorMixin):
         input_ids, memory_mask = list(encoded.segments[0]), [False] * len(encoded.segments[0])
         for slot, segment in zip(encoded.slots, encoded.segments[1:], strict=True):
             if slot == DOCUMENTS:
-                ids, is_memory = [self.pad_token_id] * n_slots, True
+                input_ids += [self.pad_token_id] * n_slots
+                memory_mask += [True] * n_slots
+                ids = self._text_ids(text_documents)
             else:
                 check_text(question, name)
-                ids, is_memory = self.encode_text(question.strip(), name), False
+                ids = self.encode_text(question.strip(), name)
             input_ids += ids + segment
-            memory_mask += [is_memory] * len(ids) + [False] * len(segment)
+            memory_mask += [False] * (len(ids) + len(segment))
         labels = [IGNORE_INDEX] * len(input_ids)
         if answer is not None:
             answer_ids = [*self.encode_text(encoded.answer_prefix + answer, "answers"), encoded.answer_end_id]
             input_ids, labels = input_ids + answer_ids, labels + answer_ids
             memory_mask += [False] * len(answer_ids)
         return Prompt(input_ids, memory_mask, labels)
+
+    def _text_ids(self, documents: Sequence[str | Mapping]) -> list[int]:
+        """Ids of documents written out, title and text, a blank line between them."""
+        parts = [read_document(document, f"documents[{index}]") for index, document in enumerate(documents)]
+        return self.encode_text("\n\n".join(f"{title}\n{text}".strip() for title, text in parts), "documents")
 
     @property
     def answer_end_id(self) -> int:

@@ -1,6 +1,7 @@
 """Fixtures of all tests: one loopback Hub for the session, tiny backbones on disk, models to copy.
 
-The Hub starts before transformers is imported, because its client reads HF_ENDPOINT at import. Nothing leaves the machine.
+The Hub starts before transformers is imported, because its client reads HF_ENDPOINT at import. Nothing leaves the
+machine.
 """
 
 import copy

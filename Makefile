@@ -1,0 +1,66 @@
+# Everything runs in the virtual environment .venv, which is made on first use and again when the dependencies change.
+#
+#     make demo                        any target makes .venv first
+#     make PYTHON=python3.13 test      another Python, where there is no .venv yet
+#     make bench DATA=passages.jsonl.gz
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+MINIMUM := $(shell sed -n 's/^requires-python = ">=\([0-9.]*\)"/\1/p' pyproject.toml)
+
+PASSAGES := passages_scp_sample.jsonl.gz
+DATA ?= $(firstword $(wildcard data/$(PASSAGES)) $(wildcard ../shared/data/$(PASSAGES)))
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow quality bench clean
+
+## help       show this list
+help:
+	@sed -n 's/^## /  make /p' Makefile
+
+## install    make .venv and install the package into it (the other targets do this by themselves)
+install: $(STAMP)
+
+# The checks come first, because what pip and venv say by themselves does not name the remedy.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys' || { \
+	    echo "make: the command '$(PYTHON)' does not run. Install Python $(MINIMUM) or newer, or name one: make PYTHON=/path/to/python3"; \
+	    exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < tuple(map(int, "$(MINIMUM)".split("."))))' || { \
+	    echo "make: Python must be $(MINIMUM) or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Name a newer one: make PYTHON=/path/to/python3"; \
+	    exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "make: '$(PYTHON)' lacks the venv module or its pip. On Debian and Ubuntu install the package python3-venv; elsewhere install a full Python."; \
+	    exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing into $(VENV). The first time this takes a few minutes."
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[demo,dev]" -c constraints.txt
+	@touch $@
+
+## demo       compress real passages, ask questions, compare with reading the full text
+demo: $(STAMP)
+	$(BIN)/clara demo
+
+## test       run the tests: offline, on CPU, two processes
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2
+
+## test-slow  run the tests that take minutes or need the real backbone
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+## quality    check lint and format, change nothing
+quality: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+## bench      measure speed; DATA=FILE names the passages
+bench: $(STAMP)
+	$(BIN)/python recipes/benchmark.py $(if $(DATA),--data "$(DATA)")
+
+## clean      remove .venv, caches and build products
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,199 @@
+"""`clara demo`: real passages are compressed, retrieved by a question and read, beside the same backbone on full text.
+
+Stands on top of the public API, as a user's script would. It knows nothing of the model's inside but the role switch.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from .modeling_clara import CLaRaForRAG
+from .smollm2 import fetch_backbone
+from .text_clara import check_text
+
+PASSAGES = Path(__file__).parent / "data" / "demo_passages.jsonl"
+MODEL_CARDS = Path(__file__).parent.parent / "model_cards"
+SUFFIXES = (".txt", ".md")
+FOLDER_QUESTION = "What is this text about?"
+
+
+def load_model(checkpoint: str | None, backbone: str | None) -> tuple[CLaRaForRAG, bool]:
+    """A model for the demo, and whether its adapters are trained.
+
+    Args:
+        checkpoint: folder or Hub id; default the first one under model_cards/, else fresh adapters.
+        backbone: folder or Hub id; default SmolLM2-135M-Instruct.
+    """
+    found = checkpoint or next((path.parent for path in sorted(MODEL_CARDS.glob("*/clara.safetensors"))), None)
+    if found is not None:
+        return CLaRaForRAG.from_pretrained(found, backbone=backbone), True
+    torch.manual_seed(0)
+    return CLaRaForRAG.from_backbone(backbone or fetch_backbone()), False
+
+
+def read_passages(folder: str | None) -> tuple[list[dict], list[str], list[dict]]:
+    """Passages, questions that come with them, and what was skipped.
+
+    Args:
+        folder: a folder of .txt and .md files, searched through; default the packaged passages.
+
+    Returns:
+        documents `{id, title, text}`, questions, rejected `{id, reason}`.
+
+    Raises:
+        ValueError: the folder is none, or holds no readable text.
+    """
+    if folder is None:
+        rows = [json.loads(line) for line in PASSAGES.read_text(encoding="utf-8").splitlines()]
+        questions = [row["questions"][0]["question"] for row in rows]
+        return [{key: row[key] for key in ("id", "title", "text")} for row in rows], questions, []
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(
+            f"`folder` must be a folder of {' or '.join(SUFFIXES)} files, got {folder}. Name another one."
+        )
+    documents, rejected = [], []
+    for path in sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()):
+        name = str(path.relative_to(root))
+        try:
+            text = check_text(path.read_text(encoding="utf-8"), name)
+        except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+            rejected.append({"id": name, "reason": str(error)})
+            continue
+        documents.append({"id": name, "title": path.stem.replace("_", " "), "text": text})
+    if not documents:
+        raise ValueError(
+            f"`folder` must hold at least one readable {' or '.join(SUFFIXES)} file, found {len(rejected)} unreadable "
+            f"ones in {folder}. Name another folder."
+        )
+    return documents, [], rejected
+
+
+def compress_documents(model: CLaRaForRAG, documents: Sequence[Mapping]) -> list[dict]:
+    """Split documents into spans and store each span's memory; a span is a document of its own to the reader."""
+    spans = [span for document in documents for span in model.processor.split_document(document)]
+    with model.bulk_compression():
+        memory = model.compress(spans)
+    counts = {}
+    for span in spans:
+        counts[span["id"]] = counts.get(span["id"], 0) + 1
+    for span, rows in zip(spans, memory, strict=True):
+        span["memory"] = rows
+        if counts[span["id"]] > 1:
+            span["id"] = f"{span['id']}#{span['span']}"
+    return spans
+
+
+def answer_from_text(
+    model: CLaRaForRAG, question: str, documents: Sequence[Mapping], max_new_tokens: int = 64
+) -> tuple[str, dict[str, float]]:
+    """The plain backbone reads the text of the documents.
+
+    Returns:
+        The answer; `prompt_tokens`, `first_token_ms` and `decode_ms`.
+    """
+    prompt = model.processor.build_prompt(question, 0, model.config.max_memory_size, text_documents=documents)
+    ids = torch.tensor([prompt.input_ids], device=model.memory_embeddings.device)
+    generation = model.build_generation_config(None, max_new_tokens)
+    model.check_window(len(prompt.input_ids) + max_new_tokens, "question", "Lower `top_k`.")
+    first = model.build_generation_config(None, 1)
+    with model.lock, model.roles.use(None), torch.no_grad():
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        start = time.perf_counter()
+        model.backbone.generate(**inputs, generation_config=first)
+        first_token = time.perf_counter() - start
+        start = time.perf_counter()
+        generated = model.backbone.generate(**inputs, generation_config=generation)
+        whole = time.perf_counter() - start
+    text = model.decode_answer(generated[0, ids.shape[1] :].tolist(), generation.eos_token_id)
+    decode = max(whole - first_token, 0.0)
+    return text, {"prompt_tokens": ids.shape[1], "first_token_ms": 1e3 * first_token, "decode_ms": 1e3 * decode}
+
+
+def answer_from_memory(
+    model: CLaRaForRAG, question: str, documents: Sequence[Mapping], *, top_k: int, memory_size: int
+) -> tuple[object, dict[str, float]]:
+    """The generator reads the memories of the best documents.
+
+    Returns:
+        The `Answer`; `prompt_tokens`, `retrieve_ms` (question encoded and documents ranked), `first_token_ms` and
+        `decode_ms`.
+    """
+    start = time.perf_counter()
+    stream = model.stream(question, documents=documents, top_k=top_k, memory_size=memory_size)
+    marks = [time.perf_counter()]
+    while True:
+        try:
+            next(stream)
+            marks.append(time.perf_counter())
+        except StopIteration as stop:
+            marks.append(time.perf_counter())
+            answer = stop.value
+            break
+    prompt = model.processor.build_prompt(question, len(answer.sources), memory_size)
+    return answer, {
+        "prompt_tokens": len(prompt.input_ids),
+        "retrieve_ms": 1e3 * (marks[0] - start),
+        "first_token_ms": 1e3 * (marks[1] - marks[0]),
+        "decode_ms": 1e3 * (marks[-1] - marks[1]),
+    }
+
+
+def run_demo(
+    model: CLaRaForRAG,
+    *,
+    folder: str | None = None,
+    questions: Sequence[str] = (),
+    top_k: int | None = None,
+    memory_size: int | None = None,
+) -> dict:
+    """Compress, ask, compare.
+
+    Args:
+        model: see `load_model`.
+        folder: a folder of text; default the packaged passages.
+        questions: default three of the packaged ones, or one general question for a folder.
+        top_k: documents read; default min(config.retrieval_top_k, documents).
+        memory_size: memory vectors per document; default the largest.
+
+    Returns:
+        `passages`, `spans`, `tokens`, `memory_size`, `compress_ms`, `rejected` and, for every question,
+        `results` with `question`, `memory` and `text` (answer and times), `sources`, `tokens_saved`.
+    """
+    documents, packaged, rejected = read_passages(folder)
+    questions = list(questions) or packaged[:: max(1, len(packaged) // 3)][:3] or [FOLDER_QUESTION]
+    memory_size = model.config.check_memory_size(memory_size)
+    start = time.perf_counter()
+    spans = compress_documents(model, documents)
+    compress_ms = 1e3 * (time.perf_counter() - start)
+    top_k = min(model.config.retrieval_top_k, len(spans)) if top_k is None else top_k
+    by_id = {span["id"]: span for span in spans}
+    results = []
+    for question in questions:
+        answer, times = answer_from_memory(model, question, spans, top_k=top_k, memory_size=memory_size)
+        read = [by_id[source.document_id] for source in answer.sources]
+        text_answer, text_times = answer_from_text(model, question, read)
+        results.append(
+            {
+                "question": question,
+                "memory": {"answer": answer.text, **times},
+                "text": {"answer": text_answer, **text_times},
+                "sources": [
+                    {"document_id": source.document_id, "title": source.title, "score": source.score}
+                    for source in answer.sources
+                ],
+                "tokens_saved": text_times["prompt_tokens"] - times["prompt_tokens"],
+            }
+        )
+    return {
+        "passages": len(documents),
+        "spans": len(spans),
+        "tokens": sum(span["n_tokens"] for span in spans),
+        "memory_size": memory_size,
+        "compress_ms": compress_ms,
+        "rejected": rejected,
+        "results": results,
+    }

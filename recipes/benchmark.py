@@ -1,0 +1,289 @@
+"""What compressing and answering cost, side by side in one process: `python recipes/benchmark.py --data FILE`.
+
+Measures the real backbone on real passages on this machine and prints Markdown tables; ratios are what to quote, since
+every pair is measured in turn, round by round. It knows nothing of answer quality: the adapters it makes are untrained.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from torch.nn import functional as F
+
+from modeling_clara import CLaRaForRAG
+from modeling_clara.demo import PASSAGES
+from modeling_clara.packing_clara import MAX_TOKENS
+from modeling_clara.smollm2 import fetch_backbone
+
+QUESTION = "Who is the editor-in-chief of Thrasher magazine, as mentioned in the document?"
+SPAN_WITH_SLOTS = 272  # the naive way pads every document to this: 256 tokens and 16 slots
+
+
+def read_rows(path: str | None) -> list[dict]:
+    """Rows `{title, text, ...}` of a JSONL file, gzipped or not; default the packaged passages."""
+    source = Path(path) if path else PASSAGES
+    opener = gzip.open if source.suffix == ".gz" else open
+    with opener(source, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def in_turn(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run in every round, the runs taking turns after one warm-up."""
+    seconds = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """Median over the rounds of above / below."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
+
+
+def linear_layers(model: CLaRaForRAG) -> list[torch.Tensor]:
+    """The weights of all adapted layers: the model-shaped matrices of the GEMM measurement."""
+    return [layer.get_base_layer().weight.detach() for layer in model.roles.layers]
+
+
+@torch.no_grad()
+def naive_compress(model: CLaRaForRAG, ids: list[list[int]], memory_size: int) -> None:
+    """The plain way: every document padded to 272, masked, through the LM head, all hidden states kept, 16 at a time."""
+    pad = model.processor.pad_token_id
+    rows = model.memory_embeddings[:memory_size]
+    for start in range(0, len(ids), 16):
+        batch = ids[start : start + 16]
+        length = SPAN_WITH_SLOTS - memory_size
+        tokens = torch.tensor([[pad] * (length - len(text)) + text for text in batch])
+        mask = torch.tensor([[0] * (length - len(text)) + [1] * (len(text) + memory_size) for text in batch])
+        embeds = torch.cat([model.get_input_embeddings()(tokens), rows.expand(len(batch), -1, -1)], dim=1)
+        with model.roles.use("compressor"):
+            output = model.backbone(inputs_embeds=embeds, attention_mask=mask, output_hidden_states=True)
+        output.hidden_states[-1][:, -memory_size:].clone()
+
+
+def benchmark_compression(model: CLaRaForRAG, rows: list[dict], rounds: int) -> dict:
+    """Documents per second of every way to compress, and the share of what the machine's GEMM allows."""
+    passages = [{"title": row.get("title", ""), "text": row["text"]} for row in rows[:64]]
+    documents = [span for passage in passages for span in model.processor.split_document(passage)]
+    ids = model.processor.encode_documents(documents)
+    memory_size = model.config.max_memory_size
+    tokens = sum(map(len, ids)) + memory_size * len(ids)
+    weights = linear_layers(model)
+    # matrices of the model's own shapes, with as many rows as a packed pass has tokens
+    inputs = {width: torch.randn(MAX_TOKENS, width) for width in {weight.shape[1] for weight in weights}}
+    parameters = sum(weight.numel() for weight in weights)
+
+    @torch.no_grad()
+    def gemm():
+        for weight in weights:
+            F.linear(inputs[weight.shape[1]], weight)
+
+    def merged():
+        with model.bulk_compression():
+            start = time.perf_counter()
+            model.compress(documents)
+            merged_seconds.append(time.perf_counter() - start)
+
+    merged_seconds = []
+    runs = {
+        "gemm": gemm,
+        "bulk": merged,
+        "gemm again": gemm,
+        "compress": lambda: model.compress(documents),
+        "naive": lambda: naive_compress(model, ids, memory_size),
+    }
+    seconds = in_turn(runs, rounds)
+    seconds["bulk"] = merged_seconds[1:]  # without merging, which a long run pays once
+    speed = [
+        2 * 2 * parameters * MAX_TOKENS / (a + b) for a, b in zip(seconds["gemm"], seconds["gemm again"], strict=True)
+    ]
+    share = {
+        name: statistics.median(
+            2 * parameters * tokens / second / flops for second, flops in zip(seconds[name], speed, strict=True)
+        )
+        for name in ("bulk", "compress", "naive")
+    }
+    return {
+        "passages": len(passages),
+        "spans": len(documents),
+        "document_tokens": tokens - memory_size * len(ids),
+        "tokens": tokens,
+        "gemm_gflops": statistics.median(speed) / 1e9,
+        "documents_per_second": {name: len(documents) / statistics.median(seconds[name]) for name in share},
+        "share_of_gemm": share,
+        "times_naive": {name: ratio(seconds["naive"], seconds[name]) for name in ("bulk", "compress")},
+        "seconds": seconds,
+    }
+
+
+def first_token_runs(model: CLaRaForRAG, documents: list[dict], memory_size: int) -> tuple[dict, int, int]:
+    """The two ways to the first token, and how many prompt tokens each reads."""
+    memory = model.compress(documents)
+    stored = [{**document, "memory": rows} for document, rows in zip(documents, memory, strict=True)]
+    prompt = model.processor.build_prompt(QUESTION, 0, memory_size, text_documents=documents)
+    ids = torch.tensor([prompt.input_ids])
+    first = model.build_generation_config(None, 1)
+
+    def from_text():
+        with model.roles.use(None), torch.no_grad():
+            model.backbone.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=first)
+
+    def from_memory():
+        model.answer(
+            [QUESTION], documents=stored, top_k=len(stored), memory_size=memory_size, max_new_tokens=1,
+            retrieval_memory_size=memory_size,
+        )  # fmt: skip
+
+    short = model.processor.build_prompt(QUESTION, len(documents), memory_size)
+    return {"text": from_text, "memory": from_memory}, ids.shape[1], len(short.input_ids)
+
+
+def cut_to(model: CLaRaForRAG, rows: list[dict], n_tokens: int) -> list[dict]:
+    """Five documents of exactly `n_tokens` tokens out of the rows' running text."""
+    ids = [token for row in rows for token in model.processor.encode_text(row["text"] + "\n")]
+    pieces = [ids[start : start + n_tokens] for start in range(0, 5 * n_tokens, n_tokens)]
+    return [{"text": model.processor.tokenizer.decode(piece)} for piece in pieces]
+
+
+def benchmark_first_token(model: CLaRaForRAG, rows: list[dict], rounds: int) -> list[dict]:
+    """Time to the first token from stored memories, question included, against reading the text."""
+    passages = [span for row in rows[:5] for span in model.processor.split_document(
+        {"title": row.get("title", ""), "text": row["text"]})[:1]]  # fmt: skip
+    cases = [("first 5 passages", passages, 16)]
+    cases += [(f"5 x {n} tokens", cut_to(model, rows, n), 16) for n in (60, 120, 250)]
+    cases += [("5 x 250 tokens", cut_to(model, rows, 250), k) for k in (4, 8)]
+    results = []
+    for name, documents, memory_size in cases:
+        if max(map(len, model.processor.encode_documents(documents))) > model.processor.document_max_length:
+            raise ValueError(f"the documents of {name!r} must fit into one span. Choose other data.")
+        runs, text_tokens, memory_tokens = first_token_runs(model, documents, memory_size)
+        seconds = in_turn(runs, rounds)
+        with model.bulk_answering():
+            merged = in_turn(runs, rounds)
+        results.append(
+            {
+                "documents": name,
+                "memory_size": memory_size,
+                "text_tokens": text_tokens,
+                "memory_tokens": memory_tokens,
+                "text_ms": 1e3 * statistics.median(seconds["text"]),
+                "memory_ms": 1e3 * statistics.median(seconds["memory"]),
+                "merged_ms": 1e3 * statistics.median(merged["memory"]),
+                "times": ratio(seconds["text"], seconds["memory"]),
+                "times_merged": ratio(merged["text"], merged["memory"]),
+            }
+        )
+    return results
+
+
+def benchmark_decode(model: CLaRaForRAG, rows: list[dict], rounds: int, n_tokens: int = 16) -> dict:
+    """Milliseconds per generated token after the first, from memories, with LoRA beside the weights and merged."""
+    documents = [{"text": row["text"]} for row in rows[:5]]
+    spans = [span for document in documents for span in model.processor.split_document(document)][:5]
+    stored = [{"text": s["text"], "memory": rows} for s, rows in zip(spans, model.compress(spans), strict=True)]
+
+    def ask(length: int):
+        forced = transformers.GenerationConfig(max_new_tokens=length, min_new_tokens=length, do_sample=False)
+        return lambda: model.answer([QUESTION], documents=stored, generation_config=forced)
+
+    runs = {"one": ask(1), "many": ask(n_tokens)}
+    report = {}
+    for name, context in (("ms_per_token", None), ("ms_per_token_merged", model.bulk_answering)):
+        if context is None:
+            seconds = in_turn(runs, rounds)
+        else:
+            with context():
+                seconds = in_turn(runs, rounds)
+        extra = statistics.median(seconds["many"]) - statistics.median(seconds["one"])
+        report[name] = 1e3 * extra / (n_tokens - 1)
+    return report
+
+
+def render(report: dict) -> str:
+    """The tables of the README."""
+    compression = report["compression"]
+    names = {"bulk": "`compress` in `bulk_compression()`", "compress": "`compress`", "naive": "naive"}
+    parts = [
+        f"Compression: {compression['passages']} passages, {compression['spans']} spans, "
+        f"{compression['document_tokens']:,} document tokens; GEMM {compression['gemm_gflops']:.0f} GFLOP/s.",
+        table(
+            ["way", "spans/s", "share of GEMM", "times naive"],
+            [
+                [
+                    label,
+                    f"{compression['documents_per_second'][name]:.2f}",
+                    f"{100 * compression['share_of_gemm'][name]:.0f} %",
+                    f"{compression['times_naive'].get(name, 1):.1f}",
+                ]
+                for name, label in names.items()
+            ],
+        ),
+        "Time to the first token, question encoded, documents ranked and read:",
+        table(
+            ["documents", "k", "prompt tokens text / memory", "text", "memory", "merged", "times sooner", "merged"],
+            [
+                [
+                    row["documents"],
+                    row["memory_size"],
+                    f"{row['text_tokens']} / {row['memory_tokens']}",
+                    f"{row['text_ms']:.0f} ms",
+                    f"{row['memory_ms']:.0f} ms",
+                    f"{row['merged_ms']:.0f} ms",
+                    f"{row['times']:.1f}",
+                    f"{row['times_merged']:.1f}",
+                ]
+                for row in report["first_token"]
+            ],
+        ),
+        f"Each further token: {report['decode']['ms_per_token']:.0f} ms, in `bulk_answering()` "
+        f"{report['decode']['ms_per_token_merged']:.0f} ms.",
+    ]
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="JSONL of {title, text}, .gz or plain (default: the packaged passages)")
+    parser.add_argument("--backbone", help="backbone folder or Hub id (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of every comparison (default: 5)")
+    parser.add_argument("--output", help="also write all figures to this JSON file")
+    arguments = parser.parse_args()
+    rows = read_rows(arguments.data)
+    torch.manual_seed(0)
+    model = CLaRaForRAG.from_backbone(arguments.backbone or fetch_backbone())
+    report = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "data": Path(arguments.data).name if arguments.data else PASSAGES.name,
+        "compression": benchmark_compression(model, rows, arguments.rounds),
+        "first_token": benchmark_first_token(model, rows, arguments.rounds),
+        "decode": benchmark_decode(model, rows, arguments.rounds),
+    }
+    report["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(render(report))
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
