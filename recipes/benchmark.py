@@ -1,7 +1,7 @@
 """What compressing and answering cost, side by side in one process: `python recipes/benchmark.py --data FILE`.
 
 Measures the real backbone on real passages on this machine and prints Markdown tables; ratios are what to quote, since
-every pair is measured in turn, round by round. It knows nothing of answer quality: the adapters it makes are untrained.
+every pair is measured in turn, round by round. It knows nothing of answer quality: its adapters are untrained.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def linear_layers(model: CLaRaForRAG) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def naive_compress(model: CLaRaForRAG, ids: list[list[int]], memory_size: int) -> None:
-    """The plain way: every document padded to 272, masked, through the LM head, all hidden states kept, 16 at a time."""
+    """The plain way: every document padded to 272, masked, through the LM head, all hidden states kept, 16 a pass."""
     pad = model.processor.pad_token_id
     rows = model.memory_embeddings[:memory_size]
     for start in range(0, len(ids), 16):
