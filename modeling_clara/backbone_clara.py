@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -29,20 +30,21 @@ def load_backbone(source: str, revision: str | None, subfolder: str = "", **kwar
     """
     if subfolder:
         kwargs["subfolder"] = subfolder
+    kwargs["ignore_mismatched_sizes"] = True  # so that they are reported and named below
     try:
         backbone, report = AutoModelForCausalLM.from_pretrained(
             source, revision=revision, output_loading_info=True, **kwargs
         )
-    except (OSError, SafetensorError) as error:
+    except (OSError, HTTPError, SafetensorError) as error:
         where = f"`{subfolder or source}`" + (f" (revision {revision})" if revision else "")
         raise OSError(
             f"the backbone {where} could not be loaded: {error} Pass `backbone=PATH` with a folder or id that has it."
         ) from error
-    missing = sorted(report["missing_keys"])
-    if missing:
+    missing, unfit = sorted(report["missing_keys"]), sorted(name for name, *_ in report["mismatched_keys"])
+    if missing or unfit:
         raise ValueError(
-            f"the backbone `{source}` must hold all of its weights, missing: {missing[:3]} ({len(missing)}). Download "
-            "it again, or pass `backbone=PATH` with a complete one."
+            f"the backbone `{source}` must hold all of its weights, missing: {missing[:3]} ({len(missing)}), of "
+            f"another shape: {unfit[:3]} ({len(unfit)}). Get it again, or pass `backbone=PATH` with a complete one."
         )
     return backbone
 
@@ -87,7 +89,8 @@ def default_dtype(kwargs: dict) -> dict:
     dtype = kwargs.pop("dtype", None) or dtype
     device_map = kwargs.get("device_map")
     devices = set(map(str, device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]))
-    on_cpu = devices == {"cpu"} and kwargs.get("quantization_config") is None
+    on_cpu = devices == {"cpu"} or not torch.accelerator.is_available()
+    on_cpu = on_cpu and kwargs.get("quantization_config") is None
     return {**kwargs, "dtype": dtype or (torch.float32 if on_cpu else "auto")}
 
 
@@ -95,7 +98,7 @@ def backbone_config(place: dict, hub: dict):
     options = {"subfolder": place["subfolder"]} if place["subfolder"] else {}
     try:
         return AutoConfig.from_pretrained(place["source"], revision=place["revision"], **options, **hub)
-    except (OSError, ValueError) as error:
+    except (OSError, HTTPError, ValueError) as error:
         where = f"`{place['source']}`" + (f" (revision {place['revision']})" if place["revision"] else "")
         raise OSError(
             f"the backbone {where} could not be found: {error} Pass `backbone=PATH` with a folder or id that has it."

@@ -104,8 +104,9 @@ def rank_candidates(
     rows_of = {}  # one index tensor for each list of candidates, shared lists share it
     for row in candidates:
         rows_of.setdefault(id(row), torch.tensor([candidate.row for candidate in row], device=vectors.device))
+    # A matrix product may round equal rows differently, by their place in it: duplicates would not tie.
     scores = torch.cat(
-        [vectors[rows_of[id(row)]] @ query for row, query in zip(candidates, queries, strict=True)]
+        [(vectors[rows_of[id(row)]] * query).sum(-1) for row, query in zip(candidates, queries, strict=True)]
     ).tolist()
     ranked, start = [], 0
     for row in candidates:
@@ -147,7 +148,8 @@ class _MemoryPool:
             stored = document.get("memory") if isinstance(document, Mapping) else None
             if stored is not None:
                 title, text = read_document(document, place)
-                row = self._store(stored, place)
+                row = self._new_row(None)
+                self.stored[row] = read_stored_memory(self.model, stored, self.memory_size, f"{place}['memory']")
                 span = int(document.get("span", 0))
                 candidates.append(Candidate(document_id, order, span, title, text, row))
                 continue
@@ -164,20 +166,6 @@ class _MemoryPool:
         self.spans.append(span)
         return len(self.spans) - 1
 
-    def _store(self, memory, place: str) -> int:
-        memory = torch.as_tensor(memory, dtype=torch.float32, device=self.model.memory_embeddings.device)
-        hidden_size = self.model.config.text_config.hidden_size
-        if memory.ndim != 2 or memory.shape[0] < self.memory_size or memory.shape[1] != hidden_size:
-            raise ValueError(
-                f"`{place}['memory']` must have the shape (>= {self.memory_size}, {hidden_size}), got "
-                f"{tuple(memory.shape)}. Compress the document with this model and a `memory_size` that large."
-            )
-        if not memory.isfinite().all():
-            raise ValueError(f"`{place}['memory']` must be finite, got NaN or infinity. Compress the document again.")
-        row = self._new_row(None)
-        self.stored[row] = memory[: self.memory_size]
-        return row
-
     def memory(self) -> torch.Tensor:
         """(rows, k, hidden) float32: computed for the texts, as given for the stored ones."""
         texts = [row for row, span in enumerate(self.spans) if span is not None]
@@ -188,6 +176,27 @@ class _MemoryPool:
             computed = self.model.compress([self.spans[row] for row in texts], memory_size=self.memory_size)
             rows |= dict(zip(texts, computed, strict=True))
         return torch.stack([rows[row] for row in range(len(self.spans))])
+
+
+def read_stored_memory(model, memory, memory_size: int, name: str) -> torch.Tensor:
+    """(k, hidden) float32 on the model's device of a memory that was computed before.
+
+    Raises:
+        TypeError, ValueError: naming what is no array, of another shape or not finite.
+    """
+    try:
+        memory = torch.as_tensor(memory, dtype=torch.float32, device=model.memory_embeddings.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"`{name}` must be numbers, got {type(memory).__name__}. Pass a tensor.") from error
+    hidden_size = model.config.text_config.hidden_size
+    if memory.ndim != 2 or memory.shape[0] < memory_size or memory.shape[1] != hidden_size:
+        raise ValueError(
+            f"`{name}` must have the shape (>= {memory_size}, {hidden_size}), got {tuple(memory.shape)}. Compress the "
+            "document with this model and a `memory_size` that large."
+        )
+    if not memory.isfinite().all():
+        raise ValueError(f"`{name}` must be finite, got NaN or infinity. Compress the document again.")
+    return memory[:memory_size]
 
 
 def _document_id(document, order: int, place: str) -> str:

@@ -156,7 +156,6 @@ class CheckpointMixin:
         source = str(name_or_path)
         hub = {name: loader_kwargs[name] for name in HUB_KEYWORDS if loader_kwargs.get(name) is not None}
         files = CheckpointFiles(source, revision=revision, **hub)
-        commit = None if files.is_local else getattr(files.revision, "commit_hash", None) or files.revision
         backbone = load_backbone(source, files.revision, **default_dtype({**loader_kwargs, "dtype": dtype}))
         targets = linear_module_names(backbone)
         if not targets:
@@ -170,7 +169,7 @@ class CheckpointMixin:
         config = CLaRaConfig(
             text_config=text_config,
             backbone_name_or_path=source,
-            backbone_revision=commit,
+            backbone_revision=files.commit,
             backbone_digests=backbone_digests(backbone),
             memory_sizes=list(memory_sizes),
             lora={role: dict(lora) for role in ROLES},
@@ -241,6 +240,8 @@ class CheckpointMixin:
             config = CLaRaConfig.from_pretrained(files.source, subfolder=subfolder, revision=files.revision, **hub)
         config = deepcopy(config)
         config.dtype = None
+        if config._attn_implementation is not None:  # where AutoModel puts the keyword
+            kwargs.setdefault("attn_implementation", config._attn_implementation)
         is_explicit = backbone is not None
         place = {"source": str(backbone or config.backbone_name_or_path), "revision": None, "subfolder": ""}
         if not is_explicit and config.backbone_included:
@@ -380,6 +381,6 @@ def load_processor(files: CheckpointFiles, config: CLaRaConfig) -> CLaRaProcesso
         )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         files.json(name)
-    return CLaRaProcessor.from_pretrained(
-        files.source, subfolder=files.subfolder, revision=files.revision, **files.hub_keywords
-    )
+    # Left out, the tokenizer's loader would ask on the terminal whether to run the code that config.json names.
+    place = {"subfolder": files.subfolder, "revision": files.revision, "trust_remote_code": False}
+    return CLaRaProcessor.from_pretrained(files.source, **place, **files.hub_keywords)

@@ -60,8 +60,8 @@ class CLaRaConfig(PreTrainedConfig):
         if self.format_version != FORMAT_VERSION:
             raise ValueError(
                 f"`format_version` of config.json must be {FORMAT_VERSION}, got {self.format_version}. Update the "
-                "package (`pip install -U clara-rag`), or load with `trust_remote_code=True` to use the code that "
-                "was saved with the checkpoint."
+                "package (`pip install -U clara-rag`), or load with `trust_remote_code=True` in a process that does "
+                "not import modeling_clara, to use the code that was saved with the checkpoint."
             )
         super().__post_init__(**kwargs)
         self.memory_sizes = list(self.memory_sizes)

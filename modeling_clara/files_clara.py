@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub import ResolvedRevision
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 from transformers.utils.hub import resolve_revision
@@ -35,6 +37,11 @@ class CheckpointFiles:
         options = {name: hub_keywords[name] for name in names if hub_keywords.get(name) is not None}
         self.revision = None if self.is_local else resolve_revision(self.source, revision, **options)
 
+    @property
+    def commit(self) -> str | None:
+        """Commit of a Hub repo; None for a folder."""
+        return self.revision.resolved if isinstance(self.revision, ResolvedRevision) else self.revision
+
     def path(self, name: str) -> Path:
         """Local path of a file, downloaded where needed.
 
@@ -46,7 +53,7 @@ class CheckpointFiles:
             path = cached_file(self.source, filename, subfolder=subfolder, revision=self.revision, **self.hub_keywords)
             if path is None:  # what it returns for a missing config.json, where it raises for any other file
                 raise FileNotFoundError("there is no such file.")
-        except OSError as error:
+        except (OSError, HTTPError) as error:  # the second: the connection broke off, and so did all retries
             where = self.source if self.is_local else f"{self.source} (revision {self.revision or 'main'})"
             raise FileNotFoundError(
                 f"`{name}` must be in {where}, but could not be read there: {error} The checkpoint is incomplete or "

@@ -4,8 +4,9 @@ Stands between the text-level calls and the backbone's `generate`. It knows noth
 """
 
 import contextlib
+import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,11 +16,12 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
-    TextIteratorStreamer,
 )
+from transformers.generation import BaseStreamer
 
 from .candidates_clara import Source
 from .processing_clara import Prompt
+from .text_clara import check_count
 
 PROMPTS_PER_BATCH = 8
 
@@ -60,6 +62,36 @@ class _StopOnEvent(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
 
 
+class _Pieces(BaseStreamer):
+    """Text as it is generated, for the thread that reads it; the pieces join to the text of all ids.
+
+    Args:
+        decode: ids -> text. It must only get longer with more ids, but for a character that is not complete yet.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self.decode, self.ids, self.n_sent = decode, [], 0
+        self.queue = queue.SimpleQueue()
+
+    def put(self, value):
+        self.ids += value.flatten().tolist()
+        self._send(self.decode(self.ids).rstrip("\ufffd"))
+
+    def end(self):
+        self._send(self.decode(self.ids))
+
+    def close(self):
+        self.queue.put(None)
+
+    def _send(self, text: str):
+        if len(text) > self.n_sent:
+            self.queue.put(text[self.n_sent :])
+            self.n_sent = len(text)
+
+    def __iter__(self):
+        return iter(self.queue.get, None)
+
+
 @contextlib.contextmanager
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
@@ -77,11 +109,22 @@ class ReaderMixin:
 
     def build_generation_config(self, given: GenerationConfig | None, max_new_tokens: int) -> GenerationConfig:
         """A copy of the given configuration, or greedy search, with the length limit and the end tokens filled in."""
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` must be an int >= 1, got {max_new_tokens!r}. Default: 64.")
-        config = GenerationConfig(do_sample=False) if given is None else GenerationConfig.from_dict(given.to_dict())
-        if config.max_new_tokens is None and config.max_length is None:
+        check_count(max_new_tokens, "max_new_tokens", "Default: 64.")
+        if given is None:  # spelled out, because `generate` fills gaps from the backbone's own settings
+            given = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0)
+        if not isinstance(given, GenerationConfig):
+            raise TypeError(f"`generation_config` must be a GenerationConfig, got {type(given).__name__}. Pass one.")
+        config = GenerationConfig.from_dict(given.to_dict())
+        if config.max_new_tokens is None:
+            if config.max_length is not None:  # would count the prompt and its padding, and so depend on the batch
+                raise ValueError(
+                    f"`max_length` in `generation_config` must be None, got {config.max_length}. Set `max_new_tokens`."
+                )
             config.max_new_tokens = max_new_tokens
+        if (config.num_return_sequences or 1) > 1:
+            raise ValueError(
+                f"`num_return_sequences` must be 1, got {config.num_return_sequences}. Repeat the question instead."
+            )
         if config.eos_token_id is None:
             own = self.backbone.generation_config.eos_token_id
             ends = {self.processor.answer_end_id, self.processor.tokenizer.eos_token_id}
@@ -102,7 +145,7 @@ class ReaderMixin:
     def checked_prompt(self, question, n_documents, memory_size, generation: GenerationConfig, name: str) -> Prompt:
         prompt = self.text_processor().build_prompt(question, n_documents, memory_size, name=name)
         self.check_window(
-            len(prompt.input_ids) + (generation.max_new_tokens or 0),
+            len(prompt.input_ids) + generation.max_new_tokens,
             name,
             "Shorten the question, or lower `top_k`, `memory_size` or `max_new_tokens`.",
         )
@@ -140,7 +183,7 @@ class ReaderMixin:
         return self.processor.tokenizer.decode(ids[:stop], skip_special_tokens=True).strip()
 
     def stream_text(self, prompt, memory, generation, answer: Answer) -> Generator[str, None, Answer]:
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_special_tokens=True)
+        streamer = _Pieces(lambda ids: self.decode_answer(ids, generation.eos_token_id))
         stop = threading.Event()
         outcome = {}
 
@@ -153,14 +196,13 @@ class ReaderMixin:
                     )[0]
             except BaseException as error:  # handed to the reader, who raises it
                 outcome["error"] = error
-                streamer.end()
+            finally:
+                streamer.close()
 
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
         try:
-            for piece in streamer:
-                if piece:
-                    yield piece
+            yield from streamer
         finally:
             stop.set()
             worker.join()

@@ -5,17 +5,19 @@ one thread at a time, and changes nothing. It knows nothing of losses, files or 
 """
 
 import functools
+import math
+import numbers
 from collections.abc import Generator, Iterator, Mapping, Sequence
 
 import torch
 from transformers import GenerationConfig
 from transformers.utils.logging import tqdm
 
-from .candidates_clara import Source, collect_candidates, rank_candidates
+from .candidates_clara import Source, collect_candidates, rank_candidates, read_stored_memory
 from .generation_clara import Answer, ReaderMixin, eval_mode, returning
 from .packing_clara import MAX_TOKENS, can_pack
 from .processing_clara import CLaRaProcessor
-from .text_clara import check_list, check_text
+from .text_clara import check_count, check_list, check_text
 
 
 def text_call(method):
@@ -140,10 +142,10 @@ class InferenceMixin(ReaderMixin):
             TypeError, ValueError: naming the argument, the index and the rule, also when a prompt and its answer do
                 not fit into the backbone's window.
         """
+        memory_size = self.config.check_memory_size(memory_size)
         hits, queries = self._search(
             questions, documents, corpus, top_k, retrieval_memory_size, min_score, memory_size
         )
-        memory_size = self.config.check_memory_size(memory_size)
         generation = self.build_generation_config(generation_config, max_new_tokens)
         prompts, memories, owners = [], [], []
         for index, (question, row) in enumerate(zip(questions, hits, strict=True)):
@@ -182,11 +184,11 @@ class InferenceMixin(ReaderMixin):
             `StopIteration.value`. Beam search cannot stream and is a ValueError.
         """
         check_text(question, "question")
+        memory_size = self.config.check_memory_size(memory_size)
         with self.lock, eval_mode(self), torch.no_grad():
             hits, queries = self._search(
                 [question], documents, corpus, top_k, retrieval_memory_size, min_score, memory_size
             )
-            memory_size = self.config.check_memory_size(memory_size)
             keywords = self._keywords(queries, 50)[0] if explain else None
         generation = self.build_generation_config(generation_config, max_new_tokens)
         if (generation.num_beams or 1) > 1:
@@ -232,8 +234,8 @@ class InferenceMixin(ReaderMixin):
             name first, then by their summed probability.
         """
         vocabulary = self.config.text_config.vocab_size
-        if not 1 <= top_n <= vocabulary:
-            raise ValueError(f"`top_n` must be between 1 and the vocabulary's {vocabulary}, got {top_n}. Default: 50.")
+        if check_count(top_n, "top_n", "Default: 50.") > vocabulary:
+            raise ValueError(f"`top_n` must be <= the vocabulary's {vocabulary} tokens, got {top_n}. Default: 50.")
         return self._keywords(self.encode_queries(questions), top_n)
 
     # --- encoding ----------------------------------------------------------------------------------------------------
@@ -250,8 +252,7 @@ class InferenceMixin(ReaderMixin):
         self, role: str, ids: list[list[int]], memory_size: int, batch_size: int, name: str = "documents"
     ) -> torch.Tensor:
         """(texts, k, hidden) float32 of id lists; batches of similar length, one synchronisation at the end."""
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be >= 1, got {batch_size}. Default: 16.")
+        check_count(batch_size, "batch_size", "Default: 16.")
         device = self.memory_embeddings.device
         memory = torch.empty(len(ids), memory_size, self.config.text_config.hidden_size, device=device)
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
@@ -277,30 +278,42 @@ class InferenceMixin(ReaderMixin):
     # --- retrieval ---------------------------------------------------------------------------------------------------
 
     def _search(
-        self, questions, documents, corpus, top_k, retrieval_memory_size, min_score, memory_size=None
+        self, questions, documents, corpus, top_k, retrieval_memory_size, min_score, memory_size=0
     ) -> tuple[list[list[tuple[Source, torch.Tensor]]], torch.Tensor]:
-        """For each question (source, memory (n, hidden)) pairs, best first; and the query memories."""
+        """For each question (source, memory (n, hidden)) pairs, best first; and the query memories.
+
+        `memory_size` is what will be read, 0 where nothing is.
+        """
         check_list(questions, "questions")
         k_score = self.config.check_memory_size(
             self.config.retrieval_memory_size if retrieval_memory_size is None else retrieval_memory_size,
             "retrieval_memory_size",
         )
-        k_needed = max(k_score, self.config.check_memory_size(memory_size))
         if (documents is None) == (corpus is None):
             raise ValueError("`documents` or `corpus` must be given, not both and not neither. Pass one of them.")
-        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-            raise ValueError(f"`top_k` must be an int >= 1, got {top_k!r}. Leave it out for the default.")
+        if top_k is not None:
+            check_count(top_k, "top_k", "Leave it out for the default.")
+        is_number = isinstance(min_score, numbers.Real) and not isinstance(min_score, bool)
+        if min_score is not None and not (is_number and math.isfinite(min_score)):
+            raise ValueError(
+                f"`min_score` must be a finite number, got {min_score!r}. Pass a cosine between -1 and 1."
+            )
         if corpus is not None:
             queries = self.encode_queries(questions, memory_size=k_score)
             hits = corpus.search(queries, top_k or self.config.retrieval_top_k)
-            ranked = [[_hit(hit) for hit in row] for row in hits]
+            ranked = [[self._read_hit(hit, memory_size) for hit in row] for row in hits]
         else:
-            candidates, memory = collect_candidates(self, documents, len(questions), top_k, k_needed)
+            candidates, memory = collect_candidates(self, documents, len(questions), top_k, max(k_score, memory_size))
             queries = self.encode_queries(questions, memory_size=k_score)
             ranked = rank_candidates(queries, candidates, memory, k_score, top_k or self.config.retrieval_top_k)
         if min_score is not None:
             ranked = [[hit for hit in row if hit[0].score >= min_score] for row in ranked]
         return ranked, queries
+
+    def _read_hit(self, hit: Mapping, memory_size: int) -> tuple[Source, torch.Tensor]:
+        source = Source(**{name: hit[name] for name in ("document_id", "span", "score", "title", "text")})
+        name = f"memory of {source.document_id!r} in the corpus"
+        return source, read_stored_memory(self, hit["memory"], memory_size, name)
 
     def _keywords(self, queries: torch.Tensor, top_n: int) -> list[list[str]]:
         """Words of (questions, k, hidden) query memories, see `explain_queries`."""
@@ -337,8 +350,3 @@ def _batches(order: list[int], lengths: list[int], batch_size: int, is_packed: b
         batch.append(row)
         n_tokens += lengths[row]
     yield batch
-
-
-def _hit(hit: Mapping) -> tuple[Source, torch.Tensor]:
-    fields = ("document_id", "span", "score", "title", "text")
-    return Source(**{name: hit[name] for name in fields}), torch.as_tensor(hit["memory"])

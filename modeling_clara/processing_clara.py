@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from .prompting_clara import (
@@ -19,7 +18,15 @@ from .prompting_clara import (
     check_prompt,
     render_prompt,
 )
-from .text_clara import check_list, check_text, overlap_start, read_document, word_start
+from .text_clara import (
+    PlainEncoder,
+    check_count,
+    check_list,
+    check_text,
+    overlap_start,
+    read_document,
+    word_start,
+)
 
 IGNORE_INDEX = -100
 
@@ -98,8 +105,7 @@ class CLaRaProcessor(ProcessorMixin):
         self.chat_template_kwargs = (
             {"enable_thinking": False} if chat_template_kwargs is None else chat_template_kwargs
         )
-        self._plain_tokenizer = None
-        self._added_ids = None
+        self._plain_encoder = None
         self._prompts = {}
 
     # --- text -> ids -------------------------------------------------------------------------------------------------
@@ -132,41 +138,9 @@ class CLaRaProcessor(ProcessorMixin):
         return self._encode(text, name)[0]
 
     def _encode(self, text: str, name: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and their character ranges in `text`; see `encode_text`."""
-        if not isinstance(text, str):
-            raise TypeError(f"`{name}` must be a str, got {type(text).__name__}. Pass its text.")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"`{name}` must be valid UTF-8, got a lone surrogate at character {error.start}. Decode the source "
-                "with the right encoding."
-            ) from error
-        if self._plain_tokenizer is None:
-            self._plain_tokenizer, self._added_ids = _without_added_tokens(self.tokenizer)
-        ids, offsets, pieces = [], [], [(0, len(text))]
-        while pieces:
-            start, end = pieces.pop()
-            encoding = self._plain_tokenizer.encode(text[start:end], add_special_tokens=False)
-            if self._added_ids.isdisjoint(encoding.ids):
-                ids += encoding.ids
-                offsets += [(start + first, start + last) for first, last in encoding.offsets]
-                continue
-            # A model that holds markup as ordinary pieces (Unigram does): cut the text inside each of them.
-            markup = [
-                range_
-                for token, range_ in zip(encoding.ids, encoding.offsets, strict=True)
-                if token in self._added_ids
-            ]
-            if any(last - first < 2 for first, last in markup):
-                first, last = next(range_ for range_ in markup if range_[1] - range_[0] < 2)
-                raise ValueError(
-                    f"`{name}` must not contain {text[start + first : start + last]!r} (character {start + first}), "
-                    "which this tokenizer can only read as markup. Remove it."
-                )
-            cuts = [start, *(start + first + 1 for first, _ in markup), end]
-            pieces += reversed(list(zip(cuts[:-1], cuts[1:], strict=True)))
-        return ids, offsets
+        if self._plain_encoder is None:
+            self._plain_encoder = PlainEncoder(self.tokenizer)
+        return self._plain_encoder.encode(text, name)
 
     def encode_questions(self, questions: Sequence[str], name: str = "questions") -> list[list[int]]:
         """Reasoner input of each question: `[BOS?] question`, without the memory tokens.
@@ -225,7 +199,6 @@ class CLaRaProcessor(ProcessorMixin):
         if len(header) > self.document_max_length // 4:  # too long to stand on every span: read once, as text
             return self._spans("", f"{title}\n{text}", name)
         budget = self.document_max_length - len(header)
-        overlap = min(self.document_overlap, budget // 2)
         spans, first = [], 0  # first: index of the token at which the next span begins
         while first < len(offsets):
             start, last = offsets[first][0], min(first + budget, len(offsets))
@@ -235,11 +208,17 @@ class CLaRaProcessor(ProcessorMixin):
                 last -= len(part_ids) - budget
                 end = word_start(text, start, offsets[last][0])
                 part = text[start:end].strip()
+            if end <= start:
+                raise ValueError(
+                    f"`document_max_length` must leave room for every character, got {self.document_max_length} for "
+                    f"{text[start]!r} in `{name}`. Raise it, or remove the character."
+                )
             if part:
                 spans.append((title, part, header + part_ids))
             following = next((index for index in range(first, len(offsets)) if offsets[index][1] > end), len(offsets))
             if following == len(offsets):
                 break
+            overlap = min(self.document_overlap, (following - first) // 2)  # a short span is not repeated whole
             first = overlap_start(text, offsets, max(first + 1, following - overlap), following)
         return spans
 
@@ -284,7 +263,8 @@ class CLaRaProcessor(ProcessorMixin):
             memory_mask += [False] * (len(ids) + len(segment))
         labels = [IGNORE_INDEX] * len(input_ids)
         if answer is not None:
-            answer_ids = [*self.encode_text(encoded.answer_prefix + answer, "answers"), encoded.answer_end_id]
+            text = encoded.answer_prefix + answer if isinstance(answer, str) else answer  # else the next line raises
+            answer_ids = [*self.encode_text(text, name.replace("question", "answer")), encoded.answer_end_id]
             input_ids, labels = input_ids + answer_ids, labels + answer_ids
             memory_mask += [False] * len(answer_ids)
         return Prompt(input_ids, memory_mask, labels)
@@ -302,7 +282,7 @@ class CLaRaProcessor(ProcessorMixin):
     def _encoded_prompt(self, prompt: str) -> _EncodedPrompt:
         """Render a prompt and encode the template's own text, the only text whose markup counts; cached."""
         template = self.chat_template or self.tokenizer.chat_template
-        key = (prompt, self.system_prompt, template if isinstance(template, str) else str(template))
+        key = (prompt, self.system_prompt, str(template), str(self.chat_template_kwargs))
         if key not in self._prompts:
             rendered = render_prompt(prompt, self.system_prompt, self._render_chat if template else None)
             segments = [self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in rendered.segments]
@@ -375,13 +355,18 @@ class CLaRaProcessor(ProcessorMixin):
         """
         if return_tensors != "pt":
             raise ValueError(f"`return_tensors` must be 'pt', got {return_tensors!r}. Leave it out.")
+        check_list(questions, "questions")
+        if top_k is not None:
+            check_count(top_k, "top_k", "Leave it out to read all documents.")
         lists = {"documents": documents} if answers is None else {"documents": documents, "answers": answers}
         for name, values in lists.items():
-            if len(values) != len(questions):
+            if len(check_list(values, name)) != len(questions):
                 raise ValueError(
                     f"`{name}` must have one entry per question ({len(questions)}), got {len(values)}. Make the lists "
                     "equally long."
                 )
+        if answers is not None and None in answers:
+            raise TypeError(f"`answers[{answers.index(None)}]` must be a str, got NoneType. Leave out `answers`.")
         encoded = [self.encode_documents(row, f"documents[{index}]") for index, row in enumerate(documents)]
         n_documents = max(map(len, encoded))
         flat = [ids for row in encoded for ids in row + [[]] * (n_documents - len(row))]
@@ -404,20 +389,6 @@ class CLaRaProcessor(ProcessorMixin):
             features["query_input_ids"] = self.pad(queries, self.pad_token_id)
             features["query_attention_mask"] = self.pad([[1] * len(ids) for ids in queries], 0)
         return BatchFeature(features)
-
-
-def _without_added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, set[int]]:
-    """The same tokenizer without its added tokens, and their ids.
-
-    The unknown token is left out of the ids: from a text it says only that a character was not known.
-    """
-    backend = tokenizer.backend_tokenizer
-    plain = Tokenizer(backend.model)
-    if backend.normalizer is not None:
-        plain.normalizer = backend.normalizer
-    if backend.pre_tokenizer is not None:
-        plain.pre_tokenizer = backend.pre_tokenizer
-    return plain, set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
 
 
 CLaRaProcessor.register_for_auto_class()

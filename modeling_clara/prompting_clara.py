@@ -73,8 +73,9 @@ def render_prompt(prompt: str, system_prompt: str, render_chat: Callable[..., st
         ValueError: the template drops or repeats the user's text.
     """
     user = prompt.replace(DOCUMENTS, _DOCUMENTS).replace(QUESTION, _QUESTION)
+    marks = [mark for mark in (_DOCUMENTS, _QUESTION) if mark in user]
     if render_chat is None:
-        return _cut(f"{system_prompt}\n\n{user}\nAnswer:", answer_prefix=" ", answer_end="")
+        return _cut(f"{system_prompt}\n\n{user}\nAnswer:", marks, answer_prefix=" ", answer_end="")
     messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": user}]
     try:
         text = render_chat(messages, add_generation_prompt=True)
@@ -83,23 +84,26 @@ def render_prompt(prompt: str, system_prompt: str, render_chat: Callable[..., st
     if text.count(_SYSTEM) != 1:
         messages = [{"role": "user", "content": f"{_SYSTEM}\n\n{user}" if system_prompt else user}]
         text = render_chat(messages, add_generation_prompt=True)
+    if text.count(_SYSTEM) != bool(system_prompt or messages[0]["role"] == "system"):
+        raise ValueError(
+            "the chat template must show the instruction exactly once. Give the processor another `chat_template`."
+        )
     closed = render_chat([*messages, {"role": "assistant", "content": _ANSWER}], add_generation_prompt=False)
-    answer_end = closed.rpartition(_ANSWER)[2]
-    return _cut(text.replace(_SYSTEM, system_prompt), answer_prefix="", answer_end=answer_end)
+    answer_end = closed.rpartition(_ANSWER)[2] if _ANSWER in closed else ""
+    return _cut(text.replace(_SYSTEM, system_prompt), marks, answer_prefix="", answer_end=answer_end)
 
 
-def _cut(text: str, *, answer_prefix: str, answer_end: str) -> RenderedPrompt:
+def _cut(text: str, marks: list[str], *, answer_prefix: str, answer_end: str) -> RenderedPrompt:
     """Cut the rendered text at its markers, in the order in which they stand there."""
-    marks = sorted((text.find(mark), mark) for mark in (_DOCUMENTS, _QUESTION) if mark in text)
-    if not marks or any(text.count(mark) != 1 for _, mark in marks):
+    if not marks or any(text.count(mark) != 1 for mark in marks):
         raise ValueError(
             "the chat template must show the user's text exactly once. Give the processor another `chat_template`."
         )
     segments, start = [], 0
-    for position, mark in marks:
+    for mark in sorted(marks, key=text.find):
+        position = text.find(mark)
         segments.append(text[start:position])
         start = position + len(mark)
     names = {_DOCUMENTS: DOCUMENTS, _QUESTION: QUESTION}
-    return RenderedPrompt(
-        (*segments, text[start:]), tuple(names[mark] for _, mark in marks), answer_prefix, answer_end
-    )
+    slots = tuple(names[mark] for mark in sorted(marks, key=text.find))
+    return RenderedPrompt((*segments, text[start:]), slots, answer_prefix, answer_end)

@@ -1,15 +1,18 @@
-"""Checks and cuts of a user's text: what is a document, where may a span begin and end.
+"""A user's text: what is a document, what are its ids, where may a span begin and end.
 
-Stands before the processor. It knows nothing of tokenizers' markup, tensors or models.
+Stands before the processor. It knows nothing of prompts, tensors or models.
 """
 
 from collections.abc import Mapping, Sequence
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
 
 
 def check_list(values, name: str) -> list:
     """Return `values` as a list, or raise a TypeError or ValueError that says what was expected."""
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Sequence):
-        raise TypeError(f"`{name}` must be a list, got {type(values).__name__}. Wrap a single one: [{name[:-1]}].")
+        raise TypeError(f"`{name}` must be a list, got {type(values).__name__}. Wrap a single one in [].")
     if not values:
         raise ValueError(f"`{name}` must have at least one entry, got an empty list. Pass at least one.")
     return list(values)
@@ -22,6 +25,13 @@ def check_text(text, name: str) -> str:
     if not text.strip():
         raise ValueError(f"`{name}` must not be empty, got {text!r}. Remove it from the list.")
     return text
+
+
+def check_count(value, name: str, remedy: str) -> int:
+    """Return `value`, or raise a ValueError unless it is an int >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be an int >= 1, got {value!r}. {remedy}")
+    return value
 
 
 def read_document(document: str | Mapping, name: str) -> tuple[str, str]:
@@ -40,6 +50,64 @@ def read_document(document: str | Mapping, name: str) -> tuple[str, str]:
     if title is not None and not isinstance(title, str):
         raise TypeError(f"`{name}['title']` must be a str, got {type(title).__name__}. Pass text or leave it out.")
     return (title or "").strip(), check_text(document["text"], f"{name}['text']")
+
+
+class PlainEncoder:
+    """Encodes text as data: the tokenizer without its added tokens.
+
+    Args:
+        tokenizer: a fast tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        backend = tokenizer.backend_tokenizer
+        self.tokenizer = Tokenizer(backend.model)
+        if backend.normalizer is not None:
+            self.tokenizer.normalizer = backend.normalizer
+        if backend.pre_tokenizer is not None:
+            self.tokenizer.pre_tokenizer = backend.pre_tokenizer
+        self.added_ids = set(tokenizer.added_tokens_decoder)
+        # From a text the unknown token says only that a character was not known, unless it doubles as a turn's mark.
+        if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+            self.added_ids.discard(tokenizer.unk_token_id)
+
+    def encode(self, text: str, name: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and their character ranges in `text`, none of them an added token.
+
+        Raises:
+            TypeError: not a string.
+            ValueError: not encodable as UTF-8, or a character that exists as an added token only.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"`{name}` must be a str, got {type(text).__name__}. Pass its text.")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"`{name}` must be valid UTF-8, got a lone surrogate at character {error.start}. Decode the source "
+                "with the right encoding."
+            ) from error
+        ids, offsets, pieces = [], [], [(0, len(text))]
+        while pieces:
+            start, end = pieces.pop()
+            encoding = self.tokenizer.encode(text[start:end], add_special_tokens=False)
+            if self.added_ids.isdisjoint(encoding.ids):
+                ids += encoding.ids
+                offsets += [(start + first, start + last) for first, last in encoding.offsets]
+                continue
+            # A model that holds markup as ordinary pieces (Unigram does): cut the text inside each of them.
+            markup = [
+                range_ for token, range_ in zip(encoding.ids, encoding.offsets, strict=True) if token in self.added_ids
+            ]
+            if any(last - first < 2 for first, last in markup):
+                first, last = next(range_ for range_ in markup if range_[1] - range_[0] < 2)
+                raise ValueError(
+                    f"`{name}` must not contain {text[start + first : start + last]!r} (character {start + first}), "
+                    "which this tokenizer can only read as markup. Remove it."
+                )
+            cuts = [start, *(start + first + 1 for first, _ in markup), end]
+            pieces += reversed(list(zip(cuts[:-1], cuts[1:], strict=True)))
+        return ids, offsets
 
 
 def overlap_start(text: str, offsets: list[tuple[int, int]], first: int, following: int) -> int:

@@ -1,0 +1,423 @@
+"""Checkpoints in local folders: what is written, that it comes back bit for bit, that what does not fit is an error.
+Every error is held to naming the file and the remedy. It does not know the Hub, see test_hub_loading.py.
+"""
+
+import ast
+import copy
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from test_hub_loading import contents, edit_json, observe, observe_clean_process
+from tiny import build_backbone, randomize_adapters, save_backbone
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
+
+import modeling_clara
+from modeling_clara import ROLES, CLaRaConfig, CLaRaForRAG, CLaRaProcessor
+from modeling_clara.digest_clara import backbone_digests
+
+CODE = {
+    f"{name}_clara.py"
+    for name in "adapters backbone candidates checkpoint configuration digest files generation inference memory "
+    "modeling packing processing prompting retrieval text".split()
+}
+WEIGHTS = {"clara.safetensors", *(f"{role}/adapter_model.safetensors" for role in ROLES)}
+JSON = {"config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"} | {
+    f"{role}/adapter_config.json" for role in ROLES
+}
+
+
+@pytest.fixture
+def texts(documents, questions) -> dict:
+    return {"documents": documents, "questions": questions}
+
+
+@pytest.fixture
+def folder(checkpoint, tmp_path) -> Path:
+    """A copy of the checkpoint to damage."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+
+
+def edit_tensors(path: Path, change) -> None:
+    """Rewrite a safetensors file; `change` takes its tensors and the name of the first."""
+    tensors = load_file(path)
+    change(tensors, min(tensors))
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_has_exactly_the_files_of_the_layout(checkpoint):
+    assert set(contents(checkpoint)) == CODE | WEIGHTS | JSON | {"README.md", "chat_template.jinja"}
+
+
+def test_the_code_that_travels_is_the_import_closure_of_the_registered_classes():
+    package = Path(modeling_clara.__file__).parent
+    todo = [path.name for path in package.glob("*.py") if "register_for_auto_class(" in path.read_text()]
+    found = set()
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            nodes = ast.walk(ast.parse((package / name).read_text()))
+            todo += [f"{node.module}.py" for node in nodes if isinstance(node, ast.ImportFrom) and node.level]
+    assert found == CODE
+
+
+def test_weights_are_special_rows_and_lora_only(checkpoint, shared_model):
+    rows = load_file(checkpoint / "clara.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in rows.items()}
+    assert shapes == {"memory_embeddings": (4, 32), "separator_embedding": (1, 32)}
+    for role in ROLES:
+        names = list(load_file(checkpoint / role / "adapter_model.safetensors"))
+        assert len(names) == 2 * len(shared_model.roles.layers)
+        assert all(re.fullmatch(r"base_model\.model\.model\..+\.lora_[AB]\.weight", name) for name in names)
+
+
+def test_processor_files_hold_every_template_and_no_trace_of_where_they_came_from(checkpoint, shared_model):
+    settings = json.loads((checkpoint / "processor_config.json").read_text())
+    for name in ("system_prompt", "answer_prompt", "paraphrase_prompts", "chat_template_kwargs"):
+        assert settings[name] == getattr(shared_model.processor, name)
+    template = shared_model.processor.tokenizer.chat_template
+    tokenizer = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    assert (checkpoint / "chat_template.jinja").read_text() == tokenizer["chat_template"] == template
+    assert not {"is_local", "local_files_only", "token"} & set(tokenizer)
+
+
+# --- coming back -----------------------------------------------------------------------------------------------------
+
+
+def test_memories_answers_and_fingerprint_come_back_equal(checkpoint, shared_model, texts):
+    loaded = CLaRaForRAG.from_pretrained(checkpoint)
+    assert observe(loaded, texts) == observe(shared_model, texts)
+    assert not loaded.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_load_save_is_equal_byte_for_byte(checkpoint, tmp_path, dtype):
+    CLaRaForRAG.from_pretrained(checkpoint, dtype=dtype).save_pretrained(tmp_path)
+    assert contents(tmp_path) == contents(checkpoint)
+
+
+def test_saving_over_a_checkpoint_keeps_its_card_and_removes_what_is_stale(model, folder, tmp_path):
+    model.save_pretrained(folder, include_backbone=True, max_shard_size="20KB")
+    assert len(list(folder.glob("backbone/*.safetensors"))) > 2
+    (folder / "README.md").write_text("mine")
+    (folder / "notes.txt").write_text("mine")
+    model.processor.tokenizer.chat_template = model.processor.chat_template = None
+    for target in (folder, tmp_path / "new"):
+        model.save_pretrained(target, include_backbone=True)
+    old, new = contents(folder), contents(tmp_path / "new")
+    assert old.pop("README.md") == old.pop("notes.txt") == b"mine" != new.pop("README.md")
+    assert old == new and "chat_template.jinja" not in new
+
+
+def test_a_lost_chat_template_file_changes_no_prompt(folder, shared_model, texts):
+    (folder / "chat_template.jinja").unlink()
+    assert observe(CLaRaForRAG.from_pretrained(folder), texts) == observe(shared_model, texts)
+
+
+def test_the_fingerprint_ignores_dtype_merging_and_random_state(checkpoint, shared_model):
+    model = CLaRaForRAG.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    torch.manual_seed(12345)
+    assert model.fingerprint == copy.deepcopy(model).fingerprint == shared_model.fingerprint
+    with model.bulk_compression():
+        assert model.fingerprint == shared_model.fingerprint
+    assert CLaRaForRAG.from_pretrained(checkpoint).to(torch.bfloat16).fingerprint == shared_model.fingerprint
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+@pytest.mark.parametrize("part", ["compressor", "memory_embeddings", "separator_embedding", "reasoner", "generator"])
+def test_the_fingerprint_changes_with_compressor_and_special_rows_alone(checkpoint, model, is_loaded, part):
+    model = CLaRaForRAG.from_pretrained(checkpoint) if is_loaded else model
+    before = model.fingerprint
+    name = [name for name, _ in model.named_parameters() if part in name][-1]
+    model.get_parameter(name).data[0, 0] += 1.0
+    assert (model.fingerprint == before) == (part in ("reasoner", "generator"))
+
+
+def test_the_fingerprint_changes_with_document_length_and_tokenizer(model):
+    seen = [model.fingerprint]
+    model.config.document_max_length = 128
+    seen.append(model.fingerprint)
+    model.processor.tokenizer.add_tokens(["<other>"])
+    seen.append(model.fingerprint)
+    assert len(set(seen)) == 3
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks transformers for it
+@pytest.mark.parametrize("role", ROLES)
+def test_plain_peft_loads_a_role_folder(checkpoint, shared_model, backbone_folder, role):
+    peft_model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(backbone_folder), checkpoint / role)
+    ids = torch.tensor([[3, 50, 70, 90, 110, 130]])
+    with torch.no_grad(), shared_model.roles.use(role):
+        ours = shared_model.backbone(ids).logits
+        assert torch.equal(peft_model.eval()(ids).logits, ours)
+        with peft_model.disable_adapter():
+            assert not torch.allclose(peft_model(ids).logits, ours, atol=1e-2)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_included_backbone_needs_no_other_folder(tmp_path, texts, tied):
+    backbone = save_backbone(tmp_path / "backbone", tied=tied)
+    model = CLaRaForRAG.from_backbone(backbone, memory_sizes=(2, 4), lora_rank=4)
+    randomize_adapters(model)
+    with model.bulk_compression():  # its merged weights are not the ones to write
+        model.save_pretrained(tmp_path / "whole", include_backbone=True)
+    shutil.rmtree(backbone)
+    loaded = CLaRaForRAG.from_pretrained(tmp_path / "whole")
+    assert observe(loaded, texts) == observe(model, texts)
+    assert ("lm_head.weight" in load_file(tmp_path / "whole/backbone/model.safetensors")) is not tied
+    loaded.save_pretrained(tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+    loaded.save_pretrained(tmp_path / "small", include_backbone=False)
+    with pytest.raises(OSError, match=r"(?s)the backbone `.*` could not be found.*Pass `backbone=PATH`"):
+        CLaRaForRAG.from_pretrained(tmp_path / "small")
+    small = CLaRaForRAG.from_pretrained(tmp_path / "small", backbone=tmp_path / "whole/backbone")
+    assert observe(small, texts) == observe(model, texts)
+
+
+# --- what does not fit -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(WEIGHTS | JSON))
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"(?s)`{name}` must be in .*copy or save it again"):
+        CLaRaForRAG.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ['{"a": ', "[1]"])
+@pytest.mark.parametrize("name", sorted(JSON))
+def test_damaged_json_is_named(folder, name, text):
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"`{name}` of .* must be JSON.*copy or download it again"):
+        CLaRaForRAG.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("share", [0, 0.9])
+@pytest.mark.parametrize("name", ["clara.safetensors", "generator/adapter_model.safetensors"])
+def test_truncated_weights_are_named(folder, name, share):
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ValueError, match=rf"`{name}` of .* must be a complete safetensors file.*download it again"):
+        CLaRaForRAG.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda t, name: t.update({name: t[name][:, 1:].clone()}), r"must have the shape \(.*\), got \(.*\)\. Rank"),
+        (lambda t, name: t.pop(name), r"must .*; missing: \['.*'\] \(1\), unexpected: \[\] \(0\).*`save_pretrained`"),
+        (lambda t, _: t.update(x=torch.ones(1)), r"must .*; missing: \[\] \(0\), unexpected: \['x'\] \(1\).*`save_pr"),
+        (lambda t, name: t[name][0].fill_(float("nan")), r"must be finite, got NaN or infinity\. Use an earlier"),
+        (lambda t, name: t[name][-1].fill_(float("-inf")), r"must be finite, got NaN or infinity\. Use an earlier"),
+    ],
+    ids=["shape", "missing", "extra", "nan", "inf"],
+)
+@pytest.mark.parametrize("name", ["clara.safetensors", "compressor/adapter_model.safetensors"])
+def test_wrong_tensors_are_named(folder, name, change, match):
+    edit_tensors(folder / name, change)
+    with pytest.raises(ValueError, match=rf"`{name}` {match}"):
+        CLaRaForRAG.from_pretrained(folder)
+
+
+def test_an_adapter_of_another_rank_is_named(backbone_folder, folder, tmp_path):
+    CLaRaForRAG.from_backbone(backbone_folder, memory_sizes=(2, 4), lora_rank=8).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other/reasoner/adapter_model.safetensors", folder / "reasoner")
+    match = r"lora_A\.weight` in `reasoner/adapter_model.safetensors` must have the shape \(4, \d+\), got \(8, \d+\)"
+    with pytest.raises(ValueError, match=match):
+        CLaRaForRAG.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "name, fields, match",
+    [
+        ("compressor/adapter_config", {"r": 8}, r"`r` in `compressor/.*` must be 4 as in config.json, got 8\."),
+        ("generator/adapter_config", {"lora_alpha": 64}, r"`lora_alpha` in `generator/.*` must be 8 .*got 64\. Use"),
+        ("reasoner/adapter_config", {"target_modules": ["q_proj"]}, r"`target_modules` in `reasoner/.*\['q_proj'\]\."),
+        ("config", {"format_version": 2}, r"`format_version` of config.json must be 1, got 2\. Update the package"),
+        ("config", {"model_type": "llama"}, r"`model_type` in `config.json` .* got 'llama'\. .*`from_backbone`"),
+        ("config", {"memory_sizes": [2, 4, 8]}, r"`memory_embeddings` in `clara.safetensors` must .* \(8, 32\), got"),
+        ("config", {"document_max_length": 96}, r"`document_max_length` in `processor_config.json` must be 96 as in"),
+        ("processor_config", {"document_max_length": 96}, r"must be 64 as in config.json, got 96\. Use the files"),
+    ],
+)
+def test_settings_that_contradict_are_named(folder, name, fields, match):
+    edit_json(folder / f"{name}.json", **fields)
+    with pytest.raises(ValueError, match=match):
+        CLaRaForRAG.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "field, fields",
+    [
+        ("hidden_size", {"hidden_size": 64}),
+        ("vocab_size", {"vocabulary": 400}),
+        ("num_hidden_layers", {"num_hidden_layers": 3}),
+        ("model_type", {"architecture": "mistral"}),
+    ],
+)
+@pytest.mark.parametrize("is_explicit", [True, False])
+def test_a_backbone_of_another_structure_is_an_error(folder, tmp_path, field, fields, is_explicit):
+    build_backbone(**{"vocabulary": 343, **fields}).save_pretrained(tmp_path / "other")
+    if not is_explicit:
+        edit_json(folder / "config.json", backbone_name_or_path=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=rf"`.*other` must have {field} .* as in `text_config`.*Pass `backbone=PATH`"):
+        CLaRaForRAG.from_pretrained(folder, backbone=tmp_path / "other" if is_explicit else None)
+
+
+def test_other_backbone_weights_are_an_error_and_a_warning_where_asked_for(folder, tmp_path, caplog):
+    other = save_backbone(tmp_path / "other", seed=1)
+    remedy = r"(?s)`.*other` must be those the adapters were trained on.*differ in \['embedding_signs', .*backbone="
+    model = CLaRaForRAG.from_pretrained(folder, backbone=other)
+    assert re.search(remedy, caplog.text)
+    embeddings = AutoModelForCausalLM.from_pretrained(other).get_input_embeddings().weight
+    assert torch.equal(model.get_input_embeddings().weight, embeddings)
+    caplog.clear()
+    CLaRaForRAG.from_pretrained(folder)
+    assert not caplog.text
+    edit_json(folder / "config.json", backbone_name_or_path=str(other))
+    with pytest.raises(ValueError, match=remedy):
+        CLaRaForRAG.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "damage, error, match",
+    [
+        (lambda path: edit_tensors(path, lambda t, _: t.pop("model.norm.weight")), ValueError, r"missing: \['model.n"),
+        (lambda path: edit_tensors(path, lambda t, n: t.update({n: t[n][1:].clone()})), ValueError, r"shape: \['lm_h"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-5000]), OSError, "could not be loaded"),
+        (lambda path: path.unlink(), OSError, "could not be loaded"),
+    ],
+    ids=["tensor missing", "wrong shape", "truncated", "file missing"],
+)
+def test_incomplete_backbone_weights_are_an_error(backbone_folder, checkpoint, tmp_path, damage, error, match):
+    backbone = shutil.copytree(backbone_folder, tmp_path / "damaged")
+    damage(backbone / "model.safetensors")
+    with pytest.raises(error, match=rf"(?s)the backbone `.*damaged` .*{match}.*[Pp]ass `backbone=PATH`"):
+        CLaRaForRAG.from_pretrained(checkpoint, backbone=backbone)
+
+
+@pytest.mark.parametrize(
+    "prepare, match",
+    [
+        (lambda model, target: setattr(model, "processor", None), "`model.processor` must be set to save"),
+        (lambda model, target: setattr(model.config, "document_max_length", 96), r"must be 96 .* got 64\. Set both"),
+        (lambda model, target: target.write_text(""), "`save_directory` must be a folder, got the file"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(model, tmp_path, prepare, match):
+    prepare(model, tmp_path / "target")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=match):
+        model.save_pretrained(tmp_path / "target")
+    assert contents(tmp_path) == before
+
+
+# --- keywords --------------------------------------------------------------------------------------------------------
+
+
+def test_dtype_is_float32_on_cpu_whatever_the_backbone_was_saved_in(checkpoint, backbone_folder, tmp_path):
+    backbone = AutoModelForCausalLM.from_pretrained(backbone_folder, dtype=torch.bfloat16)
+    backbone.save_pretrained(tmp_path)
+
+    def dtypes(**keywords):
+        model = CLaRaForRAG.from_pretrained(checkpoint, backbone=tmp_path, **keywords)
+        return {parameter.dtype for parameter in model.parameters()}
+
+    for device_map in (None, "cpu", {"": "cpu"}, torch.device("cpu")):
+        assert dtypes(device_map=device_map) == {torch.float32}
+    assert dtypes(dtype="auto") == dtypes(dtype=torch.bfloat16) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("auto_class", [CLaRaForRAG, AutoModel])
+@pytest.mark.parametrize(
+    "keywords, tolerance",
+    [
+        ({"device_map": "cpu"}, 0.0),
+        ({"attn_implementation": "eager"}, 1e-4),
+        ({"attn_implementation": "sdpa"}, 0.0),
+        ({"dtype": "bfloat16"}, 0.2),
+        ({"torch_dtype": torch.bfloat16}, 0.2),
+    ],
+)
+def test_loader_keywords_reach_the_backbone(checkpoint, shared_model, texts, auto_class, keywords, tolerance):
+    model = auto_class.from_pretrained(checkpoint, **keywords)
+    assert model.backbone.config._attn_implementation == keywords.get("attn_implementation", "sdpa")
+    assert model.dtype == (torch.bfloat16 if tolerance == 0.2 else torch.float32)
+    memory = model.compress(texts["documents"])
+    assert memory.dtype == torch.float32
+    torch.testing.assert_close(memory, shared_model.compress(texts["documents"]), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("auto_class", [CLaRaForRAG, AutoModel])
+def test_a_quantised_backbone_loads_and_saves_its_adapters(checkpoint, shared_model, tmp_path, texts, auto_class):
+    torchao = pytest.importorskip("torchao.quantization")
+    from transformers import TorchAoConfig
+
+    quantization = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    model = auto_class.from_pretrained(checkpoint, quantization_config=quantization)
+    assert backbone_digests(model.backbone)["layer_signs"] is None
+    expected = shared_model.compress(texts["documents"])
+    assert 0 < (model.compress(texts["documents"]) - expected).abs().max() < 0.1 * expected.abs().max()
+    assert model.fingerprint == shared_model.fingerprint
+    model.save_pretrained(tmp_path / "saved")
+    assert contents(tmp_path / "saved") == contents(checkpoint)
+    with pytest.raises(ValueError, match="`include_backbone` must be False for a quantised backbone"):
+        model.save_pretrained(tmp_path / "whole", include_backbone=True)
+
+
+@pytest.mark.parametrize("include_backbone", [False, True])
+def test_a_checkpoint_loads_from_a_subfolder(shared_model, tmp_path, texts, include_backbone):
+    shared_model.save_pretrained(tmp_path / "runs/best", include_backbone=include_backbone)
+    for auto_class in (CLaRaForRAG, AutoModel):
+        model = auto_class.from_pretrained(tmp_path, subfolder="runs/best")
+        assert observe(model, texts) == observe(shared_model, texts)
+    with pytest.raises(FileNotFoundError, match=r"`config.json` must be in"):
+        CLaRaForRAG.from_pretrained(tmp_path)
+
+
+def test_a_given_config_takes_the_place_of_the_file(folder, shared_model, texts):
+    config = CLaRaConfig.from_pretrained(folder, retrieval_top_k=1)
+    (folder / "config.json").unlink()
+    model = CLaRaForRAG.from_pretrained(folder, config=config)
+    assert torch.equal(model.compress(texts["documents"]), shared_model.compress(texts["documents"]))
+    assert [len(row) for row in model.retrieve(texts["questions"], documents=texts["documents"])] == [1, 1]
+    model.config.retrieval_top_k = 3
+    assert config.retrieval_top_k == 1
+
+
+def test_a_deep_copy_is_independent(shared_model, texts):
+    before, other = observe(shared_model, texts), copy.deepcopy(shared_model)
+    assert observe(other, texts) == before
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1)
+    with other.roles.use("generator"):
+        assert observe(shared_model, texts) == before
+    assert other.fingerprint != before["fingerprint"]
+    assert not torch.allclose(other.compress(texts["documents"]), torch.tensor(before["memory"]), atol=1e-2)
+
+
+# --- Auto classes ----------------------------------------------------------------------------------------------------
+
+
+def test_auto_classes_know_the_package_without_remote_code(checkpoint, shared_model, texts):
+    model = AutoModel.from_pretrained(checkpoint)
+    assert type(model) is CLaRaForRAG and type(AutoProcessor.from_pretrained(checkpoint)) is CLaRaProcessor
+    assert observe(model, texts) == observe(shared_model, texts)
+
+
+def test_a_clean_process_loads_a_folder_with_remote_code_and_saves_it_again(
+    checkpoint, shared_model, tmp_path, texts, hub
+):
+    seen = observe_clean_process(checkpoint, texts, hub.environment(tmp_path / "home"), tmp_path)
+    assert seen == json.loads(json.dumps(observe(shared_model, texts)))
+    assert contents(tmp_path / "again") == contents(checkpoint)
