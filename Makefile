@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# torchao stands apart, for the tests alone: wherever it is installed, transformers imports it and it prints warnings.
+QUANTIZATION := $(VENV)/quantization
 MINIMUM := $(shell sed -n 's/^requires-python = ">=\([0-9.]*\)"/\1/p' pyproject.toml)
 
 PASSAGES := passages_scp_sample.jsonl.gz
@@ -37,6 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing into $(VENV). The first time this takes a few minutes."
 	$(BIN)/python -m pip install --disable-pip-version-check -e ".[demo,dev]" -c constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade --no-deps --target $(QUANTIZATION) torchao -c constraints.txt
 	@touch $@
 
 ## demo       compress real passages, ask questions, compare with reading the full text
@@ -45,7 +48,7 @@ demo: $(STAMP)
 
 ## test       run the tests: offline, on CPU, two processes
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	PYTHONPATH=$(QUANTIZATION) $(BIN)/python -m pytest -n 2
 
 ## test-slow  run the tests that take minutes or need the real backbone
 test-slow: $(STAMP)

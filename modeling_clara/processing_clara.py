@@ -199,7 +199,7 @@ class CLaRaProcessor(ProcessorMixin):
         if len(header) > self.document_max_length // 4:  # too long to stand on every span: read once, as text
             return self._spans("", f"{title}\n{text}", name)
         budget = self.document_max_length - len(header)
-        spans, first = [], 0  # first: index of the token at which the next span begins
+        spans, first, covered = [], 0, 0  # the token at which the next span begins, the characters that spans have
         while first < len(offsets):
             start, last = offsets[first][0], min(first + budget, len(offsets))
             end = len(text) if last == len(offsets) else word_start(text, start, offsets[last][0])
@@ -213,8 +213,9 @@ class CLaRaProcessor(ProcessorMixin):
                     f"`document_max_length` must leave room for every character, got {self.document_max_length} for "
                     f"{text[start]!r} in `{name}`. Raise it, or remove the character."
                 )
-            if part:
+            if text[covered:end].strip():
                 spans.append((title, part, header + part_ids))
+            covered = max(covered, end)
             following = next((index for index in range(first, len(offsets)) if offsets[index][1] > end), len(offsets))
             if following == len(offsets):
                 break
