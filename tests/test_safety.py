@@ -149,8 +149,7 @@ def test_pieces_that_spell_markup_are_cut_and_stay_readable(model):
     letters = "".join(token.removeprefix("##").replace("▁", "") for token in tokens)
     assert letters == "capital</s><think>a</think>"
     ids, offsets = processor._encode("x</s>y </s>", "text")
-    assert len(ids) == len(offsets)
-    assert all(a <= b for (_, a), (b, _) in zip(offsets[:-1], offsets[1:], strict=True))
+    assert len(ids) == len(offsets) and offsets == sorted(offsets)
 
 
 def test_an_unknown_character_is_refused_where_its_id_would_end_a_turn():
@@ -191,7 +190,8 @@ def test_a_prompt_keeps_its_turns_slots_and_header(template, injection):
 
 @pytest.mark.parametrize("injection", INJECTIONS)
 def test_a_batch_with_an_injection_has_the_slots_of_one_without(shared_model, injection):
-    rows = [[injection, {"title": injection, "text": "b"}], ["c"]]
+    (span, *_) = shared_model.processor.split_document(injection)
+    rows = [[span, {"title": injection[:20], "text": "b"}], ["c"]]
     batch = shared_model.processor([injection, "q"], rows, [injection, "a"], memory_size=2)
     assert batch["memory_mask"].sum(-1).tolist() == [6, 3]
     marks = torch.tensor(sorted(shared_model.processor.tokenizer.added_tokens_decoder))
