@@ -105,8 +105,21 @@ def backbone_config(place: dict, hub: dict):
         ) from error
 
 
-def write_backbone(model, folder: Path, max_shard_size: int | str) -> None:
-    """The backbone's own weights under their own names, without the adapters that were injected."""
+def backbone_part(state_dict: dict) -> dict:
+    """The backbone's entries of a state dict of the whole model, under the backbone's own names."""
+    prefix = "backbone."
+    return {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+
+
+def write_backbone(model, folder: Path, max_shard_size: int | str, state_dict: dict | None = None) -> None:
+    """The backbone's own weights under their own names, without the adapters that were injected.
+
+    Args:
+        model: `CLaRaForRAG`.
+        folder: to make.
+        max_shard_size: largest file.
+        state_dict: of the whole model, in place of its own weights.
+    """
     backbone = model.backbone
     if getattr(backbone, "hf_quantizer", None) is not None:
         raise ValueError(
@@ -116,7 +129,7 @@ def write_backbone(model, folder: Path, max_shard_size: int | str) -> None:
     folder.mkdir()
     state = {
         name.replace(".base_layer.", "."): tensor
-        for name, tensor in backbone.state_dict().items()
+        for name, tensor in (backbone.state_dict() if state_dict is None else backbone_part(state_dict)).items()
         if ".lora_" not in name
     }
     if backbone.config.tie_word_embeddings:

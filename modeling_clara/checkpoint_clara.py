@@ -23,6 +23,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from .adapters_clara import linear_module_names
 from .backbone_clara import (
     backbone_config,
+    backbone_part,
     check_digests,
     check_structure,
     default_dtype,
@@ -65,14 +66,20 @@ model.answer(["..."], documents=["...", "..."])
 """
 
 
-def adapter_tensors(model, role: str) -> dict[str, torch.Tensor]:
-    """The live tensors of a role under the names of a plain PEFT file."""
-    state = get_peft_model_state_dict(model.backbone, adapter_name=role, save_embedding_layers=False)
+def adapter_tensors(model, role: str, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
+    """The live tensors of a role, or those of a state dict of the model, under the names of a plain PEFT file."""
+    if state_dict is not None:
+        state_dict = backbone_part(state_dict)
+    state = get_peft_model_state_dict(
+        model.backbone, state_dict=state_dict, adapter_name=role, save_embedding_layers=False
+    )
     return {PEFT_PREFIX + name: tensor for name, tensor in state.items()}
 
 
-def special_rows(model) -> dict[str, torch.Tensor]:
+def special_rows(model, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
     """memory_embeddings (max(memory_sizes), hidden) and separator_embedding (1, hidden)."""
+    if state_dict is not None:
+        return {name: state_dict[name] for name in ("memory_embeddings", "separator_embedding")}
     return {"memory_embeddings": model.memory_embeddings, "separator_embedding": model.separator_embedding}
 
 
@@ -271,6 +278,7 @@ class CheckpointMixin:
         include_backbone: bool | None = None,
         max_shard_size: int | str = "5GB",
         is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """Write the checkpoint folder; see the head of this file for its layout.
 
@@ -281,6 +289,7 @@ class CheckpointMixin:
             include_backbone: also write the backbone's weights; default: as the checkpoint this was loaded from.
             max_shard_size: largest file of backbone weights.
             is_main_process: False writes nothing, for all but one process of a distributed run.
+            state_dict: the weights to write in place of the model's own, as gathered from a sharded model.
 
         Raises:
             ValueError: there is no processor or it contradicts the config, or the backbone is quantised and should be
@@ -304,12 +313,12 @@ class CheckpointMixin:
             folder = Path(temporary)
             self._write_config(folder, include_backbone)
             for role in ROLES:
-                self._write_adapter(folder / role, role)
-            save_file(self._exact_tensors("rows"), folder / SPECIAL_ROWS_FILE, metadata={"format": "pt"})
+                self._write_adapter(folder / role, role, state_dict)
+            save_file(self._exact_tensors("rows", state_dict), folder / SPECIAL_ROWS_FILE, metadata={"format": "pt"})
             self.processor.save_pretrained(folder)
             complete_tokenizer_config(folder)
             if include_backbone:
-                write_backbone(self, folder / BACKBONE_FOLDER, max_shard_size)
+                write_backbone(self, folder / BACKBONE_FOLDER, max_shard_size, state_dict)
             if not (target / "README.md").exists():
                 (folder / "README.md").write_text(self._card(include_backbone), encoding="utf-8")
             move_files(folder, target)
@@ -321,9 +330,9 @@ class CheckpointMixin:
         custom_object_save(self, folder, config=config)
         config.save_pretrained(folder)
 
-    def _write_adapter(self, folder: Path, role: str) -> None:
+    def _write_adapter(self, folder: Path, role: str, state_dict: dict | None) -> None:
         folder.mkdir()
-        save_file(self._exact_tensors(role), folder / ADAPTER_FILE, metadata={"format": "pt"})
+        save_file(self._exact_tensors(role, state_dict), folder / ADAPTER_FILE, metadata={"format": "pt"})
         settings = self.backbone.peft_config[role].to_dict()
         settings |= {
             "base_model_name_or_path": self.config.backbone_name_or_path,
@@ -351,13 +360,13 @@ class CheckpointMixin:
 
     _stored: dict[str, dict[str, torch.Tensor]] | None = None
 
-    def _exact_tensors(self, part: str) -> dict[str, torch.Tensor]:
+    def _exact_tensors(self, part: str, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
         """What to save and hash of a role or of "rows": the live tensors on CPU, or what they were rounded from.
 
         A model that was loaded in another dtype holds rounded adapters. While nothing but the rounding has changed
         them, the stored tensors are meant: the compute dtype enters neither the fingerprint nor a saved checkpoint.
         """
-        live = special_rows(self) if part == "rows" else adapter_tensors(self, part)
+        live = special_rows(self, state_dict) if part == "rows" else adapter_tensors(self, part, state_dict)
         live = {name: tensor.detach().cpu().contiguous() for name, tensor in live.items()}
         stored = self._stored[part] if self._stored else live
         is_same = {name: torch.equal(stored[name].to(tensor.dtype), tensor) for name, tensor in live.items()}

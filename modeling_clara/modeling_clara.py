@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
@@ -21,6 +22,7 @@ from .configuration_clara import ROLES, CLaRaConfig
 from .inference_clara import InferenceMixin
 from .memory_clara import check_slots, memory_alignment_loss, place_memory_tokens, read_memory, write_memory
 from .packing_clara import packed
+from .processing_clara import IGNORE_INDEX
 from .retrieval_clara import contrastive_loss, cosine_scores, select_memory, straight_through_topk
 
 
@@ -30,11 +32,12 @@ class CLaRaOutput(ModelOutput):
 
     Attributes:
         loss: () float32, `lm_loss + alignment_weight * alignment_loss + contrastive_weight * contrastive_loss`
-            (eq. 2.2), the last two where they apply; None without labels.
+            (eq. 2.2), the last two where they apply; without a prompt the contrastive loss alone; else None.
         lm_loss: () float32, next-token cross entropy of the labels; None without labels.
         alignment_loss: () float32, L_MSE (eq. 2.1); None unless documents were compressed here.
         contrastive_loss: () float32, InfoNCE; None without `positive_mask`.
-        logits: (batch, length, vocabulary) of the generator.
+        logits: (prompts, length, vocabulary) of the generator; with labels (targets, vocabulary), those of the target
+            positions only, row after row.
         memory: (batch, candidates, n, hidden), what was compressed here or given.
         scores: (batch, candidates) float32 cosines, -inf where there is no candidate; None without a query.
         selected: (batch, k) int64, index of the document read in each slot, -1 for none; None without a query.
@@ -65,6 +68,7 @@ class CLaRaForRAG(InferenceMixin, CheckpointMixin, PreTrainedModel):
     config_class = CLaRaConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # the Trainer passes `num_items_in_batch` and divides by nothing itself
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -243,6 +247,7 @@ class CLaRaForRAG(InferenceMixin, CheckpointMixin, PreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.LongTensor | None = None,
         memory_mask: torch.BoolTensor | None = None,
+        prompt_rows: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         num_samples_in_batch: int | torch.Tensor | None = None,
@@ -261,10 +266,13 @@ class CLaRaForRAG(InferenceMixin, CheckpointMixin, PreTrainedModel):
             query_input_ids: (batch, length) int64, the question.
             query_attention_mask: (batch, length), 1 at real tokens.
             positive_mask: (batch, documents) bool, the gold documents, for the contrastive term.
-            input_ids: (batch, length) int64, the generator's prompt with pad ids at slots.
-            attention_mask: (batch, length), 1 at prompt tokens and slots; either padding side.
-            memory_mask: (batch, length) bool, True at slots: k + 1 of them for every document read.
-            labels: (batch, length) int64, -100 where there is no loss.
+            input_ids: (prompts, length) int64, the generator's prompts with pad ids at slots.
+            attention_mask: (prompts, length), 1 at prompt tokens and slots; either padding side.
+            memory_mask: (prompts, length) bool, True at slots: k + 1 of them for every document read.
+            prompt_rows: (prompts,) int64, the row of documents that each prompt reads, so that several questions share
+                one compression; default: prompt i reads row i.
+            labels: (prompts, length) int64, -100 where there is no loss. With labels the LM head runs on the target
+                positions only.
             num_items_in_batch: label tokens over all accumulated micro-batches; default: of this batch.
             num_samples_in_batch: rows over all accumulated micro-batches, for the terms that are means over rows;
                 default: of this batch.
@@ -305,23 +313,23 @@ class CLaRaForRAG(InferenceMixin, CheckpointMixin, PreTrainedModel):
 
         logits = loss = lm_loss = None
         if input_ids is not None:
+            if prompt_rows is not None:
+                read, read_mask = read[prompt_rows], read_mask[prompt_rows]
             inputs_embeds = self.prompt_embeddings(input_ids, memory_mask, read, read_mask)
-            logits = self._generator_logits(inputs_embeds, attention_mask)
+            logits = self._generator_logits(inputs_embeds, attention_mask, labels)
         n_samples = memory.shape[0] if num_samples_in_batch is None else num_samples_in_batch
         alignment = None if alignment is None else alignment.sum() / n_samples
         contrastive = None if contrastive is None else contrastive.sum() / n_samples
         if labels is not None:
-            lm_loss = self.backbone.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.text_config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-            )
-            loss = lm_loss
+            targets = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
+            n_targets = max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch
+            loss = lm_loss = cross_entropy(logits.float(), targets, reduction="sum") / n_targets
             if alignment is not None and query_input_ids is None:  # stage 3 is the LM loss alone
                 loss = loss + self.config.alignment_weight * alignment
             if contrastive is not None:
                 loss = loss + self.config.contrastive_weight * contrastive
+        elif input_ids is None:
+            loss = contrastive
         return CLaRaOutput(loss, lm_loss, alignment, contrastive, logits, memory, scores, selected)
 
     def _compress_step(
@@ -337,13 +345,33 @@ class CLaRaForRAG(InferenceMixin, CheckpointMixin, PreTrainedModel):
         per_row = (per_document.view(batch, n_documents) * is_document).sum(-1) / is_document.sum(-1).clamp(min=1)
         return memory.unflatten(0, (batch, n_documents)), per_row
 
-    def _generator_logits(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """(batch, length, vocabulary) of the generator; positions count real tokens, so the padding side is free."""
+    def _generator_logits(
+        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Logits of the generator, see `CLaRaOutput`; positions count real tokens, so the padding side is free."""
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        with self.roles.use("generator"):
-            return self.backbone(
+        positions = None if labels is None else (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+        with self.roles.use("generator"), _head_at(self.get_output_embeddings(), positions):
+            logits = self.backbone(
                 inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
             ).logits
+        return logits if positions is None else logits[0]
+
+
+@contextlib.contextmanager
+def _head_at(head: nn.Module, positions: tuple[torch.Tensor, torch.Tensor] | None) -> Iterator[None]:
+    """Context: the LM head sees only the states at `positions` (rows, columns), as one row; everywhere for None.
+
+    A hook, because what an architecture does with its logits behind the head (scaling, soft capping) stays in force.
+    """
+    if positions is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions][None], *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _right_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,119 @@
+"""The folder of a run: whose it is, where it goes on, and how trained weights come back into a model.
+
+Stands between `train.py` and the disk. It knows nothing of data or losses.
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from modeling_clara import CLaRaForRAG
+from modeling_clara.checkpoint_clara import BACKBONE_FOLDER, load_weights
+from modeling_clara.files_clara import CheckpointFiles
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+STATE_FILE = "trainer_state.json"  # the Trainer writes it last: a checkpoint with it is complete
+# What may differ between the start and the continuation of a run without changing what it learns.
+FREE = {
+    "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
+    "hub_token", "push_to_hub", "log_level", "log_level_replica", "logging_dir", "logging_first_step", "save_total_limit",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "local_rank", "num_samples",
+    "output_dir", "resume_from_checkpoint", "save_steps", "save_strategy", "eval_steps", "eval_strategy", "eval_on_start",
+    "ddp_timeout", "do_train", "do_eval",
+}  # fmt: skip
+
+
+def describe_run(model_arguments, data_arguments, training_arguments) -> dict:
+    """What a run is, as JSON: every argument that enters its result."""
+    training = {name: value for name, value in training_arguments.to_dict().items() if name not in FREE}
+    description = {
+        "model": dataclasses.asdict(model_arguments),
+        "data": dataclasses.asdict(data_arguments),
+        "training": training,
+    }
+    return json.loads(json.dumps(description, default=str))
+
+
+def claim_folder(folder: str | Path, description: dict, *, writes: bool = True) -> Path | None:
+    """Make sure that the output folder is free or of the same run.
+
+    Args:
+        folder: of the run.
+        description: from `describe_run`.
+        writes: False on all but the main process.
+
+    Returns:
+        The last complete checkpoint to go on from, or None at the start.
+
+    Raises:
+        ValueError: the folder holds something else, or the run is finished; nothing is changed then.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(f"`output_dir` must be a folder, got the file {folder}. Choose another name.")
+    path = folder / RUN_FILE
+    if not path.exists():
+        content = sorted(entry.name for entry in folder.iterdir())[:3] if folder.exists() else []
+        if content:
+            raise ValueError(
+                f"`output_dir` must be a new or empty folder, or one of this run, but {folder} holds {content}. Choose "
+                "another name or empty it."
+            )
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, description)
+        return None
+    before = json.loads(path.read_text(encoding="utf-8"))
+    differing = sorted(
+        f"{part}.{name}"
+        for part in set(before) | set(description)
+        for name in set(before.get(part, {})) | set(description.get(part, {}))
+        if before.get(part, {}).get(name) != description.get(part, {}).get(name)
+    )
+    if differing:
+        raise ValueError(
+            f"`output_dir` {folder} holds another run: {differing} differ (see {path}). Choose another name, or give the "
+            "same arguments to go on with that run."
+        )
+    if (folder / "config.json").exists():
+        raise ValueError(f"the run in {folder} is finished. Choose another `output_dir`, or delete it to train again.")
+    return last_checkpoint(folder)
+
+
+def write_json(path: Path, value) -> None:
+    """Write whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to the end; what a kill left half written is removed."""
+    complete = None
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2])):
+        try:
+            json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.warning("removing %s, which was not written to the end; training goes on before it.", path)
+            shutil.rmtree(path)
+        else:
+            complete = path
+    return complete
+
+
+def load_trained(model: CLaRaForRAG, folder: str | Path) -> None:
+    """Copy the weights of a checkpoint of the same run into the model, the backbone's too where it is included."""
+    load_weights(model, CheckpointFiles(str(folder)))
+    if (Path(folder) / BACKBONE_FOLDER).is_dir():
+        stored = AutoModelForCausalLM.from_pretrained(Path(folder) / BACKBONE_FOLDER, dtype="auto").state_dict()
+        with torch.no_grad():
+            for name, tensor in model.backbone.state_dict().items():
+                if "lora_" not in name:
+                    tensor.copy_(stored[name.replace(".base_layer", "")])

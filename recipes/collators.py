@@ -1,0 +1,161 @@
+"""Records -> tensors of a batch, for every k of `memory_sizes`, so that the trainer can draw k per optimizer step.
+
+Stands between the records of `data.py` and the trainer. It knows nothing of models or losses.
+"""
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+
+from memories import MemoryStore
+from modeling_clara import CLaRaProcessor
+from modeling_clara.processing_clara import Prompt
+
+
+def with_slots(prompt: Prompt, n_slots: int, pad_id: int) -> Prompt:
+    """The same prompt with another number of memory slots; they stand in one block.
+
+    >>> with_slots(Prompt([7, 0, 0, 8], [False, True, True, False], [-100, -100, -100, 8]), 1, 0)
+    Prompt(input_ids=[7, 0, 8], memory_mask=[False, True, False], labels=[-100, -100, 8])
+    """
+    start = prompt.memory_mask.index(True)
+    end = start + sum(prompt.memory_mask)
+    return Prompt(
+        prompt.input_ids[:start] + [pad_id] * n_slots + prompt.input_ids[end:],
+        prompt.memory_mask[:start] + [True] * n_slots + prompt.memory_mask[end:],
+        prompt.labels[:start] + [-100] * n_slots + prompt.labels[end:],
+    )
+
+
+class ReadingCollator:
+    """Batches of stages 1 and 2: documents to compress and the prompts that read them.
+
+    Args:
+        processor: makes ids of text.
+        memory_sizes: layouts of the prompts that are made, ascending.
+
+    Returns of a call with `rows` records:
+        - `document_input_ids`, `document_attention_mask`: (rows, documents, length) int64.
+        - `prompts`: k -> `input_ids`, `attention_mask`, `memory_mask`, `labels`, each (prompts, length of this k).
+        - `prompt_rows`: (prompts,) int64, the record of each prompt.
+        - `labels`: those of the largest k, for the Trainer's count of targets.
+    """
+
+    def __init__(self, processor: CLaRaProcessor, memory_sizes: Sequence[int]):
+        self.processor, self.memory_sizes = processor, list(memory_sizes)
+
+    def __call__(self, records: list[dict]) -> dict:
+        batch = self.documents(records)
+        prompts = [
+            (self.prompt(record, question, answer, len(record["documents"])), len(record["documents"]))
+            for record in records
+            for question, answer in zip(record["questions"], record["answers"], strict=True)
+        ]
+        rows = [row for row, record in enumerate(records) for _ in record["questions"]]
+        return {**batch, **self.layouts(prompts), "prompt_rows": torch.tensor(rows)}
+
+    def documents(self, records: list[dict]) -> dict[str, torch.Tensor]:
+        """(rows, documents, length) ids and mask; a row with fewer documents has rows of zeros."""
+        encoded = [
+            self.processor.encode_documents(record["documents"], f"{record['source']} docs") for record in records
+        ]
+        n_documents = max(map(len, encoded))
+        flat = [ids for row in encoded for ids in row + [[]] * (n_documents - len(row))]
+        shape = (len(records), n_documents, -1)
+        return {
+            "document_input_ids": self.processor.pad(flat, self.processor.pad_token_id).view(shape),
+            "document_attention_mask": self.processor.pad([[1] * len(ids) for ids in flat], 0).view(shape),
+        }
+
+    def prompt(self, record: dict, question: str | None, answer: str, n_documents: int) -> Prompt:
+        """The prompt of the largest k. A paraphrase takes one of the instructions, the same one every time."""
+        instructions = self.processor.paraphrase_prompts
+        instruction = instructions[zlib.crc32(record["source"].encode()) % len(instructions)] if question is None else None
+        return self.processor.build_prompt(
+            question, n_documents, self.memory_sizes[-1], answer, prompt=instruction, name=f"{record['source']} question"
+        )
+
+    def layouts(self, prompts: list[tuple[Prompt, int]]) -> dict:
+        """`prompts` and `labels` of (prompt, documents read) pairs."""
+        pad_id = self.processor.pad_token_id
+        layouts = {
+            size: self.processor.pad_prompts(
+                [with_slots(prompt, n_documents * (size + 1), pad_id) for prompt, n_documents in prompts]
+            )
+            for size in self.memory_sizes
+        }
+        return {"prompts": layouts, "labels": layouts[self.memory_sizes[-1]]["labels"]}
+
+
+class SelectingCollator(ReadingCollator):
+    """Batches of the contrastive and the joint stage: a question, its candidates, and a prompt with open slots.
+
+    Args:
+        processor: makes ids of text.
+        memory_sizes: layouts of the prompts that are made, ascending.
+        top_k: documents that a prompt reads.
+        store: memories of the candidates; None compresses them in the step.
+        from_corpus: the trainer searches the candidates; here are none.
+        with_prompts: False for the contrastive stage, which does not generate.
+        num_candidates: candidates of each row with `from_corpus`.
+
+    Returns of a call with `rows` records, beside `prompts` and `labels` (see `ReadingCollator`):
+        - `query_input_ids`, `query_attention_mask`: (rows, length) int64.
+        - `positive_mask`: (rows, documents) bool, the gold ones; and
+        - `memory` (rows, documents, n, hidden) float32 with `document_mask` (rows, documents) bool, or the two
+          `document_` tensors without a store; or
+        - with `from_corpus` only `gold_documents`: the gold documents of each row.
+    """
+
+    def __init__(
+        self,
+        processor: CLaRaProcessor,
+        memory_sizes: Sequence[int],
+        *,
+        top_k: int,
+        store: MemoryStore | None,
+        from_corpus: bool = False,
+        with_prompts: bool = True,
+        num_candidates: int = 20,
+    ):
+        super().__init__(processor, memory_sizes)
+        self.top_k, self.store, self.from_corpus = top_k, store, from_corpus
+        self.with_prompts, self.num_candidates = with_prompts, num_candidates
+
+    def __call__(self, records: list[dict]) -> dict:
+        questions = [record["questions"][0] for record in records]
+        queries = self.processor.encode_questions(questions)
+        batch = {
+            "query_input_ids": self.processor.pad(queries, self.processor.pad_token_id),
+            "query_attention_mask": self.processor.pad([[1] * len(ids) for ids in queries], 0),
+        }
+        if self.from_corpus:
+            gold = [[record["documents"][index] for index in record["positives"]] for record in records]
+            batch["gold_documents"] = gold
+            n_candidates = [self.num_candidates] * len(records)
+        else:
+            batch |= self.documents(records) if self.store is None else self.memories(records)
+            n_candidates = [len(record["documents"]) for record in records]
+            positives = [[i in record["positives"] for i in range(max(n_candidates))] for record in records]
+            batch["positive_mask"] = torch.tensor(positives)
+        if self.with_prompts:
+            reads = [min(self.top_k, n) for n in n_candidates]
+            batch |= self.layouts(
+                [
+                    (self.prompt(record, question, record["answers"][0], n), n)
+                    for record, question, n in zip(records, questions, reads, strict=True)
+                ]
+            )
+        return batch
+
+    def memories(self, records: list[dict]) -> dict[str, torch.Tensor]:
+        """Stored memories of all candidates, zeros where a row has fewer."""
+        n_documents = max(len(record["documents"]) for record in records)
+        n, hidden = self.store.memory.shape[1:]
+        memory = torch.zeros(len(records), n_documents, n, hidden)
+        mask = torch.zeros(len(records), n_documents, dtype=torch.bool)
+        for row, record in enumerate(records):
+            memory[row, : len(record["documents"])] = self.store.lookup(record["documents"])
+            mask[row, : len(record["documents"])] = True
+        return {"memory": memory, "document_mask": mask}

@@ -1,0 +1,380 @@
+"""Rows of any known format -> records that the collators read, each checked, each knowing where it came from.
+
+Stands between files or the Hub and the collators. It knows nothing of tensors. Formats of a row:
+
+    {title?, text, qas: [{question, answers}], paraphrase?}           stage 1; a passage with its questions
+    {data_type, question: [], answers: [], docs: []}                  stage 1 as the reference publishes it
+    {question, docs, answer | gold_answer | answers, pos_index?}      the other stages, the reference's as well
+
+A document is a text, "title\\n text", or a dict with `text` and optionally `title`.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
+from trl.scripts.utils import DatasetConfig
+
+from modeling_clara import CLaRaProcessor
+from modeling_clara.text_clara import read_document
+
+# One record: spans of the documents, indices of the gold ones among them, targets (a paraphrase has no question), and
+# the file and line.
+FEATURES = Features(
+    {
+        "documents": List({"title": Value("string"), "text": Value("string")}),
+        "positives": List(Value("int32")),
+        "questions": List(Value("string")),
+        "answers": List(Value("string")),
+        "source": Value("string"),
+    }
+)
+MAX_TITLE = 200  # characters of a first line that can still be a title
+SHOWN = 3  # bad rows that an error names
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on."""
+
+
+# --- rows out of files ---------------------------------------------------------------------------------------------
+
+
+def read_rows(source: DatasetConfig) -> Iterator[tuple[str, dict]]:
+    """(place, row) of every row of a source; the place is "file:line", or the row's number.
+
+    Raises:
+        FileNotFoundError, ValueError: naming file and line.
+    """
+    path = Path(source.path)
+    if path.suffix in (".jsonl", ".gz", ".json"):
+        yield from _read_jsonl(path)
+        return
+    options = {"data_dir": source.data_dir, "data_files": source.data_files}
+    if path.suffix == ".parquet":
+        if not path.exists():
+            raise FileNotFoundError(f"`{path}` must be a file, found none. Correct `path` in `datasets`.")
+        rows = load_dataset("parquet", data_files=str(path), split="train")
+    else:
+        rows = load_dataset(source.path, source.name, split=source.split, **options)
+    for number, row in enumerate(rows, 1):
+        # Parquet and the Hub fill missing fields with None: what a row does not have, it does not have.
+        yield f"{source.path}:{number}", {name: value for name, value in row.items() if value is not None}
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
+    if not path.exists():
+        raise FileNotFoundError(f"`{path}` must be a file, found none. Correct `path` in `datasets`.")
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path}:{number} must be JSON in UTF-8: {error}. Correct or remove the line.") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number} must be a JSON object, got {type(row).__name__}. Correct the line.")
+            yield f"{path}:{number}", row
+
+
+# --- rows to records -------------------------------------------------------------------------------------------------
+
+
+def read_documents(row: Mapping) -> list[dict]:
+    """The documents of a row as `{title, text}`.
+
+    Raises:
+        BadRow: there are none, or one is empty.
+    """
+    documents = row.get("docs", row.get("documents"))
+    if documents is None and "text" in row:
+        documents = [row]
+    if isinstance(documents, str):
+        documents = [documents]
+    if not documents:
+        raise BadRow("must have `docs` or `text` with at least one document")
+    read = []
+    for index, document in enumerate(documents):
+        if isinstance(document, str):
+            title, newline, text = document.partition("\n")
+            if newline and title.strip() and text.strip() and len(title) <= MAX_TITLE:
+                document = {"title": title, "text": text}
+        try:
+            title, text = read_document(document, f"docs[{index}]")
+        except (TypeError, ValueError) as error:
+            raise BadRow(str(error)) from error
+        read.append({"title": title, "text": text.strip()})
+    return read
+
+
+def read_targets(row: Mapping, stage: str) -> list[tuple[str | None, str]]:
+    """(question, answer) pairs of a row; the question of a paraphrase is None.
+
+    Raises:
+        BadRow: there is no answer, or questions and answers do not pair.
+    """
+    question, answers = row.get("question"), row.get("answers")
+    if "qas" in row:
+        pairs = [(pair.get("question"), pair.get("answers", pair.get("answer"))) for pair in row["qas"]]
+    elif row.get("data_type") == "paraphrase":  # the reference's instruction is left aside for our own
+        pairs = [(None, answers)]
+    elif isinstance(question, Sequence) and not isinstance(question, str):
+        if not isinstance(answers, Sequence) or isinstance(answers, str) or len(answers) != len(question):
+            raise BadRow("must have as many `answers` as entries in `question`")
+        pairs = list(zip(question, answers, strict=True))
+    elif question is not None:
+        # Stage 2 learns the teacher's answer, stage 3 the gold one, where a row has both.
+        order = ("gold_answer", "answer") if stage == "joint" else ("answer", "gold_answer")
+        given = [row[name] for name in (*order, "answers") if row.get(name) is not None]
+        pairs = [(question, given[0] if given else None)]
+    else:
+        pairs = []
+    targets = [(_text(question, "question"), _answer(answer)) for question, answer in pairs]
+    if row.get("paraphrase") is not None:
+        targets.append((None, _answer(row["paraphrase"])))
+    if not targets:
+        raise BadRow("must have `question` and `answers`, `qas`, or `paraphrase`")
+    return targets
+
+
+def _text(question, name: str) -> str | None:
+    if question is None:
+        return None
+    if not isinstance(question, str) or not question.strip():
+        raise BadRow(f"`{name}` must be a text that is not empty, got {question!r}")
+    return question.strip()
+
+
+def _answer(answer) -> str:
+    """The first of several answers; never an empty one."""
+    if isinstance(answer, Sequence) and not isinstance(answer, str):
+        answer = answer[0] if answer else None
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)
+    if not isinstance(answer, str) or not answer.strip():
+        raise BadRow(f"must have an answer that is a text and not empty, got {answer!r}")
+    return answer.strip()
+
+
+def read_positives(row: Mapping, n_documents: int) -> list[int]:
+    """Indices of the gold documents, empty where they are not known."""
+    positives = row.get("pos_index") or []
+    positives = [positives] if isinstance(positives, int) else list(positives)
+    if any(isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < n_documents for index in positives):
+        raise BadRow(f"`pos_index` must hold numbers from 0 to {n_documents - 1}, got {positives}")
+    return sorted(set(positives))
+
+
+class RecordReader:
+    """Turns a row into records and refuses what cannot be trained on.
+
+    Args:
+        processor: cuts documents into spans and measures prompts.
+        stage: see `arguments.STAGES`.
+        window: positions of the backbone.
+        memory_size: the largest k.
+        top_k: documents that a prompt reads after the selection (contrastive and joint).
+        targets_per_document: targets of one record.
+        long_documents: "split" or "first_span".
+        num_candidates: documents of a record of the joint and contrastive stages.
+    """
+
+    def __init__(
+        self,
+        processor: CLaRaProcessor,
+        stage: str,
+        *,
+        window: int,
+        memory_size: int,
+        top_k: int,
+        targets_per_document: int = 1,
+        long_documents: str = "split",
+        num_candidates: int = 20,
+        needs_candidates: bool = True,
+    ):
+        self.processor, self.stage, self.window = processor, stage, window
+        self.memory_size, self.top_k = memory_size, top_k
+        self.targets_per_document, self.long_documents = targets_per_document, long_documents
+        self.num_candidates, self.needs_candidates = num_candidates, needs_candidates
+
+    @property
+    def selects(self) -> bool:
+        """Whether the stage selects among candidates."""
+        return self.stage in ("contrastive", "joint")
+
+    def __call__(self, place: str, row: dict) -> list[dict]:
+        """The records of a row.
+
+        Raises:
+            BadRow: naming file, line and rule.
+        """
+        try:
+            documents, targets = read_documents(row), read_targets(row, self.stage)
+            positives = read_positives(row, len(documents))
+            documents, positives = self._spans(documents, positives)
+            if self.selects:
+                targets = [target for target in targets if target[0] is not None]
+                documents, positives = self._cut(documents, positives)
+                if not targets:
+                    raise BadRow("must have a question: a paraphrase selects nothing")
+                if self.needs_candidates and len(documents) < self.top_k:
+                    raise BadRow(
+                        f"must have at least `retrieval_top_k` ({self.top_k}) candidates, got {len(documents)}; lower "
+                        "`retrieval_top_k` or add documents"
+                    )
+                if self.stage == "contrastive" and not positives:
+                    raise BadRow("must have `pos_index`: the contrastive stage learns from known gold documents")
+            for question, answer in targets:
+                self._check_length(question, answer, len(documents))
+        except BadRow as error:
+            raise BadRow(f"{place} {error}") from error
+        size = 1 if self.selects else self.targets_per_document
+        return [
+            {
+                "documents": documents,
+                "positives": positives,
+                "questions": [question for question, _ in targets[start : start + size]],
+                "answers": [answer for _, answer in targets[start : start + size]],
+                "source": place,
+            }
+            for start in range(0, len(targets), size)
+        ]
+
+    def _spans(self, documents: list[dict], positives: list[int]) -> tuple[list[dict], list[int]]:
+        spans, owners = [], []
+        for index, document in enumerate(documents):
+            try:
+                parts = self.processor.split_document(document, f"docs[{index}]")
+            except ValueError as error:
+                raise BadRow(str(error)) from error
+            parts = parts[:1] if self.long_documents == "first_span" else parts
+            spans += [{"title": part["title"], "text": part["text"]} for part in parts]
+            owners += [index] * len(parts)
+        return spans, [number for number, owner in enumerate(owners) if owner in positives]
+
+    def _cut(self, documents: list[dict], positives: list[int]) -> tuple[list[dict], list[int]]:
+        """At most `num_candidates` documents, the gold ones among them, in their order."""
+        if len(documents) <= self.num_candidates:
+            return documents, positives
+        rest = [index for index in range(len(documents)) if index not in positives]
+        kept = sorted((positives + rest)[: self.num_candidates])
+        return [documents[index] for index in kept], [new for new, old in enumerate(kept) if old in positives]
+
+    def _check_length(self, question: str | None, answer: str, n_documents: int) -> None:
+        reads = self.top_k if self.selects else n_documents
+        try:
+            prompt = self.processor.build_prompt(question, reads, self.memory_size, answer)
+        except ValueError as error:
+            raise BadRow(str(error)) from error
+        if len(prompt.input_ids) > self.window:
+            raise BadRow(
+                f"needs {len(prompt.input_ids)} positions for {reads} memories of {self.memory_size}, question and "
+                f"answer, the backbone has {self.window}; shorten the answer, or lower the number of documents"
+            )
+
+
+# --- records as a dataset --------------------------------------------------------------------------------------------
+
+_READERS: dict[str, RecordReader] = {}  # by key: `Dataset.from_generator` hashes its arguments, so these stay outside
+
+
+def _records(key: str, source: dict, state: list) -> Iterator[dict]:
+    """All records of a source; `state` (size and time of its file) only enters the hash of the cache."""
+    bad, n_bad = [], 0
+    for place, row in read_rows(DatasetConfig(**source)):
+        try:
+            yield from _READERS[key](place, row)
+        except BadRow as error:
+            n_bad += 1
+            bad += [str(error)] if len(bad) < SHOWN else []
+    if n_bad:
+        lines = "\n".join(f"  {line}" for line in bad)
+        raise BadRow(f"{n_bad} row(s) cannot be trained on. Correct or remove them:\n{lines}" + "\n  ..." * (n_bad > SHOWN))
+
+
+def load_records(sources: Sequence[DatasetConfig], reader: RecordReader, seed: int, cache_dir: str | Path) -> Dataset:
+    """Read, check and mix all sources; a second call with unchanged files reads the Arrow cache.
+
+    Args:
+        sources: of `DataArguments.datasets`.
+        reader: turns rows into records.
+        seed: of the choice where `fraction` keeps a part of a source.
+        cache_dir: where the Arrow files go.
+
+    Raises:
+        FileNotFoundError, ValueError: naming file, line, rule and remedy, before any step is taken.
+    """
+    settings = {name: value for name, value in vars(reader).items() if name != "processor"}
+    tokenizer = reader.processor.tokenizer.backend_tokenizer.to_str()
+    key = hashlib.sha256(f"{settings}{reader.processor.to_json_string()}{tokenizer}".encode()).hexdigest()
+    _READERS[key] = reader
+    parts = []
+    for source in sources:
+        path = Path(source.path)
+        state = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
+        arguments = {"key": key, "source": vars(source), "state": state}
+        try:
+            part = Dataset.from_generator(_records, features=FEATURES, gen_kwargs=arguments, cache_dir=str(cache_dir))
+        except Exception as error:  # datasets wraps what the generator raises
+            cause = _root(error)
+            if isinstance(cause, BadRow | FileNotFoundError | ValueError):
+                raise type(cause)(str(cause)) from None
+            raise
+        if not len(part):
+            raise ValueError(f"`{source.path}` must have at least one row, got none. Correct `path` in `datasets`.")
+        parts.append(part)
+    return mix(parts, [source.fraction for source in sources], seed)
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def mix(parts: Sequence[Dataset], fractions: Sequence[float | None], seed: int) -> Dataset:
+    """Concatenate; with fractions, draw from every part so many rows that it has its share of the mixture.
+
+    The mixture is as large as it can be without showing a row twice. Which rows are kept is drawn with `seed`.
+
+    Raises:
+        ValueError: some parts have a fraction and some do not, or one is not > 0.
+    """
+    if all(fraction is None for fraction in fractions):
+        return concatenate_datasets(list(parts))
+    if any(fraction is None or not fraction > 0 for fraction in fractions):
+        raise ValueError(f"`fraction` must be > 0 in all `datasets` or given in none, got {list(fractions)}.")
+    shares = [fraction / sum(fractions) for fraction in fractions]
+    total = min(len(part) / share for part, share in zip(parts, shares, strict=True))
+    kept = []
+    for part, share in zip(parts, shares, strict=True):
+        rows = sorted(random.Random(seed).sample(range(len(part)), max(1, round(share * total))))
+        kept.append(part.select(rows))
+    return concatenate_datasets(kept)
+
+
+def document_key(document: Mapping) -> str:
+    """What tells documents apart: a hash of title and text."""
+    return hashlib.sha256(f"{document['title']}\x00{document['text']}".encode()).hexdigest()
+
+
+def distinct_documents(datasets: Iterable[Dataset]) -> dict[str, dict]:
+    """Every document of the records once, by `document_key`, in the order of first appearance."""
+    found = {}
+    for dataset in datasets:
+        for documents in dataset.select_columns("documents"):
+            for document in documents["documents"]:
+                found.setdefault(document_key(document), document)
+    return found
+
+
+def cache_folder(output_dir: str | os.PathLike) -> Path:
+    """Where a run keeps its Arrow files."""
+    return Path(output_dir) / "dataset_cache"

@@ -1,0 +1,185 @@
+"""Arguments -> model, records, memories and trainer: everything that happens before the first step.
+
+Stands between `arguments.py` and `trainer.py`. Every bad input ends here, in an error that names it.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+from arguments import CLaRaTrainingArguments, DataArguments, ModelArguments
+from collators import ReadingCollator, SelectingCollator
+from data import RecordReader, cache_folder, distinct_documents, load_records
+from memories import MemoryStore, open_or_compress
+from modeling_clara import CLaRaForRAG
+from modeling_clara.backbone_clara import check_digests
+from trainer import TRAINERS, CLaRaTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_model(arguments: ModelArguments, training: CLaRaTrainingArguments) -> CLaRaForRAG:
+    """The model with what trains in float32, its roles set and its reasoner initialised.
+
+    Raises:
+        OSError, ValueError: the model cannot be had, or is of another backbone.
+    """
+    loader = {
+        name: getattr(arguments, name) for name in ("dtype", "attn_implementation") if getattr(arguments, name) is not None
+    }
+    if arguments.checkpoint is None:
+        model = _fresh_model(arguments, loader)
+    else:
+        loader |= {"backbone": arguments.backbone} if arguments.backbone else {}
+        model = CLaRaForRAG.from_pretrained(arguments.checkpoint, revision=arguments.revision, **loader)
+        check_backbone(model, arguments)
+        for name in arguments.CONFIG_FIELDS:
+            if getattr(arguments, name) is not None:
+                setattr(model.config, name, getattr(arguments, name))
+        type(model.config).__post_init__(model.config)  # the checks of the fields, on the new values
+    initialise_reasoner(model, arguments.reasoner_init, training.stage)
+    model.set_trainable_roles(training.roles)
+    if arguments.train_backbone:
+        for name, parameter in model.backbone.named_parameters():
+            if "lora_" not in name:
+                parameter.requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _fresh_model(arguments: ModelArguments, loader: dict) -> CLaRaForRAG:
+    given = {
+        name: getattr(arguments, name)
+        for name in ("memory_sizes", "lora_rank", "lora_alpha", "lora_dropout", "processor_kwargs")
+        if getattr(arguments, name) is not None
+    }
+    fields = (*arguments.CONFIG_FIELDS, "document_max_length")
+    config = {name: getattr(arguments, name) for name in fields if getattr(arguments, name) is not None}
+    return CLaRaForRAG.from_backbone(
+        arguments.backbone, revision=arguments.revision, config_kwargs=config, **given, **loader
+    )
+
+
+def check_backbone(model: CLaRaForRAG, arguments: ModelArguments) -> None:
+    """Raise unless the backbone is the one that the checkpoint was trained on.
+
+    `from_pretrained` lets another one pass with a warning where it is named; to train on would be to lose the work.
+    """
+    check_digests(model.backbone, model.config, str(arguments.backbone), is_explicit=False)
+
+
+def initialise_reasoner(model: CLaRaForRAG, choice: str | None, stage: str) -> None:
+    """Copy the compressor into the reasoner where `ModelArguments.reasoner_init` says so."""
+    state = get_peft_model_state_dict(model.backbone, adapter_name="reasoner", save_embedding_layers=False)
+    is_untrained = not any(tensor.any() for name, tensor in state.items() if "lora_B" in name)
+    if choice is None:
+        choice = "compressor" if stage in ("contrastive", "joint") and is_untrained else "keep"
+    if choice == "compressor":
+        own = get_peft_model_state_dict(model.backbone, adapter_name="compressor", save_embedding_layers=False)
+        set_peft_model_state_dict(model.backbone, {name: t.clone() for name, t in own.items()}, adapter_name="reasoner")
+    elif choice == "random":
+        for layer in model.roles.layers:
+            layer.reset_lora_parameters("reasoner", init_lora_weights=True)
+
+
+def read_data(
+    model: CLaRaForRAG, data: DataArguments, training: CLaRaTrainingArguments
+) -> tuple[Dataset, Dataset | None]:
+    """Training and evaluation records, every row checked."""
+    reader = RecordReader(
+        model.processor,
+        training.stage,
+        window=model.config.text_config.max_position_embeddings,
+        memory_size=model.config.max_memory_size,
+        top_k=model.config.retrieval_top_k,
+        targets_per_document=data.targets_per_document,
+        long_documents=data.long_documents,
+        num_candidates=data.num_candidates,
+        needs_candidates=data.candidates == "given",
+    )
+    if data.candidates == "corpus" and data.num_candidates < model.config.retrieval_top_k:
+        raise ValueError(
+            f"`num_candidates` must be >= `retrieval_top_k` ({model.config.retrieval_top_k}), got {data.num_candidates}. "
+            "Raise it."
+        )
+    folder = cache_folder(training.output_dir)
+    with training.main_process_first(desc="reading the data"):
+        train = load_records(data.datasets, reader, training.data_seed or training.seed, folder)
+        evaluation = load_records(data.eval_datasets, reader, training.seed, folder) if data.eval_datasets else None
+    return train, evaluation
+
+
+def prepare_memories(
+    model: CLaRaForRAG, data: DataArguments, training: CLaRaTrainingArguments, datasets: Sequence[Dataset]
+) -> tuple[MemoryStore | None, MemoryStore | None]:
+    """(corpus to search or None, memories of the records' documents or None)."""
+    if training.stage not in ("contrastive", "joint") or data.compress_online:
+        return None, None
+    if "compressor" in training.roles:
+        raise ValueError(
+            "`trainable_roles` must not have the compressor where stored memories are read: they would go stale. Leave "
+            "it out, or set `compress_online`."
+        )
+    corpus = MemoryStore.open(data.corpus, model.fingerprint) if data.corpus else None
+    documents = distinct_documents(datasets)
+    needed = [document for key, document in documents.items() if corpus is None or key not in corpus.rows]
+    if corpus is not None and (not needed or (data.candidates == "corpus" and not data.add_gold)):
+        return corpus, corpus
+    batch_size = training.per_device_eval_batch_size
+    with training.main_process_first(desc="compressing the documents"):
+        store = open_or_compress(model, list(documents.values()), Path(training.output_dir) / "memories", batch_size)
+    return corpus or store, store
+
+
+def prepare_trainer(
+    model_arguments: ModelArguments, data: DataArguments, training: CLaRaTrainingArguments
+) -> CLaRaTrainer:
+    """Everything before the first step."""
+    model = prepare_model(model_arguments, training)
+    train, evaluation = read_data(model, data, training)
+    processor, sizes = model.processor, model.config.memory_sizes
+    keywords = {}
+    if training.stage in ("contrastive", "joint"):
+        datasets = [dataset for dataset in (train, evaluation) if dataset is not None]
+        corpus, store = prepare_memories(model.to(training.device), data, training, datasets)
+        from_corpus = data.candidates == "corpus"
+        collator = SelectingCollator(
+            processor,
+            sizes,
+            top_k=model.config.retrieval_top_k,
+            store=store,
+            from_corpus=from_corpus,
+            with_prompts=training.stage == "joint",
+            num_candidates=min(data.num_candidates, len(corpus)) if from_corpus else data.num_candidates,
+        )
+        if from_corpus:
+            keywords = {
+                "corpus": corpus, "num_candidates": data.num_candidates, "add_gold": data.add_gold, "gold_store": store,
+            }  # fmt: skip
+    else:
+        collator = ReadingCollator(processor, sizes)
+    samples = (evaluation or train).select(range(min(training.num_samples, len(evaluation or train))))
+    trainer = TRAINERS[training.stage](
+        model,
+        training,
+        train_backbone=model_arguments.train_backbone,
+        samples=list(samples),
+        data_collator=collator,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        **keywords,
+    )
+    n_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    logger.info("%d records, %s trainable parameters, roles %s", len(train), f"{n_trainable:,}", training.roles)
+    return trainer
+
+
+def seed_everything(training: CLaRaTrainingArguments) -> None:
+    """Fresh adapters are drawn before the Trainer sets its seed."""
+    torch.manual_seed(training.seed)

@@ -1,0 +1,35 @@
+"""Train one stage of CLaRa: `python recipes/train.py --config recipes/configs/pretrain.yaml key=value ...`.
+
+The same command goes on with a run that was killed. With several processes: `accelerate launch --config_file
+recipes/accelerate/ddp.yaml recipes/train.py --config ...`. README.md, section Training, has the stages.
+"""
+
+import logging
+import os
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL sends it otherwise
+
+from arguments import parse_arguments  # noqa: E402
+from checkpoints import claim_folder, describe_run  # noqa: E402
+from preparation import prepare_trainer, seed_everything  # noqa: E402
+
+
+def main() -> None:
+    model_arguments, data_arguments, training_arguments = parse_arguments()
+    logging.basicConfig(format="%(message)s", level=training_arguments.get_process_log_level())
+    description = describe_run(model_arguments, data_arguments, training_arguments)
+    with training_arguments.main_process_first(desc="claiming the output folder"):
+        checkpoint = claim_folder(
+            training_arguments.output_dir, description, writes=training_arguments.should_save
+        )
+    seed_everything(training_arguments)
+    trainer = prepare_trainer(model_arguments, data_arguments, training_arguments)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if training_arguments.eval_strategy != "no":
+        trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+
+
+if __name__ == "__main__":
+    main()

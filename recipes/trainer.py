@@ -1,0 +1,299 @@
+"""Trainers of the four stages: thin subclasses of `transformers.Trainer` that override loading, logging and saving.
+
+Stand between the collators' batches and `CLaRaForRAG.forward`, which holds every loss. They know nothing of files of
+records, of YAML or of text, but for the samples that are generated at an evaluation.
+"""
+
+import json
+import logging
+import random
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.utils import get_total_norm
+from transformers import Trainer
+
+from arguments import CLaRaTrainingArguments
+from checkpoints import load_trained
+from data import document_key
+from metrics import MetricSums, exact_matches, ranking_metrics
+from modeling_clara import CLaRaForRAG
+from modeling_clara.backbone_clara import backbone_digests
+from modeling_clara.configuration_clara import ROLES
+
+logger = logging.getLogger(__name__)
+
+PROMPT_KEYS = ("input_ids", "attention_mask", "memory_mask", "labels")
+
+
+def memory_size_of_step(memory_sizes: list[int], seed: int, step: int) -> int:
+    """k of an optimizer step: the same for all of its micro-batches, on every process and after a restart."""
+    return random.Random(f"{seed}:{step}").choice(memory_sizes)
+
+
+class CLaRaTrainer(Trainer):
+    """What the four stages share.
+
+    Args:
+        model: `CLaRaForRAG` with its trainable roles set.
+        args: of this run.
+        train_backbone: the backbone trains as well and is saved with every checkpoint.
+        samples: records whose answers are generated at every evaluation.
+        kwargs: of `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        model: CLaRaForRAG,
+        args: CLaRaTrainingArguments,
+        *,
+        train_backbone: bool = False,
+        samples: list[dict] | None = None,
+        **kwargs,
+    ):
+        super().__init__(model, args, **kwargs)
+        self.train_backbone = train_backbone
+        self.samples = samples or []
+        self.loss_is_scaled_for_ga = True  # `forward` divides by counts over the whole accumulated batch
+        self.train_sums, self.eval_sums = MetricSums(), MetricSums()
+        self.role_norms: dict[str, torch.Tensor] = {}
+        self._n_samples: torch.Tensor | None = None
+        self._last_log = None
+
+    # --- loading: the counts of a step, and the layout of its k -----------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, n_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._n_samples = self._total(sum(_n_rows(batch) for batch in batches)).to(device)
+        if n_items is None:  # the contrastive stage has no labels; its loss is a mean over rows
+            n_items = self._n_samples
+        if self._last_log is None:
+            self._last_log = time.perf_counter()
+        return batches, n_items
+
+    def _total(self, count: int) -> torch.Tensor:
+        """The sum of a count over all processes."""
+        count = torch.tensor(float(count), device=self.args.device)
+        return self.accelerator.reduce(count, "sum")
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        """The inputs of `forward`: the prompts of this step's k, the counts, everything on the device."""
+        inputs = super()._prepare_inputs(dict(inputs))
+        sizes = self.unwrapped.config.memory_sizes
+        is_training = self.model.training
+        size = memory_size_of_step(sizes, self.args.seed, self.state.global_step) if is_training else sizes[-1]
+        inputs["memory_size"] = size
+        if "prompts" in inputs:
+            inputs |= inputs.pop("prompts")[size]
+        if is_training:
+            inputs["num_samples_in_batch"] = self._n_samples
+        return inputs
+
+    @property
+    def unwrapped(self) -> CLaRaForRAG:
+        """The model itself, without DDP or compilation around it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    # --- logging -------------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        positive_mask = inputs.get("positive_mask")
+        if self.args.stage != "contrastive" and not self.unwrapped.config.contrastive_weight:
+            inputs.pop("positive_mask", None)  # the language-modelling loss alone: gold is for the metrics
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        sums = self.train_sums if self.model.training else self.eval_sums
+        self._record(sums, inputs, outputs, num_items_in_batch, positive_mask)
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _record(self, sums: MetricSums, inputs: dict, outputs, n_items, positive_mask) -> None:
+        """Add the metrics of a micro-batch to the sums, as totals and counts, so that any grouping gives the same."""
+        n_rows, n_samples = _n_rows(inputs), inputs.get("num_samples_in_batch")
+        n_samples = n_rows if n_samples is None else n_samples
+        if outputs.lm_loss is not None:
+            targets = inputs["labels"][:, 1:] != -100
+            n_targets = targets.sum()
+            sums.add("ce", outputs.lm_loss.detach() * (n_targets if n_items is None else n_items), n_targets)
+            sums.add("exact_match", *exact_matches(outputs.logits, inputs["labels"]))
+        for name, value in (("mse", outputs.alignment_loss), ("contrastive", outputs.contrastive_loss)):
+            if value is not None:
+                sums.add(name, value.detach() * n_samples, n_rows)
+        if outputs.scores is not None and positive_mask is not None:
+            for name, total, count in ranking_metrics(outputs.scores, positive_mask):
+                sums.add(name, total, count)
+        masks = [value for name, value in inputs.items() if name.endswith("attention_mask")]
+        sums.add("tokens", sum(mask.sum() for mask in masks), 0)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the sums of all steps since the last log, reduced over all processes."""
+        if "loss" in logs:
+            metrics = self.train_sums.reduce(self.accelerator)
+            tokens = metrics.pop("tokens", 0.0)
+            now = time.perf_counter()
+            if self._last_log is not None:
+                metrics["tokens_per_second"] = tokens / (now - self._last_log)
+            self._last_log = now
+            self.train_sums = MetricSums()
+            norms = {f"grad_norm/{part}": float(norm) for part, norm in self.role_norms.items()}
+            logs = {**logs, **metrics, **norms}
+        super().log(logs, start_time)
+
+    def _clip_grad_norm(self, model):
+        """The norm of each part's gradient is taken before it is clipped."""
+        parts: dict[str, list[torch.Tensor]] = {}
+        for name, parameter in self.unwrapped.named_parameters():
+            if parameter.grad is not None:
+                parts.setdefault(part_of(name), []).append(parameter.grad)
+        self.role_norms = {part: get_total_norm(gradients) for part, gradients in sorted(parts.items())}
+        return super()._clip_grad_norm(model)
+
+    # --- evaluation ----------------------------------------------------------------------------------------------------
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+        self.eval_sums = MetricSums()
+        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        metrics = self.eval_sums.reduce(self.accelerator)
+        metrics.pop("tokens", None)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        self._write_samples()
+        self._last_log = time.perf_counter()  # the time of an evaluation is not that of the next steps
+        return output
+
+    def _write_samples(self) -> None:
+        """Append generated answers to samples.jsonl."""
+        if not self.samples or not self.is_world_process_zero():
+            return
+        model, rows = self.unwrapped, []
+        for record in self.samples:
+            documents, question = record["documents"], record["questions"][0]
+            if question is None:
+                text = model.paraphrase(documents[:1])[0]
+            else:
+                text = model.answer([question], documents=documents, max_new_tokens=32)[0].text
+            rows.append({"question": question, "expected": record["answers"][0], "answer": text})
+        with open(Path(self.args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps({"step": self.state.global_step, **row}, ensure_ascii=False) + "\n")
+        shown = "\n".join(f"  {row['question']} -> {row['answer']!r} (expected {row['expected']!r})" for row in rows)
+        logger.info("samples at step %d:\n%s", self.state.global_step, shown)
+
+    # --- saving --------------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """A CLaRa checkpoint, without the pickled arguments that the Trainer would add."""
+        if not self.args.should_save:
+            return
+        model = self.unwrapped
+        if self.train_backbone:
+            model.config.backbone_digests = backbone_digests(model.backbone)
+        model.save_pretrained(
+            output_dir or self.args.output_dir, include_backbone=self.train_backbone or None, state_dict=state_dict
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        load_trained(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        load_trained(self.unwrapped, self.state.best_model_checkpoint)
+
+
+class PretrainTrainer(CLaRaTrainer):
+    """Stage 1, SCP: questions and paraphrases read from one memory, `L_CE + lambda L_MSE` (eq. 2.2)."""
+
+
+class InstructTrainer(CLaRaTrainer):
+    """Stage 2: questions over several documents with a teacher's answers."""
+
+
+class SelectingTrainer(CLaRaTrainer):
+    """Stages that score candidates: the live ones of a corpus are searched here, where the reasoner is.
+
+    Args:
+        corpus: with `search(query_memory, top_k)`; None reads the candidates of the batch.
+        num_candidates: documents taken from the corpus.
+        add_gold: put the gold documents in the last places where the search missed them.
+        gold_store: `lookup(documents)` of the gold documents.
+    """
+
+    def __init__(self, *args, corpus=None, num_candidates: int = 20, add_gold: bool = False, gold_store=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.corpus, self.num_candidates = corpus, num_candidates
+        self.add_gold, self.gold_store = add_gold, gold_store
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        gold = inputs.pop("gold_documents", None)
+        inputs = super()._prepare_inputs(inputs)
+        if gold is not None:
+            inputs |= self._search(inputs, gold)
+        return inputs
+
+    @torch.no_grad()
+    def _search(self, inputs: dict, gold: list[list[dict]]) -> dict[str, torch.Tensor]:
+        """`memory` (rows, candidates, n, hidden), `document_mask` and `positive_mask` of the corpus's best documents."""
+        model = self.unwrapped
+        was_training = model.training
+        model.eval()  # dropout would search for another question than the one that is asked
+        lengths = inputs["query_attention_mask"].sum(-1)
+        query, _ = model.encode("reasoner", inputs["query_input_ids"], lengths, model.config.retrieval_memory_size)
+        model.train(was_training)
+        found = self.corpus.search(query, self.num_candidates)
+        memories, positives = [], []
+        for hits, documents in zip(found, gold, strict=True):
+            keys = [document_key(hit) for hit in hits]
+            rows = [torch.as_tensor(hit["memory"]) for hit in hits]
+            gold_keys = [document_key(document) for document in documents]
+            if self.add_gold:
+                missing = [index for index, key in enumerate(gold_keys) if key not in keys]
+                keep = max(0, self.num_candidates - len(missing))
+                keys = keys[:keep] + [gold_keys[index] for index in missing]
+                stored = self.gold_store.lookup([documents[index] for index in missing]) if missing else []
+                rows = rows[:keep] + list(stored)
+            memories.append(torch.stack(rows).float())
+            positives.append(torch.tensor([key in gold_keys for key in keys]))
+        device = lengths.device
+        padded = torch.nn.utils.rnn.pad_sequence(memories, batch_first=True).to(device)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(m), dtype=torch.bool) for m in memories], batch_first=True)
+        positive_mask = torch.nn.utils.rnn.pad_sequence(positives, batch_first=True)
+        return {"memory": padded, "document_mask": mask.to(device), "positive_mask": positive_mask.to(device)}
+
+
+class ContrastiveTrainer(SelectingTrainer):
+    """Warm-up of the reasoner with known gold documents: InfoNCE over the candidates, nothing is generated."""
+
+
+class JointTrainer(SelectingTrainer):
+    """Stage 3: reasoner and generator through the straight-through top-k, the language-modelling loss alone."""
+
+
+TRAINERS = {
+    "pretrain": PretrainTrainer,
+    "instruct": InstructTrainer,
+    "contrastive": ContrastiveTrainer,
+    "joint": JointTrainer,
+}
+
+
+def part_of(parameter_name: str) -> str:
+    """The role that a parameter belongs to, "rows" for the special rows, else "backbone"."""
+    names = parameter_name.split(".")
+    for role in ROLES:
+        if role in names:
+            return role
+    return "rows" if names[-1] in ("memory_embeddings", "separator_embedding") else "backbone"
+
+
+def _n_rows(batch: dict) -> int:
+    """Rows of documents or questions in a micro-batch."""
+    for name in ("document_input_ids", "query_input_ids", "memory"):
+        if name in batch:
+            return len(batch[name])
+    raise ValueError(f"a batch must have documents or questions, got {sorted(batch)}. Use the collators' batches.")
