@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 from .adapters_clara import CallLock, RoleSwitch, check_role, linear_module_names, lora_config
 from .checkpoint_clara import CheckpointMixin
 from .configuration_clara import ROLES, CLaRaConfig
+from .generation_clara import eval_mode
 from .inference_clara import InferenceMixin
 from .memory_clara import check_slots, memory_alignment_loss, place_memory_tokens, read_memory, write_memory
 from .packing_clara import packed
@@ -292,7 +293,10 @@ class CLaRaForRAG(InferenceMixin, CheckpointMixin, PreTrainedModel):
         needed = k_read if query_input_ids is None else max(k_read, k_score)
         if memory is None:
             document_mask = document_attention_mask.any(-1)
-            memory, alignment = self._compress_step(document_input_ids, document_attention_mask, needed)
+            # A frozen compressor makes the memories that a corpus would hold: without dropout.
+            is_frozen = not self.memory_embeddings.requires_grad
+            with eval_mode(self) if is_frozen else contextlib.nullcontext():
+                memory, alignment = self._compress_step(document_input_ids, document_attention_mask, needed)
         elif memory.shape[2] < needed:
             raise ValueError(f"`memory` must have at least {needed} vectors, got {memory.shape[2]}. Pass larger ones.")
         if document_mask is None:

@@ -23,14 +23,15 @@ from trl.scripts.utils import DatasetConfig
 from modeling_clara import CLaRaProcessor
 from modeling_clara.text_clara import read_document
 
-# One record: spans of the documents, indices of the gold ones among them, targets (a paraphrase has no question), and
-# the file and line.
+# One record: spans of the documents, indices of the gold ones among them, targets (a paraphrase has no question), the
+# tokens of its longest prompt (for `train_sampling_strategy: group_by_length`), and the file and line.
 FEATURES = Features(
     {
         "documents": List({"title": Value("string"), "text": Value("string")}),
         "positives": List(Value("int32")),
         "questions": List(Value("string")),
         "answers": List(Value("string")),
+        "length": Value("int32"),
         "source": Value("string"),
     }
 )
@@ -231,8 +232,7 @@ class RecordReader:
                     )
                 if self.stage == "contrastive" and not positives:
                     raise BadRow("must have `pos_index`: the contrastive stage learns from known gold documents")
-            for question, answer in targets:
-                self._check_length(question, answer, len(documents))
+            lengths = [self._length(question, answer, len(documents)) for question, answer in targets]
         except BadRow as error:
             raise BadRow(f"{place} {error}") from error
         size = 1 if self.selects else self.targets_per_document
@@ -242,6 +242,7 @@ class RecordReader:
                 "positives": positives,
                 "questions": [question for question, _ in targets[start : start + size]],
                 "answers": [answer for _, answer in targets[start : start + size]],
+                "length": max(lengths[start : start + size]),
                 "source": place,
             }
             for start in range(0, len(targets), size)
@@ -267,7 +268,8 @@ class RecordReader:
         kept = sorted((positives + rest)[: self.num_candidates])
         return [documents[index] for index in kept], [new for new, old in enumerate(kept) if old in positives]
 
-    def _check_length(self, question: str | None, answer: str, n_documents: int) -> None:
+    def _length(self, question: str | None, answer: str, n_documents: int) -> int:
+        """Tokens of a prompt with its target, which must fit into the window."""
         reads = self.top_k if self.selects else n_documents
         try:
             prompt = self.processor.build_prompt(question, reads, self.memory_size, answer)
@@ -278,6 +280,7 @@ class RecordReader:
                 f"needs {len(prompt.input_ids)} positions for {reads} memories of {self.memory_size}, question and "
                 f"answer, the backbone has {self.window}; shorten the answer, or lower the number of documents"
             )
+        return len(prompt.input_ids)
 
 
 # --- records as a dataset --------------------------------------------------------------------------------------------
@@ -285,7 +288,7 @@ class RecordReader:
 _READERS: dict[str, RecordReader] = {}  # by key: `Dataset.from_generator` hashes its arguments, so these stay outside
 
 
-def _records(key: str, source: dict, state: list) -> Iterator[dict]:
+def _records(key: str, source: dict, state: str) -> Iterator[dict]:
     """All records of a source; `state` (size and time of its file) only enters the hash of the cache."""
     bad, n_bad = [], 0
     for place, row in read_rows(DatasetConfig(**source)):
@@ -318,7 +321,8 @@ def load_records(sources: Sequence[DatasetConfig], reader: RecordReader, seed: i
     parts = []
     for source in sources:
         path = Path(source.path)
-        state = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
+        # a text: `from_generator` takes a list for shards and would call the generator once for each entry
+        state = f"{path.stat().st_size} {path.stat().st_mtime_ns}" if path.is_file() else ""
         arguments = {"key": key, "source": vars(source), "state": state}
         try:
             part = Dataset.from_generator(_records, features=FEATURES, gen_kwargs=arguments, cache_dir=str(cache_dir))

@@ -86,18 +86,19 @@ class RepeatedSequences(Dataset):
 
 
 class SheetsInView(Dataset):
-    """Questions behind the text of their sheet; labels on the answer and, for fluent language, on the sheet."""
+    """Questions and paraphrases behind the text of their sheet; labels on the answer and, for fluent language, on the sheet."""
 
     def __init__(self, rows: list[dict], processor: CLaRaProcessor):
-        self.rows = [(row, pair) for row in rows for pair in row["qas"]]
+        self.rows = [(row, pair["question"], pair["answers"][0]) for row in rows for pair in row.get("qas", [])]
+        self.rows += [(row, None, row["paraphrase"]) for row in rows if "paraphrase" in row]
         self.processor = processor
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        row, pair = self.rows[index]
-        prompt = self.processor.build_prompt(pair["question"], 0, 1, pair["answers"][0], text_documents=[row])
+        row, question, answer = self.rows[index]
+        prompt = self.processor.build_prompt(question, 0, 1, answer, text_documents=[row])
         return {"input_ids": prompt.input_ids, "labels": prompt.input_ids}
 
 
@@ -141,17 +142,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("data/pico"))
     parser.add_argument("--output", type=Path, default=Path("runs/pico/backbone"))
-    parser.add_argument("--copy-steps", type=int, default=600)
+    parser.add_argument("--copy-steps", type=int, default=400)
     parser.add_argument("--reading-steps", type=int, default=1200)
     arguments = parser.parse_args()
     set_seed(0)
     with open(arguments.data / "pretrain.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line) for line, _ in zip(file, range(20_000), strict=False)]
-    texts = [
-        f"{row['title']}\n{row['text']}\nQuestion: {pair['question']}\nTell the sheet again.\nAnswer: {pair['answers'][0]}"
-        for row in rows
-        for pair in row["qas"]
-    ]
+    texts = [f"{row['title']}\n{row['text']}\nTell the sheet again.\nQuestion:\nAnswer:" for row in rows]
+    texts += [pair["question"] for row in rows for pair in row.get("qas", [])]  # by itself, as it is encoded
+    texts += [f" {pair['answers'][0]}" for row in rows for pair in row.get("qas", [])]
     tokenizer = build_tokenizer(texts)
     processor = CLaRaProcessor(tokenizer, **PROMPTS)
     model = build_model(tokenizer)

@@ -249,13 +249,19 @@ class FactSheets:
         first, _, _ = document["title"].partition(" ")
         return f"{document['title']}\n{self._write(facts, first)}"
 
-    def pretraining_rows(self, n_rows: int, n_questions: int = 3) -> Iterator[dict]:
-        """Rows of stage 1: `{title, text, qas, paraphrase}`, every question drawn with replacement."""
+    def pretraining_rows(self, n_rows: int, n_questions: int = 4, paraphrased: float = 0.2) -> Iterator[dict]:
+        """Rows of stage 1: `{title, text, qas}`, every question drawn with replacement, or `{title, text, paraphrase}`.
+
+        Asked once each, the answers already given would betray the others. A paraphrase stands in a row of its own,
+        because it is twice as long as a question and would pad those.
+        """
         for _ in range(n_rows):
             document, facts = self.sheet()
+            if self.random.random() < paraphrased:
+                yield {**document, "paraphrase": self.paraphrase(document, facts)}
+                continue
             pairs = [self.question(document, facts) for _ in range(n_questions)]
-            qas = [{"question": question, "answers": [answer]} for question, answer in pairs]
-            yield {**document, "qas": qas, "paraphrase": self.paraphrase(document, facts)}
+            yield {**document, "qas": [{"question": question, "answers": [answer]} for question, answer in pairs]}
 
     def retrieval_rows(self, n_rows: int, n_documents: int, n_sheets: int | None = None) -> Iterator[dict]:
         """Rows of the other stages: `{question, answers, docs, pos_index}`, no person twice among the documents.
@@ -292,7 +298,7 @@ def write_files(folder: Path, scale: float = 1.0) -> None:
     write_jsonl(folder / "joint.jsonl", FactSheets(3).retrieval_rows(int(40_000 * scale), 20, int(8_000 * scale)))
     for name, unseen in (("test", False), ("test_wordings", True)):
         sheets = FactSheets(4, test=True, unseen_wordings=unseen)
-        write_jsonl(folder / f"{name}_pretrain.jsonl", sheets.pretraining_rows(500))
+        write_jsonl(folder / f"{name}_pretrain.jsonl", sheets.pretraining_rows(500, paraphrased=0.0))
         write_jsonl(folder / f"{name}_joint.jsonl", sheets.retrieval_rows(500, 20))
 
 

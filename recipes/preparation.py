@@ -17,9 +17,11 @@ from data import RecordReader, cache_folder, distinct_documents, load_records
 from memories import MemoryStore, open_or_compress
 from modeling_clara import CLaRaForRAG
 from modeling_clara.backbone_clara import check_digests
-from trainer import TRAINERS, CLaRaTrainer
+from trainer import TRAINERS, CLaRaTrainer, part_of
 
 logger = logging.getLogger(__name__)
+
+CHANGES_MEMORIES = ("compressor", "rows", "backbone")
 
 
 def prepare_model(arguments: ModelArguments, training: CLaRaTrainingArguments) -> CLaRaForRAG:
@@ -121,10 +123,10 @@ def prepare_memories(
     """(corpus to search or None, memories of the records' documents or None)."""
     if training.stage not in ("contrastive", "joint") or data.compress_online:
         return None, None
-    if "compressor" in training.roles:
+    if any(parameter.requires_grad for name, parameter in model.named_parameters() if part_of(name) in CHANGES_MEMORIES):
         raise ValueError(
-            "`trainable_roles` must not have the compressor where stored memories are read: they would go stale. Leave "
-            "it out, or set `compress_online`."
+            "`trainable_roles` must not have the compressor, and `train_backbone` must be false, where stored memories "
+            "are read: they would go stale. Leave them out, or set `compress_online`."
         )
     corpus = MemoryStore.open(data.corpus, model.fingerprint) if data.corpus else None
     documents = distinct_documents(datasets)

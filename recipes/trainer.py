@@ -21,6 +21,7 @@ from metrics import MetricSums, exact_matches, ranking_metrics
 from modeling_clara import CLaRaForRAG
 from modeling_clara.backbone_clara import backbone_digests
 from modeling_clara.configuration_clara import ROLES
+from modeling_clara.generation_clara import eval_mode
 
 logger = logging.getLogger(__name__)
 
@@ -240,11 +241,9 @@ class SelectingTrainer(CLaRaTrainer):
     def _search(self, inputs: dict, gold: list[list[dict]]) -> dict[str, torch.Tensor]:
         """`memory` (rows, candidates, n, hidden), `document_mask` and `positive_mask` of the corpus's best documents."""
         model = self.unwrapped
-        was_training = model.training
-        model.eval()  # dropout would search for another question than the one that is asked
-        lengths = inputs["query_attention_mask"].sum(-1)
-        query, _ = model.encode("reasoner", inputs["query_input_ids"], lengths, model.config.retrieval_memory_size)
-        model.train(was_training)
+        lengths, size = inputs["query_attention_mask"].sum(-1), model.config.retrieval_memory_size
+        with eval_mode(model):  # dropout would search for another question than the one that is asked
+            query, _ = model.encode("reasoner", inputs["query_input_ids"], lengths, size)
         found = self.corpus.search(query, self.num_candidates)
         memories, positives = [], []
         for hits, documents in zip(found, gold, strict=True):

@@ -1,0 +1,251 @@
+"""What a training step costs, side by side in one process: `python recipes/benchmark_training.py --data FILE`.
+
+Real backbone, real passages, the batches and the `forward` of the recipes; prints Markdown tables. Two comparisons: a
+stage-1 step against its own arithmetic at the GEMM speed of the same run, and a joint step on stored memories against one
+that compresses its candidates. It knows nothing of quality.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch.nn import functional as F
+
+from benchmark import in_turn, linear_layers, ratio, read_rows, table
+from collators import ReadingCollator, SelectingCollator
+from data import RecordReader, document_key
+from memories import MemoryStore
+from modeling_clara import CLaRaForRAG
+from modeling_clara.smollm2 import fetch_backbone
+
+N_CANDIDATES = 20
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+
+def peak_above(run: Callable[[], object], base: int) -> int:
+    """Highest resident memory while `run` runs, above `base`, sampled every millisecond in a thread."""
+    highest, done = [resident_bytes()], threading.Event()
+
+    def watch():
+        while not done.wait(0.001):
+            highest[0] = max(highest[0], resident_bytes())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        run()
+    finally:
+        done.set()
+        thread.join()
+    return highest[0] - base
+
+
+def training_step(model: CLaRaForRAG, optimizer, batch: dict, memory_size: int) -> float:
+    """Forward, backward, clip and update as a Trainer's step; returns the loss."""
+    layout = {name: value for name, value in batch.items() if name not in ("prompts", "labels", "positive_mask")}
+    if "prompts" in batch:
+        layout |= batch["prompts"][memory_size]
+    model.train()
+    loss = model(**layout, memory_size=memory_size).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
+def optimizer_of(model: CLaRaForRAG) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+
+def reader_of(model: CLaRaForRAG, stage: str, targets: int = 1) -> RecordReader:
+    return RecordReader(
+        model.processor,
+        stage,
+        window=model.config.text_config.max_position_embeddings,
+        memory_size=model.config.max_memory_size,
+        top_k=model.config.retrieval_top_k,
+        targets_per_document=targets,
+        num_candidates=N_CANDIDATES,
+    )
+
+
+def step_flops(model: CLaRaForRAG, batch: dict, memory_size: int) -> tuple[int, int]:
+    """(operations, tokens) of a stage-1 step, padding left out.
+
+    Forward, and backward for the inputs, of every linear layer (its own weights are frozen); three times the LoRA
+    products; the LM head, both ways, on target positions only. Attention, norms and the optimizer are left out, so the
+    bound is a lower one.
+    """
+    layers = model.roles.layers
+    frozen = sum(layer.get_base_layer().weight.numel() for layer in layers)
+    lora = sum(layer.lora_A["compressor"].weight.numel() + layer.lora_B["compressor"].weight.numel() for layer in layers)
+    layout = batch["prompts"][memory_size]
+    n_documents = int(batch["document_attention_mask"].any(-1).sum())
+    tokens = int(batch["document_attention_mask"].sum()) + n_documents * memory_size
+    tokens += int(layout["attention_mask"].sum())
+    targets = int((layout["labels"][:, 1:] != -100).sum())
+    head = model.get_output_embeddings().weight.numel()
+    return tokens * (4 * frozen + 6 * lora) + 4 * targets * head, tokens
+
+
+def benchmark_pretraining(model: CLaRaForRAG, rows: list[dict], rounds: int, n_rows: int) -> dict:
+    """Share of its own arithmetic bound that a stage-1 step reaches."""
+    model.set_trainable_roles(("compressor", "generator"))
+    reader = reader_of(model, "pretrain", targets=4)
+    records = [record for index, row in enumerate(rows) for record in reader(f"row {index}", row)[:1]]
+    records = [record for record in records if len(record["documents"]) == 1 and len(record["questions"]) == 4]
+    records = sorted(records[: 8 * n_rows], key=lambda record: record["length"])[3 * n_rows : 4 * n_rows]
+    batch = ReadingCollator(model.processor, model.config.memory_sizes)(records)
+    memory_size = model.config.max_memory_size
+    flops, tokens = step_flops(model, batch, memory_size)
+    optimizer = optimizer_of(model)
+    weights = linear_layers(model)
+    inputs = {width: torch.randn(tokens, width) for width in {weight.shape[1] for weight in weights}}
+    head_rows = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda _, args, __: head_rows.append(args[0].shape[:-1].numel()))
+
+    @torch.no_grad()
+    def gemm():
+        for weight in weights:
+            F.linear(inputs[weight.shape[1]], weight)
+
+    runs = {
+        "gemm": gemm,
+        "step": lambda: training_step(model, optimizer, batch, memory_size),
+        "gemm again": gemm,
+    }
+    seconds = in_turn(runs, rounds)
+    hook.remove()
+    work = 2 * sum(weight.numel() for weight in weights) * tokens
+    speeds = [2 * work / (a + b) for a, b in zip(seconds["gemm"], seconds["gemm again"], strict=True)]
+    targets = int((batch["labels"][:, 1:] != -100).sum())
+    return {
+        "documents": len(records),
+        "prompts": len(batch["prompt_rows"]),
+        "tokens": tokens,
+        "targets": targets,
+        "head_rows": head_rows[-1],
+        "gflop": flops / 1e9,
+        "gemm_gflops": statistics.median(speeds) / 1e9,
+        "step_seconds": statistics.median(seconds["step"]),
+        "share_of_bound": statistics.median(
+            flops / speed / second for speed, second in zip(speeds, seconds["step"], strict=True)
+        ),
+    }
+
+
+def benchmark_joint(model: CLaRaForRAG, rows: list[dict], rounds: int, n_rows: int) -> list[dict]:
+    """Joint steps on stored memories and with the compressor in the step: time and peak memory."""
+    model.set_trainable_roles(("reasoner", "generator"))
+    reader = reader_of(model, "joint")
+    passages = [row for row in rows if len(model.processor.split_document(row)) == 1][: n_rows * N_CANDIDATES]
+    records = []
+    for index in range(n_rows):
+        candidates = passages[index * N_CANDIDATES : (index + 1) * N_CANDIDATES]
+        pair = candidates[0]["qas"][0]
+        docs = [{"title": row["title"], "text": row["text"]} for row in candidates]
+        row = {"question": pair["question"], "answers": pair["answers"], "docs": docs, "pos_index": [0]}
+        records += reader(f"row {index}", row)
+    documents = {document_key(document): document for record in records for document in record["documents"]}
+    store = MemoryStore.compress(model, list(documents.values()))
+    sizes, top_k = model.config.memory_sizes, model.config.retrieval_top_k
+    batches = {
+        "stored": SelectingCollator(model.processor, sizes, top_k=top_k, store=store)(records),
+        "online": SelectingCollator(model.processor, sizes, top_k=top_k, store=None)(records),
+    }
+    optimizer = optimizer_of(model)
+    results = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        runs = {
+            name: lambda batch=batch: training_step(model, optimizer, batch, sizes[-1]) for name, batch in batches.items()
+        }
+        losses = {name: run() for name, run in runs.items()}
+        seconds = in_turn(runs, rounds)
+        peaks = {}
+        for name, run in runs.items():
+            gc.collect()
+            peaks[name] = statistics.median(peak_above(run, resident_bytes()) for _ in range(rounds))
+        results.append(
+            {
+                "checkpointing": checkpointing,
+                "losses": losses,
+                "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+                "times_faster": ratio(seconds["online"], seconds["stored"]),
+                "peak_mib": {name: value / 2**20 for name, value in peaks.items()},
+                "peak_ratio": peaks["stored"] / peaks["online"],
+            }
+        )
+    return results
+
+
+def render(report: dict) -> str:
+    """The tables of the README."""
+    step, parts = report["pretraining"], []
+    parts.append(
+        f"Stage-1 step: {step['documents']} documents, {step['prompts']} prompts, {step['tokens']:,} tokens, "
+        f"{step['targets']} target positions, {step['head_rows']} rows through the LM head; {step['gflop']:.0f} GFLOP at "
+        f"{step['gemm_gflops']:.0f} GFLOP/s; {step['step_seconds']:.2f} s, {100 * step['share_of_bound']:.0f} % of its bound."
+    )
+    parts.append(
+        table(
+            ["joint step", "stored memories", "compressed online", "times faster", "peak stored", "peak online", "ratio"],
+            [
+                [
+                    "with checkpointing" if row["checkpointing"] else "without checkpointing",
+                    f"{row['seconds']['stored']:.2f} s",
+                    f"{row['seconds']['online']:.2f} s",
+                    f"{row['times_faster']:.1f}",
+                    f"{row['peak_mib']['stored']:.0f} MiB",
+                    f"{row['peak_mib']['online']:.0f} MiB",
+                    f"{row['peak_ratio']:.2f}",
+                ]
+                for row in report["joint"]
+            ],
+        )
+    )
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="JSONL of {title, text, qas}, .gz or plain")
+    parser.add_argument("--backbone", help="backbone folder or Hub id (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of every comparison (default: 3)")
+    parser.add_argument("--rows", type=int, default=4, help="documents or questions of a step (default: 4)")
+    parser.add_argument("--output", help="also write all figures to this JSON file")
+    arguments = parser.parse_args()
+    rows = read_rows(arguments.data)
+    torch.manual_seed(0)
+    model = CLaRaForRAG.from_backbone(arguments.backbone or fetch_backbone())
+    report = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "data": Path(arguments.data).name,
+        "pretraining": benchmark_pretraining(model, rows, arguments.rounds, arguments.rows),
+        "joint": benchmark_joint(model, rows, arguments.rounds, arguments.rows),
+    }
+    print(render(report))
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
