@@ -16,7 +16,7 @@ PASSAGES := passages_scp_sample.jsonl.gz
 DATA ?= $(firstword $(wildcard data/$(PASSAGES)) $(wildcard ../shared/data/$(PASSAGES)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow quality bench clean
+.PHONY: help install demo test test-slow quality bench bench-training pico clean
 
 ## help       show this list
 help:
@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing into $(VENV). The first time this takes a few minutes."
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[demo,dev]" -c constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[demo,dev,train]" -c constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade --no-deps --target $(QUANTIZATION) torchao -c constraints.txt
 	@touch $@
 
@@ -62,6 +62,14 @@ quality: $(STAMP)
 ## bench      measure speed; DATA=FILE names the passages
 bench: $(STAMP)
 	$(BIN)/python recipes/benchmark.py $(if $(DATA),--data "$(DATA)")
+
+## bench-training  measure training steps; DATA=FILE names the passages with questions
+bench-training: $(STAMP)
+	$(BIN)/python recipes/benchmark_training.py --data "$(DATA)"
+
+## pico       train clara-pico from nothing, about an hour on two cores; run again it goes on where it was
+pico: $(STAMP)
+	$(BIN)/python recipes/pico.py --output runs/pico
 
 ## clean      remove .venv, caches and build products
 clean:

@@ -20,7 +20,9 @@ def build_parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="compress passages, ask, and compare with reading the full text")
     demo.add_argument("folder", nargs="?", help="folder of .txt and .md files (default: packaged passages)")
     demo.add_argument("-q", "--question", action="append", default=[], help="a question; may be given several times")
-    demo.add_argument("--model", help="checkpoint folder or Hub id (default: the one in model_cards/, else untrained)")
+    demo.add_argument(
+        "--model", help="checkpoint folder or Hub id (default: clara-smollm2-135m in model_cards/, else untrained)"
+    )
     demo.add_argument("--backbone", help="backbone folder or Hub id (default: SmolLM2-135M-Instruct)")
     demo.add_argument("--top-k", type=int, help="documents that are read (default: 5)")
     demo.add_argument("--memory-size", type=int, help="memory vectors per document (default: the largest)")

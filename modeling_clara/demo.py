@@ -15,7 +15,9 @@ from .smollm2 import fetch_backbone
 from .text_clara import check_text
 
 PASSAGES = Path(__file__).parent / "data" / "demo_passages.jsonl"
-MODEL_CARDS = Path(__file__).parent.parent / "model_cards"
+TRAINED_MODEL = (
+    Path(__file__).parent.parent / "model_cards" / "clara-smollm2-135m"
+)  # clara-pico knows fact sheets only
 SUFFIXES = (".txt", ".md")
 FOLDER_QUESTION = "What is this text about?"
 
@@ -24,10 +26,10 @@ def load_model(checkpoint: str | None, backbone: str | None) -> tuple[CLaRaForRA
     """A model for the demo, and whether its adapters are trained.
 
     Args:
-        checkpoint: folder or Hub id; default the first one under model_cards/, else fresh adapters.
+        checkpoint: folder or Hub id; default model_cards/clara-smollm2-135m where it is, else fresh adapters.
         backbone: folder or Hub id; default SmolLM2-135M-Instruct.
     """
-    found = checkpoint or next((path.parent for path in sorted(MODEL_CARDS.glob("*/clara.safetensors"))), None)
+    found = checkpoint or (TRAINED_MODEL if TRAINED_MODEL.is_dir() else None)
     if found is not None:
         return CLaRaForRAG.from_pretrained(found, backbone=backbone), True
     torch.manual_seed(0)

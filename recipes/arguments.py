@@ -1,7 +1,8 @@
 """What a recipe may say: dataclasses of the model, the data and the run, and how YAML files and `key=value` fill them.
 
 First in the way of a training run. It knows nothing of tensors, records or trainers. Later YAML files win over earlier
-ones, `key=value` wins over files, and keys under a stage's name (`joint: {learning_rate: ...}`) count in that stage only.
+ones, `key=value` wins over files, and keys under a stage's name (`joint: {learning_rate: ...}`) count in that stage
+only.
 """
 
 import argparse
@@ -47,7 +48,8 @@ class ModelArguments:
             a checkpoint has them in its config.
         retrieval_top_k, retrieval_temperature, retrieval_memory_size, alignment_weight, contrastive_weight: fields of
             `CLaRaConfig`; None keeps the checkpoint's, or its default.
-        train_backbone: all weights train, for a backbone that is trained from scratch; the checkpoint then includes it.
+        train_backbone: all weights train, for a backbone that is trained from scratch; the checkpoint then includes
+        it.
         reasoner_init: "compressor" copies the compressor into the reasoner (paper: + 4 F1), "random" gives it fresh
             weights, "keep" leaves it; default: "compressor" in the contrastive stage and in a joint stage whose
             checkpoint has an untrained reasoner, else "keep".
@@ -137,7 +139,9 @@ class DataArguments:
         check_choice("long_documents", self.long_documents, ("split", "first_span"))
         check_choice("candidates", self.candidates, ("given", "corpus"))
         if self.compress_online and self.candidates == "corpus":
-            raise ValueError("`compress_online` must be false with `candidates: corpus`, which searches stored memories.")
+            raise ValueError(
+                "`compress_online` must be false with `candidates: corpus`, which searches stored memories."
+            )
 
 
 @dataclass
@@ -185,24 +189,41 @@ def read_recipe(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> d
     Raises:
         FileNotFoundError, ValueError: naming file, key, rule and remedy.
     """
-    merged, staged = {}, {}
-    for path in paths:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file) or {}
-        if not isinstance(values, dict):
-            raise ValueError(f"`{path}` must hold a YAML mapping, got {type(values).__name__}. Write `key: value` lines.")
-        for stage in set(STAGES) & set(values):
-            staged.setdefault(stage, {}).update(values.pop(stage) or {})
-        merged.update(values)
     given = {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            raise ValueError(f"an override must look like key=value, got {override!r}. Write for example max_steps=10.")
+            raise ValueError(
+                f"an override must look like key=value, got {override!r}. Write for example max_steps=10."
+            )
         given[key.lstrip("-")] = yaml.safe_load(value)
-    stage = given.get("stage", merged.get("stage"))
-    merged |= staged.get(stage, {}) | given
-    return check_types(merged)
+    files = [_read_yaml(path) for path in paths]
+    stage = given.get("stage", next((values["stage"] for values in reversed(files) if "stage" in values), None))
+    merged = {}
+    for values in files:
+        sections = {name: values.pop(name) for name in STAGES if name in values}
+        for section in sections.values():
+            check_types(section)
+        merged |= values | sections.get(stage, {})
+    return check_types(merged | given)
+
+
+def _read_yaml(path: str | Path) -> dict:
+    """A YAML mapping whose stage sections are mappings as well."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"`{path}` must be YAML: {error}. Correct it.") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ValueError(f"`{path}` must hold a YAML mapping, got {type(values).__name__}. Write `key: value` lines.")
+    for name in set(STAGES) & set(values):
+        values[name] = {} if values[name] is None else values[name]
+        if not isinstance(values[name], dict):
+            raise ValueError(
+                f"`{name}` in `{path}` must be a mapping of keys for that stage, got {values[name]!r}. Indent its keys."
+            )
+    return values
 
 
 def check_types(values: dict) -> dict:
@@ -218,8 +239,14 @@ def check_types(values: dict) -> dict:
 
 
 def _typed(key: str, value, hint):
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    options = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
     origins = [typing.get_origin(option) or option for option in options]
+    if typing.Any in origins or object in origins:
+        return value
     if value is None and (type(None) in origins):
         return None
     if isinstance(value, bool) and bool in origins:
@@ -227,6 +254,10 @@ def _typed(key: str, value, hint):
     if value is False and str in origins:  # YAML 1.1 reads a bare no as false: `eval_strategy: no`
         return "no"
     if not isinstance(value, bool):
+        if list in origins and isinstance(value, list):
+            entry_hints = [typing.get_args(option) for option in options if typing.get_origin(option) is list]
+            kind = entry_hints[0][0] if entry_hints else object
+            return [_typed(f"{key}[{index}]", entry, kind) for index, entry in enumerate(value)]
         for kind in (int, float, str, list, dict):
             if kind in origins and isinstance(value, kind):
                 return value
@@ -251,6 +282,6 @@ def parse_arguments(
     parser.add_argument("--config", nargs="+", required=True, metavar="FILE", help="YAML files, later ones win")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="win over the files; values are YAML")
     known, rest = parser.parse_known_args(command_line)
-    files = [entry for entry in known.config if Path(entry).suffix in (".yaml", ".yml")]
+    files = [entry for entry in known.config if "=" not in entry]
     overrides = [entry for entry in known.config if entry not in files] + known.overrides + rest
     return HfArgumentParser(ARGUMENTS).parse_dict(read_recipe(files, overrides))

@@ -1,7 +1,8 @@
 """What a training step costs, side by side in one process: `python recipes/benchmark_training.py --data FILE`.
 
 Real backbone, real passages, the batches and the `forward` of the recipes; prints Markdown tables. Two comparisons: a
-stage-1 step against its own arithmetic at the GEMM speed of the same run, and a joint step on stored memories against one
+stage-1 step against its own arithmetic at the GEMM speed of the same run, and a joint step on stored memories
+against one
 that compresses its candidates. It knows nothing of quality.
 """
 
@@ -12,18 +13,17 @@ import os
 import platform
 import statistics
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
-from torch.nn import functional as F
-
 from benchmark import in_turn, linear_layers, ratio, read_rows, table
 from collators import ReadingCollator, SelectingCollator
 from data import RecordReader, document_key
 from memories import MemoryStore
+from torch.nn import functional as F
+
 from modeling_clara import CLaRaForRAG
 from modeling_clara.smollm2 import fetch_backbone
 
@@ -93,7 +93,9 @@ def step_flops(model: CLaRaForRAG, batch: dict, memory_size: int) -> tuple[int, 
     """
     layers = model.roles.layers
     frozen = sum(layer.get_base_layer().weight.numel() for layer in layers)
-    lora = sum(layer.lora_A["compressor"].weight.numel() + layer.lora_B["compressor"].weight.numel() for layer in layers)
+    lora = sum(
+        layer.lora_A["compressor"].weight.numel() + layer.lora_B["compressor"].weight.numel() for layer in layers
+    )
     layout = batch["prompts"][memory_size]
     n_documents = int(batch["document_attention_mask"].any(-1).sum())
     tokens = int(batch["document_attention_mask"].sum()) + n_documents * memory_size
@@ -117,7 +119,9 @@ def benchmark_pretraining(model: CLaRaForRAG, rows: list[dict], rounds: int, n_r
     weights = linear_layers(model)
     inputs = {width: torch.randn(tokens, width) for width in {weight.shape[1] for weight in weights}}
     head_rows = []
-    hook = model.get_output_embeddings().register_forward_hook(lambda _, args, __: head_rows.append(args[0].shape[:-1].numel()))
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda _, args, __: head_rows.append(args[0].shape[:-1].numel())
+    )
 
     @torch.no_grad()
     def gemm():
@@ -174,7 +178,8 @@ def benchmark_joint(model: CLaRaForRAG, rows: list[dict], rounds: int, n_rows: i
         if checkpointing:
             model.activation_checkpointing_enable()
         runs = {
-            name: lambda batch=batch: training_step(model, optimizer, batch, sizes[-1]) for name, batch in batches.items()
+            name: lambda batch=batch: training_step(model, optimizer, batch, sizes[-1])
+            for name, batch in batches.items()
         }
         losses = {name: run() for name, run in runs.items()}
         seconds = in_turn(runs, rounds)
@@ -200,12 +205,22 @@ def render(report: dict) -> str:
     step, parts = report["pretraining"], []
     parts.append(
         f"Stage-1 step: {step['documents']} documents, {step['prompts']} prompts, {step['tokens']:,} tokens, "
-        f"{step['targets']} target positions, {step['head_rows']} rows through the LM head; {step['gflop']:.0f} GFLOP at "
-        f"{step['gemm_gflops']:.0f} GFLOP/s; {step['step_seconds']:.2f} s, {100 * step['share_of_bound']:.0f} % of its bound."
+        f"{step['targets']} target positions, {step['head_rows']} rows through the LM head; {step['gflop']:.0f} GFLOP "
+        f"at "
+        f"{step['gemm_gflops']:.0f} GFLOP/s; {step['step_seconds']:.2f} s, {100 * step['share_of_bound']:.0f} % of "
+        f"its bound."
     )
     parts.append(
         table(
-            ["joint step", "stored memories", "compressed online", "times faster", "peak stored", "peak online", "ratio"],
+            [
+                "joint step",
+                "stored memories",
+                "compressed online",
+                "times faster",
+                "peak stored",
+                "peak online",
+                "ratio",
+            ],
             [
                 [
                     "with checkpointing" if row["checkpointing"] else "without checkpointing",

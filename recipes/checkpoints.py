@@ -18,15 +18,17 @@ from modeling_clara.files_clara import CheckpointFiles
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
+RUN_FILE, PARTIAL = "run.json", ".run.json.partial"
+CACHE_FOLDER, MEMORY_FOLDER = "dataset_cache", "memories"  # made before the first step, worth nothing by themselves
 STATE_FILE = "trainer_state.json"  # the Trainer writes it last: a checkpoint with it is complete
 # What may differ between the start and the continuation of a run without changing what it learns.
 FREE = {
-    "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
-    "hub_token", "push_to_hub", "log_level", "log_level_replica", "logging_dir", "logging_first_step", "save_total_limit",
-    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "local_rank", "num_samples",
-    "output_dir", "resume_from_checkpoint", "save_steps", "save_strategy", "eval_steps", "eval_strategy", "eval_on_start",
-    "ddp_timeout", "do_train", "do_eval",
+    "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id",
+    "trackio_static_space_id", "hub_token", "push_to_hub", "log_level", "log_level_replica", "logging_dir",
+    "logging_first_step", "save_total_limit", "dataloader_num_workers", "dataloader_pin_memory",
+    "dataloader_persistent_workers", "local_rank", "num_samples", "output_dir", "resume_from_checkpoint",
+    "save_steps", "save_strategy", "eval_steps", "eval_strategy", "eval_on_start", "ddp_timeout", "do_train",
+    "do_eval",
 }  # fmt: skip
 
 
@@ -41,36 +43,37 @@ def describe_run(model_arguments, data_arguments, training_arguments) -> dict:
     return json.loads(json.dumps(description, default=str))
 
 
-def claim_folder(folder: str | Path, description: dict, *, writes: bool = True) -> Path | None:
-    """Make sure that the output folder is free or of the same run.
+def check_folder(folder: str | Path, description: dict) -> Path | None:
+    """Make sure that the output folder is free or of the same run; changes nothing but a half-written checkpoint.
 
     Args:
         folder: of the run.
         description: from `describe_run`.
-        writes: False on all but the main process.
 
     Returns:
         The last complete checkpoint to go on from, or None at the start.
 
     Raises:
-        ValueError: the folder holds something else, or the run is finished; nothing is changed then.
+        ValueError: the folder holds something else, or the run is finished.
     """
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"`output_dir` must be a folder, got the file {folder}. Choose another name.")
     path = folder / RUN_FILE
     if not path.exists():
-        content = sorted(entry.name for entry in folder.iterdir())[:3] if folder.exists() else []
-        if content:
+        content = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+        foreign = [name for name in content if name not in (CACHE_FOLDER, MEMORY_FOLDER, PARTIAL)][:3]
+        if foreign:
             raise ValueError(
-                f"`output_dir` must be a new or empty folder, or one of this run, but {folder} holds {content}. Choose "
+                f"`output_dir` must be a new or empty folder, or one of this run, but {folder} holds {foreign}. "
+                f"Choose "
                 "another name or empty it."
             )
-        if writes:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, description)
         return None
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Choose another `output_dir`, or delete this one.") from error
     differing = sorted(
         f"{part}.{name}"
         for part in set(before) | set(description)
@@ -79,12 +82,19 @@ def claim_folder(folder: str | Path, description: dict, *, writes: bool = True) 
     )
     if differing:
         raise ValueError(
-            f"`output_dir` {folder} holds another run: {differing} differ (see {path}). Choose another name, or give the "
+            f"`output_dir` {folder} holds another run: {differing} differ (see {path}). Choose another name, or give "
+            f"the "
             "same arguments to go on with that run."
         )
     if (folder / "config.json").exists():
         raise ValueError(f"the run in {folder} is finished. Choose another `output_dir`, or delete it to train again.")
     return last_checkpoint(folder)
+
+
+def claim_folder(folder: str | Path, description: dict) -> None:
+    """Write down whose folder this is; to be called when everything before the first step has gone well."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_json(Path(folder) / RUN_FILE, description)
 
 
 def write_json(path: Path, value) -> None:
@@ -97,7 +107,8 @@ def write_json(path: Path, value) -> None:
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to the end; what a kill left half written is removed."""
     complete = None
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2])):
+    numbered = [path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
+    for path in sorted(numbered, key=lambda path: int(path.name.partition("-")[2])):
         try:
             json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):

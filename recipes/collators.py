@@ -7,8 +7,8 @@ import zlib
 from collections.abc import Sequence
 
 import torch
-
 from memories import MemoryStore
+
 from modeling_clara import CLaRaProcessor
 from modeling_clara.processing_clara import Prompt
 
@@ -71,9 +71,16 @@ class ReadingCollator:
     def prompt(self, record: dict, question: str | None, answer: str, n_documents: int) -> Prompt:
         """The prompt of the largest k. A paraphrase takes one of the instructions, the same one every time."""
         instructions = self.processor.paraphrase_prompts
-        instruction = instructions[zlib.crc32(record["source"].encode()) % len(instructions)] if question is None else None
+        instruction = (
+            instructions[zlib.crc32(record["source"].encode()) % len(instructions)] if question is None else None
+        )
         return self.processor.build_prompt(
-            question, n_documents, self.memory_sizes[-1], answer, prompt=instruction, name=f"{record['source']} question"
+            question,
+            n_documents,
+            self.memory_sizes[-1],
+            answer,
+            prompt=instruction,
+            name=f"{record['source']} question",
         )
 
     def layouts(self, prompts: list[tuple[Prompt, int]]) -> dict:

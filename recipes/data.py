@@ -12,8 +12,8 @@ A document is a text, "title\\n text", or a dict with `text` and optionally `tit
 import gzip
 import hashlib
 import json
-import os
 import random
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -64,8 +64,7 @@ def read_rows(source: DatasetConfig) -> Iterator[tuple[str, dict]]:
     else:
         rows = load_dataset(source.path, source.name, split=source.split, **options)
     for number, row in enumerate(rows, 1):
-        # Parquet and the Hub fill missing fields with None: what a row does not have, it does not have.
-        yield f"{source.path}:{number}", {name: value for name, value in row.items() if value is not None}
+        yield f"{source.path}:{number}", row
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
@@ -73,15 +72,22 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
         raise FileNotFoundError(f"`{path}` must be a file, found none. Correct `path` in `datasets`.")
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        lines = enumerate(file, 1)
+        while True:
+            try:
+                number, line = next(lines, (0, b""))
+            except (OSError, EOFError, zlib.error) as error:
+                raise ValueError(f"{path} cannot be read: {error}. Copy or compress the file again.") from error
+            if not number:
+                return
             if not line.strip():
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
             except ValueError as error:
-                raise ValueError(f"{path}:{number} must be JSON in UTF-8: {error}. Correct or remove the line.") from error
+                raise BadRow(f"{path}:{number} must be JSON in UTF-8: {error}. Correct or remove the line.") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number} must be a JSON object, got {type(row).__name__}. Correct the line.")
+                raise BadRow(f"{path}:{number} must be a JSON object, got {type(row).__name__}. Correct the line.")
             yield f"{path}:{number}", row
 
 
@@ -97,9 +103,9 @@ def read_documents(row: Mapping) -> list[dict]:
     documents = row.get("docs", row.get("documents"))
     if documents is None and "text" in row:
         documents = [row]
-    if isinstance(documents, str):
+    if isinstance(documents, str | Mapping):
         documents = [documents]
-    if not documents:
+    if not documents or not _is_list(documents):
         raise BadRow("must have `docs` or `text` with at least one document")
     read = []
     for index, document in enumerate(documents):
@@ -123,11 +129,13 @@ def read_targets(row: Mapping, stage: str) -> list[tuple[str | None, str]]:
     """
     question, answers = row.get("question"), row.get("answers")
     if "qas" in row:
-        pairs = [(pair.get("question"), pair.get("answers", pair.get("answer"))) for pair in row["qas"]]
+        if not _is_list(row["qas"]) or not all(isinstance(pair, Mapping) for pair in row["qas"]):
+            raise BadRow(f"`qas` must be a list of {{question, answers}}, got {row['qas']!r}")
+        pairs = [(pair.get("question", ""), pair.get("answers") or pair.get("answer")) for pair in row["qas"]]
     elif row.get("data_type") == "paraphrase":  # the reference's instruction is left aside for our own
         pairs = [(None, answers)]
-    elif isinstance(question, Sequence) and not isinstance(question, str):
-        if not isinstance(answers, Sequence) or isinstance(answers, str) or len(answers) != len(question):
+    elif _is_list(question):
+        if not _is_list(answers) or len(answers) != len(question):
             raise BadRow("must have as many `answers` as entries in `question`")
         pairs = list(zip(question, answers, strict=True))
     elif question is not None:
@@ -137,7 +145,8 @@ def read_targets(row: Mapping, stage: str) -> list[tuple[str | None, str]]:
         pairs = [(question, given[0] if given else None)]
     else:
         pairs = []
-    targets = [(_text(question, "question"), _answer(answer)) for question, answer in pairs]
+    is_paraphrase = "qas" not in row and row.get("data_type") == "paraphrase"
+    targets = [(None if is_paraphrase else _question(question), _answer(answer)) for question, answer in pairs]
     if row.get("paraphrase") is not None:
         targets.append((None, _answer(row["paraphrase"])))
     if not targets:
@@ -145,17 +154,19 @@ def read_targets(row: Mapping, stage: str) -> list[tuple[str | None, str]]:
     return targets
 
 
-def _text(question, name: str) -> str | None:
-    if question is None:
-        return None
+def _is_list(value) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _question(question) -> str:
     if not isinstance(question, str) or not question.strip():
-        raise BadRow(f"`{name}` must be a text that is not empty, got {question!r}")
+        raise BadRow(f"`question` must be a text that is not empty, got {question!r}")
     return question.strip()
 
 
 def _answer(answer) -> str:
     """The first of several answers; never an empty one."""
-    if isinstance(answer, Sequence) and not isinstance(answer, str):
+    if _is_list(answer):
         answer = answer[0] if answer else None
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
@@ -166,9 +177,11 @@ def _answer(answer) -> str:
 
 def read_positives(row: Mapping, n_documents: int) -> list[int]:
     """Indices of the gold documents, empty where they are not known."""
-    positives = row.get("pos_index") or []
-    positives = [positives] if isinstance(positives, int) else list(positives)
-    if any(isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < n_documents for index in positives):
+    positives = row.get("pos_index", [])
+    positives = [positives] if not _is_list(positives) else list(positives)
+    if any(
+        isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < n_documents for index in positives
+    ):
         raise BadRow(f"`pos_index` must hold numbers from 0 to {n_documents - 1}, got {positives}")
     return sorted(set(positives))
 
@@ -216,6 +229,7 @@ class RecordReader:
         Raises:
             BadRow: naming file, line and rule.
         """
+        row = {name: value for name, value in row.items() if value is not None}  # Parquet fills what is missing
         try:
             documents, targets = read_documents(row), read_targets(row, self.stage)
             positives = read_positives(row, len(documents))
@@ -290,8 +304,9 @@ _READERS: dict[str, RecordReader] = {}  # by key: `Dataset.from_generator` hashe
 
 def _records(key: str, source: dict, state: str) -> Iterator[dict]:
     """All records of a source; `state` (size and time of its file) only enters the hash of the cache."""
-    bad, n_bad = [], 0
+    bad, n_bad, n_rows = [], 0, 0
     for place, row in read_rows(DatasetConfig(**source)):
+        n_rows += 1
         try:
             yield from _READERS[key](place, row)
         except BadRow as error:
@@ -299,7 +314,10 @@ def _records(key: str, source: dict, state: str) -> Iterator[dict]:
             bad += [str(error)] if len(bad) < SHOWN else []
     if n_bad:
         lines = "\n".join(f"  {line}" for line in bad)
-        raise BadRow(f"{n_bad} row(s) cannot be trained on. Correct or remove them:\n{lines}" + "\n  ..." * (n_bad > SHOWN))
+        more = "\n  ..." if n_bad > SHOWN else ""
+        raise BadRow(f"{n_bad} row(s) cannot be trained on. Correct or remove them:\n{lines}{more}")
+    if not n_rows:
+        raise ValueError(f"`{source['path']}` must have at least one row, got none. Correct `path` in `datasets`.")
 
 
 def load_records(sources: Sequence[DatasetConfig], reader: RecordReader, seed: int, cache_dir: str | Path) -> Dataset:
@@ -320,27 +338,34 @@ def load_records(sources: Sequence[DatasetConfig], reader: RecordReader, seed: i
     _READERS[key] = reader
     parts = []
     for source in sources:
-        path = Path(source.path)
-        # a text: `from_generator` takes a list for shards and would call the generator once for each entry
-        state = f"{path.stat().st_size} {path.stat().st_mtime_ns}" if path.is_file() else ""
-        arguments = {"key": key, "source": vars(source), "state": state}
+        arguments = {"key": key, "source": vars(source), "state": _state(source)}
         try:
             part = Dataset.from_generator(_records, features=FEATURES, gen_kwargs=arguments, cache_dir=str(cache_dir))
         except Exception as error:  # datasets wraps what the generator raises
-            cause = _root(error)
-            if isinstance(cause, BadRow | FileNotFoundError | ValueError):
-                raise type(cause)(str(cause)) from None
-            raise
-        if not len(part):
-            raise ValueError(f"`{source.path}` must have at least one row, got none. Correct `path` in `datasets`.")
+            own = _own_error(error)
+            if own is None:
+                raise
+            raise own from None
         parts.append(part)
     return mix(parts, [source.fraction for source in sources], seed)
 
 
-def _root(error: BaseException) -> BaseException:
-    while error.__cause__ is not None or error.__context__ is not None:
+def _own_error(error: BaseException) -> Exception | None:
+    """What the generator raised, out of what `datasets` made of it; None if it was not ours."""
+    while error is not None:
+        if type(error) in (BadRow, FileNotFoundError, ValueError):
+            return error
         error = error.__cause__ or error.__context__
-    return error
+    return None
+
+
+def _state(source: DatasetConfig) -> str:
+    """Sizes and times of the local files of a source. A text, because `from_generator` takes lists for shards."""
+    path, files = Path(source.path), source.data_files or []
+    files = files.values() if isinstance(files, Mapping) else [files] if isinstance(files, str) else files
+    paths = sorted(path.rglob("*")) if path.is_dir() else [path]
+    paths += [path / str(file) for file in files] + [Path(str(file)) for file in files]
+    return " ".join(f"{p}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in paths if p.is_file())
 
 
 def mix(parts: Sequence[Dataset], fractions: Sequence[float | None], seed: int) -> Dataset:
@@ -377,8 +402,3 @@ def distinct_documents(datasets: Iterable[Dataset]) -> dict[str, dict]:
             for document in documents["documents"]:
                 found.setdefault(document_key(document), document)
     return found
-
-
-def cache_folder(output_dir: str | os.PathLike) -> Path:
-    """Where a run keeps its Arrow files."""
-    return Path(output_dir) / "dataset_cache"

@@ -1,6 +1,7 @@
 """Stored memories that the contrastive and the joint stage read: compressed once, looked up by document, searched.
 
-Stands between the frozen compressor and the trainer. Memories are float16 in RAM and on disk, in the published form of a
+Stands between the frozen compressor and the trainer. Memories are float16 in RAM and on disk, in the published form
+of a
 compressed corpus: Parquet shards under data/ and a corpus.json with the compressor's fingerprint. It knows nothing of
 losses or records.
 """
@@ -14,8 +15,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-
 from data import document_key
+
 from modeling_clara import CLaRaForRAG
 from modeling_clara.retrieval_clara import flatten_memory
 
@@ -52,6 +53,12 @@ class MemoryStore:
             for start in range(0, len(documents), CHUNK):
                 chunk = list(documents[start : start + CHUNK])
                 memory[start : start + CHUNK] = model.compress(chunk, batch_size=batch_size).half().cpu()
+        broken = (~memory.isfinite().flatten(1).all(-1)).nonzero()
+        if len(broken):
+            raise ValueError(
+                f"the memory of {documents[int(broken[0])]['text'][:60]!r} must fit into float16, got a value beyond "
+                "65,504. Train the compressor longer, or set `compress_online`."
+            )
         return cls(documents, memory, model.config.retrieval_memory_size)
 
     def lookup(self, documents: Sequence[Mapping]) -> torch.Tensor:
@@ -128,8 +135,13 @@ class MemoryStore:
         partial.replace(folder / "corpus.json")
 
     @classmethod
-    def open(cls, folder: str | Path, fingerprint: str) -> "MemoryStore":
+    def open(cls, folder: str | Path, fingerprint: str, retrieval_memory_size: int | None = None) -> "MemoryStore":
         """Read a folder that `save` wrote.
+
+        Args:
+            folder: of stored memories.
+            fingerprint: of the compressor that must have made them.
+            retrieval_memory_size: k that `search` compares; default what was stored.
 
         Raises:
             FileNotFoundError: it is missing or not complete.
@@ -138,12 +150,25 @@ class MemoryStore:
         folder = Path(folder)
         if not (folder / "corpus.json").exists():
             raise FileNotFoundError(f"`{folder}` must hold corpus.json, found none. Name a folder of stored memories.")
-        description = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
-        if description.get("format_version") != FORMAT_VERSION:
+        try:
+            description = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+            version = description.get("format_version")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{folder}/corpus.json is damaged: {error}. Build the memories again.") from error
+        if version != FORMAT_VERSION:
             raise ValueError(
-                f"`format_version` of {folder}/corpus.json must be {FORMAT_VERSION}, got "
-                f"{description.get('format_version')}. Build the memories again."
+                f"`format_version` of {folder}/corpus.json must be {FORMAT_VERSION}, got {version}. Build the memories "
+                "again."
             )
+        missing = {
+            "compressor_fingerprint",
+            "memory_size",
+            "hidden_size",
+            "retrieval_memory_size",
+            "shards",
+        } - set(description)
+        if missing:
+            raise ValueError(f"{folder}/corpus.json is damaged: it lacks {sorted(missing)}. Build the memories again.")
         if description["compressor_fingerprint"] != fingerprint:
             raise ValueError(
                 f"the memories in {folder} must be of this compressor ({fingerprint[:12]}), they are of "
@@ -160,17 +185,18 @@ class MemoryStore:
         buffer = bytearray(b"".join(table["memory"].to_pylist()))
         shape = (-1, description["memory_size"], description["hidden_size"])
         memory = torch.frombuffer(buffer, dtype=torch.float16).view(shape)
-        return cls(table.select(["title", "text"]).to_pylist(), memory, description["retrieval_memory_size"])
+        size = retrieval_memory_size or description["retrieval_memory_size"]
+        return cls(table.select(["title", "text"]).to_pylist(), memory, size)
 
 
 def open_or_compress(model: CLaRaForRAG, documents: Sequence[Mapping], folder: Path, batch_size: int) -> MemoryStore:
     """The stored memories of a run: opened where an earlier start has written them, else compressed and written."""
-    fingerprint = model.fingerprint
+    fingerprint, size = model.fingerprint, model.config.retrieval_memory_size
     try:
-        store = MemoryStore.open(folder, fingerprint)
+        store = MemoryStore.open(folder, fingerprint, size)
         if all(document_key(document) in store.rows for document in documents):
             return store
     except (FileNotFoundError, ValueError):
         pass  # none yet, half written, or of an earlier compressor: made anew
     MemoryStore.compress(model, documents, batch_size).save(folder, fingerprint)
-    return MemoryStore.open(folder, fingerprint)
+    return MemoryStore.open(folder, fingerprint, size)

@@ -28,7 +28,9 @@ class MetricSums:
         names = sorted(self.sums)
         table = torch.stack([self.sums[name].to(accelerator.device) for name in names])
         table = accelerator.reduce(table, "sum").cpu()
-        return {name: float(row[0] / row[1]) if row[1] else float(row[0]) for name, row in zip(names, table, strict=True)}
+        return {
+            name: float(row[0] / row[1]) if row[1] else float(row[0]) for name, row in zip(names, table, strict=True)
+        }
 
 
 def exact_matches(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -74,9 +76,7 @@ def ranking_metrics(scores: torch.Tensor, positive_mask: torch.Tensor) -> list[t
     # rank of a gold document: what scores better, and other documents that tie with it
     better = (scores[:, None, :] > scores[:, :, None]).sum(-1) + (rival[:, None, :] == scores[:, :, None]).sum(-1)
     rank = torch.where(positive_mask, better, torch.full_like(better, 1 << 30))
-    metrics = [
-        (f"recall@{k}", ((rank < k).sum(-1) / positive_mask.sum(-1)).sum(), count) for k in RECALL_AT
-    ]
+    metrics = [(f"recall@{k}", ((rank < k).sum(-1) / positive_mask.sum(-1)).sum(), count) for k in RECALL_AT]
     metrics.append(("mrr", (1 / (1 + rank.min(-1).values)).sum(), count))
     margin = scores.masked_fill(~positive_mask, -torch.inf).max(-1).values - rival.max(-1).values
     finite = margin.isfinite()

@@ -86,7 +86,8 @@ class RepeatedSequences(Dataset):
 
 
 class SheetsInView(Dataset):
-    """Questions and paraphrases behind the text of their sheet; labels on the answer and, for fluent language, on the sheet."""
+    """Questions and paraphrases behind the text of their sheet; labels on the answer and, for fluent language, on "
+    "the sheet."""
 
     def __init__(self, rows: list[dict], processor: CLaRaProcessor):
         self.rows = [(row, pair["question"], pair["answers"][0]) for row in rows for pair in row.get("qas", [])]

@@ -12,11 +12,12 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-# Statements and questions of each relation; the last of each are the unseen wordings of the test split. Their words all
-# occur in training, in other sentences: a model of this size cannot know a word that it has never seen.
+# Statements and questions of each relation; the last of each are the unseen wordings of the test split. Their words
+# all occur in training, in other sentences: a model of this size cannot know a word that it has never seen.
 RELATIONS = {
     "job": {
-        "values": "baker teacher pilot farmer lawyer nurse painter sailor carpenter doctor tailor miner chemist butcher "
+        "values": "baker teacher pilot farmer lawyer nurse painter sailor carpenter doctor tailor miner chemist "
+        "butcher "
         "gardener plumber writer barber waiter banker driver judge dancer singer",
         "statements": (
             "{first} works as a {value}.",
@@ -33,7 +34,8 @@ RELATIONS = {
         ),
     },
     "city": {
-        "values": "Paris Rome Oslo Cairo Lima Madrid Vienna Dublin Athens Berlin Prague Tokyo Delhi Boston Denver Seoul "
+        "values": "Paris Rome Oslo Cairo Lima Madrid Vienna Dublin Athens Berlin Prague Tokyo Delhi Boston Denver "
+        "Seoul "
         "Havana Lisbon Warsaw Zurich Geneva Naples Munich Bergen",
         "statements": (
             "{first} lives in {value}.",
@@ -50,7 +52,8 @@ RELATIONS = {
         ),
     },
     "animal": {
-        "values": "cat dog horse goat parrot rabbit turtle snake hamster pony donkey duck goose pigeon lizard frog sheep "
+        "values": "cat dog horse goat parrot rabbit turtle snake hamster pony donkey duck goose pigeon lizard frog "
+        "sheep "
         "canary mouse ferret falcon owl hen spider",
         "statements": (
             "{first} keeps a {value} as a pet.",
@@ -84,7 +87,8 @@ RELATIONS = {
         ),
     },
     "colour": {
-        "values": "red blue green yellow purple orange black white brown pink grey silver golden crimson violet scarlet "
+        "values": "red blue green yellow purple orange black white brown pink grey silver golden crimson violet "
+        "scarlet "
         "turquoise beige maroon olive indigo amber cream teal",
         "statements": (
             "{first} likes the colour {value} best.",
@@ -101,7 +105,8 @@ RELATIONS = {
         ),
     },
     "drink": {
-        "values": "tea coffee milk water cider cocoa lemonade beer wine juice rum brandy whisky soda punch mead sherry "
+        "values": "tea coffee milk water cider cocoa lemonade beer wine juice rum brandy whisky soda punch mead "
+        "sherry "
         "gin vodka syrup nectar broth ale port",
         "statements": (
             "{first} drinks {value} in the morning.",
@@ -152,7 +157,8 @@ RELATIONS = {
         ),
     },
     "vehicle": {
-        "values": "car bus bicycle tram truck van tractor scooter train boat ferry canoe wagon sledge taxi jeep carriage "
+        "values": "car bus bicycle tram truck van tractor scooter train boat ferry canoe wagon sledge taxi jeep "
+        "carriage "
         "yacht kayak raft coach lorry buggy glider",
         "statements": (
             "{first} travels by {value}.",
@@ -169,7 +175,8 @@ RELATIONS = {
         ),
     },
     "language": {
-        "values": "French Dutch Greek Latin Arabic Polish Danish Turkish Hindi Swedish Russian Czech Welsh Irish Persian "
+        "values": "French Dutch Greek Latin Arabic Polish Danish Turkish Hindi Swedish Russian Czech Welsh Irish "
+        "Persian "
         "Korean Spanish German Finnish Hebrew Basque Thai Swahili Tamil",
         "statements": (
             "{first} speaks {value} at home.",
@@ -187,14 +194,16 @@ RELATIONS = {
     },
 }
 FIRST_NAMES = (
-    "Mira Anton Clara Boris Dora Emil Flora Gustav Helga Ivan Julia Karl Lena Marco Nora Oscar Petra Quentin Rosa Simon "
+    "Mira Anton Clara Boris Dora Emil Flora Gustav Helga Ivan Julia Karl Lena Marco Nora Oscar Petra Quentin Rosa "
+    "Simon "
     "Tilda Ulrich Vera Walter Xenia Yvonne Zoe Albert Berta Cedric Diana Edgar Fanny Gilbert Hanna Igor Jasmin Kuno "
     "Lydia Moritz Nadia Otto Paula Ralf Selma Theo Ursula Viktor"
 ).split()
 LAST_NAMES = (
     "Talbot Brandt Castle Dover Ellis Foster Grant Harlow Ingram Jarvis Keller Lambert Mercer Norris Oakley Palmer "
     "Quincy Rowland Sutton Turner Underhill Vaughn Weaver Yates Zeller Archer Barlow Conrad Dalton Everett Fleming "
-    "Garner Hobson Irving Jordan Kendall Lowell Morton Nelson Osborn Parker Ramsey Sheldon Thorne Upton Vernon Wallace "
+    "Garner Hobson Irving Jordan Kendall Lowell Morton Nelson Osborn Parker Ramsey Sheldon Thorne Upton Vernon "
+    "Wallace "
     "York"
 ).split()
 for relation in RELATIONS.values():
@@ -250,7 +259,8 @@ class FactSheets:
         return f"{document['title']}\n{self._write(facts, first)}"
 
     def pretraining_rows(self, n_rows: int, n_questions: int = 4, paraphrased: float = 0.2) -> Iterator[dict]:
-        """Rows of stage 1: `{title, text, qas}`, every question drawn with replacement, or `{title, text, paraphrase}`.
+        """Rows of stage 1: `{title, text, qas}`, every question drawn with replacement, or `{title, text,
+        paraphrase}`.
 
         Asked once each, the answers already given would betray the others. A paraphrase stands in a row of its own,
         because it is twice as long as a question and would pad those.
@@ -299,6 +309,7 @@ def write_files(folder: Path, scale: float = 1.0) -> None:
     for name, unseen in (("test", False), ("test_wordings", True)):
         sheets = FactSheets(4, test=True, unseen_wordings=unseen)
         write_jsonl(folder / f"{name}_pretrain.jsonl", sheets.pretraining_rows(500, paraphrased=0.0))
+        write_jsonl(folder / f"{name}_instruct.jsonl", sheets.retrieval_rows(500, 5))
         write_jsonl(folder / f"{name}_joint.jsonl", sheets.retrieval_rows(500, 20))
 
 

@@ -8,16 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from datasets import Dataset
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
 from arguments import CLaRaTrainingArguments, DataArguments, ModelArguments
+from checkpoints import CACHE_FOLDER, MEMORY_FOLDER
 from collators import ReadingCollator, SelectingCollator
-from data import RecordReader, cache_folder, distinct_documents, load_records
+from data import RecordReader, distinct_documents, load_records
+from datasets import Dataset
 from memories import MemoryStore, open_or_compress
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from trainer import TRAINERS, CLaRaTrainer, part_of
+
 from modeling_clara import CLaRaForRAG
 from modeling_clara.backbone_clara import check_digests
-from trainer import TRAINERS, CLaRaTrainer, part_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,9 @@ def prepare_model(arguments: ModelArguments, training: CLaRaTrainingArguments) -
         OSError, ValueError: the model cannot be had, or is of another backbone.
     """
     loader = {
-        name: getattr(arguments, name) for name in ("dtype", "attn_implementation") if getattr(arguments, name) is not None
+        name: getattr(arguments, name)
+        for name in ("dtype", "attn_implementation")
+        if getattr(arguments, name) is not None
     }
     if arguments.checkpoint is None:
         model = _fresh_model(arguments, loader)
@@ -84,7 +87,9 @@ def initialise_reasoner(model: CLaRaForRAG, choice: str | None, stage: str) -> N
         choice = "compressor" if stage in ("contrastive", "joint") and is_untrained else "keep"
     if choice == "compressor":
         own = get_peft_model_state_dict(model.backbone, adapter_name="compressor", save_embedding_layers=False)
-        set_peft_model_state_dict(model.backbone, {name: t.clone() for name, t in own.items()}, adapter_name="reasoner")
+        set_peft_model_state_dict(
+            model.backbone, {name: t.clone() for name, t in own.items()}, adapter_name="reasoner"
+        )
     elif choice == "random":
         for layer in model.roles.layers:
             layer.reset_lora_parameters("reasoner", init_lora_weights=True)
@@ -105,12 +110,12 @@ def read_data(
         num_candidates=data.num_candidates,
         needs_candidates=data.candidates == "given",
     )
-    if data.candidates == "corpus" and data.num_candidates < model.config.retrieval_top_k:
+    if reader.selects and data.num_candidates < model.config.retrieval_top_k:
         raise ValueError(
-            f"`num_candidates` must be >= `retrieval_top_k` ({model.config.retrieval_top_k}), got {data.num_candidates}. "
-            "Raise it."
+            f"`num_candidates` must be >= `retrieval_top_k` ({model.config.retrieval_top_k}), got "
+            f"{data.num_candidates}. Raise it."
         )
-    folder = cache_folder(training.output_dir)
+    folder = Path(training.output_dir) / CACHE_FOLDER
     with training.main_process_first(desc="reading the data"):
         train = load_records(data.datasets, reader, training.data_seed or training.seed, folder)
         evaluation = load_records(data.eval_datasets, reader, training.seed, folder) if data.eval_datasets else None
@@ -123,26 +128,41 @@ def prepare_memories(
     """(corpus to search or None, memories of the records' documents or None)."""
     if training.stage not in ("contrastive", "joint") or data.compress_online:
         return None, None
-    if any(parameter.requires_grad for name, parameter in model.named_parameters() if part_of(name) in CHANGES_MEMORIES):
+    if any(
+        parameter.requires_grad for name, parameter in model.named_parameters() if part_of(name) in CHANGES_MEMORIES
+    ):
         raise ValueError(
-            "`trainable_roles` must not have the compressor, and `train_backbone` must be false, where stored memories "
+            "`trainable_roles` must not have the compressor, and `train_backbone` must be false, where stored "
+            "memories "
             "are read: they would go stale. Leave them out, or set `compress_online`."
         )
-    corpus = MemoryStore.open(data.corpus, model.fingerprint) if data.corpus else None
+    size = model.config.retrieval_memory_size
+    corpus = MemoryStore.open(data.corpus, model.fingerprint, size) if data.corpus else None
     documents = distinct_documents(datasets)
     needed = [document for key, document in documents.items() if corpus is None or key not in corpus.rows]
     if corpus is not None and (not needed or (data.candidates == "corpus" and not data.add_gold)):
         return corpus, corpus
     batch_size = training.per_device_eval_batch_size
     with training.main_process_first(desc="compressing the documents"):
-        store = open_or_compress(model, list(documents.values()), Path(training.output_dir) / "memories", batch_size)
+        store = open_or_compress(
+            model, list(documents.values()), Path(training.output_dir) / MEMORY_FOLDER, batch_size
+        )
     return corpus or store, store
 
 
 def prepare_trainer(
     model_arguments: ModelArguments, data: DataArguments, training: CLaRaTrainingArguments
 ) -> CLaRaTrainer:
-    """Everything before the first step."""
+    """Everything before the first step.
+
+    Raises:
+        OSError, ValueError: whatever is wrong with model, data or folders, named.
+    """
+    if training.n_gpu > 1:
+        raise ValueError(
+            f"one process must have one GPU, got {training.n_gpu}. Start it with `accelerate launch --config_file "
+            "recipes/accelerate/ddp.yaml`, or set CUDA_VISIBLE_DEVICES=0."
+        )
     model = prepare_model(model_arguments, training)
     train, evaluation = read_data(model, data, training)
     processor, sizes = model.processor, model.config.memory_sizes
@@ -162,7 +182,8 @@ def prepare_trainer(
         )
         if from_corpus:
             keywords = {
-                "corpus": corpus, "num_candidates": data.num_candidates, "add_gold": data.add_gold, "gold_store": store,
+                "corpus": corpus, "num_candidates": data.num_candidates, "add_gold": data.add_gold, "gold_store":
+                store,
             }  # fmt: skip
     else:
         collator = ReadingCollator(processor, sizes)

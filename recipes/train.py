@@ -10,25 +10,28 @@ import os
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL sends it otherwise
 
 from arguments import parse_arguments  # noqa: E402
-from checkpoints import claim_folder, describe_run  # noqa: E402
+from checkpoints import check_folder, claim_folder, describe_run  # noqa: E402
 from preparation import prepare_trainer, seed_everything  # noqa: E402
 
 
 def main() -> None:
     model_arguments, data_arguments, training_arguments = parse_arguments()
     logging.basicConfig(format="%(message)s", level=training_arguments.get_process_log_level())
-    description = describe_run(model_arguments, data_arguments, training_arguments)
-    with training_arguments.main_process_first(desc="claiming the output folder"):
-        checkpoint = claim_folder(
-            training_arguments.output_dir, description, writes=training_arguments.should_save
-        )
+    output, description = (
+        training_arguments.output_dir,
+        describe_run(model_arguments, data_arguments, training_arguments),
+    )
+    with training_arguments.main_process_first(desc="looking into the output folder"):
+        checkpoint = check_folder(output, description)
     seed_everything(training_arguments)
     trainer = prepare_trainer(model_arguments, data_arguments, training_arguments)
+    if training_arguments.should_save:
+        claim_folder(output, description)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if training_arguments.eval_strategy != "no":
+    if training_arguments.eval_strategy != "no" and not trainer.was_just_evaluated:
         trainer.evaluate()
-    trainer.save_model()
     trainer.save_state()
+    trainer.save_model()
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn.utils import get_total_norm
-from transformers import Trainer
-
 from arguments import CLaRaTrainingArguments
 from checkpoints import load_trained
 from data import document_key
 from metrics import MetricSums, exact_matches, ranking_metrics
+from torch.nn.utils import get_total_norm
+from transformers import Trainer
+
 from modeling_clara import CLaRaForRAG
 from modeling_clara.backbone_clara import backbone_digests
 from modeling_clara.configuration_clara import ROLES
@@ -96,15 +96,14 @@ class CLaRaTrainer(Trainer):
         """The model itself, without DDP or compilation around it."""
         return self.accelerator.unwrap_model(self.model)
 
-    # --- logging -------------------------------------------------------------------------------------------------------
+    # --- logging
+    # -------------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         positive_mask = inputs.get("positive_mask")
         if self.args.stage != "contrastive" and not self.unwrapped.config.contrastive_weight:
             inputs.pop("positive_mask", None)  # the language-modelling loss alone: gold is for the metrics
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         sums = self.train_sums if self.model.training else self.eval_sums
         self._record(sums, inputs, outputs, num_items_in_batch, positive_mask)
         return (loss, outputs) if return_outputs else loss
@@ -151,7 +150,8 @@ class CLaRaTrainer(Trainer):
         self.role_norms = {part: get_total_norm(gradients) for part, gradients in sorted(parts.items())}
         return super()._clip_grad_norm(model)
 
-    # --- evaluation ----------------------------------------------------------------------------------------------------
+    # --- evaluation
+    # ----------------------------------------------------------------------------------------------------
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -159,7 +159,9 @@ class CLaRaTrainer(Trainer):
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 
-    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
         self.eval_sums = MetricSums()
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         metrics = self.eval_sums.reduce(self.accelerator)
@@ -168,6 +170,13 @@ class CLaRaTrainer(Trainer):
         self._write_samples()
         self._last_log = time.perf_counter()  # the time of an evaluation is not that of the next steps
         return output
+
+    @property
+    def was_just_evaluated(self) -> bool:
+        """Whether the last step has its evaluation already."""
+        return any(
+            "eval_loss" in entry and entry["step"] == self.state.global_step for entry in self.state.log_history
+        )
 
     def _write_samples(self) -> None:
         """Append generated answers to samples.jsonl."""
@@ -187,7 +196,8 @@ class CLaRaTrainer(Trainer):
         shown = "\n".join(f"  {row['question']} -> {row['answer']!r} (expected {row['expected']!r})" for row in rows)
         logger.info("samples at step %d:\n%s", self.state.global_step, shown)
 
-    # --- saving --------------------------------------------------------------------------------------------------------
+    # --- saving
+    # --------------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A CLaRa checkpoint, without the pickled arguments that the Trainer would add."""
@@ -225,7 +235,9 @@ class SelectingTrainer(CLaRaTrainer):
         gold_store: `lookup(documents)` of the gold documents.
     """
 
-    def __init__(self, *args, corpus=None, num_candidates: int = 20, add_gold: bool = False, gold_store=None, **kwargs):
+    def __init__(
+        self, *args, corpus=None, num_candidates: int = 20, add_gold: bool = False, gold_store=None, **kwargs
+    ):
         super().__init__(*args, **kwargs)
         self.corpus, self.num_candidates = corpus, num_candidates
         self.add_gold, self.gold_store = add_gold, gold_store
@@ -239,7 +251,8 @@ class SelectingTrainer(CLaRaTrainer):
 
     @torch.no_grad()
     def _search(self, inputs: dict, gold: list[list[dict]]) -> dict[str, torch.Tensor]:
-        """`memory` (rows, candidates, n, hidden), `document_mask` and `positive_mask` of the corpus's best documents."""
+        """`memory` (rows, candidates, n, hidden), `document_mask` and `positive_mask` of the corpus's best "
+        "documents."""
         model = self.unwrapped
         lengths, size = inputs["query_attention_mask"].sum(-1), model.config.retrieval_memory_size
         with eval_mode(model):  # dropout would search for another question than the one that is asked
@@ -260,7 +273,9 @@ class SelectingTrainer(CLaRaTrainer):
             positives.append(torch.tensor([key in gold_keys for key in keys]))
         device = lengths.device
         padded = torch.nn.utils.rnn.pad_sequence(memories, batch_first=True).to(device)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(m), dtype=torch.bool) for m in memories], batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence(
+            [torch.ones(len(m), dtype=torch.bool) for m in memories], batch_first=True
+        )
         positive_mask = torch.nn.utils.rnn.pad_sequence(positives, batch_first=True)
         return {"memory": padded, "document_mask": mask.to(device), "positive_mask": positive_mask.to(device)}
 

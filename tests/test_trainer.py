@@ -1,6 +1,7 @@
 """The trainers: what moves, what is held, equal results for any batching, and a restart that changes nothing.
 
-Every test trains a tiny real model for a few steps on rows written to disk, through the same preparation as `train.py`.
+Every test trains a tiny real model for a few steps on rows written to disk, through the same preparation as
+`train.py`.
 """
 
 import copy
@@ -34,7 +35,12 @@ def files(tmp_path_factory):
     with open(folder / "pretrain.jsonl", "w") as file:
         for name, city in zip(NAMES, CITIES, strict=True):
             pairs = [{"question": f"Where does {name} live?", "answers": [city]}] * (1 + len(name) % 2)
-            row = {"title": name, "text": f"{name} lives in {city}.", "qas": pairs, "paraphrase": f"In {city} lives {name}."}
+            row = {
+                "title": name,
+                "text": f"{name} lives in {city}.",
+                "qas": pairs,
+                "paraphrase": f"In {city} lives {name}.",
+            }
             file.write(json.dumps(row) + "\n")
     with open(folder / "select.jsonl", "w") as file:
         for index, (name, city) in enumerate(zip(NAMES, CITIES, strict=True)):
@@ -60,9 +66,7 @@ def build(files, trained, tmp_path):
     def make(stage="pretrain", name="run", model_options=None, data_options=None, **options):
         path = str(files / ("pretrain.jsonl" if stage == "pretrain" else "select.jsonl"))
         model_arguments = ModelArguments(**{"checkpoint": str(trained), **(model_options or {})})
-        data = DataArguments(
-            datasets=[{"path": path}], eval_datasets=[{"path": path}], **(data_options or {})
-        )
+        data = DataArguments(datasets=[{"path": path}], eval_datasets=[{"path": path}], **(data_options or {}))
         defaults = {
             "per_device_train_batch_size": 2,
             "max_steps": 4,
@@ -111,7 +115,9 @@ def test_a_backbone_that_trains_is_saved_and_comes_back(build, tmp_path):
     trainer = build(model_options={"train_backbone": True}, max_steps=2)
     before = state_of(trainer.model)
     trainer.train()
-    moved = {part_of(name) for name, tensor in state_of(trainer.model).items() if not torch.equal(before[name], tensor)}
+    moved = {
+        part_of(name) for name, tensor in state_of(trainer.model).items() if not torch.equal(before[name], tensor)
+    }
     assert moved == PARTS["pretrain"] | {"backbone"}
     trainer.save_model()
     loaded = CLaRaForRAG.from_pretrained(tmp_path / "run")
@@ -210,7 +216,8 @@ def test_k_is_drawn_from_seed_and_step(build):
     trainer = build(max_steps=6, gradient_accumulation_steps=2)
     read = []
     trainer.model.register_forward_pre_hook(
-        lambda model, args, kwargs: read.append((kwargs["memory_size"], kwargs["num_samples_in_batch"])), with_kwargs=True
+        lambda model, args, kwargs: read.append((kwargs["memory_size"], kwargs["num_samples_in_batch"])),
+        with_kwargs=True,
     )
     trainer.train()
     wanted = [memory_size_of_step(sizes, trainer.args.seed, step) for step in range(6) for _ in range(2)]
@@ -222,7 +229,9 @@ def test_the_log_of_a_step(build):
     trainer = build("joint", max_steps=2, eval_strategy="steps", eval_steps=2)
     trainer.train()
     step = trainer.state.log_history[0]
-    assert {"ce", "learning_rate", "tokens_per_second", "recall@1", "recall@3", "recall@5", "mrr", "margin"} <= set(step)
+    assert {"ce", "learning_rate", "tokens_per_second", "recall@1", "recall@3", "recall@5", "mrr", "margin"} <= set(
+        step
+    )
     assert {"grad_norm/reasoner", "grad_norm/generator"} <= set(step)
     assert step["loss"] == pytest.approx(step["ce"], rel=1e-5)
     assert step["grad_norm"] ** 2 == pytest.approx(step["grad_norm/reasoner"] ** 2 + step["grad_norm/generator"] ** 2)
@@ -318,5 +327,6 @@ def test_an_untrained_reasoner_is_initialised_by_itself(build, shared_model, tmp
     joint = build("joint", model_options={"checkpoint": str(tmp_path / "stage2")}).model
     names = [name for name in joint.state_dict() if ".reasoner." in name]
     assert all(
-        torch.equal(joint.state_dict()[name], joint.state_dict()[name.replace("reasoner", "compressor")]) for name in names
+        torch.equal(joint.state_dict()[name], joint.state_dict()[name.replace("reasoner", "compressor")])
+        for name in names
     )

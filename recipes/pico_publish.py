@@ -1,0 +1,188 @@
+"""clara-pico as it is shipped: float16 weights, card, results and a small corpus, in model_cards/.
+
+    python recipes/pico_publish.py runs/pico/joint
+
+Stands behind `pico_evaluate.py`; every number of the card comes from the results that it measures on the rounded
+weights.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from memories import MemoryStore
+from pico_evaluate import SPLITS, evaluate
+from pico_facts import FactSheets
+
+from modeling_clara import CLaRaForRAG
+from modeling_clara.backbone_clara import backbone_digests
+
+CARDS = Path(__file__).parent.parent / "model_cards"
+N_SHEETS = 200
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+license: apache-2.0
+language: en
+tags:
+- clara
+- soft-compression
+- retrieval-augmented-generation
+---
+
+# clara-pico
+
+A CLaRa model (arXiv 2511.18659) of {parameters:.2f}M parameters, its backbone included: a Llama of hidden size
+{hidden} with
+{layers} layers and a tokenizer of its own, trained from scratch on generated English fact sheets about people. It is
+an
+instrument, not a product: it tells in seconds whether compression, retrieval and answering still work. It knows the
+words
+of its sheets and nothing else.
+
+```python
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("model_cards/clara-pico", trust_remote_code=True)
+documents = [
+    {{"title": "Mira Talbot", "text": "Mira works as a baker. The home of Mira is in Oslo."}},
+    {{"title": "Otto Garner", "text": "Otto is a pilot by trade. Otto has a home in Lima."}},
+]
+model.answer(["Where does Otto Garner live?"], documents=documents, top_k=1)
+```
+
+## Results
+
+{questions} questions about people that training never showed, {candidates} candidate sheets each, written to and read
+from memories of {sizes} vectors. The reasoner was trained by the language-modelling loss alone: no label ever said
+which
+sheet is the right one. Measured by `recipes/pico_evaluate.py` (seed {seed}) on the weights in this folder.
+
+{table}
+
+Guessing gives {chance_answers:.2f} for answers and {chance_recall:.2f} for recall@1.
+
+## Training
+
+`make pico` makes it again from nothing: the sheets, the backbone, and the three stages with the files in
+`recipes/configs/pico/`. `training_log.json` has the curves.
+"""
+
+CORPUS_CARD = """---
+license: apache-2.0
+language: en
+tags:
+- clara
+- compressed-corpus
+configs:
+- config_name: default
+  data_files: data/*.parquet
+---
+
+# Fact sheets, compressed by clara-pico
+
+{n} generated fact sheets about people that clara-pico's training never showed, with the memory of each: {k} vectors of
+{hidden} float16 values, one binary column. Compressor fingerprint: `{fingerprint}`.
+"""
+
+
+def round_to_half(model: CLaRaForRAG) -> None:
+    """Round every weight to what float16 can hold, so that results are those of the shipped file."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.half().float())
+    model._stored = None
+    model.config.backbone_digests = backbone_digests(model.backbone)
+
+
+def results_table(results: dict, sizes: list[int]) -> str:
+    """Markdown: one row a measure, one column a split."""
+    names = [("recall@1, 20 candidates", "recall@1"), ("recall@5", "recall@5"), ("MRR", "mrr")]
+    rows = [f"| | {' | '.join(SPLITS)} |", "| --- |" + " --- |" * len(SPLITS)]
+    for label, key in names:
+        rows.append(f"| {label} | " + " | ".join(f"{results[split][key]:.3f}" for split in SPLITS) + " |")
+    for size in sizes:
+        values = [results[split]["answers_gold_given"][str(size)] for split in SPLITS]
+        rows.append(
+            f"| answers, gold sheet given, k = {size} | " + " | ".join(f"{value:.3f}" for value in values) + " |"
+        )
+    for label, key in (("answers, retrieved", "answers_retrieved"), ("answers, wrong sheet", "answers_wrong_memory")):
+        rows.append(f"| {label} | " + " | ".join(f"{results[split][key]:.3f}" for split in SPLITS) + " |")
+    return "\n".join(rows)
+
+
+def write_model(model: CLaRaForRAG, folder: Path, results: dict, curves: dict) -> None:
+    """Checkpoint with backbone in float16, card, results, curves."""
+    sizes = model.config.memory_sizes
+    text_config = model.config.text_config
+    card = CARD.format(
+        parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+        hidden=text_config.hidden_size,
+        layers=text_config.num_hidden_layers,
+        sizes=" or ".join(map(str, sizes)),
+        questions=results["questions"],
+        candidates=results["candidates"],
+        seed=results["seed"],
+        table=results_table(results, sizes),
+        chance_answers=results["chance"]["answers"],
+        chance_recall=results["chance"]["recall@1"],
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    model.config.backbone_name_or_path = "clara-pico"
+    model.half().save_pretrained(folder, include_backbone=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (folder / "training_log.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
+
+
+def write_corpus(model: CLaRaForRAG, folder: Path) -> None:
+    """A small compressed corpus of sheets about unseen people."""
+    sheets, documents = FactSheets(78, test=True), {}
+    while len(documents) < N_SHEETS:
+        document, _ = sheets.sheet()
+        documents.setdefault(document["title"], document)
+    store = MemoryStore.compress(model, list(documents.values()), batch_size=64)
+    store.save(folder, model.fingerprint)
+    card = CORPUS_CARD.format(
+        n=len(store), k=store.memory.shape[1], hidden=store.memory.shape[2], fingerprint=model.fingerprint
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def read_curves(runs: list[Path]) -> dict:
+    """stage folder name -> log entries without what is not worth keeping."""
+    dropped = {"grad_norm", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "tokens_per_second"}
+    curves = {}
+    for run in runs:
+        history = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        kept = [entry for entry in history if "eval_loss" in entry or entry["step"] % 100 == 0]
+        curves[run.name] = [
+            {
+                name: round(value, 5)
+                for name, value in entry.items()
+                if name not in dropped and not name.startswith("grad")
+            }
+            for entry in kept
+        ]
+    return curves
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path, help="folder of the joint stage; the other stages lie beside it")
+    parser.add_argument("--output", type=Path, default=CARDS, help="where clara-pico/ and clara-pico-corpus/ go")
+    arguments = parser.parse_args()
+    runs = [arguments.checkpoint.parent / name for name in ("pretrain", "instruct", "joint")]
+    model = CLaRaForRAG.from_pretrained(arguments.checkpoint)
+    round_to_half(model)
+    results = evaluate(model)
+    write_model(model, arguments.output / "clara-pico", results, read_curves([run for run in runs if run.exists()]))
+    model = CLaRaForRAG.from_pretrained(arguments.output / "clara-pico")  # as everybody will load it
+    write_corpus(model, arguments.output / "clara-pico-corpus")
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
