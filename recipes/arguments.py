@@ -221,7 +221,8 @@ def _read_yaml(path: str | Path) -> dict:
         values[name] = {} if values[name] is None else values[name]
         if not isinstance(values[name], dict):
             raise ValueError(
-                f"`{name}` in `{path}` must be a mapping of keys for that stage, got {values[name]!r}. Indent its keys."
+                f"`{name}` in `{path}` must be a mapping of keys for that stage, got {values[name]!r}. Indent its "
+                f"keys."
             )
     return values
 

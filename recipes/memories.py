@@ -157,7 +157,8 @@ class MemoryStore:
             raise ValueError(f"{folder}/corpus.json is damaged: {error}. Build the memories again.") from error
         if version != FORMAT_VERSION:
             raise ValueError(
-                f"`format_version` of {folder}/corpus.json must be {FORMAT_VERSION}, got {version}. Build the memories "
+                f"`format_version` of {folder}/corpus.json must be {FORMAT_VERSION}, got {version}. Build the "
+                f"memories "
                 "again."
             )
         missing = {

@@ -17,6 +17,7 @@ from data import document_key
 from metrics import MetricSums, exact_matches, ranking_metrics
 from torch.nn.utils import get_total_norm
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from modeling_clara import CLaRaForRAG
 from modeling_clara.backbone_clara import backbone_digests
@@ -62,7 +63,14 @@ class CLaRaTrainer(Trainer):
         self._n_samples: torch.Tensor | None = None
         self._last_log = None
 
-    # --- loading: the counts of a step, and the layout of its k -----------------------------------------------------
+    # --- loading: the order of rows, the counts of a step, and the layout of its k -----------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or dataset is None:
+            return super()._get_train_sampler(train_dataset)
+        rows_of_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return EpochLengthSampler(rows_of_step, dataset["length"], self.args.data_seed or self.args.seed)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, n_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -294,6 +302,30 @@ TRAINERS = {
     "contrastive": ContrastiveTrainer,
     "joint": JointTrainer,
 }
+
+
+class EpochLengthSampler(LengthGroupedSampler):
+    """Rows of similar length together, in an order that follows from seed and epoch alone.
+
+    transformers' own draws from the global random state, so a run that goes on within its second epoch would see other
+    rows than one that was not interrupted, and a step of two processes other rows than a step of one.
+
+    Args:
+        rows_of_step: rows of an optimizer step, over all processes.
+        lengths: of every row.
+        seed: of the order.
+    """
+
+    def __init__(self, rows_of_step: int, lengths: list[int], seed: int):
+        super().__init__(rows_of_step, lengths=list(lengths))
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        return super().__iter__()
 
 
 def part_of(parameter_name: str) -> str:

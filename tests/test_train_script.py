@@ -103,9 +103,10 @@ def test_two_processes_give_the_curve_of_one(rows, backbone_folder, tmp_path, st
         options += ["backbone=null", f"checkpoint={first}", *fresh]
     one, two = tmp_path / "one", tmp_path / "two"
     run(command(rows, backbone_folder, one, *options, stage=stage))
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-                "--mixed_precision", "no", "--main_process_port", "0", "--dynamo_backend", "no")  # fmt: skip
-    run(command(rows, backbone_folder, two, *options, "gradient_accumulation_steps=1", stage=stage), launcher)
+    config = str(ROOT / "recipes" / "accelerate" / "ddp.yaml")
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0")
+    options += ["gradient_accumulation_steps=1", "ddp_backend=gloo"]
+    run(command(rows, backbone_folder, two, *options, stage=stage), launcher)
     assert losses(one) == pytest.approx(losses(two), rel=1e-4)
     histories = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (one, two)]
     for entry, other in zip(*histories, strict=True):
