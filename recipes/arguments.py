@@ -48,8 +48,7 @@ class ModelArguments:
             a checkpoint has them in its config.
         retrieval_top_k, retrieval_temperature, retrieval_memory_size, alignment_weight, contrastive_weight: fields of
             `CLaRaConfig`; None keeps the checkpoint's, or its default.
-        train_backbone: all weights train, for a backbone that is trained from scratch; the checkpoint then includes
-        it.
+        train_backbone: all weights train, for a backbone that is trained from scratch; checkpoints then include it.
         reasoner_init: "compressor" copies the compressor into the reasoner (paper: + 4 F1), "random" gives it fresh
             weights, "keep" leaves it; default: "compressor" in the contrastive stage and in a joint stage whose
             checkpoint has an untrained reasoner, else "keep".

@@ -1,9 +1,8 @@
 """What a training step costs, side by side in one process: `python recipes/benchmark_training.py --data FILE`.
 
 Real backbone, real passages, the batches and the `forward` of the recipes; prints Markdown tables. Two comparisons: a
-stage-1 step against its own arithmetic at the GEMM speed of the same run, and a joint step on stored memories
-against one
-that compresses its candidates. It knows nothing of quality.
+stage-1 step against its own arithmetic at the GEMM speed of the same run, and a joint step on stored memories against
+one that compresses its candidates. It knows nothing of quality.
 """
 
 import argparse
@@ -206,9 +205,8 @@ def render(report: dict) -> str:
     parts.append(
         f"Stage-1 step: {step['documents']} documents, {step['prompts']} prompts, {step['tokens']:,} tokens, "
         f"{step['targets']} target positions, {step['head_rows']} rows through the LM head; {step['gflop']:.0f} GFLOP "
-        f"at "
-        f"{step['gemm_gflops']:.0f} GFLOP/s; {step['step_seconds']:.2f} s, {100 * step['share_of_bound']:.0f} % of "
-        f"its bound."
+        f"at {step['gemm_gflops']:.0f} GFLOP/s; {step['step_seconds']:.2f} s, "
+        f"{100 * step['share_of_bound']:.0f} % of its bound."
     )
     parts.append(
         table(

@@ -66,8 +66,7 @@ def check_folder(folder: str | Path, description: dict) -> Path | None:
         if foreign:
             raise ValueError(
                 f"`output_dir` must be a new or empty folder, or one of this run, but {folder} holds {foreign}. "
-                f"Choose "
-                "another name or empty it."
+                "Choose another name or empty it."
             )
         return None
     try:
@@ -83,8 +82,7 @@ def check_folder(folder: str | Path, description: dict) -> Path | None:
     if differing:
         raise ValueError(
             f"`output_dir` {folder} holds another run: {differing} differ (see {path}). Choose another name, or give "
-            f"the "
-            "same arguments to go on with that run."
+            "the same arguments to go on with that run."
         )
     if (folder / "config.json").exists():
         raise ValueError(f"the run in {folder} is finished. Choose another `output_dir`, or delete it to train again.")

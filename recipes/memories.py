@@ -1,9 +1,8 @@
 """Stored memories that the contrastive and the joint stage read: compressed once, looked up by document, searched.
 
-Stands between the frozen compressor and the trainer. Memories are float16 in RAM and on disk, in the published form
-of a
-compressed corpus: Parquet shards under data/ and a corpus.json with the compressor's fingerprint. It knows nothing of
-losses or records.
+Stands between the frozen compressor and the trainer. Memories are float16 in RAM and on disk, in the published form of
+a compressed corpus: Parquet shards under data/ and a corpus.json with the compressor's fingerprint. It knows nothing
+of losses or records.
 """
 
 import hashlib
@@ -77,8 +76,8 @@ class MemoryStore:
             top_k: documents per question.
 
         Returns:
-            For each question dicts `{document_id, span, score, title, text, memory}`, best first; the memory is
-            (n, hidden) float32.
+            For each question dicts `{document_id, span, score, title, text, memory}`, best first; the memory is (n,
+            hidden) float32.
         """
         if self._vectors is None or self._vectors.device != query_memory.device:
             vectors = flatten_memory(self.memory, self.retrieval_memory_size)
@@ -158,8 +157,7 @@ class MemoryStore:
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"`format_version` of {folder}/corpus.json must be {FORMAT_VERSION}, got {version}. Build the "
-                f"memories "
-                "again."
+                "memories again."
             )
         missing = {
             "compressor_fingerprint",

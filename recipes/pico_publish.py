@@ -35,12 +35,9 @@ tags:
 # clara-pico
 
 A CLaRa model (arXiv 2511.18659) of {parameters:.2f}M parameters, its backbone included: a Llama of hidden size
-{hidden} with
-{layers} layers and a tokenizer of its own, trained from scratch on generated English fact sheets about people. It is
-an
-instrument, not a product: it tells in seconds whether compression, retrieval and answering still work. It knows the
-words
-of its sheets and nothing else.
+{hidden} with {layers} layers and a tokenizer of its own, trained from scratch on generated English fact sheets about
+people. It is an instrument, not a product: it tells in seconds whether compression, retrieval and answering still
+work. It knows the words of its sheets and nothing else.
 
 ```python
 from transformers import AutoModel
@@ -57,8 +54,7 @@ model.answer(["Where does Otto Garner live?"], documents=documents, top_k=1)
 
 {questions} questions about people that training never showed, {candidates} candidate sheets each, written to and read
 from memories of {sizes} vectors. The reasoner was trained by the language-modelling loss alone: no label ever said
-which
-sheet is the right one. Measured by `recipes/pico_evaluate.py` (seed {seed}) on the weights in this folder.
+which sheet is the right one. Measured by `recipes/pico_evaluate.py` (seed {seed}) on the weights in this folder.
 
 {table}
 

@@ -11,9 +11,10 @@ import torch
 from arguments import CLaRaTrainingArguments, DataArguments, ModelArguments
 from checkpoints import CACHE_FOLDER, MEMORY_FOLDER
 from collators import ReadingCollator, SelectingCollator
-from data import RecordReader, distinct_documents, load_records
+from data import RecordReader
 from datasets import Dataset
 from memories import MemoryStore, open_or_compress
+from mixtures import distinct_documents, load_records
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from trainer import TRAINERS, CLaRaTrainer, part_of
 

@@ -63,7 +63,7 @@ class CLaRaTrainer(Trainer):
         self._n_samples: torch.Tensor | None = None
         self._last_log = None
 
-    # --- loading: the order of rows, the counts of a step, and the layout of its k -----------------------------------------------------
+    # --- loading: the order of rows, the counts of a step, and the layout of its k -----------------------------------
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset

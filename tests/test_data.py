@@ -10,8 +10,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data import BadRow, RecordReader, load_records
+from data import BadRow, RecordReader
 from datasets import Dataset
+from mixtures import load_records
 from tiny import build_tokenizer
 from trl.scripts.utils import DatasetConfig
 

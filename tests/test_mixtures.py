@@ -6,8 +6,9 @@ Mixtures are counted by hand; files are written to disk and read through `load_r
 import os
 
 import pytest
-from data import RecordReader, distinct_documents, document_key, load_records, mix
+from data import RecordReader, document_key
 from datasets import Dataset
+from mixtures import distinct_documents, load_records, mix
 from test_data import GOOD, plain, write
 from tiny import build_tokenizer
 from trl.scripts.utils import DatasetConfig
