@@ -18,7 +18,7 @@ from modeling_clara import modeling_clara
 from modeling_clara.retrieval_clara import straight_through_topk
 
 CONFIGS = Path(__file__).parent / "configs" / "pico"
-PRETRAIN, JOINT = 800, 1000  # steps of a variant: enough to tell them apart
+PRETRAIN, JOINT = 800, 200  # steps of a variant: enough to tell them apart
 
 # name -> stage, overrides; `start` is the run that it begins from.
 VARIANTS = {
@@ -69,7 +69,7 @@ def run_variant(folder: Path, name: str) -> None:
         f"output_dir={folder / 'ablations' / name}",
         *data,
     ]
-    arguments += [f"max_steps={steps}", "eval_steps=100", "eval_on_start=true", "save_steps=200", *overrides]
+    arguments += [f"max_steps={steps}", f"eval_steps={steps // 10}", "eval_on_start=true", "save_steps=200", *overrides]
     topk: Callable = masked_with_1e_8 if name.endswith("mask-1e-8") else straight_through_topk
     with (
         mock.patch.object(sys, "argv", ["train.py", *arguments]),

@@ -273,22 +273,25 @@ class FactSheets:
             pairs = [self.question(document, facts) for _ in range(n_questions)]
             yield {**document, "qas": [{"question": question, "answers": [answer]} for question, answer in pairs]}
 
-    def retrieval_rows(self, n_rows: int, n_documents: int, n_sheets: int | None = None) -> Iterator[dict]:
+    def retrieval_rows(
+        self, n_rows: int, n_documents: int | tuple[int, int], n_sheets: int | None = None
+    ) -> Iterator[dict]:
         """Rows of the other stages: `{question, answers, docs, pos_index}`, no person twice among the documents.
 
         Args:
             n_rows: rows.
-            n_documents: documents of each row, one of them the gold one.
+            n_documents: documents of each row, one of them the gold one; a pair draws from its range.
             n_sheets: how many sheets there are in all; default: every row has its own.
         """
         pool = [self.sheet() for _ in range(n_sheets)] if n_sheets else None
         for _ in range(n_rows):
+            n = n_documents if isinstance(n_documents, int) else self.random.randint(*n_documents)
             sheets = {}
-            while len(sheets) < n_documents:
+            while len(sheets) < n:
                 document, facts = self.random.choice(pool) if pool else self.sheet()
                 sheets.setdefault(document["title"], (document, facts))
             documents = list(sheets.values())
-            gold = self.random.randrange(n_documents)
+            gold = self.random.randrange(n)
             question, answer = self.question(*documents[gold])
             docs = [f"{document['title']}\n{document['text']}" for document, _ in documents]
             yield {"question": question, "answers": [answer], "docs": docs, "pos_index": [gold]}
@@ -304,12 +307,12 @@ def write_files(folder: Path, scale: float = 1.0) -> None:
     """All data of clara-pico; `scale` shrinks the training files for a trial."""
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "pretrain.jsonl", FactSheets(1).pretraining_rows(int(60_000 * scale)))
-    write_jsonl(folder / "instruct.jsonl", FactSheets(2).retrieval_rows(int(40_000 * scale), 5))
+    write_jsonl(folder / "instruct.jsonl", FactSheets(2).retrieval_rows(int(40_000 * scale), (1, 3)))
     write_jsonl(folder / "joint.jsonl", FactSheets(3).retrieval_rows(int(40_000 * scale), 20, int(8_000 * scale)))
     for name, unseen in (("test", False), ("test_wordings", True)):
         sheets = FactSheets(4, test=True, unseen_wordings=unseen)
         write_jsonl(folder / f"{name}_pretrain.jsonl", sheets.pretraining_rows(500, paraphrased=0.0))
-        write_jsonl(folder / f"{name}_instruct.jsonl", sheets.retrieval_rows(500, 5))
+        write_jsonl(folder / f"{name}_instruct.jsonl", sheets.retrieval_rows(500, (1, 3)))
         write_jsonl(folder / f"{name}_joint.jsonl", sheets.retrieval_rows(500, 20))
 
 

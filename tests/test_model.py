@@ -157,6 +157,60 @@ def test_forward_reads_a_given_memory_like_the_document_itself(shared_model):
     torch.testing.assert_close(given.logits, whole.logits)
 
 
+def test_the_head_runs_on_target_positions_only(any_model):
+    """The targets' logits and the loss are those of the whole prompt, soft capping and scaling included."""
+    batch = any_model.processor(
+        ["Where?", "What is the capital?"], [["Paris"], ["Rome is old"]], ["a", "here and there"], memory_size=2
+    )
+    rows = []
+    head = any_model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _, inputs, output: rows.append(output.shape[:-1].numel()))
+    with torch.no_grad():
+        whole = any_model(**{name: value for name, value in batch.items() if name != "labels"}, memory_size=2).logits
+        output = any_model(**batch, memory_size=2)
+    hook.remove()
+    is_target = batch["labels"][:, 1:] != -100
+    assert whole.shape[:2] == batch["input_ids"].shape and rows == [batch["input_ids"].numel(), int(is_target.sum())]
+    torch.testing.assert_close(output.logits, whole[:, :-1][is_target], atol=1e-5, rtol=1e-4)
+    wanted = torch.nn.functional.cross_entropy(whole[:, :-1][is_target].float(), batch["labels"][:, 1:][is_target])
+    torch.testing.assert_close(output.lm_loss, wanted, atol=1e-5, rtol=1e-5)
+    assert not head._forward_pre_hooks
+
+
+def test_several_prompts_share_one_compression(shared_model):
+    questions, answers = ["Where?", "What?", "Who is it?"], ["here", "that one", "nobody"]
+    documents = [["Paris is old."], ["Rome", "Berlin is large."]]
+    rows = [0, 1, 1]
+    repeated = shared_model.processor(questions, [documents[row] for row in rows], answers, memory_size=2)
+    shared = shared_model.processor(["Which?", "Which?"], documents, memory_size=2)
+    batch = {name: value for name, value in repeated.items() if not name.startswith("document_")}
+    batch |= {name: value for name, value in shared.items() if name.startswith("document_")}
+    one = shared_model(**repeated, memory_size=2)
+    other = shared_model(**batch, prompt_rows=torch.tensor(rows), memory_size=2)
+    torch.testing.assert_close(one.lm_loss, other.lm_loss)
+    torch.testing.assert_close(one.logits, other.logits)
+
+
+def test_without_a_prompt_the_loss_is_the_contrastive_one(shared_model):
+    batch = shared_model.processor(["Where is Rome?"], [["Paris", "Rome is old", "Oslo"]], memory_size=4, top_k=2)
+    inputs = {name: value for name, value in batch.items() if name.startswith(("document_", "query_"))}
+    output = shared_model(**inputs, positive_mask=torch.tensor([[False, True, False]]), memory_size=4)
+    logits = output.scores / shared_model.config.retrieval_temperature
+    torch.testing.assert_close(output.loss, logits.logsumexp(-1)[0] - logits[0, 1])
+    assert output.logits is None and shared_model(**inputs).loss is None
+
+
+def test_a_frozen_compressor_runs_without_dropout(model):
+    batch = model.processor(["Where?"], [["Paris", "Rome is old"]], memory_size=4, top_k=2)
+    model.train()
+    model.set_trainable_roles(("reasoner", "generator"))
+    first, second = (model(**batch, memory_size=4) for _ in range(2))
+    assert torch.equal(first.memory, second.memory) and not torch.equal(first.scores, second.scores)
+    assert model.training and not first.memory.requires_grad
+    model.set_trainable_roles(("compressor",))
+    assert not torch.equal(*(model(**batch, memory_size=4).memory for _ in range(2)))
+
+
 def test_micro_batches_add_up_to_the_batch(model):
     """4 x 1 equals 1 x 4, for the mean over tokens and for the means over rows."""
     model.config.contrastive_weight = 0.5
