@@ -8,6 +8,7 @@ weights.
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -129,8 +130,18 @@ def write_model(model: CLaRaForRAG, folder: Path, results: dict, curves: dict) -
     (folder / "README.md").write_text(card, encoding="utf-8")
     model.config.backbone_name_or_path = "clara-pico"
     model.half().save_pretrained(folder, include_backbone=True)
+    link_code(folder)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (folder / "training_log.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
+
+
+def link_code(folder: Path) -> None:
+    """Inside this repository the code of a checkpoint is links to the package's files, so that there is one copy."""
+    package = CARDS.parent / "modeling_clara"
+    if folder.resolve().is_relative_to(CARDS.resolve()):
+        for path in folder.glob("*_clara.py"):
+            path.unlink()
+            path.symlink_to(os.path.relpath(package / path.name, folder.resolve()))
 
 
 def write_corpus(model: CLaRaForRAG, folder: Path) -> None:
