@@ -293,9 +293,7 @@ class CLaRaForRAG(InferenceMixin, CheckpointMixin, PreTrainedModel):
         needed = k_read if query_input_ids is None else max(k_read, k_score)
         if memory is None:
             document_mask = document_attention_mask.any(-1)
-            # A frozen compressor makes the memories that a corpus would hold: without dropout.
-            is_frozen = not self.memory_embeddings.requires_grad
-            with eval_mode(self) if is_frozen else contextlib.nullcontext():
+            with self._frozen_compressor():
                 memory, alignment = self._compress_step(document_input_ids, document_attention_mask, needed)
         elif memory.shape[2] < needed:
             raise ValueError(f"`memory` must have at least {needed} vectors, got {memory.shape[2]}. Pass larger ones.")
@@ -335,6 +333,18 @@ class CLaRaForRAG(InferenceMixin, CheckpointMixin, PreTrainedModel):
         elif input_ids is None:
             loss = contrastive
         return CLaRaOutput(loss, lm_loss, alignment, contrastive, logits, memory, scores, selected)
+
+    @contextlib.contextmanager
+    def _frozen_compressor(self) -> Iterator[None]:
+        """Context: a compressor that does not train makes the memories that a corpus would hold, without dropout.
+
+        And without a graph, which activation checkpointing would ask for by letting the embeddings require gradients.
+        """
+        if self.memory_embeddings.requires_grad or self.get_input_embeddings().weight.requires_grad:
+            yield
+            return
+        with eval_mode(self), torch.no_grad():
+            yield
 
     def _compress_step(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, memory_size: int

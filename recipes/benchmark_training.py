@@ -6,6 +6,7 @@ one that compresses its candidates. It knows nothing of quality.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -35,12 +36,15 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
 
 
-def peak_above(run: Callable[[], object], base: int) -> int:
-    """Highest resident memory while `run` runs, above `base`, sampled every millisecond in a thread."""
-    highest, done = [resident_bytes()], threading.Event()
+def peak_above(run: Callable[[], object]) -> int:
+    """Highest resident memory while `run` runs, above what it was before, sampled every 10 ms in a thread."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed goes back to the system first (glibc)
+    base, done = resident_bytes(), threading.Event()
+    highest = [base]
 
     def watch():
-        while not done.wait(0.001):
+        while not done.wait(0.01):
             highest[0] = max(highest[0], resident_bytes())
 
     thread = threading.Thread(target=watch)
@@ -83,6 +87,13 @@ def reader_of(model: CLaRaForRAG, stage: str, targets: int = 1) -> RecordReader:
     )
 
 
+def set_dropout(model: CLaRaForRAG, probability: float) -> None:
+    """The LoRA dropout of all roles; the backbone has none."""
+    for layer in model.roles.layers:
+        for role in layer.lora_dropout:
+            layer.lora_dropout[role] = torch.nn.Dropout(probability) if probability else torch.nn.Identity()
+
+
 def step_flops(model: CLaRaForRAG, batch: dict, memory_size: int) -> tuple[int, int]:
     """(operations, tokens) of a stage-1 step, padding left out.
 
@@ -110,7 +121,9 @@ def benchmark_pretraining(model: CLaRaForRAG, rows: list[dict], rounds: int, n_r
     reader = reader_of(model, "pretrain", targets=4)
     records = [record for index, row in enumerate(rows) for record in reader(f"row {index}", row)[:1]]
     records = [record for record in records if len(record["documents"]) == 1 and len(record["questions"]) == 4]
-    records = sorted(records[: 8 * n_rows], key=lambda record: record["length"])[3 * n_rows : 4 * n_rows]
+    # rows of similar length, as `train_sampling_strategy: group_by_length` puts them together
+    records = sorted(records[: 50 * n_rows], key=lambda record: record["length"])
+    records = records[len(records) // 2 :][:n_rows]
     batch = ReadingCollator(model.processor, model.config.memory_sizes)(records)
     memory_size = model.config.max_memory_size
     flops, tokens = step_flops(model, batch, memory_size)
@@ -127,11 +140,11 @@ def benchmark_pretraining(model: CLaRaForRAG, rows: list[dict], rounds: int, n_r
         for weight in weights:
             F.linear(inputs[weight.shape[1]], weight)
 
-    runs = {
-        "gemm": gemm,
-        "step": lambda: training_step(model, optimizer, batch, memory_size),
-        "gemm again": gemm,
-    }
+    def step(dropout: float):
+        set_dropout(model, dropout)
+        training_step(model, optimizer, batch, memory_size)
+
+    runs = {"gemm": gemm, "step": lambda: step(0.0), "gemm again": gemm, "step with dropout": lambda: step(0.1)}
     seconds = in_turn(runs, rounds)
     hook.remove()
     work = 2 * sum(weight.numel() for weight in weights) * tokens
@@ -145,10 +158,13 @@ def benchmark_pretraining(model: CLaRaForRAG, rows: list[dict], rounds: int, n_r
         "head_rows": head_rows[-1],
         "gflop": flops / 1e9,
         "gemm_gflops": statistics.median(speeds) / 1e9,
-        "step_seconds": statistics.median(seconds["step"]),
-        "share_of_bound": statistics.median(
-            flops / speed / second for speed, second in zip(speeds, seconds["step"], strict=True)
-        ),
+        "seconds": {name: statistics.median(seconds[name]) for name in ("step", "step with dropout")},
+        "share_of_bound": {
+            name: statistics.median(
+                flops / speed / second for speed, second in zip(speeds, seconds[name], strict=True)
+            )
+            for name in ("step", "step with dropout")
+        },
     }
 
 
@@ -172,6 +188,7 @@ def benchmark_joint(model: CLaRaForRAG, rows: list[dict], rounds: int, n_rows: i
         "online": SelectingCollator(model.processor, sizes, top_k=top_k, store=None)(records),
     }
     optimizer = optimizer_of(model)
+    set_dropout(model, 0.0)
     results = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -184,8 +201,7 @@ def benchmark_joint(model: CLaRaForRAG, rows: list[dict], rounds: int, n_rows: i
         seconds = in_turn(runs, rounds)
         peaks = {}
         for name, run in runs.items():
-            gc.collect()
-            peaks[name] = statistics.median(peak_above(run, resident_bytes()) for _ in range(rounds))
+            peaks[name] = statistics.median(peak_above(run) for _ in range(rounds))
         results.append(
             {
                 "checkpointing": checkpointing,
@@ -205,8 +221,12 @@ def render(report: dict) -> str:
     parts.append(
         f"Stage-1 step: {step['documents']} documents, {step['prompts']} prompts, {step['tokens']:,} tokens, "
         f"{step['targets']} target positions, {step['head_rows']} rows through the LM head; {step['gflop']:.0f} GFLOP "
-        f"at {step['gemm_gflops']:.0f} GFLOP/s; {step['step_seconds']:.2f} s, "
-        f"{100 * step['share_of_bound']:.0f} % of its bound."
+        f"at {step['gemm_gflops']:.0f} GFLOP/s; "
+        + "; ".join(
+            f"{name} {step['seconds'][name]:.2f} s, {100 * share:.0f} % of its bound"
+            for name, share in step["share_of_bound"].items()
+        )
+        + "."
     )
     parts.append(
         table(
@@ -242,7 +262,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="JSONL of {title, text, qas}, .gz or plain")
     parser.add_argument("--backbone", help="backbone folder or Hub id (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of every comparison (default: 3)")
-    parser.add_argument("--rows", type=int, default=4, help="documents or questions of a step (default: 4)")
+    parser.add_argument("--documents", type=int, default=8, help="documents of the stage-1 step (default: 8)")
+    parser.add_argument("--questions", type=int, default=1, help="questions of the joint step (default: 1)")
     parser.add_argument("--output", help="also write all figures to this JSON file")
     arguments = parser.parse_args()
     rows = read_rows(arguments.data)
@@ -252,8 +273,8 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "data": Path(arguments.data).name,
-        "pretraining": benchmark_pretraining(model, rows, arguments.rounds, arguments.rows),
-        "joint": benchmark_joint(model, rows, arguments.rounds, arguments.rows),
+        "pretraining": benchmark_pretraining(model, rows, arguments.rounds, arguments.documents),
+        "joint": benchmark_joint(model, rows, arguments.rounds, arguments.questions),
     }
     print(render(report))
     if arguments.output:

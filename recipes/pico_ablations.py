@@ -69,7 +69,13 @@ def run_variant(folder: Path, name: str) -> None:
         f"output_dir={folder / 'ablations' / name}",
         *data,
     ]
-    arguments += [f"max_steps={steps}", f"eval_steps={steps // 10}", "eval_on_start=true", "save_steps=200", *overrides]
+    arguments += [
+        f"max_steps={steps}",
+        f"eval_steps={steps // 10}",
+        "eval_on_start=true",
+        "save_steps=200",
+        *overrides,
+    ]
     topk: Callable = masked_with_1e_8 if name.endswith("mask-1e-8") else straight_through_topk
     with (
         mock.patch.object(sys, "argv", ["train.py", *arguments]),
