@@ -16,7 +16,7 @@ from datasets import Dataset
 from memories import MemoryStore, open_or_compress
 from mixtures import distinct_documents, load_records
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from trainer import TRAINERS, CLaRaTrainer, part_of
+from trainer import TRAINERS, CLaRaTrainer, data_seed, part_of
 
 from modeling_clara import CLaRaForRAG
 from modeling_clara.backbone_clara import check_digests
@@ -118,7 +118,7 @@ def read_data(
         )
     folder = Path(training.output_dir) / CACHE_FOLDER
     with training.main_process_first(desc="reading the data"):
-        train = load_records(data.datasets, reader, training.data_seed or training.seed, folder)
+        train = load_records(data.datasets, reader, data_seed(training), folder)
         evaluation = load_records(data.eval_datasets, reader, training.seed, folder) if data.eval_datasets else None
     return train, evaluation
 
@@ -134,8 +134,7 @@ def prepare_memories(
     ):
         raise ValueError(
             "`trainable_roles` must not have the compressor, and `train_backbone` must be false, where stored "
-            "memories "
-            "are read: they would go stale. Leave them out, or set `compress_online`."
+            "memories are read: they would go stale. Leave them out, or set `compress_online`."
         )
     size = model.config.retrieval_memory_size
     corpus = MemoryStore.open(data.corpus, model.fingerprint, size) if data.corpus else None
@@ -182,10 +181,13 @@ def prepare_trainer(
             num_candidates=min(data.num_candidates, len(corpus)) if from_corpus else data.num_candidates,
         )
         if from_corpus:
-            keywords = {
-                "corpus": corpus, "num_candidates": data.num_candidates, "add_gold": data.add_gold, "gold_store":
-                store,
-            }  # fmt: skip
+            if len(corpus) < model.config.retrieval_top_k:
+                raise ValueError(
+                    f"the corpus must hold at least `retrieval_top_k` ({model.config.retrieval_top_k}) documents, got "
+                    f"{len(corpus)}. Lower `retrieval_top_k` or add documents."
+                )
+            keywords = {"corpus": corpus, "num_candidates": data.num_candidates, "gold_store": store}
+            keywords["add_gold"] = data.add_gold
     else:
         collator = ReadingCollator(processor, sizes)
     samples = (evaluation or train).select(range(min(training.num_samples, len(evaluation or train))))

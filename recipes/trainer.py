@@ -70,7 +70,7 @@ class CLaRaTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length" or dataset is None:
             return super()._get_train_sampler(train_dataset)
         rows_of_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return EpochLengthSampler(rows_of_step, dataset["length"], self.args.data_seed or self.args.seed)
+        return EpochLengthSampler(rows_of_step, dataset["length"], data_seed(self.args))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, n_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -104,8 +104,7 @@ class CLaRaTrainer(Trainer):
         """The model itself, without DDP or compilation around it."""
         return self.accelerator.unwrap_model(self.model)
 
-    # --- logging
-    # -------------------------------------------------------------------------------------------------------
+    # --- logging -----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         positive_mask = inputs.get("positive_mask")
@@ -158,8 +157,7 @@ class CLaRaTrainer(Trainer):
         self.role_norms = {part: get_total_norm(gradients) for part, gradients in sorted(parts.items())}
         return super()._clip_grad_norm(model)
 
-    # --- evaluation
-    # ----------------------------------------------------------------------------------------------------
+    # --- evaluation --------------------------------------------------------------------------------------------------
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -204,8 +202,7 @@ class CLaRaTrainer(Trainer):
         shown = "\n".join(f"  {row['question']} -> {row['answer']!r} (expected {row['expected']!r})" for row in rows)
         logger.info("samples at step %d:\n%s", self.state.global_step, shown)
 
-    # --- saving
-    # --------------------------------------------------------------------------------------------------------
+    # --- saving ------------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A CLaRa checkpoint, without the pickled arguments that the Trainer would add."""
@@ -326,6 +323,11 @@ class EpochLengthSampler(LengthGroupedSampler):
     def __iter__(self):
         self.generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
         return super().__iter__()
+
+
+def data_seed(args: CLaRaTrainingArguments) -> int:
+    """The seed of the order and the choice of rows."""
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 def part_of(parameter_name: str) -> str:
