@@ -247,8 +247,6 @@ class RecordReader:
                 if self.stage == "contrastive" and not positives:
                     raise BadRow("must have `pos_index`: the contrastive stage learns from known gold documents")
             lengths = [self._length(question, answer, len(documents)) for question, answer in targets]
-            order = sorted(range(len(targets)), key=lengths.__getitem__)  # prompts of one record need little padding
-            targets, lengths = [targets[index] for index in order], [lengths[index] for index in order]
         except BadRow as error:
             raise BadRow(f"{place} {error}") from error
         size = 1 if self.selects else self.targets_per_document

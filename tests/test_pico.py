@@ -52,16 +52,6 @@ def test_unseen_wordings(pico):
     assert results["recall@1"] >= 0.5 and results["answers_gold_given"]["8"] >= 0.5
 
 
-def test_a_memory_says_its_sheet_back(pico):
-    sheets = FactSheets(99, test=True)
-    documents, facts = zip(*(sheets.sheet() for _ in range(20)), strict=True)
-    texts = pico.paraphrase(list(documents), max_new_tokens=80)
-    told = [
-        value.lower() in text.lower() for text, values in zip(texts, facts, strict=True) for value in values.values()
-    ]
-    assert sum(told) / len(told) >= 0.7
-
-
 def test_the_corpus_beside_it_is_searched(pico):
     store = MemoryStore.open(CORPUS, pico.fingerprint)
     assert len(store) == 200
