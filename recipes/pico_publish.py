@@ -61,7 +61,8 @@ which sheet is the right one. Measured by `recipes/pico_evaluate.py` (seed {seed
 
 Guessing gives {chance_answers:.2f} for answers and {chance_recall:.2f} for recall@1.
 
-What it does badly: saying a whole sheet back (`paraphrase`), and reading several sheets at once; recipes/LOG.md has numbers.
+What it does badly: saying a whole sheet back (`paraphrase`), and reading several sheets at once; recipes/LOG.md has
+numbers.
 
 ## Training
 
