@@ -67,7 +67,7 @@ bench: $(STAMP)
 bench-training: $(STAMP)
 	$(BIN)/python recipes/benchmark_training.py --data "$(DATA)"
 
-## pico       train clara-pico from nothing, about an hour on two cores; run again it goes on where it was
+## pico       train clara-pico from nothing, about 40 minutes on two cores; run again it goes on where it was
 pico: $(STAMP)
 	$(BIN)/python recipes/pico.py --output runs/pico
 
