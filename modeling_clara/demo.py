@@ -15,9 +15,8 @@ from .smollm2 import fetch_backbone
 from .text_clara import check_text
 
 PASSAGES = Path(__file__).parent / "data" / "demo_passages.jsonl"
-TRAINED_MODEL = (
-    Path(__file__).parent.parent / "model_cards" / "clara-smollm2-135m"
-)  # clara-pico knows fact sheets only
+# clara-pico, beside it, knows fact sheets only
+TRAINED_MODEL = Path(__file__).parent.parent / "model_cards" / "clara-smollm2-135m"
 SUFFIXES = (".txt", ".md")
 FOLDER_QUESTION = "What is this text about?"
 

@@ -328,6 +328,32 @@ class CLaRaProcessor(ProcessorMixin):
             "labels": self.pad([prompt.labels for prompt in prompts], IGNORE_INDEX, "left"),
         }
 
+    def pad_documents(self, encoded: Sequence[Sequence[list[int]]]) -> dict[str, torch.Tensor]:
+        """Right-padded compressor inputs of the documents of each row, from `encode_documents`.
+
+        Returns:
+            `document_input_ids`, `document_attention_mask` (rows, documents, length) int64; what a row with fewer
+            documents lacks has a mask of zeros.
+        """
+        n_documents = max(map(len, encoded))
+        flat = [ids for row in encoded for ids in [*row, *[[]] * (n_documents - len(row))]]
+        shape = (len(encoded), n_documents, -1)
+        return {
+            "document_input_ids": self.pad(flat, self.pad_token_id).view(shape),
+            "document_attention_mask": self.pad([[1] * len(ids) for ids in flat], 0).view(shape),
+        }
+
+    def pad_queries(self, encoded: Sequence[list[int]]) -> dict[str, torch.Tensor]:
+        """Right-padded reasoner inputs, from `encode_questions`.
+
+        Returns:
+            `query_input_ids`, `query_attention_mask` (rows, length) int64.
+        """
+        return {
+            "query_input_ids": self.pad(encoded, self.pad_token_id),
+            "query_attention_mask": self.pad([[1] * len(ids) for ids in encoded], 0),
+        }
+
     def __call__(
         self,
         questions: Sequence[str | None],
@@ -369,13 +395,7 @@ class CLaRaProcessor(ProcessorMixin):
         if answers is not None and None in answers:
             raise TypeError(f"`answers[{answers.index(None)}]` must be a str, got NoneType. Leave out `answers`.")
         encoded = [self.encode_documents(row, f"documents[{index}]") for index, row in enumerate(documents)]
-        n_documents = max(map(len, encoded))
-        flat = [ids for row in encoded for ids in row + [[]] * (n_documents - len(row))]
-        shape = (len(encoded), n_documents, -1)
-        features = {
-            "document_input_ids": self.pad(flat, self.pad_token_id).view(shape),
-            "document_attention_mask": self.pad([[1] * len(ids) for ids in flat], 0).view(shape),
-        }
+        features = self.pad_documents(encoded)
         counts = [len(row) if top_k is None else min(top_k, len(row)) for row in encoded]
         targets = answers if answers is not None else [None] * len(encoded)
         prompts = [
@@ -386,9 +406,7 @@ class CLaRaProcessor(ProcessorMixin):
         if answers is None:
             del features["labels"]
         if top_k is not None:
-            queries = self.encode_questions(questions)
-            features["query_input_ids"] = self.pad(queries, self.pad_token_id)
-            features["query_attention_mask"] = self.pad([[1] * len(ids) for ids in queries], 0)
+            features |= self.pad_queries(self.encode_questions(questions))
         return BatchFeature(features)
 
 

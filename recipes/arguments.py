@@ -176,7 +176,7 @@ ARGUMENTS = (ModelArguments, DataArguments, CLaRaTrainingArguments)
 
 def read_source(entry, name: str) -> DatasetConfig:
     """A `DatasetConfig` of one entry of `datasets`."""
-    known = {field.name for field in dataclasses.fields(DatasetConfig)}
+    known = {field.name for field in dataclasses.fields(DatasetConfig)} - {"columns"}  # the formats name their fields
     if not isinstance(entry, dict) or "path" not in entry or not set(entry) <= known:
         raise ValueError(f"`{name}` must be a mapping with `path` and fields among {sorted(known)}, got {entry!r}.")
     return DatasetConfig(**entry)

@@ -260,29 +260,44 @@ def render(report: dict) -> str:
     return "\n\n".join(parts)
 
 
-def main() -> None:
-    """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="JSONL of {title, text}, .gz or plain (default: the packaged passages)")
+def benchmark_parser(description: str, rounds: int) -> argparse.ArgumentParser:
+    """The options that every benchmark here has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="JSONL of passages, .gz or plain (default: the packaged ones)")
     parser.add_argument("--backbone", help="backbone folder or Hub id (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of every comparison (default: 5)")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"rounds of every comparison (default: {rounds})")
     parser.add_argument("--output", help="also write all figures to this JSON file")
-    arguments = parser.parse_args()
+    return parser
+
+
+def load_subject(arguments: argparse.Namespace) -> tuple[list[dict], CLaRaForRAG, dict]:
+    """The rows, the model with fresh adapters, and the head of the report: machine, versions, data."""
     rows = read_rows(arguments.data)
     torch.manual_seed(0)
-    model = CLaRaForRAG.from_backbone(arguments.backbone or fetch_backbone())
     report = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "data": Path(arguments.data).name if arguments.data else PASSAGES.name,
-        "compression": benchmark_compression(model, rows, arguments.rounds),
-        "first_token": benchmark_first_token(model, rows, arguments.rounds),
-        "decode": benchmark_decode(model, rows, arguments.rounds),
     }
+    return rows, CLaRaForRAG.from_backbone(arguments.backbone or fetch_backbone()), report
+
+
+def show(report: dict, text: str, output: str | None) -> None:
+    """Print the tables and, where asked for, write all figures."""
+    print(text)
+    if output:
+        Path(output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    arguments = benchmark_parser(__doc__, rounds=5).parse_args()
+    rows, model, report = load_subject(arguments)
+    report["compression"] = benchmark_compression(model, rows, arguments.rounds)
+    report["first_token"] = benchmark_first_token(model, rows, arguments.rounds)
+    report["decode"] = benchmark_decode(model, rows, arguments.rounds)
     report["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(render(report))
-    if arguments.output:
-        Path(arguments.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    show(report, render(report), arguments.output)
 
 
 if __name__ == "__main__":

@@ -5,27 +5,22 @@ stage-1 step against its own arithmetic at the GEMM speed of the same run, and a
 one that compresses its candidates. It knows nothing of quality.
 """
 
-import argparse
 import ctypes
 import gc
-import json
 import os
-import platform
 import statistics
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import transformers
-from benchmark import in_turn, linear_layers, ratio, read_rows, table
+from benchmark import benchmark_parser, in_turn, linear_layers, load_subject, ratio, show, table
 from collators import ReadingCollator, SelectingCollator
 from data import RecordReader, document_key
 from memories import MemoryStore
 from torch.nn import functional as F
 
 from modeling_clara import CLaRaForRAG
-from modeling_clara.smollm2 import fetch_backbone
 
 N_CANDIDATES = 20
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -258,27 +253,18 @@ def render(report: dict) -> str:
 
 def main() -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="JSONL of {title, text, qas}, .gz or plain")
-    parser.add_argument("--backbone", help="backbone folder or Hub id (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of every comparison (default: 3)")
+    parser = benchmark_parser(__doc__, rounds=2)
     parser.add_argument("--documents", type=int, default=8, help="documents of the stage-1 step (default: 8)")
-    parser.add_argument("--questions", type=int, default=1, help="questions of the joint step (default: 1)")
-    parser.add_argument("--output", help="also write all figures to this JSON file")
+    parser.add_argument("--questions", type=int, default=2, help="questions of the joint step (default: 2)")
     arguments = parser.parse_args()
-    rows = read_rows(arguments.data)
-    torch.manual_seed(0)
-    model = CLaRaForRAG.from_backbone(arguments.backbone or fetch_backbone())
-    report = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "data": Path(arguments.data).name,
-        "pretraining": benchmark_pretraining(model, rows, arguments.rounds, arguments.documents),
-        "joint": benchmark_joint(model, rows, arguments.rounds, arguments.questions),
-    }
-    print(render(report))
-    if arguments.output:
-        Path(arguments.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if arguments.data is None:
+        parser.error(
+            "--data must name passages with their questions (`qas`); the packaged ones have none in that form"
+        )
+    rows, model, report = load_subject(arguments)
+    report["pretraining"] = benchmark_pretraining(model, rows, arguments.rounds, arguments.documents)
+    report["joint"] = benchmark_joint(model, rows, arguments.rounds, arguments.questions)
+    show(report, render(report), arguments.output)
 
 
 if __name__ == "__main__":

@@ -57,16 +57,9 @@ class ReadingCollator:
 
     def documents(self, records: list[dict]) -> dict[str, torch.Tensor]:
         """(rows, documents, length) ids and mask; a row with fewer documents has rows of zeros."""
-        encoded = [
-            self.processor.encode_documents(record["documents"], f"{record['source']} docs") for record in records
-        ]
-        n_documents = max(map(len, encoded))
-        flat = [ids for row in encoded for ids in row + [[]] * (n_documents - len(row))]
-        shape = (len(records), n_documents, -1)
-        return {
-            "document_input_ids": self.processor.pad(flat, self.processor.pad_token_id).view(shape),
-            "document_attention_mask": self.processor.pad([[1] * len(ids) for ids in flat], 0).view(shape),
-        }
+        return self.processor.pad_documents(
+            [self.processor.encode_documents(record["documents"], f"{record['source']} docs") for record in records]
+        )
 
     def prompt(self, record: dict, question: str | None, answer: str, n_documents: int) -> Prompt:
         """The prompt of the largest k. A paraphrase takes one of the instructions, the same one every time."""
@@ -132,11 +125,7 @@ class SelectingCollator(ReadingCollator):
 
     def __call__(self, records: list[dict]) -> dict:
         questions = [record["questions"][0] for record in records]
-        queries = self.processor.encode_questions(questions)
-        batch = {
-            "query_input_ids": self.processor.pad(queries, self.processor.pad_token_id),
-            "query_attention_mask": self.processor.pad([[1] * len(ids) for ids in queries], 0),
-        }
+        batch = self.processor.pad_queries(self.processor.encode_questions(questions))
         if self.from_corpus:
             gold = [[record["documents"][index] for index in record["positives"]] for record in records]
             batch["gold_documents"] = gold

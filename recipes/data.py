@@ -127,11 +127,12 @@ def read_targets(row: Mapping, stage: str) -> list[tuple[str | None, str]]:
         BadRow: there is no answer, or questions and answers do not pair.
     """
     question, answers = row.get("question"), row.get("answers")
+    is_paraphrase = "qas" not in row and row.get("data_type") == "paraphrase"
     if "qas" in row:
         if not _is_list(row["qas"]) or not all(isinstance(pair, Mapping) for pair in row["qas"]):
             raise BadRow(f"`qas` must be a list of {{question, answers}}, got {row['qas']!r}")
         pairs = [(pair.get("question", ""), pair.get("answers") or pair.get("answer")) for pair in row["qas"]]
-    elif row.get("data_type") == "paraphrase":  # the reference's instruction is left aside for our own
+    elif is_paraphrase:  # the reference's instruction is left aside for our own
         pairs = [(None, answers)]
     elif _is_list(question):
         if not _is_list(answers) or len(answers) != len(question):
@@ -144,7 +145,6 @@ def read_targets(row: Mapping, stage: str) -> list[tuple[str | None, str]]:
         pairs = [(question, given[0] if given else None)]
     else:
         pairs = []
-    is_paraphrase = "qas" not in row and row.get("data_type") == "paraphrase"
     targets = [(None if is_paraphrase else _question(question), _answer(answer)) for question, answer in pairs]
     if row.get("paraphrase") is not None:
         targets.append((None, _answer(row["paraphrase"])))
@@ -197,6 +197,7 @@ class RecordReader:
         targets_per_document: targets of one record.
         long_documents: "split" or "first_span".
         num_candidates: documents of a record of the joint and contrastive stages.
+        needs_candidates: whether those stages choose among the row's own documents, and not in a corpus.
     """
 
     def __init__(

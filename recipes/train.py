@@ -17,10 +17,8 @@ from preparation import prepare_trainer, seed_everything  # noqa: E402
 def main() -> None:
     model_arguments, data_arguments, training_arguments = parse_arguments()
     logging.basicConfig(format="%(message)s", level=training_arguments.get_process_log_level())
-    output, description = (
-        training_arguments.output_dir,
-        describe_run(model_arguments, data_arguments, training_arguments),
-    )
+    output = training_arguments.output_dir
+    description = describe_run(model_arguments, data_arguments, training_arguments)
     with training_arguments.main_process_first(desc="looking into the output folder"):
         checkpoint = check_folder(output, description)
     seed_everything(training_arguments)

@@ -26,8 +26,6 @@ from modeling_clara.generation_clara import eval_mode
 
 logger = logging.getLogger(__name__)
 
-PROMPT_KEYS = ("input_ids", "attention_mask", "memory_mask", "labels")
-
 
 def memory_size_of_step(memory_sizes: list[int], seed: int, step: int) -> int:
     """k of an optimizer step: the same for all of its micro-batches, on every process and after a restart."""
@@ -256,8 +254,11 @@ class SelectingTrainer(CLaRaTrainer):
 
     @torch.no_grad()
     def _search(self, inputs: dict, gold: list[list[dict]]) -> dict[str, torch.Tensor]:
-        """`memory` (rows, candidates, n, hidden), `document_mask` and `positive_mask` of the corpus's best "
-        "documents."""
+        """The corpus's best documents.
+
+        Returns:
+            `memory` (rows, candidates, n, hidden) float32; `document_mask`, `positive_mask` (rows, candidates) bool.
+        """
         model = self.unwrapped
         lengths, size = inputs["query_attention_mask"].sum(-1), model.config.retrieval_memory_size
         with eval_mode(model):  # dropout would search for another question than the one that is asked
