@@ -268,7 +268,7 @@ class CheckpointMixin:
         stored = load_weights(model, files)
         model._stored = {part: {name: t.clone() for name, t in tensors.items()} for part, tensors in stored.items()}
         model.processor = load_processor(files, config)
-        model.name_or_path = files.source
+        model.name_or_path, model.commit = files.source, files.commit
         return model.eval()
 
     def save_pretrained(
@@ -357,6 +357,14 @@ class CheckpointMixin:
         """SHA-256 that tells whether memories of two models can be compared; see `digest_clara.py`."""
         tensors = {**self._exact_tensors("compressor"), **self._exact_tensors("rows")}
         return compressor_fingerprint(tensors, self.processor, self.config)
+
+    commit: str | None = None  # of the checkpoint on the Hub
+
+    def compressor_versions(self) -> tuple:
+        """Changes whenever a weight that the fingerprint covers may have changed; costs nothing."""
+        tensors = [p for name, p in self.backbone.named_parameters() if "compressor" in name.split(".")]
+        tensors += special_rows(self).values()
+        return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
     _stored: dict[str, dict[str, torch.Tensor]] | None = None
 

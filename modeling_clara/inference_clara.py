@@ -7,6 +7,7 @@ one thread at a time, and changes nothing. It knows nothing of losses, files or 
 import functools
 import math
 import numbers
+import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from transformers import GenerationConfig
 from transformers.utils.logging import tqdm
 
 from .candidates_clara import Source, collect_candidates, rank_candidates, read_stored_memory
+from .corpus_clara import CompressedCorpus
 from .generation_clara import Answer, ReaderMixin, eval_mode, returning
 from .packing_clara import MAX_TOKENS, can_pack
 from .processing_clara import CLaRaProcessor
@@ -91,8 +93,9 @@ class InferenceMixin(ReaderMixin):
             documents: one list for all questions, or a list of documents for every question. A document is a text or a
                 dict with `text` and optionally `title`, `id` (default: its index) and `memory`, a stored memory
                 (n, hidden) that is then not computed again. Long documents are split into spans.
-            corpus: in place of `documents`, an object with `search(query_memory, top_k)` that returns for every
-                question a list of dicts `{document_id, span, score, title, text, memory}`, best first.
+            corpus: in place of `documents`, a `CompressedCorpus` (filters and more: `corpus.with_options`), or any
+                object with `search(query_memory, top_k)` that returns for every question a list of dicts `{document_id, span,
+                score, title, text, memory}`, best first.
             top_k: documents per question, each by its best span; default min(`config.retrieval_top_k`, candidates).
             retrieval_memory_size: k that is compared; default `config.retrieval_memory_size`.
             min_score: sources with a lower cosine are left out.
@@ -238,6 +241,20 @@ class InferenceMixin(ReaderMixin):
             raise ValueError(f"`top_n` must be <= the vocabulary's {vocabulary} tokens, got {top_n}. Default: 50.")
         return self._keywords(self.encode_queries(questions), top_n)
 
+    def load_corpus(self, path_or_repo: str | os.PathLike, revision: str | None = None, **options) -> CompressedCorpus:
+        """Open a corpus that this model's compressor made, to search it and to add to it.
+
+        Args:
+            path_or_repo: folder, or id of a dataset on the Hub.
+            revision: branch, tag or commit of the dataset.
+            options: of `CompressedCorpus.open`: token, cache_dir, local_files_only, index, backend, uri, collection.
+
+        Raises:
+            FileNotFoundError: there is no corpus, or a file of it is missing.
+            ValueError: a file is damaged, or another compressor made the memories.
+        """
+        return CompressedCorpus.open(path_or_repo, revision, model=self, **options)
+
     # --- encoding ----------------------------------------------------------------------------------------------------
 
     def text_processor(self) -> CLaRaProcessor:
@@ -300,7 +317,11 @@ class InferenceMixin(ReaderMixin):
             )
         if corpus is not None:
             queries = self.encode_queries(questions, memory_size=k_score)
-            hits = corpus.search(queries, top_k or self.config.retrieval_top_k)
+            options = {}
+            if isinstance(corpus, CompressedCorpus):
+                corpus.check_model(self)
+                options["questions"] = questions
+            hits = corpus.search(queries, top_k or self.config.retrieval_top_k, **options)
             ranked = [[self._read_hit(hit, memory_size) for hit in row] for row in hits]
         else:
             candidates, memory = collect_candidates(self, documents, len(questions), top_k, max(k_score, memory_size))

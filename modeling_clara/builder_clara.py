@@ -1,0 +1,383 @@
+"""Building a corpus: one job, or several that take every N-th document each. A job that is killed goes on.
+
+Stands between the pipeline, which writes shards, and corpus.json, which the last job to finish writes. Until then
+`build/` holds what each job has done. It knows nothing of search.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from transformers.utils.logging import tqdm
+
+from .card_clara import CARD_FILE, write_card
+from .codecs_clara import check_codec
+from .manifest_clara import BUILD_FOLDER, MANIFEST_FILE, Manifest, Shard
+from .pipeline_clara import ShardPipeline, row_digest
+from .shards_clara import check_shard, metadata_types, read_batches, remove_strangers, shard_documents
+from .snapshot_clara import load_codecs
+from .sources_clara import PEEKED_ROWS, DocumentSource, InputRow, infer_types, type_from_name
+from .storage_clara import SeenIds, append_lines, read_lines, write_json, writer_lock
+from .text_clara import check_count
+
+logger = logging.getLogger(__name__)
+
+REJECTED_FILE = "rejected.jsonl"
+LOCK_FILE = ".lock"
+# What may lie in a folder before its first corpus.json: an unfinished build, or an empty repo of the Hub.
+EXPECTED = {BUILD_FOLDER, "data", "codec", LOCK_FILE, f"{LOCK_FILE}.pid", REJECTED_FILE, CARD_FILE}
+EXPECTED |= {".git", ".gitattributes"}
+FINISHING_SECONDS = 600.0  # that a job waits while another one completes the corpus
+
+
+class BuilderMixin:
+    """`CompressedCorpus.build`."""
+
+    @classmethod
+    def build(
+        cls,
+        model,
+        documents,
+        path,
+        *,
+        codec: str = "int8",
+        shard_size: int = 1024,
+        resume: bool = True,
+        memory_size: int | None = None,
+        batch_size: int = 16,
+        metadata: Mapping[str, str] | None = None,
+        source: Mapping[str, str] | None = None,
+        job: tuple[int, int] = (0, 1),
+        **columns,
+    ):
+        """Compress documents into a corpus folder.
+
+        Killed at any moment, the same call goes on after the last whole shard. Rows that cannot be used are skipped,
+        counted and listed with their reason in rejected.jsonl.
+
+        Args:
+            model: `CLaRaForRAG` whose compressor is used.
+            documents: a path, the id of a data set on the Hub, a `datasets.Dataset` or an iterable of texts or of
+                dicts `{id?, title?, text, ...metadata}`; see `DocumentSource`. A `memory` (n, H) is not computed again.
+            path: folder of the corpus.
+            codec: "float16", "int8" or "int4".
+            shard_size: spans of a shard, and what a killed build loses at most. The codec is fitted on the first 1,024
+                spans of the first shard.
+            resume: go on where an earlier call stopped; False wants a new folder.
+            memory_size: n that is stored; default the largest.
+            batch_size: documents per pass, see `compress`.
+            metadata: Arrow types of metadata columns; default from the input's schema or its first 1,024 rows.
+            source: `name`, `license` and `language` of the text, for the card.
+            job: (i, N), this is job i of N, which takes every N-th document. The last to finish completes the corpus.
+            columns: `text_column`, `title_column`, `id_column`, `split` and `config_name` of `DocumentSource`.
+
+        Returns:
+            The corpus, open; None where other jobs are not finished.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: the input or an argument is wrong, or the folder holds something
+                else: another input, other options, a corpus that was built from other documents.
+            RuntimeError: another process works on this job; it is named.
+            OSError: the disk is full; nothing is lost, and the same call goes on.
+        """
+        folder = Path(path)
+        check_codec(codec)
+        check_count(shard_size, "shard_size", "Default: 1024.")
+        check_count(batch_size, "batch_size", "Default: 16.")
+        check_job(job)
+        memory_size = model.config.check_memory_size(memory_size)
+        rows = DocumentSource(documents, **columns)
+        options = {
+            "fingerprint": model.fingerprint,
+            "codec": codec,
+            "shard_size": shard_size,
+            "memory_size": memory_size,
+            "jobs": job[1],
+            "metadata": dict(metadata or {}),
+            "columns": {name: value for name, value in columns.items() if value is not None},
+            "input": rows.description,
+        }
+        if folder.is_file():
+            raise ValueError(f"`path` must be a folder, got the file {folder}. Choose another name.")
+        if not resume and folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"`path` must be a new folder with `resume=False`, got {folder}. Choose another one.")
+        is_finished = (folder / MANIFEST_FILE).exists()
+        if not is_finished and folder.is_dir() and {path.name for path in folder.iterdir()} - EXPECTED:
+            raise ValueError(
+                f"`path` must be a new folder or one of an unfinished build, got {folder}, which holds other files. "
+                "Choose another one."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        build = Build(folder, model, options, dict(source or {}), job)
+        with writer_lock(folder / BUILD_FOLDER / f"{build.name}.lock", f"job {job[0]} of {job[1]} of {folder}"):
+            if is_finished:
+                build.check_finished(rows)
+            else:
+                build.run(rows, batch_size)
+        if not is_finished and not build.finish():
+            return None
+        # Ignored: a job that waits for its lock keeps the folder a moment longer, and then removes it.
+        shutil.rmtree(folder / BUILD_FOLDER, ignore_errors=True)
+        return cls.open(folder, model=model)
+
+
+class Build:
+    """One job of a build.
+
+    Args:
+        folder: of the corpus.
+        model: whose compressor is used.
+        options: all that must be the same when a build goes on.
+        source: of the text.
+        job: (i, N).
+    """
+
+    def __init__(self, folder: Path, model, options: dict, source: dict, job: tuple[int, int]):
+        self.folder, self.model, self.options, self.source, self.job = folder, model, options, source, job
+        self.name = job_name(*job)
+        self.path = self._progress_path(job[0])
+        self.rejected_path = self.path.with_suffix(f".{REJECTED_FILE}")
+
+    def _progress_path(self, number: int) -> Path:
+        return self.folder / BUILD_FOLDER / f"{job_name(number, self.job[1])}.json"
+
+    # --- one job -----------------------------------------------------------------------------------------------------
+
+    def run(self, source: DocumentSource, batch_size: int) -> None:
+        """Do what is left of this job."""
+        progress = self._resume()
+        if progress["complete"]:
+            return
+        rows, types = self._typed(source)
+        total = None if source.length is None else len(range(self.job[0], source.length, self.job[1]))
+        with (
+            SeenIds(self.path.with_suffix(".ids")) as seen,
+            tqdm(total=total, desc="compressing", unit=" documents", delay=2) as bar,
+        ):
+            rows = _CountedRows(self._mine(rows), bar.update)
+            for entry in progress["shards"]:
+                rows.skip(entry, self.folder)
+                if entry["shard"] is not None:
+                    for document_id in shard_documents(self.folder, Shard(**entry["shard"])):
+                        seen.add(document_id)
+            pipeline = ShardPipeline(
+                self.folder,
+                self.model,
+                codec=self._codec(progress),
+                memory_size=self.options["memory_size"],
+                hidden_size=self.model.config.text_config.hidden_size,
+                types=types,
+                refusal=lambda document_id: None if seen.add(document_id) else "it is there already. Rename it.",
+                new_id=lambda row: str(row.index),
+                shard_size=self.options["shard_size"],
+                batch_size=batch_size,
+                prefix=f"{self.job[0]:05d}",
+            )
+            with self.model.bulk_compression():
+                for result in pipeline.run(rows, first_shard=len(progress["shards"])):
+                    append_lines(self.rejected_path, result.rejected)
+                    progress["codec_states"] |= pipeline.codec_states
+                    progress["shards"].append(
+                        {
+                            "shard": asdict(result.shard) if result.shard else None,
+                            "next_row": result.next_row,
+                            "input_sha256": result.input_sha256,
+                            "n_rejected": len(result.rejected),
+                        }
+                    )
+                    write_json(self.path, progress)
+        progress |= {"complete": True, "input_sha256": rows.digest.hexdigest()}
+        write_json(self.path, progress)
+
+    def _resume(self) -> dict:
+        """What this job has done. Shards that are gone or damaged are made again, and so are all behind them."""
+        others = sorted((self.folder / BUILD_FOLDER).glob("job-*-of-*.json"))
+        for path in [self.path] if self.path.exists() else others[:1]:
+            self._check_options(json.loads(path.read_text(encoding="utf-8"))["options"])
+        if not self.path.exists():
+            self.rejected_path.unlink(missing_ok=True)
+            progress = {"options": self.options, "complete": False, "codec_states": {}, "shards": []}
+            write_json(self.path, progress)
+            return progress
+        progress = json.loads(self.path.read_text(encoding="utf-8"))
+        for number, entry in enumerate(progress["shards"]):
+            try:
+                if entry["shard"] is not None:
+                    check_shard(self.folder, Shard(**entry["shard"]))
+            except (FileNotFoundError, ValueError) as error:
+                logger.warning("%s It is made again, and so are the shards behind it.", error)
+                del progress["shards"][number:]
+                progress["complete"] = False
+                break
+        # The lines of a shard that was not recorded come again with it.
+        rejected = read_lines(self.rejected_path)[: sum(entry["n_rejected"] for entry in progress["shards"])]
+        self.rejected_path.unlink(missing_ok=True)
+        append_lines(self.rejected_path, rejected)
+        return progress
+
+    def _check_options(self, found: dict) -> None:
+        different = sorted(name for name in self.options if found.get(name) != self.options[name])
+        if different:
+            name = different[0]
+            raise ValueError(
+                f"a build must go on with the input and the options that it began with; `{name}` was "
+                f"{found.get(name)}, got {self.options[name]}. Give the same, or choose another folder."
+            )
+
+    def _typed(self, source: DocumentSource) -> tuple[Iterator[InputRow], dict]:
+        """The rows, and the Arrow types of their metadata: the same for all jobs."""
+        rows, types = iter(source), source.metadata_types()
+        if types is None:
+            first = list(itertools.islice(rows, PEEKED_ROWS))
+            types = infer_types([row.document for row in first if row.document is not None])
+            rows = itertools.chain(first, rows)
+        return rows, types | {name: type_from_name(value) for name, value in self.options["metadata"].items()}
+
+    def _mine(self, rows: Iterator[InputRow]) -> Iterator[InputRow]:
+        return (row for row in rows if row.index % self.job[1] == self.job[0])
+
+    def _codec(self, progress: dict):
+        """The codec of the shards that are there; its name where there are none."""
+        keys = {entry["shard"]["codec_state"] for entry in progress["shards"] if entry["shard"]} - {""}
+        if not keys:
+            return self.options["codec"]
+        manifest = self._manifest({key: progress["codec_states"][key] for key in keys})
+        return load_codecs(self.folder, manifest)[keys.pop()]
+
+    def check_finished(self, source: DocumentSource) -> None:
+        """Raise a ValueError unless the corpus that is there was built from this input with these options."""
+        build = Manifest.read(self.folder).build
+        self._check_options(build)
+        rows = _CountedRows(self._mine(iter(source)), lambda n: None)
+        for _ in rows:
+            pass
+        if rows.digest.hexdigest() != build["input_sha256"][self.job[0]]:
+            raise ValueError(
+                f"the corpus in {self.folder} was built from other documents than these. Change it with `add`, "
+                "`update` and `delete`, or choose another folder."
+            )
+
+    # --- all jobs ----------------------------------------------------------------------------------------------------
+
+    def finish(self) -> bool:
+        """Write corpus.json if every job is complete; whether it is there.
+
+        Raises:
+            ValueError: no document could be used.
+        """
+        paths = [self._progress_path(number) for number in range(self.job[1])]
+        with writer_lock(self.folder / LOCK_FILE, f"the corpus {self.folder}", FINISHING_SECONDS):
+            if (self.folder / MANIFEST_FILE).exists():
+                return True
+            if not all(path.exists() for path in paths):
+                return False
+            jobs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+            if not all(progress["complete"] for progress in jobs):
+                return False
+            shards = [Shard(**e["shard"]) for progress in jobs for e in progress["shards"] if e["shard"]]
+            rejected = [row for path in paths for row in read_lines(path.with_suffix(f".{REJECTED_FILE}"))]
+            if self.job[1] > 1:
+                rejected += self._bury_duplicates(shards)
+            rejected.sort(key=lambda row: row["row"])
+            (self.folder / REJECTED_FILE).unlink(missing_ok=True)
+            append_lines(self.folder / REJECTED_FILE, rejected)
+            if not shards:
+                raise ValueError(
+                    f"the input must have at least one usable document, {len(rejected)} rows were rejected. See "
+                    f"{self.folder / REJECTED_FILE} for the reasons, and choose another input."
+                )
+            states = {key: value for progress in jobs for key, value in progress["codec_states"].items()}
+            manifest = self._manifest({shard.codec_state: states[shard.codec_state] for shard in shards if states})
+            manifest.shards, manifest.n_rejected = shards, len(rejected)
+            types = metadata_types(next(read_batches(self.folder, shards[0])).schema)
+            manifest.metadata = {name: str(kind) for name, kind in types.items()}
+            manifest.build = {**self.options, "input_sha256": [progress["input_sha256"] for progress in jobs]}
+            manifest.count()
+            remove_strangers(self.folder, manifest)
+            write_card(self.folder, manifest)
+            manifest.write(self.folder)
+        return True
+
+    def _bury_duplicates(self, shards: list[Shard]) -> list[dict]:
+        """Delete documents whose id another job has used; jobs do not see each other's."""
+        rejected = []
+        with SeenIds(self.folder / BUILD_FOLDER / "all.ids") as seen:
+            for shard in shards:
+                for document_id, rows in shard_documents(self.folder, shard).items():
+                    if not seen.add(document_id):
+                        shard.bury(rows)
+                        reason = f"{document_id!r} is there already, in a shard of another job. Rename it."
+                        rejected.append({"row": -1, "place": shard.file, "id": document_id, "reason": reason})
+        return rejected
+
+    def _manifest(self, codec_states: dict[str, str]) -> Manifest:
+        config, size = self.model.config, self.options["memory_size"]
+        sizes = [k for k in config.memory_sizes if k <= size]
+        return Manifest(
+            compressor={
+                "fingerprint": self.options["fingerprint"],
+                "name_or_path": self.model.name_or_path,
+                "revision": self.model.commit,
+            },
+            hidden_size=config.text_config.hidden_size,
+            memory_size=size,
+            memory_sizes=sizes,
+            retrieval_memory_size=min(config.retrieval_memory_size, size),
+            document_max_length=config.document_max_length,
+            document_overlap=self.model.processor.document_overlap,
+            codec=self.options["codec"],
+            codec_states=codec_states,
+            source=self.source,
+        )
+
+
+class _CountedRows:
+    """Rows that are counted on a bar and hashed on their way."""
+
+    def __init__(self, rows: Iterator[InputRow], count):
+        self.rows, self.count, self.digest = rows, count, hashlib.sha256()
+
+    def __iter__(self) -> "_CountedRows":
+        return self
+
+    def __next__(self) -> InputRow:
+        row = next(self.rows)
+        self.digest.update(row_digest(row))
+        self.count(1)
+        return row
+
+    def skip(self, entry: dict, folder: Path) -> None:
+        """Pass the rows of a shard that is there.
+
+        Raises:
+            ValueError: they are other rows than the shard was made of.
+        """
+        digest = hashlib.sha256()
+        first = last = None
+        for row in self:
+            digest.update(row_digest(row))
+            first, last = first or row.place, row.place
+            if row.index + 1 >= entry["next_row"]:
+                break
+        if digest.hexdigest() != entry["input_sha256"]:
+            raise ValueError(
+                f"a build must go on with the input that it began with; the rows from {first} to {last} are others "
+                f"than before. Give the same input, or choose another folder than {folder}."
+            )
+
+
+def job_name(number: int, n_jobs: int) -> str:
+    """The name of a job's files."""
+    return f"job-{number:05d}-of-{n_jobs:05d}"
+
+
+def check_job(job) -> None:
+    """Raise a ValueError unless `job` is (i, N) with 0 <= i < N."""
+    is_pair = isinstance(job, tuple | list) and len(job) == 2 and all(type(value) is int for value in job)
+    if not is_pair or not 0 <= job[0] < job[1]:
+        raise ValueError(f"`job` must be (i, N) with 0 <= i < N, got {job!r}. Example: (0, 4), the first of four.")

@@ -1,0 +1,471 @@
+"""`CompressedCorpus`: documents with their memories in a folder that is at the same time a Hub dataset.
+
+Stands between users and the parts of a corpus: opened here, searched here; what changes it comes from
+`corpus_writer_clara.py`. It knows nothing of how questions are encoded or answers generated.
+
+    corpus.json  README.md  data/*.parquet  codec/*.safetensors      published
+    index/                                                           derived on first open, can be made again
+"""
+
+import copy
+import functools
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import constants, snapshot_download
+from transformers.utils.logging import tqdm
+
+from .builder_clara import BuilderMixin
+from .corpus_writer_clara import WriterMixin
+from .filters_clara import check_where, rows_where
+from .index_clara import VectorIndex
+from .lexical_clara import LexicalIndex, fuse_ranks, lexical_key
+from .manifest_clara import Manifest
+from .milvus_clara import MilvusIndex
+from .publish_clara import PublishMixin
+from .search_clara import SMALL, Ranked, exact_cosines, rank_documents, scan
+from .shards_clara import require_arrow
+from .snapshot_clara import WHEN_CHANGED, WHEN_OPENED, Snapshot
+from .text_clara import check_count, check_list
+
+logger = logging.getLogger(__name__)
+
+SHORTLIST = 200
+PUBLISHED = ["corpus.json", "README.md", "data/*.parquet", "codec/*.safetensors", "rejected.jsonl"]
+
+
+class CompressedCorpus(BuilderMixin, WriterMixin, PublishMixin):
+    """A compressed corpus. Make one with `build`, `open`, or `CLaRaForRAG.load_corpus`.
+
+    It shows the corpus as it was when it was opened, or as this object has changed it; `refresh` shows what others
+    have changed since. Searching is safe from several threads, also while one of them writes.
+
+    Attributes:
+        folder: where its files lie.
+        model: that compresses what is added; None where it was opened without one.
+    """
+
+    def __init__(
+        self, folder: Path, index_folder: Path, model=None, *, index: str | None = None, milvus: dict | None = None
+    ):
+        require_arrow()
+        self.folder, self.index_folder, self.model = Path(folder), Path(index_folder), None
+        self.repo_id: str | None = None  # of the Hub, where it came from there
+        self._index_kind, self._milvus = index, milvus
+        self._options = {"where": None, "hybrid": False, "exact": False, "shortlist": SHORTLIST}
+        self._shared = _Shared()
+        self._load(WHEN_OPENED)
+        if model is not None:
+            self.attach(model)
+
+    # --- opening -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(
+        cls,
+        path_or_repo: str | os.PathLike,
+        revision: str | None = None,
+        *,
+        model=None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        index: str | None = None,
+        backend: str = "faiss",
+        uri: str | None = None,
+        collection: str | None = None,
+    ) -> "CompressedCorpus":
+        """Open a corpus: a folder, or a dataset of the Hub.
+
+        The first time, the shards are checked and what search needs is derived from them, into `index/` of the folder,
+        or of the cache where the folder cannot be written or came from the Hub. Later it is only mapped.
+
+        Args:
+            path_or_repo: folder, or id of a dataset on the Hub.
+            revision: branch, tag or commit of the dataset.
+            model: the `CLaRaForRAG` whose compressor made the memories; needed to add texts.
+            token: for the Hub.
+            cache_dir: of the Hub's files.
+            local_files_only: take what is in the cache.
+            index: "flat", "hnsw", "ivf" or "ivf_rabitq"; default by size.
+            backend: "faiss", or "milvus" for the shortlist.
+            uri: of Milvus: a server, or a file of Milvus Lite; default a file in the index folder. A token goes into
+                the environment variable MILVUS_TOKEN.
+            collection: of Milvus; default named after the folder.
+
+        Raises:
+            FileNotFoundError: there is no corpus, or a file of it is missing.
+            ValueError: a file is damaged, of another build, of a newer format, or of another compressor than `model`.
+        """
+        if backend not in ("faiss", "milvus"):
+            raise ValueError(f"`backend` must be 'faiss' or 'milvus', got {backend!r}. Leave it out for FAISS.")
+        if backend == "faiss" and (uri is not None or collection is not None):
+            raise ValueError("`uri` and `collection` must go with `backend='milvus'`. Add it, or leave them out.")
+        milvus = {"uri": uri, "collection": collection} if backend == "milvus" else None
+        if os.path.isdir(path_or_repo):
+            folder = Path(path_or_repo)
+            corpus = cls(folder, writable_index_folder(folder), model, index=index, milvus=milvus)
+        else:
+            folder = download_corpus(str(path_or_repo), revision, token, cache_dir, local_files_only)
+            corpus = cls(folder, cached_index_folder(folder), model, index=index, milvus=milvus)
+            corpus.repo_id = str(path_or_repo)
+        return corpus.prepare()
+
+    def prepare(self, memory_size: int | None = None) -> "CompressedCorpus":
+        """Make what searching needs now, in place of at the first search.
+
+        Args:
+            memory_size: k that will be compared; default `retrieval_memory_size`.
+        """
+        k = self.manifest.retrieval_memory_size if memory_size is None else memory_size
+        if self._is_indexed(self.snapshot):
+            self._index_of(self.snapshot, k)
+        return self
+
+    def _load(self, limits: tuple[int, float], manifest: Manifest | None = None) -> None:
+        """Put the newest snapshot in place."""
+        with self._shared.lock:
+            previous = self._shared.snapshot
+            manifest = manifest or Manifest.read(self.folder)
+            while True:
+                total = sum(shard.n_spans for shard in manifest.shards)
+                with tqdm(total=total, desc="opening the corpus", unit=" spans", delay=2, leave=False) as bar:
+                    try:
+                        snapshot = Snapshot(
+                            self.folder,
+                            self.index_folder,
+                            manifest,
+                            previous=previous,
+                            limits=limits,
+                            progress=bar.update,
+                        )
+                        break
+                    except (FileNotFoundError, ValueError):
+                        newer = Manifest.read(self.folder)  # a writer may have replaced the shards meanwhile
+                        if newer.generation == manifest.generation:
+                            raise
+                        manifest = newer
+            indexes = {}
+            for k, index in self._shared.indexes.items():
+                if self._is_indexed(snapshot):
+                    indexes[k] = self._make_index(snapshot, k, previous=index)
+            self._shared.snapshot, self._shared.indexes = snapshot, indexes
+
+    def refresh(self) -> "CompressedCorpus":
+        """Show what was changed since this object was opened, by other processes or objects too."""
+        if Manifest.read(self.folder).generation != self.manifest.generation:
+            self._load(WHEN_CHANGED)
+        return self
+
+    def attach(self, model) -> "CompressedCorpus":
+        """Give the corpus the model whose compressor made its memories.
+
+        Raises:
+            ValueError: another compressor made them.
+        """
+        self.check_model(model)
+        self.model = model
+        return self
+
+    def check_model(self, model) -> None:
+        """Raise a ValueError unless a model's compressor made the memories.
+
+        The hash is taken again only when a weight that it covers has changed.
+        """
+        versions = model.compressor_versions()
+        if self._shared.checked != (id(model), versions):
+            if model.fingerprint != self.manifest.fingerprint:
+                name = self.manifest.compressor.get("name_or_path") or "an unnamed model"
+                raise ValueError(
+                    f"the compressor of the model must be the one that made the corpus, {name} with the fingerprint "
+                    f"{self.manifest.fingerprint[:12]}, got {model.name_or_path or 'a model'} with "
+                    f"{model.fingerprint[:12]}. Load that model, or build the corpus again with this one."
+                )
+            self._shared.checked = (id(model), versions)
+
+    # --- what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def manifest(self) -> Manifest:
+        """corpus.json, as this object shows it."""
+        return self.snapshot.manifest
+
+    @property
+    def snapshot(self) -> Snapshot:
+        return self._shared.snapshot
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the compressor that made the memories."""
+        return self.manifest.fingerprint
+
+    def __len__(self) -> int:
+        """Documents."""
+        return self.manifest.n_documents
+
+    @property
+    def metadata_columns(self) -> list[str]:
+        """Columns beside id, title and text, for filters."""
+        return list(self.manifest.metadata)
+
+    def __repr__(self) -> str:
+        m = self.manifest
+        return (
+            f"CompressedCorpus({str(self.folder)!r}, documents={m.n_documents}, spans={m.n_spans}, "
+            f"memory={m.memory_size}x{m.hidden_size}, codec={m.codec!r})"
+        )
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def __contains__(self, document_id: str) -> bool:
+        return self.snapshot.find(document_id) is not None
+
+    def document_ids(self) -> Iterator[str]:
+        """Ids of all documents, in order."""
+        snapshot = self.snapshot
+        for segment, start in zip(snapshot.segments, snapshot.starts, strict=False):
+            column = segment.table["document_id"]
+            for row in np.flatnonzero((segment.spans == 0) & snapshot.live[start : start + segment.n_rows]):
+                yield column[int(row)].as_py()
+
+    def get(self, ids: Sequence[str]) -> list[dict]:
+        """Documents by id.
+
+        Returns:
+            For each id a dict `{document_id, title, spans, memory, metadata}`: `spans` has `{span, title, text,
+            n_tokens}` of each span, `memory` is (spans, n, H) float32.
+
+        Raises:
+            KeyError: an id that the corpus does not have.
+        """
+        snapshot, found = self.snapshot, []
+        for document_id in check_list(ids, "ids"):
+            rows = snapshot.find(document_id)
+            if rows is None:
+                raise KeyError(f"`ids` must be documents of the corpus, {document_id!r} is none. Check the id.")
+            found.append(rows)
+        documents = []
+        for document_id, rows in zip(ids, found, strict=True):
+            spans = [snapshot.record(row, ["span", "title", "text", "n_tokens"]) for row in rows]
+            documents.append(
+                {
+                    "document_id": document_id,
+                    "title": spans[0]["title"],
+                    "spans": spans,
+                    "memory": snapshot.decode(np.array(rows), self.manifest.memory_size),
+                    "metadata": snapshot.record(rows.start, self.metadata_columns),
+                }
+            )
+        return documents
+
+    # --- searching ---------------------------------------------------------------------------------------------------
+
+    def with_options(
+        self,
+        *,
+        where: Mapping | None = None,
+        hybrid: bool = False,
+        exact: bool = False,
+        shortlist: int = SHORTLIST,
+    ) -> "CompressedCorpus":
+        """The same corpus with other defaults of `search`, for calls that take `corpus=`.
+
+        Example: `model.answer(questions, corpus=corpus.with_options(where={"year": {"$gte": 2020}}, hybrid=True))`.
+        """
+        check_count(shortlist, "shortlist", f"Default: {SHORTLIST}.")
+        if where is not None:
+            check_where(where, self._filterable())
+        view = copy.copy(self)  # shares snapshot and index
+        view._options = {"where": where, "hybrid": hybrid, "exact": exact, "shortlist": shortlist}
+        return view
+
+    def search(
+        self,
+        query_memory: torch.Tensor,
+        top_k: int = 5,
+        where: Mapping | None = None,
+        *,
+        questions: Sequence[str] | None = None,
+        hybrid: bool | None = None,
+        exact: bool | None = None,
+        shortlist: int | None = None,
+    ) -> list[list[dict]]:
+        """The best documents for each question, each by its best span.
+
+        Short vectors find a shortlist in the whole corpus, the exact cosine over the stored memories (eq. 3.1) ranks
+        it.
+
+        Args:
+            query_memory: (questions, k, H) floating point; k, one of `memory_sizes`, is what is compared.
+            top_k: documents a question; fewer come back where there are no more.
+            where: a filter on `document_id`, `title` and the metadata, see `filters_clara.py`.
+            questions: their texts, for `hybrid`.
+            hybrid: also rank by BM25 over the text and fuse both orders by reciprocal rank.
+            exact: compare all memories, without the index.
+            shortlist: spans a question that are compared exactly; default 200.
+
+        Returns:
+            For each question dicts `{document_id, span, score, title, text, memory, metadata}`, best first. `score` is
+            the cosine, also where `hybrid` decides the order; `memory` is (n, H) float32.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        options = dict(self._options)
+        given = {"where": where, "hybrid": hybrid, "exact": exact, "shortlist": shortlist}
+        options.update({name: value for name, value in given.items() if value is not None})
+        snapshot = self.snapshot
+        query_memory = self._check_query(query_memory)
+        check_count(top_k, "top_k", "Default: 5.")
+        check_count(options["shortlist"], "shortlist", f"Default: {SHORTLIST}.")
+        allowed = None if snapshot.n_live == snapshot.n_rows else snapshot.live
+        if options["where"] is not None:
+            check_where(options["where"], self._filterable())
+            masks = [rows_where(segment.table, options["where"]) for segment in snapshot.segments]
+            met = np.concatenate(masks) if masks else np.zeros(0, dtype=bool)
+            allowed = met if allowed is None else met & allowed
+        find = functools.partial(scan, snapshot)
+        if not options["exact"] and self._is_indexed(snapshot):
+            find = functools.partial(self._shortlist, snapshot, options["where"])
+        depth = max(top_k, options["shortlist"]) if options["hybrid"] else top_k
+        ranked = rank_documents(snapshot, query_memory, depth, find, shortlist=options["shortlist"], allowed=allowed)
+        if options["hybrid"]:
+            ranked = self._fuse(snapshot, query_memory, questions, ranked, depth, allowed)
+        return [self._hits(snapshot, row[:top_k]) for row in ranked]
+
+    def _check_query(self, query_memory: torch.Tensor) -> torch.Tensor:
+        hidden, sizes = self.manifest.hidden_size, self.manifest.memory_sizes
+        query_memory = torch.as_tensor(query_memory).detach().float().cpu()
+        if query_memory.ndim != 3 or query_memory.shape[2] != hidden or query_memory.shape[1] not in sizes:
+            raise ValueError(
+                f"`query_memory` must have the shape (questions, k, {hidden}) with k one of {sizes}, got "
+                f"{tuple(query_memory.shape)}. Encode the questions with the corpus's model: `encode_queries`."
+            )
+        if not query_memory.isfinite().all():
+            raise ValueError("`query_memory` must be finite, got NaN or infinity. Encode the questions again.")
+        return query_memory
+
+    def _filterable(self) -> list[str]:
+        return ["document_id", "title", "span", *self.metadata_columns]
+
+    def _is_indexed(self, snapshot: Snapshot) -> bool:
+        """Whether the index is worth it: a small corpus is compared row by row."""
+        wanted = self._index_kind is not None or self._milvus is not None
+        return bool(snapshot.segments) and (snapshot.n_rows > SMALL or wanted) and snapshot.segments[0].n_rows > 0
+
+    def _shortlist(self, snapshot, where, query_memory, n, allowed) -> np.ndarray:
+        return self._index_of(snapshot, query_memory.shape[1]).shortlist(query_memory, n, allowed, where)
+
+    def _index_of(self, snapshot: Snapshot, memory_size: int):
+        with self._shared.lock:  # made once, however many threads ask
+            if snapshot is not self._shared.snapshot:
+                return self._make_index(snapshot, memory_size)
+            if memory_size not in self._shared.indexes:
+                self._shared.indexes[memory_size] = self._make_index(snapshot, memory_size)
+            return self._shared.indexes[memory_size]
+
+    def _make_index(self, snapshot: Snapshot, memory_size: int, previous=None):
+        with tqdm(total=snapshot.n_rows, desc="indexing the corpus", unit=" spans", delay=2, leave=False) as bar:
+            if self._milvus is not None:
+                return MilvusIndex(snapshot, memory_size, **self._milvus, progress=bar.update)
+            return VectorIndex(snapshot, memory_size, self._index_kind, bar.update, previous)
+
+    def _fuse(self, snapshot, query_memory, questions, ranked: Ranked, depth: int, allowed) -> Ranked:
+        """Both orders, of memories and of words, as one."""
+        if questions is None or len(questions) != len(query_memory):
+            raise ValueError(
+                f"`questions` must be the {len(query_memory)} texts of the query memories for `hybrid`, got "
+                f"{None if questions is None else len(questions)}. Pass them, or search through the model."
+            )
+        with self._shared.lock:
+            lexical = self._shared.lexical
+            if lexical is None or lexical.key != lexical_key(snapshot):
+                lexical = self._shared.lexical = LexicalIndex(snapshot)
+        found = lexical.shortlist(questions, depth, allowed)
+        rows = np.full((len(found), max(1, *map(len, found))), -1, dtype=np.int64)
+        for question, mine in enumerate(found):
+            rows[question, : len(mine)] = mine
+        cosines = exact_cosines(snapshot, query_memory, rows)
+        fused = []
+        for by_memory, by_words, lexical_cosines in zip(ranked, found, cosines, strict=True):
+            best = {self._document(snapshot, row): (row, score) for row, score in lexical_cosines}
+            best |= {self._document(snapshot, row): (row, score) for row, score in by_memory}
+            words = list(dict.fromkeys(self._document(snapshot, int(row)) for row in by_words))
+            scores = fuse_ranks([[self._document(snapshot, row) for row, _ in by_memory], words])
+            order = sorted(scores, key=lambda document: (-scores[document], -best[document][1], document))
+            fused.append([best[document] for document in order])
+        return fused
+
+    @staticmethod
+    def _document(snapshot: Snapshot, row: int) -> int:
+        return row - int(snapshot.spans[row])
+
+    def _hits(self, snapshot: Snapshot, ranked: list[tuple[int, float]]) -> list[dict]:
+        if not ranked:
+            return []
+        memory = snapshot.decode(np.array([row for row, _ in ranked]), snapshot.manifest.memory_size)
+        hits = []
+        for (row, score), rows in zip(ranked, memory, strict=True):
+            record = snapshot.record(row, ["document_id", "span", "title", "text", *snapshot.manifest.metadata])
+            metadata = {name: record.pop(name) for name in snapshot.manifest.metadata}
+            hits.append({**record, "score": score, "memory": rows, "metadata": metadata})
+        return hits
+
+
+class _Shared:
+    """What all views of an open corpus have in common."""
+
+    def __init__(self):
+        self.lock = threading.RLock()
+        self.snapshot: Snapshot | None = None
+        self.indexes: dict = {}  # by k
+        self.lexical: LexicalIndex | None = None
+        self.checked: tuple | None = None  # the model whose fingerprint was compared, and its weights' versions
+
+
+def writable_index_folder(folder: Path) -> Path:
+    """`index/` of a corpus folder; a folder of the cache where that cannot be written."""
+    index = folder / "index"
+    try:
+        index.mkdir(exist_ok=True)
+    except OSError:
+        return cached_index_folder(folder)
+    return index if os.access(index, os.W_OK) else cached_index_folder(folder)
+
+
+def cached_index_folder(folder: Path) -> Path:
+    """A folder in the Hugging Face cache for what is derived from the corpus at this path."""
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    path = Path(constants.HF_HOME) / "clara" / "index" / name
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def download_corpus(repo_id: str, revision, token, cache_dir, local_files_only: bool) -> Path:
+    """The files of a corpus on the Hub, all of one commit.
+
+    Raises:
+        FileNotFoundError: there is no such folder and no such dataset.
+    """
+    try:
+        path = snapshot_download(
+            repo_id,
+            repo_type="dataset",
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            allow_patterns=PUBLISHED,
+        )
+    except (OSError, ValueError) as error:  # all of the Hub client's own errors are OSErrors
+        raise FileNotFoundError(
+            f"`{repo_id}` must be a folder with a compressed corpus or the id of a dataset on the Hub, but could not "
+            f"be read: {error} Check the name, the revision and the token."
+        ) from error
+    return Path(path)

@@ -1,0 +1,198 @@
+"""corpus.json: what a compressed corpus consists of. Whatever it does not name is not part of the corpus.
+
+Stands above the shards and below the corpus. Every change writes a new corpus.json and puts it in place at once. It
+knows nothing of memories, search or models.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from .storage_clara import write_json
+
+MANIFEST_FILE = "corpus.json"
+FORMAT_VERSION = 1
+BUILD_FOLDER = "build"  # progress of a build that is not finished
+SHARD_PATTERN = re.compile(r"data/[A-Za-z0-9._-]+\.parquet")
+STATE_PATTERN = re.compile(r"[0-9a-f]{12}")
+
+
+@dataclass
+class Shard:
+    """One Parquet file.
+
+    Attributes:
+        file: path inside the corpus.
+        sha256: of its bytes, in hex.
+        n_bytes, n_spans, n_documents: its size; deleted documents are counted.
+        n_deleted: deleted documents.
+        codec_state: key of the state that its memories were encoded with; "" for float16.
+        tombstones: rows of deleted documents as (first, last + 1) pairs, ascending, disjoint.
+    """
+
+    file: str
+    sha256: str
+    n_bytes: int
+    n_spans: int
+    n_documents: int
+    codec_state: str = ""
+    n_deleted: int = 0
+    tombstones: list[list[int]] = field(default_factory=list)
+
+    def bury(self, rows: range) -> None:
+        """Delete the document that has these rows."""
+        self.tombstones = merge_ranges([*self.tombstones, [rows.start, rows.stop]])
+        self.n_deleted += 1
+
+
+@dataclass
+class Manifest:
+    """The fields of corpus.json.
+
+    Attributes:
+        compressor: `fingerprint`, `name_or_path` and `revision` of the model that made the memories.
+        hidden_size, memory_size: H and n of a memory; `memory_sizes` are the k that may be compared and read.
+        retrieval_memory_size: k that is compared by default.
+        document_max_length, document_overlap: of the spans, in tokens.
+        codec: one of `codecs_clara.CODECS`.
+        codec_states: SHA-256 of the file of every state, by its key: `codec/KEY.safetensors`.
+        source: `name`, `license` and `language` of the text.
+        metadata: Arrow type of every metadata column.
+        generation: number of changes.
+        n_documents, n_spans: without deleted ones.
+        n_rejected: rows that rejected.jsonl lists.
+        build: options and input of the build, to tell whether another call means the same.
+        measured: what the codec costs, see `recipes/benchmark_corpus.py`.
+        shards: in the order of the documents.
+    """
+
+    compressor: dict
+    hidden_size: int
+    memory_size: int
+    memory_sizes: list[int]
+    retrieval_memory_size: int
+    document_max_length: int
+    document_overlap: int
+    codec: str
+    codec_states: dict[str, str] = field(default_factory=dict)
+    source: dict = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    generation: int = 0
+    n_documents: int = 0
+    n_spans: int = 0
+    n_rejected: int = 0
+    build: dict = field(default_factory=dict)
+    measured: dict = field(default_factory=dict)
+    shards: list[Shard] = field(default_factory=list)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the compressor that made the memories."""
+        return self.compressor["fingerprint"]
+
+    @property
+    def has_tombstones(self) -> bool:
+        return any(shard.tombstones for shard in self.shards)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """The manifest of a corpus folder.
+
+        Raises:
+            FileNotFoundError: there is none, or the build is not finished.
+            ValueError: damaged, or of a newer format.
+        """
+        path = Path(folder) / MANIFEST_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            if (Path(folder) / BUILD_FOLDER).is_dir():
+                raise FileNotFoundError(
+                    f"the build of the corpus in {folder} must be finished first. Run the same build again: it goes "
+                    "on where it stopped."
+                ) from None
+            raise FileNotFoundError(
+                f"`{MANIFEST_FILE}` must be in {folder}, found none. Name the folder or the Hub id of a compressed "
+                "corpus, or build one with `clara compress`."
+            ) from None
+        except (ValueError, UnicodeDecodeError) as error:
+            raise _damaged(folder, str(error)) from error
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise ValueError(
+                f"`format_version` of {path} must be <= {FORMAT_VERSION}, got {version}. It was made by a newer "
+                "release: upgrade clara-rag."
+            )
+        if version != FORMAT_VERSION:
+            raise _damaged(folder, f"its format_version is {version!r}")
+        missing = {f.name for f in fields(cls)} - set(content)
+        if missing:
+            raise _damaged(folder, f"it lacks {sorted(missing)}")
+        known = {f.name for f in fields(cls)}
+        try:
+            shards = [Shard(**shard) for shard in content["shards"]]
+            manifest = cls(**{name: value for name, value in content.items() if name in known} | {"shards": shards})
+            manifest.check()
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise _damaged(folder, str(error)) from error
+        return manifest
+
+    def check(self) -> None:
+        """Raise a ValueError where a field cannot be right; file names come from strangers."""
+        if not isinstance(self.compressor.get("fingerprint"), str):
+            raise ValueError("compressor.fingerprint is no text")
+        for name in ("hidden_size", "memory_size", "retrieval_memory_size", "document_max_length"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}")
+        if self.memory_size not in self.memory_sizes or self.retrieval_memory_size not in self.memory_sizes:
+            raise ValueError(f"memory_sizes {self.memory_sizes} lack memory_size or retrieval_memory_size")
+        for key in self.codec_states:
+            if not STATE_PATTERN.fullmatch(key):
+                raise ValueError(f"codec_states has the key {key!r}")
+        for shard in self.shards:
+            if not SHARD_PATTERN.fullmatch(shard.file):
+                raise ValueError(f"a shard is called {shard.file!r}")
+            if shard.codec_state and shard.codec_state not in self.codec_states:
+                raise ValueError(f"{shard.file} names the unknown codec state {shard.codec_state!r}")
+            previous = 0
+            for first, last in shard.tombstones:
+                if not previous <= first < last <= shard.n_spans:
+                    raise ValueError(f"{shard.file} has the tombstone {[first, last]}")
+                previous = last
+        if len({shard.file for shard in self.shards}) != len(self.shards):
+            raise ValueError("a shard is named twice")
+
+    def count(self) -> None:
+        """Set `n_documents` and `n_spans` to what the tombstones leave."""
+        buried = sum(last - first for shard in self.shards for first, last in shard.tombstones)
+        self.n_spans = sum(shard.n_spans for shard in self.shards) - buried
+        self.n_documents = sum(shard.n_documents - shard.n_deleted for shard in self.shards)
+
+    def write(self, folder: Path) -> None:
+        """Put corpus.json in place, at once."""
+        content = asdict(self)
+        write_json(Path(folder) / MANIFEST_FILE, {"format_version": content.pop("format_version"), **content})
+
+
+def _damaged(folder, reason: str) -> ValueError:
+    return ValueError(
+        f"`{MANIFEST_FILE}` of {folder} is damaged: {reason}. Copy or download it again, or build the corpus again."
+    )
+
+
+def merge_ranges(ranges: list) -> list[list[int]]:
+    """Ascending disjoint (first, last + 1) ranges that cover the given ones.
+
+    >>> merge_ranges([[4, 5], [0, 2], [2, 3]])
+    [[0, 3], [4, 5]]
+    """
+    merged = []
+    for first, last in sorted(ranges):
+        if merged and first <= merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], last)
+        else:
+            merged.append([first, last])
+    return merged

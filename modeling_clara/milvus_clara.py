@@ -1,0 +1,191 @@
+"""The shortlist from Milvus, for corpora that one machine does not search: Milvus Lite in a file, or a server by URI.
+
+Stands where `VectorIndex` stands and gives the same rows. Milvus holds the short vectors and what filters compare; the
+memories stay in the corpus, where the exact cosine ranks the shortlist.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from .filters_clara import milvus_expression
+from .index_clara import fit_components
+from .manifest_clara import Shard
+from .retrieval_clara import flatten_memory
+from .snapshot_clara import Snapshot
+from .storage_clara import replacing
+
+try:
+    import pymilvus
+except ImportError:  # `require_milvus` names the remedy
+    pymilvus = None
+
+logger = logging.getLogger(__name__)
+
+INSERT_ROWS = 1000
+MAX_LIMIT = 16_384  # rows that Milvus returns at most
+TITLE_LENGTH = 1024
+
+
+def require_milvus() -> None:
+    """Raise an ImportError that names the remedy where pymilvus is missing."""
+    if pymilvus is None:
+        raise ImportError('`backend="milvus"` needs pymilvus. Install it: pip install "clara-rag[milvus]".')
+
+
+class MilvusIndex:
+    """Short vectors of a snapshot in a Milvus collection, which is brought up to date on opening.
+
+    Args:
+        snapshot: whose rows are found.
+        memory_size: k that is compared.
+        uri: of a server, or a file of Milvus Lite; default a file in the index folder.
+        collection: its name; default from the corpus's folder and k.
+        progress: called with a number of rows while they are inserted.
+
+    Raises:
+        RuntimeError: Milvus cannot be reached, or another process has the file open.
+        ValueError: the collection belongs to something else.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        memory_size: int,
+        uri: str | None = None,
+        collection: str | None = None,
+        progress: Callable[[int], None] | None = None,
+    ):
+        require_milvus()
+        self.memory_size = memory_size
+        self.components = self._components(snapshot)
+        digest = hashlib.sha256(self.components.numpy().tobytes()).hexdigest()[:12]
+        place = hashlib.sha256(str(snapshot.folder.resolve()).encode()).hexdigest()[:8]
+        self.collection = f"{collection or f'clara_{place}'}_k{memory_size}"
+        self.client = connect(uri or str(snapshot.index_folder / "milvus.db"))
+        self._open_collection(f"CLaRa short vectors {digest}")
+        self.firsts = dict(zip(map(_shard_key, snapshot.manifest.shards), _starts(snapshot), strict=True))
+        self._update(snapshot, progress)
+
+    def _components(self, snapshot: Snapshot) -> torch.Tensor:
+        """The main directions, fitted once: a collection can only be compared with the ones it was made with."""
+        path = snapshot.index_folder / f"milvus-k{self.memory_size}.safetensors"
+        if not path.exists():
+            with replacing(path) as partial:
+                save_file({"components": fit_components(snapshot, self.memory_size)}, partial)
+        return load_file(path)["components"]
+
+    def _open_collection(self, description: str) -> None:
+        if not self.client.has_collection(self.collection):
+            schema = self.client.create_schema(enable_dynamic_field=True, description=description)
+            schema.add_field("row_key", pymilvus.DataType.VARCHAR, is_primary=True, max_length=64)
+            schema.add_field("shard", pymilvus.DataType.VARCHAR, max_length=32)
+            schema.add_field("vector", pymilvus.DataType.FLOAT_VECTOR, dim=len(self.components))
+            parameters = self.client.prepare_index_params()
+            parameters.add_index("vector", index_type="AUTOINDEX", metric_type="IP")
+            self.client.create_collection(
+                self.collection, schema=schema, index_params=parameters, consistency_level="Strong"
+            )
+        found = self.client.describe_collection(self.collection)["description"]
+        if found != description:
+            raise ValueError(
+                f"the Milvus collection `{self.collection}` must be described as {description!r}, got {found!r}. It "
+                "belongs to another corpus, or to another copy of this one: choose another `collection`, or drop it."
+            )
+        self.client.load_collection(self.collection)
+
+    def _update(self, snapshot: Snapshot, progress) -> None:
+        """Insert the shards that are missing, remove what is no longer live."""
+        manifest, starts = snapshot.manifest, _starts(snapshot)
+        if self.firsts:
+            listed = ", ".join(f'"{key}"' for key in self.firsts)
+            self.client.delete(self.collection, filter=f"shard not in [{listed}]")
+        for shard, start in zip(manifest.shards, starts, strict=True):
+            key, live = _shard_key(shard), snapshot.live[start : start + shard.n_spans]
+            n_stored = self._count(f'shard == "{key}"')
+            if n_stored == shard.n_spans > live.sum() and n_stored:
+                dead = [f"{key}:{row}" for row in np.flatnonzero(~live)]
+                for first in range(0, len(dead), INSERT_ROWS):
+                    self.client.delete(self.collection, ids=dead[first : first + INSERT_ROWS])
+            elif n_stored != live.sum():
+                self.client.delete(self.collection, filter=f'shard == "{key}"')
+                for rows in self._rows(snapshot, key, np.flatnonzero(live), start):
+                    self.client.insert(self.collection, rows)
+            if progress is not None:
+                progress(shard.n_spans)
+        self.client.flush(self.collection)
+
+    def _count(self, expression: str) -> int:
+        found = self.client.query(self.collection, filter=expression, output_fields=["count(*)"])
+        return int(found[0]["count(*)"])
+
+    def _rows(self, snapshot: Snapshot, key: str, places: np.ndarray, start: int) -> Iterator[list[dict]]:
+        columns = ["document_id", "title", "span", *snapshot.manifest.metadata]
+        for first in range(0, len(places), INSERT_ROWS):
+            mine = places[first : first + INSERT_ROWS]
+            vectors = self.shorten(snapshot.decode(mine + start, self.memory_size))
+            rows = []
+            for place, vector in zip(mine.tolist(), vectors, strict=True):
+                record = snapshot.record(start + place, columns)
+                record = {name: value for name, value in record.items() if isinstance(value, str | int | float | bool)}
+                record["title"] = record["title"][:TITLE_LENGTH]
+                rows.append({**record, "row_key": f"{key}:{place}", "shard": key, "vector": vector.tolist()})
+            yield rows
+
+    def shorten(self, memory: torch.Tensor) -> np.ndarray:
+        """(rows, d) float32 of (rows, k, H) memories or query memories."""
+        return (flatten_memory(memory, self.memory_size) @ self.components.T).numpy()
+
+    def shortlist(
+        self, query_memory: torch.Tensor, n: int, allowed: np.ndarray | None, where: Mapping | None = None
+    ) -> np.ndarray:
+        """As `VectorIndex.shortlist`; Milvus filters by itself where its rules on missing values are ours."""
+        n = min(n, MAX_LIMIT)
+        expression = milvus_expression(where) if where is not None and not _is_negative(where) else ""
+        found = self.client.search(
+            self.collection, data=self.shorten(query_memory).tolist(), limit=n, filter=expression, anns_field="vector"
+        )
+        rows = np.full((len(query_memory), n), -1, dtype=np.int64)
+        for question, hits in enumerate(found):
+            keys = [hit["row_key"].rpartition(":") for hit in hits]
+            mine = np.array([self.firsts[key] + int(place) for key, _, place in keys if key in self.firsts], np.int64)
+            if allowed is not None:
+                mine = mine[allowed[mine]]
+            rows[question, : len(mine)] = mine
+        return rows
+
+
+def connect(uri: str):
+    """A client of a server, or of a file of Milvus Lite.
+
+    Raises:
+        RuntimeError: it cannot be reached or opened.
+    """
+    token = os.environ.get("MILVUS_TOKEN", "")
+    try:
+        return pymilvus.MilvusClient(uri, token=token)
+    except pymilvus.exceptions.MilvusException as error:
+        raise RuntimeError(
+            f"Milvus at {uri} must be reachable, and a file of Milvus Lite open in one process only: {error} Start "
+            "the server, or close the other process."
+        ) from error
+
+
+def _is_negative(where: Mapping) -> bool:
+    """Whether a filter has a negation, about which missing values disagree."""
+    return any(word in json.dumps(where) for word in ('"$ne"', '"$nin"', '"$not"'))
+
+
+def _shard_key(shard: Shard) -> str:
+    return shard.sha256[:16]
+
+
+def _starts(snapshot: Snapshot) -> list[int]:
+    """The first row of every shard."""
+    return np.cumsum([0, *(shard.n_spans for shard in snapshot.manifest.shards)])[:-1].tolist()

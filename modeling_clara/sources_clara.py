@@ -1,0 +1,273 @@
+"""Where documents come from: folders, JSONL, Parquet, data sets of the Hub, lists and generators, one row at a time.
+
+Stands before the compressor. A row that cannot be read is a row with a problem, not an exception: streams go on. It
+knows nothing of spans, models or corpora.
+"""
+
+import gzip
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+
+from .shards_clara import RESERVED_COLUMNS, pa, pq, require_arrow
+from .text_clara import check_text, read_document
+
+TEXT_SUFFIXES = (".txt", ".md")
+ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".parquet")
+SUFFIXES = (*TEXT_SUFFIXES, *ROW_SUFFIXES)
+PEEKED_ROWS = 1024  # from which the types of metadata are inferred where no schema tells them
+
+
+@dataclass
+class InputRow:
+    """One row of the input.
+
+    Attributes:
+        index: its number in the whole input, from 0.
+        place: how an error names it, such as `docs.jsonl:3`.
+        document: `{id?, title?, text, ...}` under these names; None where it cannot be read.
+        problem: why not.
+    """
+
+    index: int
+    place: str
+    document: dict | None = None
+    problem: str | None = None
+
+
+class DocumentSource:
+    """The rows of an input, as often as wanted but for a generator, which gives them once.
+
+    Args:
+        documents: path of a folder of .txt and .md files, or of .jsonl, .jsonl.gz and .parquet files, or of one file;
+            id of a data set on the Hub; a `datasets.Dataset` or `IterableDataset`; any iterable of texts or dicts.
+        text_column, title_column, id_column: the columns that hold them; the id also from `id` or `document_id`.
+        split: of a data set on the Hub.
+        config_name: of a data set on the Hub.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: there is no such input.
+    """
+
+    def __init__(
+        self,
+        documents,
+        *,
+        text_column: str = "text",
+        title_column: str = "title",
+        id_column: str | None = None,
+        split: str = "train",
+        config_name: str | None = None,
+    ):
+        require_arrow()
+        self.columns = {text_column: "text", title_column: "title"} | ({id_column: "id"} if id_column else {})
+        self.files: list[Path] = []
+        self.schema = None  # Arrow types of the columns, where the input tells them
+        self.length: int | None = None
+        if isinstance(documents, str | os.PathLike):
+            path = Path(documents)
+            if path.exists():
+                self._read_paths(path)
+                return
+            documents = _load_hub_dataset(str(documents), split, config_name)
+            self.description = {"kind": "hub", "name": str(path), "split": split, "config_name": config_name}
+        elif isinstance(documents, Mapping | bytes) or not isinstance(documents, Iterable):
+            raise TypeError(
+                f"`documents` must be a path, a data set or a list, got {type(documents).__name__}. Wrap a single "
+                "document in []."
+            )
+        else:
+            self.description = {"kind": "list" if isinstance(documents, Sized) else "stream"}
+        if isinstance(documents, Sized):
+            self.length = len(documents)
+            self.description["rows"] = self.length
+        features = getattr(documents, "features", None)  # of a data set; a list has none
+        if features is not None:
+            self.schema = features.arrow_schema
+        self._rows = documents
+
+    def _read_paths(self, path: Path) -> None:
+        if path.is_file():
+            if not path.name.lower().endswith(SUFFIXES):
+                raise ValueError(
+                    f"`documents` must be a {', '.join(SUFFIXES)} file or a folder of them, got {path}. Convert it."
+                )
+            self.root, self.files = path.parent, [path]
+        else:
+            found = sorted(file for file in path.rglob("*") if file.is_file() and file.name.lower().endswith(SUFFIXES))
+            texts = [file for file in found if file.suffix.lower() in TEXT_SUFFIXES]
+            rows = [file for file in found if file not in set(texts)]
+            # A data set's own README.md is not a document
+            self.root, self.files = path, rows if rows and all(file.suffix == ".md" for file in texts) else texts
+            if not self.files:
+                raise ValueError(
+                    f"`documents` must be a folder with {', '.join(SUFFIXES)} files, found none in {path}. Name "
+                    "another."
+                )
+        sizes = [[file.relative_to(self.root).as_posix(), file.stat().st_size] for file in self.files]
+        digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
+        self.description = {"kind": "files", "name": path.name, "files": len(sizes), "sizes": digest}
+        if self.files[0].suffix.lower() in TEXT_SUFFIXES:
+            self.length = len(self.files)
+        parquet = [file for file in self.files if file.suffix == ".parquet"]
+        if len(parquet) == len(self.files):
+            try:
+                self.schema = pq.read_schema(parquet[0])
+                self.length = sum(pq.read_metadata(file).num_rows for file in parquet)
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(f"{parquet[0]} must be a Parquet file: {error}. Convert it again.") from error
+
+    def __iter__(self) -> Iterator[InputRow]:
+        rows = self._file_rows() if self.files else self._object_rows()
+        for index, (place, document, problem) in enumerate(rows):
+            if document is not None:
+                document, problem = self._normalised(document, place)
+            yield InputRow(index, place, document, problem)
+
+    def _normalised(self, document, place: str) -> tuple[dict | None, str | None]:
+        """The document under our names, or why it is none."""
+        if isinstance(document, str):
+            return {"text": document}, None
+        if not isinstance(document, Mapping):
+            return None, f"`{place}` must be a text or a dict, got {type(document).__name__}. Convert it."
+        renamed = {self.columns.get(name, name): value for name, value in document.items()}
+        if "document_id" in renamed:
+            document_id = renamed.pop("document_id")
+            renamed.setdefault("id", document_id)
+        try:
+            read_document(renamed, place)
+        except (TypeError, ValueError) as error:
+            return None, str(error)
+        return renamed, None
+
+    def _object_rows(self) -> Iterator[tuple]:
+        for index, document in enumerate(self._rows):
+            if document is None:
+                yield (
+                    f"documents[{index}]",
+                    None,
+                    f"`documents[{index}]` must be a text or a dict, got None. Remove it.",
+                )
+            else:
+                yield f"documents[{index}]", document, None
+
+    def _file_rows(self) -> Iterator[tuple]:
+        for file in self.files:
+            name = file.relative_to(self.root).as_posix()
+            if file.suffix.lower() in TEXT_SUFFIXES:
+                yield _text_row(file, name)
+            elif file.suffix == ".parquet":
+                yield from _parquet_rows(file, name)
+            else:
+                yield from _json_rows(file, name)
+
+    def metadata_types(self) -> "dict[str, pa.DataType] | None":
+        """Types of the columns that are neither text, title, id nor ours; None where the input does not tell them."""
+        if self.schema is None:
+            return None
+        return {
+            field.name: field.type
+            for field in self.schema
+            if self.columns.get(field.name, field.name) not in RESERVED_COLUMNS
+        }
+
+
+def _text_row(file: Path, name: str) -> tuple:
+    try:
+        text = check_text(file.read_text(encoding="utf-8"), name)
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+        return name, None, f"`{name}` cannot be read as UTF-8 text: {error}"
+    return name, {"id": name, "title": file.stem.replace("_", " "), "text": text}, None
+
+
+def _json_rows(file: Path, name: str) -> Iterator[tuple]:
+    opener = gzip.open if file.name.lower().endswith(".gz") else open
+    with opener(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            place = f"{name}:{number}"
+            try:
+                document = json.loads(line.decode("utf-8"))
+            except ValueError as error:  # of the encoding, and of JSON
+                yield place, None, f"`{place}` must be JSON in UTF-8: {error}"
+                continue
+            if document is None:
+                yield place, None, f"`{place}` must be a text or an object, got null. Remove it."
+            else:
+                yield place, document, None
+
+
+def _parquet_rows(file: Path, name: str) -> Iterator[tuple]:
+    try:
+        with pq.ParquetFile(file) as parquet:
+            number = itertools.count()
+            for batch in parquet.iter_batches(batch_size=256):
+                for document in batch.to_pylist():
+                    yield f"{name}[{next(number)}]", document, None
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} must be a whole Parquet file: {error}. Copy or convert it again.") from error
+
+
+def _load_hub_dataset(name: str, split: str, config_name: str | None):
+    """A data set of the Hub, streamed: it is never on this disk as a whole."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"`{name}` is no file; as a data set of the Hub it needs datasets. Install it: pip install "
+            '"clara-rag[corpus]".'
+        ) from error
+    try:
+        return datasets.load_dataset(name, config_name, split=split, streaming=True)
+    except (OSError, ValueError) as error:  # DatasetNotFoundError is a FileNotFoundError
+        raise FileNotFoundError(
+            f"`documents` must be a file, a folder or a data set of the Hub with the split {split!r}, got {name!r}: "
+            f"{error} Check the name."
+        ) from error
+
+
+def infer_types(documents: Sequence[Mapping]) -> "dict[str, pa.DataType]":
+    """Arrow types of the metadata of some documents; the first value decides where they disagree."""
+    values: dict[str, list] = {}
+    for document in documents:
+        for name, value in document.items():
+            if name not in RESERVED_COLUMNS and value is not None:
+                values.setdefault(name, []).append(value)
+    for document in documents:  # a column without any value is text
+        for name in document:
+            if name not in RESERVED_COLUMNS:
+                values.setdefault(name, [""])
+    return {name: _infer_type(column) for name, column in values.items()}
+
+
+def _infer_type(column: list) -> "pa.DataType":
+    for sample in (column, column[:1]):
+        try:
+            found = pa.array(sample).type
+        except (pa.ArrowException, TypeError, OverflowError):
+            continue
+        if found == pa.list_(pa.null()):
+            return pa.list_(pa.string())
+        return found
+    return pa.string()
+
+
+def type_from_name(name: str) -> "pa.DataType":
+    """An Arrow type by the name that `str` gives it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    aliases = {"str": "string", "int": "int64", "float": "double"}
+    if name.startswith("list<") and name.endswith(">"):
+        inner = name[5:-1].partition(":")[2].removesuffix(" not null").strip()
+        return pa.list_(type_from_name(inner))
+    try:
+        return pa.type_for_alias(aliases.get(name, name))
+    except ValueError as error:
+        raise ValueError(f"`metadata` must name Arrow types, got {name!r}. Example: 'int64', 'string'.") from error

@@ -1,0 +1,118 @@
+"""Files that are whole or not there, locks that die with their process, and a set of ids that lies on disk.
+
+Stands below everything that writes a corpus. It knows nothing of what the files mean.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterable
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file that is whole or not there."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A temporary path beside `path` that takes its place when the block ends well, and is removed when it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def writer_lock(path: Path, what: str, timeout: float = 0.0):
+    """Hold a lock file; released by the system when the process ends, however it ends.
+
+    Args:
+        path: of the lock file; the holder's pid stands in `path` + ".pid".
+        what: what is locked, for the error.
+        timeout: seconds to wait for it.
+
+    Raises:
+        RuntimeError: another process or thread holds it, naming its pid.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, holder = FileLock(path), path.with_name(path.name + ".pid")
+    try:
+        lock.acquire(timeout=timeout)
+    except Timeout:
+        pid = holder.read_text(encoding="utf-8").strip() if holder.exists() else "unknown"
+        raise RuntimeError(
+            f"{what} must have one writer at a time, but process {pid} writes to it. Wait until it is done, or end it."
+        ) from None
+    try:
+        holder.write_text(f"{os.getpid()}\n", encoding="utf-8")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def append_lines(path: Path, rows: Iterable[dict]) -> None:
+    """Append rows to a JSONL file; none make none."""
+    lines = [json.dumps(row, ensure_ascii=True, default=str) + "\n" for row in rows]
+    if lines:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(lines)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The rows of a JSONL file, up to a line that was not finished; none where there is no file."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+class SeenIds:
+    """A set of texts on disk, so that memory does not grow with it. It is thrown away at the end.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.unlink(missing_ok=True)
+        self.connection = sqlite3.connect(path, check_same_thread=False)
+        self.connection.execute("pragma journal_mode = off")
+        self.connection.execute("pragma synchronous = off")
+        self.connection.execute("create table ids (id text primary key) without rowid")
+
+    def add(self, text: str) -> bool:
+        """Add a text; whether it is new."""
+        cursor = self.connection.execute("insert or ignore into ids values (?)", (text,))
+        return cursor.rowcount == 1
+
+    def __enter__(self) -> "SeenIds":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.connection.close()
+        self.path.unlink(missing_ok=True)
