@@ -63,7 +63,8 @@ class BuilderMixin:
         Args:
             model: `CLaRaForRAG` whose compressor is used.
             documents: a path, the id of a data set on the Hub, a `datasets.Dataset` or an iterable of texts or of
-                dicts `{id?, title?, text, ...metadata}`; see `DocumentSource`. A `memory` (n, H) is not computed again.
+                dicts `{id?, title?, text, ...metadata}`, see `DocumentSource`. A `memory` (n, H) is not computed
+                again.
             path: folder of the corpus.
             codec: "float16", "int8" or "int4".
             shard_size: spans of a shard, and what a killed build loses at most. The codec is fitted on the first 1,024

@@ -21,8 +21,8 @@ BODY = """{begin}
 # {name}
 
 {n_documents:,} documents in {n_spans:,} spans, each compressed into {memory_size} memory tokens of {hidden_size}
-values by the compressor of a CLaRa model ([arXiv 2511.18659](https://arxiv.org/abs/2511.18659)). A question is compared with
-the memories and answered from them; the text is for people.
+values by the compressor of a CLaRa model ([arXiv 2511.18659](https://arxiv.org/abs/2511.18659)). A question is
+compared with the memories and answered from them; the text is for people.
 
 ```python
 from transformers import AutoModel

@@ -36,7 +36,7 @@ from .text_clara import check_count, check_list
 
 logger = logging.getLogger(__name__)
 
-SHORTLIST = 200
+SHORTLIST = 100
 PUBLISHED = ["corpus.json", "README.md", "data/*.parquet", "codec/*.safetensors", "rejected.jsonl"]
 
 
@@ -308,7 +308,7 @@ class CompressedCorpus(BuilderMixin, WriterMixin, PublishMixin):
             questions: their texts, for `hybrid`.
             hybrid: also rank by BM25 over the text and fuse both orders by reciprocal rank.
             exact: compare all memories, without the index.
-            shortlist: spans a question that are compared exactly; default 200.
+            shortlist: spans a question that are compared exactly; default 100.
 
         Returns:
             For each question dicts `{document_id, span, score, title, text, memory, metadata}`, best first. `score` is

@@ -282,9 +282,13 @@ def row_digest(row: InputRow) -> bytes:
     """What tells that an input has not changed: the row with all of its columns."""
     if row.document is None:
         return f"{row.index} {row.problem}".encode("utf-8", "surrogatepass")
-    values = {
-        name: value.tolist() if name == "memory" and hasattr(value, "tolist") else value
-        for name, value in row.document.items()
-    }
-    text = json.dumps(values, sort_keys=True, default=str, ensure_ascii=False)
+    text = json.dumps(row.document, sort_keys=True, default=_as_text, ensure_ascii=False)
     return f"{row.index} {text}".encode("utf-8", "surrogatepass")
+
+
+def _as_text(value) -> str:
+    """A value that JSON does not have; of a memory a hash, because it is large."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        array = value.detach().cpu().float().numpy() if isinstance(value, torch.Tensor) else value
+        return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+    return str(value)

@@ -12,7 +12,9 @@ from .retrieval_clara import flatten_memory
 from .snapshot_clara import Snapshot
 
 SCAN_SCORES = 32 * 2**20  # scores of questions x rows that are held at a time
-QUERY_BLOCK = 16  # questions whose shortlists are decoded together
+QUERY_BLOCK = 32  # questions whose shortlists are decoded together
+ROW_BLOCK = 64  # rows that are decoded and compared at a time
+ROUNDING = 1e-6  # of a cosine in float32
 SMALL = 1024  # rows up to which all are compared exactly
 
 Ranked = list[list[tuple[int, float]]]  # for each question (row, cosine), best first, one row a document
@@ -79,22 +81,27 @@ def exact_cosines(snapshot: Snapshot, query_memory: torch.Tensor, rows: np.ndarr
     queries = flatten_memory(query_memory, k)
     ranked = []
     for start in range(0, len(rows), QUERY_BLOCK):
-        block = rows[start : start + QUERY_BLOCK]
-        needed = np.unique(block)
-        needed = needed[needed >= 0]
-        vectors = snapshot.decode(needed, k).flatten(1)
-        norms = vectors.norm(dim=-1).clamp_min(1e-12)
-        for query, mine in zip(queries[start : start + QUERY_BLOCK], block, strict=True):
-            mine = np.unique(mine[mine >= 0])
-            places = torch.from_numpy(np.searchsorted(needed, mine))
-            chosen = vectors if len(mine) == len(needed) else vectors[places]
-            # A matrix product may round equal rows differently, by their place in it: duplicates would not tie.
-            scores = ((chosen * query).sum(-1) / norms[places]).numpy()
-            ranked.append(_best_spans(snapshot, mine, scores))
+        mine = [np.unique(row[row >= 0]) for row in rows[start : start + QUERY_BLOCK]]
+        needed = np.unique(np.concatenate(mine))
+        scores = np.empty((len(mine), len(needed)), np.float32)
+        for first in range(0, len(needed), ROW_BLOCK):
+            vectors = snapshot.decode(needed[first : first + ROW_BLOCK], k).flatten(1)
+            products = queries[start : start + QUERY_BLOCK] @ vectors.T
+            norms = torch.linalg.vector_norm(vectors, dim=-1).clamp_min(1e-12)
+            scores[:, first : first + ROW_BLOCK] = (products / norms).numpy()
+        for row, row_scores in zip(mine, scores, strict=True):
+            ranked.append(_best_spans(snapshot, k, row, row_scores[np.searchsorted(needed, row)]))
     return ranked
 
 
-def _best_spans(snapshot: Snapshot, rows: np.ndarray, scores: np.ndarray) -> list[tuple[int, float]]:
+def _best_spans(snapshot: Snapshot, memory_size: int, rows: np.ndarray, scores: np.ndarray) -> list[tuple[int, float]]:
+    order = np.lexsort((rows, -scores))
+    # A matrix product may round equal rows differently, by their place in it: memories that are equal shall tie.
+    for close in np.flatnonzero(-np.diff(scores[order]) < ROUNDING):
+        first, second = order[close], order[close + 1]
+        pair = snapshot.decode(rows[[first, second]], memory_size)
+        if torch.equal(pair[0], pair[1]):
+            scores[second] = scores[first]
     order = np.lexsort((rows, -scores))
     documents = (rows - snapshot.spans[rows])[order]
     _, first = np.unique(documents, return_index=True)
