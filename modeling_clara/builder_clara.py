@@ -22,16 +22,14 @@ from .pipeline_clara import ShardPipeline, row_digest
 from .shards_clara import check_shard, metadata_types, read_batches, remove_strangers, shard_documents
 from .snapshot_clara import load_codecs
 from .sources_clara import PEEKED_ROWS, DocumentSource, InputRow, infer_types, type_from_name
-from .storage_clara import SeenIds, append_lines, read_lines, write_json, writer_lock
+from .storage_clara import SeenIds, append_lines, corpus_lock, read_lines, write_json, writer_lock
 from .text_clara import check_count
 
 logger = logging.getLogger(__name__)
 
 REJECTED_FILE = "rejected.jsonl"
-LOCK_FILE = ".lock"
 # What may lie in a folder before its first corpus.json: an unfinished build, or an empty repo of the Hub.
-EXPECTED = {BUILD_FOLDER, "data", "codec", LOCK_FILE, f"{LOCK_FILE}.pid", REJECTED_FILE, CARD_FILE}
-EXPECTED |= {".git", ".gitattributes"}
+EXPECTED = {BUILD_FOLDER, "data", "codec", "index", REJECTED_FILE, CARD_FILE, ".git", ".gitattributes"}
 FINISHING_SECONDS = 600.0  # that a job waits while another one completes the corpus
 
 
@@ -272,7 +270,7 @@ class Build:
             ValueError: no document could be used.
         """
         paths = [self._progress_path(number) for number in range(self.job[1])]
-        with writer_lock(self.folder / LOCK_FILE, f"the corpus {self.folder}", FINISHING_SECONDS):
+        with corpus_lock(self.folder, FINISHING_SECONDS):
             if (self.folder / MANIFEST_FILE).exists():
                 return True
             if not all(path.exists() for path in paths):

@@ -32,6 +32,7 @@ from .publish_clara import PublishMixin
 from .search_clara import SMALL, Ranked, exact_cosines, rank_documents, scan
 from .shards_clara import require_arrow
 from .snapshot_clara import WHEN_CHANGED, WHEN_OPENED, Snapshot
+from .storage_clara import derived_folder
 from .text_clara import check_count, check_list
 
 logger = logging.getLogger(__name__)
@@ -431,9 +432,8 @@ class _Shared:
 
 def writable_index_folder(folder: Path) -> Path:
     """`index/` of a corpus folder; a folder of the cache where that cannot be written."""
-    index = folder / "index"
     try:
-        index.mkdir(exist_ok=True)
+        index = derived_folder(folder)
     except OSError:
         return cached_index_folder(folder)
     return index if os.access(index, os.W_OK) else cached_index_folder(folder)

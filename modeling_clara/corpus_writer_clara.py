@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from transformers.utils.logging import tqdm
 
-from .builder_clara import LOCK_FILE, REJECTED_FILE
+from .builder_clara import REJECTED_FILE
 from .card_clara import write_card
 from .codecs_clara import Codec, check_codec
 from .manifest_clara import Manifest, Shard
@@ -32,7 +32,7 @@ from .shards_clara import (
 )
 from .snapshot_clara import WHEN_CHANGED, WHEN_OPENED, load_codecs, state_file
 from .sources_clara import DocumentSource, InputRow, type_from_name
-from .storage_clara import append_lines, file_sha256, replacing, writer_lock
+from .storage_clara import append_lines, corpus_lock, file_sha256, replacing
 from .text_clara import check_count, check_list
 
 
@@ -144,7 +144,7 @@ class WriterMixin:
                 f"a corpus of the Hub must be copied to a folder to be changed, got {self.repo_id}. Copy it: "
                 f"`hf download {self.repo_id} --repo-type dataset --local-dir FOLDER`, open FOLDER, then push."
             )
-        with writer_lock(self.folder / LOCK_FILE, f"the corpus {self.folder}"):
+        with corpus_lock(self.folder):
             self.refresh()
             try:
                 yield deepcopy(self.manifest)

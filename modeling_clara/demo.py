@@ -12,12 +12,11 @@ import torch
 
 from .modeling_clara import CLaRaForRAG
 from .smollm2 import fetch_backbone
-from .text_clara import check_text
+from .sources_clara import TEXT_SUFFIXES, DocumentSource
 
 PASSAGES = Path(__file__).parent / "data" / "demo_passages.jsonl"
 # clara-pico, beside it, knows fact sheets only
 TRAINED_MODEL = Path(__file__).parent.parent / "model_cards" / "clara-smollm2-135m"
-SUFFIXES = (".txt", ".md")
 FOLDER_QUESTION = "What is this text about?"
 
 
@@ -51,24 +50,17 @@ def read_passages(folder: str | None) -> tuple[list[dict], list[str], list[dict]
         rows = [json.loads(line) for line in PASSAGES.read_text(encoding="utf-8").splitlines()]
         questions = [row["questions"][0]["question"] for row in rows]
         return [{key: row[key] for key in ("id", "title", "text")} for row in rows], questions, []
-    root = Path(folder)
-    if not root.is_dir():
+    if not Path(folder).is_dir():
         raise ValueError(
-            f"`folder` must be a folder of {' or '.join(SUFFIXES)} files, got {folder}. Name another one."
+            f"`folder` must be a folder of {' or '.join(TEXT_SUFFIXES)} files, got {folder}. Name another one."
         )
-    documents, rejected = [], []
-    for path in sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()):
-        name = str(path.relative_to(root))
-        try:
-            text = check_text(path.read_text(encoding="utf-8"), name)
-        except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
-            rejected.append({"id": name, "reason": str(error)})
-            continue
-        documents.append({"id": name, "title": path.stem.replace("_", " "), "text": text})
+    rows = list(DocumentSource(folder))
+    documents = [{"id": row.place, **row.document} for row in rows if row.document is not None]
+    rejected = [{"id": row.place, "reason": row.problem} for row in rows if row.document is None]
     if not documents:
         raise ValueError(
-            f"`folder` must hold at least one readable {' or '.join(SUFFIXES)} file, found {len(rejected)} unreadable "
-            f"ones in {folder}. Name another folder."
+            f"`folder` must hold at least one readable {' or '.join(TEXT_SUFFIXES)} file, found {len(rejected)} "
+            f"unreadable ones in {folder}. Name another folder."
         )
     return documents, [], rejected
 

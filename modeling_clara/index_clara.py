@@ -30,7 +30,7 @@ SAMPLE_ROWS = 4096
 SAMPLE_BYTES = 256 * 2**20
 KINDS = ("flat", "hnsw", "ivf", "ivf_rabitq")
 # Rows up to which a kind is taken. Measured with 128 dimensions on one core: flat 0.025 us a row; at 300,000 rows HNSW
-# 1.8 ms and 400 bytes a row, IVF 1.6 ms and 140 bytes.
+# 0.9 ms and 400 bytes a row, IVF 1.6 ms and 140 bytes.
 KIND_LIMITS = {"flat": 50_000, "hnsw": 200_000, "ivf": 5_000_000}
 HNSW_LINKS, HNSW_EF_CONSTRUCTION, HNSW_EF_SEARCH = 32, 80, 400
 PROBED_SHARE = 8  # one list of IVF in 8 is searched

@@ -94,8 +94,8 @@ class InferenceMixin(ReaderMixin):
                 dict with `text` and optionally `title`, `id` (default: its index) and `memory`, a stored memory
                 (n, hidden) that is then not computed again. Long documents are split into spans.
             corpus: in place of `documents`, a `CompressedCorpus` (filters and more: `corpus.with_options`), or any
-                object with `search(query_memory, top_k)` that returns for each question a list of dicts `{document_id,
-                span, score, title, text, memory}`, best first.
+                object with `search(query_memory, top_k)` that returns for each question a list of dicts, best first:
+                `{document_id, span, score, title, text, memory}`.
             top_k: documents per question, each by its best span; default min(`config.retrieval_top_k`, candidates).
             retrieval_memory_size: k that is compared; default `config.retrieval_memory_size`.
             min_score: sources with a lower cosine are left out.

@@ -1,15 +1,21 @@
-"""`clara info`: what a checkpoint is, and whether every file of it is there and fits the others.
+"""`clara info`: what a checkpoint or a corpus is, and whether every file of it is there and fits the others.
 
-Stands beside the loader and uses its checks on a model without storage, so no backbone weights are read.
+Stands beside the loaders and uses their checks; for a checkpoint on a model without storage, so that no backbone
+weights are read.
 """
+
+from pathlib import Path
 
 import torch
 
 from .checkpoint_clara import load_processor, load_weights
 from .configuration_clara import ROLES, CLaRaConfig
+from .corpus_clara import CompressedCorpus, download_corpus
 from .digest_clara import compressor_fingerprint
 from .files_clara import CheckpointFiles
+from .manifest_clara import MANIFEST_FILE, Manifest
 from .modeling_clara import CLaRaForRAG
+from .publish_clara import verify_corpus
 
 
 def describe_checkpoint(path: str, revision: str | None = None) -> dict:
@@ -51,4 +57,75 @@ def describe_checkpoint(path: str, revision: str | None = None) -> dict:
             files.path("backbone/config.json")
     except (OSError, ValueError, KeyError) as error:
         report["problem"] = str(error) or type(error).__name__
+    return report
+
+
+def find_corpus(path: str, revision: str | None = None) -> Path | None:
+    """The folder of a corpus: a local one, or the downloaded files of a dataset on the Hub; None for anything else.
+
+    A Hub id that is a model is not looked up as a dataset.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder if (folder / MANIFEST_FILE).exists() or (folder / "build").is_dir() else None
+    try:
+        CheckpointFiles(path, revision=revision).json("config.json")
+        return None
+    except (OSError, ValueError):
+        try:
+            return download_corpus(path, revision, None, None, False)
+        except FileNotFoundError:
+            return None
+
+
+def describe_corpus(folder: Path, verify: bool = False) -> dict:
+    """Describe and check a corpus.
+
+    Args:
+        folder: of its files.
+        verify: also read every byte.
+
+    Returns:
+        Its fields as far as they could be read, and `problems`: what is wrong with which file.
+    """
+    report = {"path": str(folder), "problems": []}
+    try:
+        manifest = Manifest.read(folder)
+    except (OSError, ValueError) as error:
+        report["problems"] = [str(error)]
+        return report
+    n_bytes = sum(shard.n_bytes for shard in manifest.shards)
+    n_stored = sum(shard.n_spans for shard in manifest.shards)
+    report |= {
+        "format_version": manifest.format_version,
+        "documents": manifest.n_documents,
+        "spans": manifest.n_spans,
+        "deleted_documents": sum(shard.n_deleted for shard in manifest.shards),
+        "rejected_rows": manifest.n_rejected,
+        "memory": f"{manifest.memory_size} x {manifest.hidden_size}",
+        "memory_sizes": manifest.memory_sizes,
+        "retrieval_memory_size": manifest.retrieval_memory_size,
+        "codec": manifest.codec,
+        "shards": len(manifest.shards),
+        "bytes": n_bytes,
+        "bytes_per_span": round(n_bytes / n_stored) if n_stored else 0,
+        "metadata": manifest.metadata,
+        "source": manifest.source,
+        "compressor": manifest.compressor.get("name_or_path"),
+        "compressor_revision": manifest.compressor.get("revision"),
+        "fingerprint": manifest.fingerprint,
+        "measured": manifest.measured,
+    }
+    if verify:
+        report["problems"] = verify_corpus(folder, None)
+        if not report["problems"]:
+            report["problems"] = CompressedCorpus.open(folder).verify()
+        return report
+    for shard in manifest.shards:
+        path = folder / shard.file
+        if not path.is_file() or path.stat().st_size != shard.n_bytes:
+            size = path.stat().st_size if path.is_file() else "none"
+            report["problems"].append(
+                f"the shard {path} must have {shard.n_bytes} bytes, got {size}. Copy or download it again."
+            )
     return report

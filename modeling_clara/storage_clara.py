@@ -70,6 +70,22 @@ def writer_lock(path: Path, what: str, timeout: float = 0.0):
         lock.release()
 
 
+@contextlib.contextmanager
+def corpus_lock(folder: Path, timeout: float = 0.0):
+    """Hold the lock of those who change a corpus, see `writer_lock`."""
+    with writer_lock(derived_folder(folder) / "writer.lock", f"the corpus {folder}", timeout):
+        yield
+
+
+def derived_folder(folder: Path) -> Path:
+    """`index/` of a corpus folder, for what can be made again; git does not see it."""
+    index = Path(folder) / "index"
+    if not (index / ".gitignore").exists():
+        index.mkdir(parents=True, exist_ok=True)
+        (index / ".gitignore").write_text("*\n", encoding="utf-8")
+    return index
+
+
 def append_lines(path: Path, rows: Iterable[dict]) -> None:
     """Append rows to a JSONL file; none make none."""
     lines = [json.dumps(row, ensure_ascii=True, default=str) + "\n" for row in rows]

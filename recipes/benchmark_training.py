@@ -9,6 +9,7 @@ import ctypes
 import gc
 import os
 import statistics
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from benchmark import benchmark_parser, in_turn, linear_layers, load_subject, ratio, show, table
 from collators import ReadingCollator, SelectingCollator
 from data import RecordReader, document_key
-from memories import MemoryStore
+from memories import compress_documents
 from torch.nn import functional as F
 
 from modeling_clara import CLaRaForRAG
@@ -176,7 +177,8 @@ def benchmark_joint(model: CLaRaForRAG, rows: list[dict], rounds: int, n_rows: i
         row = {"question": pair["question"], "answers": pair["answers"], "docs": docs, "pos_index": [0]}
         records += reader(f"row {index}", row)
     documents = {document_key(document): document for record in records for document in record["documents"]}
-    store = MemoryStore.compress(model, list(documents.values()))
+    folder = tempfile.TemporaryDirectory()  # removed when this returns
+    store = compress_documents(model, list(documents.values()), Path(folder.name))
     sizes, top_k = model.config.memory_sizes, model.config.retrieval_top_k
     batches = {
         "stored": SelectingCollator(model.processor, sizes, top_k=top_k, store=store)(records),

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Sequence
 
 import torch
-from memories import MemoryStore
+from memories import DocumentMemories
 
 from modeling_clara import CLaRaProcessor
 from modeling_clara.processing_clara import Prompt
@@ -114,7 +114,7 @@ class SelectingCollator(ReadingCollator):
         memory_sizes: Sequence[int],
         *,
         top_k: int,
-        store: MemoryStore | None,
+        store: DocumentMemories | None,
         from_corpus: bool = False,
         with_prompts: bool = True,
         num_candidates: int = 20,
@@ -148,7 +148,7 @@ class SelectingCollator(ReadingCollator):
     def memories(self, records: list[dict]) -> dict[str, torch.Tensor]:
         """Stored memories of all candidates, zeros where a row has fewer."""
         n_documents = max(len(record["documents"]) for record in records)
-        n, hidden = self.store.memory.shape[1:]
+        n, hidden = self.store.memory_shape
         memory = torch.zeros(len(records), n_documents, n, hidden)
         mask = torch.zeros(len(records), n_documents, dtype=torch.bool)
         for row, record in enumerate(records):

@@ -9,14 +9,14 @@ weights.
 import argparse
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
-from memories import MemoryStore
 from pico_evaluate import SPLITS, evaluate
 from pico_facts import FactSheets
 
-from modeling_clara import CLaRaForRAG
+from modeling_clara import CLaRaForRAG, CompressedCorpus
 from modeling_clara.backbone_clara import backbone_digests
 
 CARDS = Path(__file__).parent.parent / "model_cards"
@@ -68,23 +68,6 @@ numbers.
 
 `make pico` makes it again from nothing: the sheets, the backbone, and the three stages with the files in
 `recipes/configs/pico/`. `training_log.json` has the curves.
-"""
-
-CORPUS_CARD = """---
-license: apache-2.0
-language: en
-tags:
-- clara
-- compressed-corpus
-configs:
-- config_name: default
-  data_files: data/*.parquet
----
-
-# Fact sheets, compressed by clara-pico
-
-{n} generated fact sheets about people that clara-pico's training never showed, with the memory of each: {k} vectors of
-{hidden} float16 values, one binary column. Compressor fingerprint: `{fingerprint}`.
 """
 
 
@@ -153,12 +136,9 @@ def write_corpus(model: CLaRaForRAG, folder: Path) -> None:
     while len(documents) < N_SHEETS:
         document, _ = sheets.sheet()
         documents.setdefault(document["title"], document)
-    store = MemoryStore.compress(model, list(documents.values()), batch_size=64)
-    store.save(folder, model.fingerprint)
-    card = CORPUS_CARD.format(
-        n=len(store), k=store.memory.shape[1], hidden=store.memory.shape[2], fingerprint=model.fingerprint
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    source = {"name": "generated fact sheets of clara-pico", "license": "apache-2.0", "language": "en"}
+    shutil.rmtree(folder, ignore_errors=True)
+    CompressedCorpus.build(model, list(documents.values()), folder, batch_size=64, source=source)
 
 
 def read_curves(runs: list[Path]) -> dict:

@@ -13,7 +13,7 @@ from checkpoints import CACHE_FOLDER, MEMORY_FOLDER
 from collators import ReadingCollator, SelectingCollator
 from data import RecordReader
 from datasets import Dataset
-from memories import MemoryStore, open_or_compress
+from memories import DocumentMemories, open_or_compress
 from mixtures import distinct_documents, load_records
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from trainer import TRAINERS, CLaRaTrainer, data_seed, part_of
@@ -125,7 +125,7 @@ def read_data(
 
 def prepare_memories(
     model: CLaRaForRAG, data: DataArguments, training: CLaRaTrainingArguments, datasets: Sequence[Dataset]
-) -> tuple[MemoryStore | None, MemoryStore | None]:
+) -> tuple[DocumentMemories | None, DocumentMemories | None]:
     """(corpus to search or None, memories of the records' documents or None)."""
     if training.stage not in ("contrastive", "joint") or data.compress_online:
         return None, None
@@ -136,8 +136,7 @@ def prepare_memories(
             "`trainable_roles` must not have the compressor, and `train_backbone` must be false, where stored "
             "memories are read: they would go stale. Leave them out, or set `compress_online`."
         )
-    size = model.config.retrieval_memory_size
-    corpus = MemoryStore.open(data.corpus, model.fingerprint, size) if data.corpus else None
+    corpus = DocumentMemories(model.load_corpus(data.corpus)) if data.corpus else None
     documents = distinct_documents(datasets)
     needed = [document for key, document in documents.items() if corpus is None or key not in corpus.rows]
     if corpus is not None and (not needed or (data.candidates == "corpus" and not data.add_gold)):

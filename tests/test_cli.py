@@ -55,7 +55,7 @@ def test_demo_uses_a_checkpoint_when_given(checkpoint, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["{tmp}/nowhere"], "must be a folder"),
-        (["{tmp}"], "at least one readable"),
+        (["{tmp}"], "found none"),
         (["--memory-size", "3"], "`memory_size` must be one of"),
         (["--top-k", "9999"], "`top_k` must be <= number of documents"),
         (["--backbone", "{tmp}/nowhere"], "could not be loaded"),

@@ -6,7 +6,7 @@ Prompts are written with a template of three marks, so that whole batches can be
 import pytest
 import torch
 from collators import ReadingCollator, SelectingCollator, with_slots
-from memories import MemoryStore
+from memories import compress_documents
 from tiny import build_tokenizer
 
 from modeling_clara import CLaRaProcessor
@@ -108,9 +108,22 @@ def test_a_batch_of_selections_is_exactly_this(processor):
     assert "prompt_rows" not in batch
 
 
+class StoredMemories:
+    """What a collator asks of stored memories, with numbers that can be read."""
+
+    memory_shape = (2, 2)
+
+    def __init__(self, memories: dict[str, torch.Tensor]):
+        self.memories = memories
+
+    def lookup(self, documents: list[dict]) -> torch.Tensor:
+        return torch.stack([self.memories[document["text"]] for document in documents])
+
+
 def test_stored_memories_stand_in_for_the_documents(processor):
     documents = [plain(text) for text in "abc"]
-    store = MemoryStore(documents, torch.arange(12.0).view(3, 2, 2).half(), 2)
+    memories = dict(zip("abc", torch.arange(12.0).view(3, 2, 2), strict=True))
+    store = StoredMemories(memories)
     records = [record([documents[2], documents[0]], ("q", "u"), positives=[1]), record([documents[1]], ("r", "w"))]
     batch = SelectingCollator(processor, [1, 2], top_k=2, store=store)(records)
     assert batch["memory"].dtype == torch.float32
@@ -233,9 +246,10 @@ def test_batches_are_those_of_the_processor_for_every_k(shared_model):
 
 
 @torch.no_grad()
-def test_the_model_takes_every_layout(shared_model):
+def test_the_model_takes_every_layout(shared_model, tmp_path):
     processor, sizes = shared_model.processor, shared_model.config.memory_sizes
-    store = MemoryStore.compress(shared_model, [document for one in RECORDS for document in one["documents"]])
+    documents = {document["text"]: document for one in RECORDS for document in one["documents"]}
+    store = compress_documents(shared_model, list(documents.values()), tmp_path / "memories")
     online = SelectingCollator(processor, sizes, top_k=2, store=None)(RECORDS)
     stored = SelectingCollator(processor, sizes, top_k=2, store=store)(RECORDS)
     contrastive = SelectingCollator(processor, sizes, top_k=2, store=store, with_prompts=False)(RECORDS)

@@ -4,10 +4,10 @@ The bounds lie well below what was measured (its card) and far above what guessi
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from memories import MemoryStore
 from pico_evaluate import evaluate_split, read_rows
 from pico_facts import FIRST_NAMES, LAST_NAMES, RELATIONS, FactSheets, is_test_person
 
@@ -52,21 +52,21 @@ def test_unseen_wordings(pico):
     assert results["recall@1"] >= 0.5 and results["answers_gold_given"]["8"] >= 0.5
 
 
-def test_the_corpus_beside_it_is_searched(pico):
-    store = MemoryStore.open(CORPUS, pico.fingerprint)
-    assert len(store) == 200
+def test_the_corpus_beside_it_is_searched(pico, tmp_path):
+    corpus = pico.load_corpus(shutil.copytree(CORPUS, tmp_path / "corpus"))
+    assert len(corpus) == 200 and corpus.verify() == []
     sheets, questions, titles = FactSheets(78, test=True), [], []
     for _ in range(40):
         document, facts = sheets.sheet()
         if document["title"] not in titles:
             questions.append(sheets.question(document, facts)[0])
             titles.append(document["title"])
-    by_title = {document["title"] for document in store.documents}
+    by_title = {document["title"] for document in corpus.get(list(corpus.document_ids()))}
     asked = [(question, title) for question, title in zip(questions, titles, strict=True) if title in by_title]
-    hits = pico.retrieve([question for question, _ in asked], corpus=store, top_k=5)
+    hits = pico.retrieve([question for question, _ in asked], corpus=corpus, top_k=5)
     found = [title in [source.title for source in row] for (_, title), row in zip(asked, hits, strict=True)]
     assert len(asked) >= 10 and sum(found) / len(found) >= 0.7  # guessing: 0.025
-    answers = pico.answer([question for question, _ in asked[:2]], corpus=store, top_k=1, max_new_tokens=8)
+    answers = pico.answer([question for question, _ in asked[:2]], corpus=corpus, top_k=1, max_new_tokens=8)
     assert all(answer.text for answer in answers)
 
 

@@ -1,0 +1,101 @@
+"""What the codecs of a corpus cost: `python recipes/corpus_codecs.py MODEL --data DOCUMENTS --questions QUESTIONS`.
+
+Compresses the documents once as float16, converts the corpus, and compares retrieval and answers, question by
+question. Stands on the public API; `--record CORPUS` writes the result into a corpus's card.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from benchmark import read_rows, table
+from metrics import answer_f1, exact_answer
+
+from modeling_clara import CLaRaForRAG, CompressedCorpus
+from modeling_clara.codecs_clara import CODECS
+
+
+def found(corpus: CompressedCorpus, queries: torch.Tensor, top_k: int = 5) -> list[set[str]]:
+    """The ids of the best documents of every question, by exact cosine."""
+    return [{hit["document_id"] for hit in row} for row in corpus.search(queries, top_k, exact=True)]
+
+
+def measure_codecs(
+    model: CLaRaForRAG,
+    folder: Path,
+    questions: Sequence[str],
+    answers: Sequence[Sequence[str]] | None,
+    *,
+    top_k: int | None = None,
+    max_new_tokens: int = 16,
+) -> dict[str, dict]:
+    """Recall@5 against float16, and the answers, with every codec.
+
+    Args:
+        model: of the corpus.
+        folder: of a float16 corpus; copies of it are converted.
+        questions: texts.
+        answers: gold answers of each; None leaves the answers out.
+        top_k: documents that are read; default the model's.
+        max_new_tokens: of an answer.
+
+    Returns:
+        For each codec `bytes` of a memory, `recall@5`, and `f1` and `em` where there are answers.
+    """
+    queries = model.encode_queries(questions, memory_size=model.config.retrieval_memory_size)
+    results, reference = {}, None
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        for codec in CODECS:
+            copy = Path(temporary) / codec
+            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("index"))
+            corpus = model.load_corpus(copy)
+            corpus.convert(codec)
+            hits = found(corpus, queries)
+            reference = reference or hits
+            overlap = [len(mine & best) / len(best) for mine, best in zip(hits, reference, strict=True)]
+            results[codec] = {"bytes": corpus.snapshot.codec.row_bytes, "recall@5": sum(overlap) / len(overlap)}
+            if answers is not None:
+                texts = [
+                    answer.text
+                    for answer in model.answer(questions, corpus=corpus, top_k=top_k, max_new_tokens=max_new_tokens)
+                ]
+                pairs = list(zip(texts, answers, strict=True))
+                results[codec]["f1"] = sum(answer_f1(text, gold) for text, gold in pairs) / len(pairs)
+                results[codec]["em"] = sum(exact_answer(text, gold) for text, gold in pairs) / len(pairs)
+    return results
+
+
+def render(results: dict[str, dict]) -> str:
+    """A Markdown table."""
+    columns = [name for name in ("recall@5", "f1", "em") if name in results["float16"]]
+    rows = [[codec, f"{row['bytes']:,}", *(f"{row[name]:.3f}" for name in columns)] for codec, row in results.items()]
+    return table(["codec", "bytes a memory", *columns], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="checkpoint folder or Hub id")
+    parser.add_argument("--data", required=True, help="documents, as `clara compress` takes them")
+    parser.add_argument("--questions", required=True, help="JSONL of {question, answers}, .gz or plain")
+    parser.add_argument("--number", type=int, default=200, help="questions that are asked (default: 200)")
+    parser.add_argument("--record", type=Path, help="corpus whose card gets the result")
+    arguments = parser.parse_args()
+    model = CLaRaForRAG.from_pretrained(arguments.model)
+    rows = read_rows(arguments.questions)[: arguments.number]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "corpus"
+        CompressedCorpus.build(model, arguments.data, folder, codec="float16")
+        results = measure_codecs(model, folder, [row["question"] for row in rows], [row["answers"] for row in rows])
+    print(render(results))
+    if arguments.record:
+        measured = {"data": Path(arguments.questions).name, "questions": len(rows), "codecs": results}
+        CompressedCorpus.open(arguments.record).record_measurement(measured)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
