@@ -4,6 +4,7 @@ Stands between the pipeline, which writes shards, and corpus.json, which the las
 `build/` holds what each job has done. It knows nothing of search.
 """
 
+import base64
 import hashlib
 import itertools
 import json
@@ -19,7 +20,7 @@ from .card_clara import CARD_FILE, write_card
 from .codecs_clara import check_codec
 from .manifest_clara import BUILD_FOLDER, MANIFEST_FILE, Manifest, Shard
 from .pipeline_clara import ShardPipeline, row_digest
-from .shards_clara import check_shard, metadata_types, read_batches, remove_strangers, shard_documents
+from .shards_clara import check_shard, metadata_types, pa, read_batches, remove_strangers, shard_documents
 from .snapshot_clara import load_codecs
 from .sources_clara import PEEKED_ROWS, DocumentSource, InputRow, infer_types, type_from_name
 from .storage_clara import SeenIds, append_lines, corpus_lock, read_lines, write_json, writer_lock
@@ -89,6 +90,7 @@ class BuilderMixin:
         check_count(shard_size, "shard_size", "Default: 1024.")
         check_count(batch_size, "batch_size", "Default: 16.")
         check_job(job)
+        source = {name: _check_source(name, value) for name, value in (source or {}).items()}
         memory_size = model.config.check_memory_size(memory_size)
         rows = DocumentSource(documents, **columns)
         options = {
@@ -112,7 +114,7 @@ class BuilderMixin:
                 "Choose another one."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        build = Build(folder, model, options, dict(source or {}), job)
+        build = Build(folder, model, options, source, job)
         with writer_lock(folder / BUILD_FOLDER / f"{build.name}.lock", f"job {job[0]} of {job[1]} of {folder}"):
             if is_finished:
                 build.check_finished(rows)
@@ -295,6 +297,7 @@ class Build:
             manifest.shards, manifest.n_rejected = shards, len(rejected)
             types = metadata_types(next(read_batches(self.folder, shards[0])).schema)
             manifest.metadata = {name: str(kind) for name, kind in types.items()}
+            manifest.metadata_schema = base64.b64encode(pa.schema(list(types.items())).serialize()).decode()
             manifest.build = {**self.options, "input_sha256": [progress["input_sha256"] for progress in jobs]}
             manifest.count()
             remove_strangers(self.folder, manifest)
@@ -368,6 +371,16 @@ class _CountedRows:
                 f"a build must go on with the input that it began with; the rows from {first} to {last} are others "
                 f"than before. Give the same input, or choose another folder than {folder}."
             )
+
+
+def _check_source(name: str, value) -> str:
+    """Return a field of `source`, or raise a ValueError unless it is a known one with text for the card."""
+    is_text = isinstance(value, str) and value.encode("utf-8", "replace").decode() == value
+    if name not in ("name", "license", "language") or not is_text:
+        raise ValueError(
+            f"`source` must have the texts name, license and language, got {name!r}: {value!r}. Correct it."
+        )
+    return value
 
 
 def job_name(number: int, n_jobs: int) -> str:

@@ -21,6 +21,7 @@ FLOAT16_MAX = 65504.0
 SPREAD_EXPONENT = 0.75
 OUTLIER_SHARE = 32  # int4 keeps one dimension in 32, those of the largest spread, with 8 bits
 INT4_STEP = 0.335  # of a uniform 16-level quantiser of least squared error, in standard deviations of a Gaussian
+WILD_NORM = 100.0  # times the median, above which a memory is left out of the sample
 PRIOR_ROWS = 8  # the common spread counts as much as this many memories, so that a small sample gives no zero spread
 
 
@@ -31,7 +32,8 @@ class Codec:
         name: one of `CODECS`.
         memory_size: n, vectors of a memory.
         hidden_size: H, an even number.
-        state: for int8 and int4 `mean` and `weight` (n, H) float32 and `outliers` (H / 32,) int64; see `fit`.
+        state: for int8 and int4 `mean` and `weight` (n, H) float32 and `outliers` (H / 32,) int64, see `fit`; None
+            where nothing was fitted yet.
 
     Raises:
         ValueError: unknown name, or a state that does not fit.
@@ -44,20 +46,34 @@ class Codec:
         self.name, self.memory_size, self.hidden_size = name, memory_size, hidden_size
         self.state = dict(state or {})
         n_outliers = hidden_size // OUTLIER_SHARE
+        self.is_fitted = name == "float16" or bool(self.state)
         shapes = {"mean": (memory_size, hidden_size), "weight": (memory_size, hidden_size), "outliers": (n_outliers,)}
-        expected = {} if name == "float16" else shapes
+        expected = shapes if name != "float16" and self.is_fitted else {}
         found = {key: tuple(tensor.shape) for key, tensor in self.state.items()}
         if found != expected:
             raise ValueError(
                 f"the state of codec {name} must have the shapes {expected}, got {found}. The file belongs to another "
                 "corpus or is damaged: build the corpus again or copy the file again."
             )
+        if expected:
+            self._check_state()
         # bytes of one vector: scales in front, then the codes
         self.vector_bytes = {
             "float16": 2 * hidden_size,
             "int8": 2 + hidden_size,
             "int4": 4 + n_outliers + hidden_size // 2 + n_outliers % 2,
         }[name]
+
+    def _check_state(self) -> None:
+        mean, weight, outliers = (self.state[name] for name in ("mean", "weight", "outliers"))
+        is_right = mean.dtype == weight.dtype == torch.float32 and outliers.dtype == torch.int64
+        is_right = is_right and bool(mean.isfinite().all() and weight.isfinite().all() and (weight > 0).all())
+        places = outliers.tolist()
+        if not is_right or places != sorted(set(places)) or not all(0 <= place < self.hidden_size for place in places):
+            raise ValueError(
+                f"the state of codec {self.name} must have a finite float32 mean, a positive float32 weight and "
+                "ascending int64 outliers. The file is damaged: copy it again."
+            )
 
     @property
     def row_bytes(self) -> int:
@@ -85,12 +101,14 @@ class Codec:
         if name == "float16":
             return cls(name, n, hidden)
         memory = memory.float().cpu()
+        norms = memory.flatten(1).norm(dim=1)
+        memory = memory[norms <= WILD_NORM * norms.median()]  # one wild memory shall not spoil all others
         mean = memory.mean(0)
         variance = (memory - mean).square().mean(0)  # (n, H)
         prior = variance.mean() + memory.square().mean() / len(memory)
         variance = (len(memory) * variance + PRIOR_ROWS * prior) / (len(memory) + PRIOR_ROWS)
         outliers = variance.mean(0).topk(hidden // OUTLIER_SHARE).indices.sort().values
-        weight = variance.sqrt().clamp_min(1e-12) ** SPREAD_EXPONENT
+        weight = torch.where(variance > 0, variance.sqrt(), 1.0).clamp_min(1e-6) ** SPREAD_EXPONENT
         return cls(name, n, hidden, {"mean": mean, "weight": weight, "outliers": outliers})
 
     def encode(self, memory: torch.Tensor) -> np.ndarray:
@@ -103,23 +121,32 @@ class Codec:
             (rows, row_bytes) uint8
 
         Raises:
-            ValueError: naming the row that is not finite or, as float16, beyond 65,504.
+            ValueError: naming the row that is not finite or beyond 65,504.
         """
+        self._check_fitted()
         memory = memory.detach().float().cpu()
         if memory.shape[1:] != (self.memory_size, self.hidden_size):
             raise ValueError(
                 f"`memory` must have the shape (rows, {self.memory_size}, {self.hidden_size}), got "
                 f"{tuple(memory.shape)}. Compress with the largest `memory_size`."
             )
-        limit = FLOAT16_MAX if self.name == "float16" else torch.finfo(torch.float32).max
-        broken = (~(memory.abs() <= limit).flatten(1).all(-1)).nonzero()
+        broken = (~self.fits(memory)).nonzero()
         if len(broken):
+            limit = "beyond 65,504" if self.name == "float16" else "too far from all others"
             raise ValueError(
-                f"memory {int(broken[0])} must be finite and fit into {self.name}, got a value beyond {limit:,.0f}. "
-                "Train the compressor longer or take another codec."
+                f"memory {int(broken[0])} must be finite and fit into {self.name}, got a value that is {limit}. Train "
+                "the compressor longer or take another codec."
             )
         encoders = {"float16": self._encode_float16, "int8": self._encode_int8, "int4": self._encode_int4}
         return encoders[self.name](memory).reshape(len(memory), self.row_bytes)
+
+    def fits(self, memory: torch.Tensor) -> torch.Tensor:
+        """(rows,) bool of (rows, n, H): which memories can be encoded without being cut off."""
+        memory = memory.float()
+        largest = {"float16": FLOAT16_MAX, "int8": 127 * FLOAT16_MAX, "int4": 8 * FLOAT16_MAX}[self.name]
+        if self.state:
+            memory = (memory - self.state["mean"]) / self.state["weight"]
+        return (memory.abs() <= largest).flatten(1).all(-1)  # False for NaN
 
     def decode(self, rows: np.ndarray, memory_size: int | None = None) -> torch.Tensor:
         """Memories of rows.
@@ -130,8 +157,18 @@ class Codec:
 
         Returns:
             (rows, k, H) float32
+
+        Raises:
+            ValueError: the rows are too short.
         """
         k = self.memory_size if memory_size is None else memory_size
+        if not 1 <= k <= self.memory_size or rows.ndim != 2 or rows.shape[1] < k * self.vector_bytes:
+            raise ValueError(
+                f"`rows` must have the shape (rows, >= {k * self.vector_bytes}) for `memory_size` {k} of at most "
+                f"{self.memory_size}, got {rows.shape}. Read whole rows."
+            )
+        self._check_fitted()
+        rows = rows if rows.flags.writeable else rows.copy()  # torch warns of arrays that it cannot write to
         vectors = torch.from_numpy(rows)[:, : k * self.vector_bytes].unflatten(1, (k, self.vector_bytes))
         if self.name == "float16":
             return vectors.contiguous().view(torch.float16).float()
@@ -148,6 +185,10 @@ class Codec:
         fine = vectors[..., 4 : 4 + len(outliers)].view(torch.int8).float()
         memory[..., outliers] = fine.mul_(_scales(vectors[..., 2:4]))
         return torch.addcmul(mean, memory, weight, out=memory)
+
+    def _check_fitted(self) -> None:
+        if not self.is_fitted:
+            raise ValueError(f"a codec {self.name} must be fitted before it is used. Make it with `Codec.fit`.")
 
     def _encode_float16(self, memory: torch.Tensor) -> np.ndarray:
         return memory.half().numpy().view(np.uint8)

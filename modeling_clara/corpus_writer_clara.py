@@ -4,6 +4,7 @@ Stands between the user and corpus.json. Every change writes new shards, then on
 no longer names; killed in between, the corpus is as it was. Readers keep the snapshot that they have.
 """
 
+import base64
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,7 +12,6 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from safetensors.torch import save_file
 from transformers.utils.logging import tqdm
 
@@ -25,13 +25,12 @@ from .shards_clara import (
     binary_array,
     live_mask,
     memory_rows,
-    metadata_types,
     pa,
     read_batches,
     remove_strangers,
 )
 from .snapshot_clara import WHEN_CHANGED, WHEN_OPENED, load_codecs, state_file
-from .sources_clara import DocumentSource, InputRow, type_from_name
+from .sources_clara import DocumentSource, InputRow
 from .storage_clara import append_lines, corpus_lock, file_sha256, replacing
 from .text_clara import check_count, check_list
 
@@ -185,7 +184,7 @@ class WriterMixin:
             def new_id(row: InputRow) -> str:
                 return next(name for name in map(str, numbers) if name not in given and snapshot.find(name) is None)
 
-            codecs = [codec for codec in self.snapshot.codecs.values() if codec.state or codec.name == "float16"]
+            codecs = [codec for codec in self.snapshot.codecs.values() if codec.is_fitted]
             pipeline = ShardPipeline(
                 self.folder,
                 self.model,
@@ -240,15 +239,14 @@ class WriterMixin:
             self._commit(manifest)
 
     def _metadata_types(self) -> "dict[str, pa.DataType]":
-        if self.manifest.shards:
-            return metadata_types(next(read_batches(self.folder, self.manifest.shards[0])).schema)
-        return {name: type_from_name(kind) for name, kind in self.manifest.metadata.items()}
+        schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(self.manifest.metadata_schema)))
+        return {column.name: column.type for column in schema}
 
     def _rewrite(self, shard_size: int, codec: str | None) -> None:
         """New shards of all live rows; with a codec the memories are decoded and encoded again."""
         with self._writing() as manifest:
             old, total = load_codecs(self.folder, manifest), self.snapshot.n_live
-            new = None if codec is None else self._fit(codec)
+            new = None if codec is None or not total else self._fit(codec)
             states = {}
             if new is not None and new.state:
                 path = self.folder / state_file(new.key)
@@ -263,18 +261,15 @@ class WriterMixin:
                 shards = list(self._rewritten(manifest, shard_size, encode, new, bar.update))
             manifest.shards = shards
             manifest.codec = manifest.codec if codec is None else codec
+            states = manifest.codec_states if new is None else states
             manifest.codec_states = {
-                key: sha256
-                for key, sha256 in (manifest.codec_states if new is None else states).items()
-                if any(shard.codec_state == key for shard in shards)
+                key: sha256 for key, sha256 in states.items() if any(shard.codec_state == key for shard in shards)
             }
             self._commit(manifest, WHEN_OPENED)
 
     def _fit(self, name: str) -> Codec:
         """A codec fitted on memories from all over the corpus."""
         rows, size = np.flatnonzero(self.snapshot.live), self.manifest.memory_size
-        if not len(rows):
-            return Codec.fit(name, torch.zeros(1, size, self.manifest.hidden_size))
         sample = rows[np.unique(np.linspace(0, len(rows) - 1, COMPRESSED_SPANS).astype(np.int64))]
         return Codec.fit(name, self.snapshot.decode(sample, size))
 

@@ -9,6 +9,8 @@ Stands between a user's filter and the rows that it leaves. It knows nothing of 
 """
 
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -30,6 +32,8 @@ COMPARISONS = {
     "$nin": ("not in", None),
 }
 JUNCTIONS = ("$and", "$or")
+IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+MILVUS_WORDS = {"and", "or", "not", "in", "like", "true", "false", "is", "null", "exists"}
 
 
 def check_where(where, columns: Sequence[str], name: str = "where") -> None:
@@ -55,6 +59,8 @@ def check_where(where, columns: Sequence[str], name: str = "where") -> None:
                 f"`{name}` must name columns of the corpus ({', '.join(columns)}), got {key!r}. Choose one of them, "
                 "or one of $and, $or, $not."
             )
+        elif isinstance(value, Mapping) and not value:
+            raise ValueError(f"`{name}[{key!r}]` must have a condition, got {{}}. Example: {{'$gte': 2000}}.")
         else:
             for operator, operand in _conditions(value):
                 _check_operand(operator, operand, f"{name}[{key!r}]")
@@ -64,7 +70,7 @@ def _check_operand(operator: str, operand, name: str) -> None:
     if operator not in COMPARISONS:
         raise ValueError(f"`{name}` must use one of {', '.join(COMPARISONS)}, got {operator!r}. Choose one of them.")
     many = operator in ("$in", "$nin")
-    if many and (isinstance(operand, str) or not isinstance(operand, Sequence)):
+    if many and not isinstance(operand, list | tuple):
         raise TypeError(f"`{name}[{operator!r}]` must be a list, got {type(operand).__name__}. Wrap it in [].")
     for value in operand if many else [operand]:
         if not isinstance(value, str | int | float | bool):
@@ -120,16 +126,33 @@ def _to_mask(compared, missing: bool) -> np.ndarray:
     return pc.fill_null(compared, missing).to_numpy(zero_copy_only=False) if len(compared) else np.zeros(0, dtype=bool)
 
 
-def milvus_expression(where: Mapping) -> str:
-    """A checked filter in the language of Milvus."""
+def milvus_expression(where: Mapping) -> str | None:
+    """A checked filter in the language of Milvus; None where Milvus would not say the same.
+
+    That is: a negation, about which missing values disagree, a column that is no identifier, a number that is not
+    finite, and text with control characters.
+    """
     parts = []
     for key, value in where.items():
         if key in JUNCTIONS:
-            word = " and " if key == "$and" else " or "
-            parts.append(word.join(f"({milvus_expression(part)})" for part in value))
-        elif key == "$not":
-            parts.append(f"not ({milvus_expression(value)})")
-        else:
-            for operator, operand in _conditions(value):
-                parts.append(f"{key} {COMPARISONS[operator][0]} {json.dumps(operand, ensure_ascii=False)}")
+            inner = [milvus_expression(part) for part in value]
+            if None in inner:
+                return None
+            parts.append((" and " if key == "$and" else " or ").join(f"({part})" for part in inner))
+            continue
+        if not IDENTIFIER.fullmatch(key) or key.lower() in MILVUS_WORDS or key.startswith("clara_"):
+            return None
+        for operator, operand in _conditions(value):
+            if operator in ("$ne", "$nin") or not _is_plain(operand):
+                return None
+            parts.append(f"{key} {COMPARISONS[operator][0]} {json.dumps(operand, ensure_ascii=False)}")
     return " and ".join(f"({part})" for part in parts)
+
+
+def _is_plain(operand) -> bool:
+    """Whether a value is written in Milvus as in JSON."""
+    if isinstance(operand, list | tuple):
+        return all(map(_is_plain, operand))
+    if isinstance(operand, str):
+        return operand.isprintable()
+    return not isinstance(operand, float) or math.isfinite(operand)

@@ -4,11 +4,13 @@ Stands above the shards and below the corpus. Every change writes a new corpus.j
 knows nothing of memories, search or models.
 """
 
+import base64
 import json
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from .codecs_clara import check_codec
 from .storage_clara import write_json
 
 MANIFEST_FILE = "corpus.json"
@@ -40,6 +42,21 @@ class Shard:
     n_deleted: int = 0
     tombstones: list[list[int]] = field(default_factory=list)
 
+    def check(self) -> None:
+        """Raise a ValueError where a field cannot be right."""
+        if not isinstance(self.file, str) or not SHARD_PATTERN.fullmatch(self.file):
+            raise ValueError(f"a shard is called {self.file!r}")
+        _check_types(self, self.file)
+        if not 0 <= self.n_deleted <= self.n_documents <= self.n_spans:
+            raise ValueError(f"{self.file} counts {self.n_deleted}, {self.n_documents} and {self.n_spans}")
+        previous = 0
+        for pair in self.tombstones:
+            if type(pair) is not list or [type(row) for row in pair] != [int, int]:
+                raise ValueError(f"{self.file} has the tombstone {pair}")
+            if not previous <= pair[0] < pair[1] <= self.n_spans:
+                raise ValueError(f"{self.file} has the tombstone {pair}")
+            previous = pair[1]
+
     def bury(self, rows: range) -> None:
         """Delete the document that has these rows."""
         self.tombstones = merge_ranges([*self.tombstones, [rows.start, rows.stop]])
@@ -58,7 +75,7 @@ class Manifest:
         codec: one of `codecs_clara.CODECS`.
         codec_states: SHA-256 of the file of every state, by its key: `codec/KEY.safetensors`.
         source: `name`, `license` and `language` of the text.
-        metadata: Arrow type of every metadata column.
+        metadata: Arrow type of every metadata column; `metadata_schema` the same for programs, as Arrow serialises it.
         generation: number of changes.
         n_documents, n_spans: without deleted ones.
         n_rejected: rows that rejected.jsonl lists.
@@ -78,6 +95,7 @@ class Manifest:
     codec_states: dict[str, str] = field(default_factory=dict)
     source: dict = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    metadata_schema: str = ""
     generation: int = 0
     n_documents: int = 0
     n_spans: int = 0
@@ -117,7 +135,7 @@ class Manifest:
                 f"`{MANIFEST_FILE}` must be in {folder}, found none. Name the folder or the Hub id of a compressed "
                 "corpus, or build one with `clara compress`."
             ) from None
-        except (ValueError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise _damaged(folder, str(error)) from error
         version = content.get("format_version") if isinstance(content, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
@@ -141,27 +159,28 @@ class Manifest:
 
     def check(self) -> None:
         """Raise a ValueError where a field cannot be right; file names come from strangers."""
+        _check_types(self, "corpus.json")
         if not isinstance(self.compressor.get("fingerprint"), str):
             raise ValueError("compressor.fingerprint is no text")
         for name in ("hidden_size", "memory_size", "retrieval_memory_size", "document_max_length"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}")
-        if self.memory_size not in self.memory_sizes or self.retrieval_memory_size not in self.memory_sizes:
-            raise ValueError(f"memory_sizes {self.memory_sizes} lack memory_size or retrieval_memory_size")
-        for key in self.codec_states:
-            if not STATE_PATTERN.fullmatch(key):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}")
+        check_codec(self.codec)
+        base64.b64decode(self.metadata_schema, validate=True)
+        if not all(isinstance(kind, str) for kind in self.metadata.values()):
+            raise ValueError(f"metadata is {self.metadata}")
+        sizes = self.memory_sizes
+        if not sizes or any(type(k) is not int or not 1 <= k <= self.memory_size for k in sizes):
+            raise ValueError(f"memory_sizes is {sizes}")
+        if self.memory_size not in sizes or self.retrieval_memory_size not in sizes:
+            raise ValueError(f"memory_sizes {sizes} lack memory_size or retrieval_memory_size")
+        for key, sha256 in self.codec_states.items():
+            if not STATE_PATTERN.fullmatch(key) or not isinstance(sha256, str):
                 raise ValueError(f"codec_states has the key {key!r}")
         for shard in self.shards:
-            if not SHARD_PATTERN.fullmatch(shard.file):
-                raise ValueError(f"a shard is called {shard.file!r}")
-            if shard.codec_state and shard.codec_state not in self.codec_states:
+            shard.check()
+            if (shard.codec_state or None) not in ({None} if self.codec == "float16" else self.codec_states):
                 raise ValueError(f"{shard.file} names the unknown codec state {shard.codec_state!r}")
-            previous = 0
-            for first, last in shard.tombstones:
-                if not previous <= first < last <= shard.n_spans:
-                    raise ValueError(f"{shard.file} has the tombstone {[first, last]}")
-                previous = last
         if len({shard.file for shard in self.shards}) != len(self.shards):
             raise ValueError("a shard is named twice")
 
@@ -175,6 +194,15 @@ class Manifest:
         """Put corpus.json in place, at once."""
         content = asdict(self)
         write_json(Path(folder) / MANIFEST_FILE, {"format_version": content.pop("format_version"), **content})
+
+
+def _check_types(entry, name: str) -> None:
+    """Raise a ValueError unless every field of a dataclass is of the type that it declares."""
+    for declared in fields(entry):
+        value, kind = getattr(entry, declared.name), declared.type
+        kind = getattr(kind, "__origin__", kind)
+        if type(value) is not kind or (kind is int and value < 0):
+            raise ValueError(f"{declared.name} of {name} is {value!r}")
 
 
 def _damaged(folder, reason: str) -> ValueError:

@@ -5,7 +5,6 @@ memories stay in the corpus, where the exact cosine ranks the shortlist.
 """
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -84,11 +83,11 @@ class MilvusIndex:
     def _open_collection(self, description: str) -> None:
         if not self.client.has_collection(self.collection):
             schema = self.client.create_schema(enable_dynamic_field=True, description=description)
-            schema.add_field("row_key", pymilvus.DataType.VARCHAR, is_primary=True, max_length=64)
-            schema.add_field("shard", pymilvus.DataType.VARCHAR, max_length=32)
-            schema.add_field("vector", pymilvus.DataType.FLOAT_VECTOR, dim=len(self.components))
+            schema.add_field("clara_row", pymilvus.DataType.VARCHAR, is_primary=True, max_length=64)
+            schema.add_field("clara_shard", pymilvus.DataType.VARCHAR, max_length=32)
+            schema.add_field("clara_vector", pymilvus.DataType.FLOAT_VECTOR, dim=len(self.components))
             parameters = self.client.prepare_index_params()
-            parameters.add_index("vector", index_type="AUTOINDEX", metric_type="IP")
+            parameters.add_index("clara_vector", index_type="AUTOINDEX", metric_type="IP")
             self.client.create_collection(
                 self.collection, schema=schema, index_params=parameters, consistency_level="Strong"
             )
@@ -105,16 +104,16 @@ class MilvusIndex:
         manifest, starts = snapshot.manifest, _starts(snapshot)
         if self.firsts:
             listed = ", ".join(f'"{key}"' for key in self.firsts)
-            self.client.delete(self.collection, filter=f"shard not in [{listed}]")
+            self.client.delete(self.collection, filter=f"clara_shard not in [{listed}]")
         for shard, start in zip(manifest.shards, starts, strict=True):
             key, live = _shard_key(shard), snapshot.live[start : start + shard.n_spans]
-            n_stored = self._count(f'shard == "{key}"')
+            n_stored = self._count(f'clara_shard == "{key}"')
             if n_stored == shard.n_spans > live.sum() and n_stored:
                 dead = [f"{key}:{row}" for row in np.flatnonzero(~live)]
                 for first in range(0, len(dead), INSERT_ROWS):
                     self.client.delete(self.collection, ids=dead[first : first + INSERT_ROWS])
             elif n_stored != live.sum():
-                self.client.delete(self.collection, filter=f'shard == "{key}"')
+                self.client.delete(self.collection, filter=f'clara_shard == "{key}"')
                 for rows in self._rows(snapshot, key, np.flatnonzero(live), start):
                     self.client.insert(self.collection, rows)
             if progress is not None:
@@ -135,7 +134,9 @@ class MilvusIndex:
                 record = snapshot.record(start + place, columns)
                 record = {name: value for name, value in record.items() if isinstance(value, str | int | float | bool)}
                 record["title"] = record["title"][:TITLE_LENGTH]
-                rows.append({**record, "row_key": f"{key}:{place}", "shard": key, "vector": vector.tolist()})
+                rows.append(
+                    {**record, "clara_row": f"{key}:{place}", "clara_shard": key, "clara_vector": vector.tolist()}
+                )
             yield rows
 
     def shorten(self, memory: torch.Tensor) -> np.ndarray:
@@ -147,13 +148,17 @@ class MilvusIndex:
     ) -> np.ndarray:
         """As `VectorIndex.shortlist`; Milvus filters by itself where its rules on missing values are ours."""
         n = min(n, MAX_LIMIT)
-        expression = milvus_expression(where) if where is not None and not _is_negative(where) else ""
+        expression = (milvus_expression(where) if where is not None else None) or ""
         found = self.client.search(
-            self.collection, data=self.shorten(query_memory).tolist(), limit=n, filter=expression, anns_field="vector"
+            self.collection,
+            data=self.shorten(query_memory).tolist(),
+            limit=n,
+            filter=expression,
+            anns_field="clara_vector",
         )
         rows = np.full((len(query_memory), n), -1, dtype=np.int64)
         for question, hits in enumerate(found):
-            keys = [hit["row_key"].rpartition(":") for hit in hits]
+            keys = [hit["clara_row"].rpartition(":") for hit in hits]
             mine = np.array([self.firsts[key] + int(place) for key, _, place in keys if key in self.firsts], np.int64)
             if allowed is not None:
                 mine = mine[allowed[mine]]
@@ -175,11 +180,6 @@ def connect(uri: str):
             f"Milvus at {uri} must be reachable, and a file of Milvus Lite open in one process only: {error} Start "
             "the server, or close the other process."
         ) from error
-
-
-def _is_negative(where: Mapping) -> bool:
-    """Whether a filter has a negation, about which missing values disagree."""
-    return any(word in json.dumps(where) for word in ('"$ne"', '"$nin"', '"$not"'))
 
 
 def _shard_key(shard: Shard) -> str:

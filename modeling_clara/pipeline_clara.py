@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from .codecs_clara import FLOAT16_MAX, Codec
+from .codecs_clara import Codec
 from .manifest_clara import Shard
 from .shards_clara import RESERVED_COLUMNS, ShardWriter, pa, shard_schema
 from .snapshot_clara import state_file
@@ -159,7 +159,7 @@ class ShardPipeline:
                 )
             try:
                 pa.scalar(value, self.types[name])
-            except (pa.ArrowException, TypeError, OverflowError) as error:
+            except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
                 raise TypeError(
                     f"`{row.place}[{name!r}]` must be {self.types[name]}, got {value!r}. Convert it."
                 ) from error
@@ -186,11 +186,11 @@ class ShardPipeline:
         parts, is_good = [], []
         for start in range(0, len(chunk.spans), COMPRESSED_SPANS):
             memory = self._memories(chunk.spans[start : start + COMPRESSED_SPANS])
-            limit = FLOAT16_MAX if self.codec_name == "float16" else torch.finfo(torch.float32).max
-            good = (memory.abs() <= limit).flatten(1).all(-1)  # False for NaN
+            good = memory.isfinite().flatten(1).all(-1)
             if self.codec is None and good.any():
                 self._fit(memory[good])
             if self.codec is not None:
+                good &= self.codec.fits(memory)
                 parts.append(self.codec.encode(torch.where(good[:, None, None], memory, 0.0)))
             is_good += good.tolist()
         broken = {

@@ -9,6 +9,8 @@ import hashlib
 import itertools
 import json
 import os
+import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +71,10 @@ class DocumentSource:
         self.schema = None  # Arrow types of the columns, where the input tells them
         self.length: int | None = None
         if isinstance(documents, str | os.PathLike):
+            if not os.fspath(documents):
+                raise ValueError("`documents` must be a path or the id of a data set, got ''. Name one.")
             path = Path(documents)
-            if path.exists():
+            if _exists(documents):
                 self._read_paths(path)
                 return
             documents = _load_hub_dataset(str(documents), split, config_name)
@@ -100,9 +104,14 @@ class DocumentSource:
         else:
             found = sorted(file for file in path.rglob("*") if file.is_file() and file.name.lower().endswith(SUFFIXES))
             texts = [file for file in found if file.suffix.lower() in TEXT_SUFFIXES]
-            rows = [file for file in found if file not in set(texts)]
-            # A data set's own README.md is not a document
-            self.root, self.files = path, rows if rows and all(file.suffix == ".md" for file in texts) else texts
+            rows = [file for file in found if file.suffix.lower() not in TEXT_SUFFIXES]
+            plain = [file for file in texts if file.suffix.lower() != ".md"]
+            if rows and plain:
+                raise ValueError(
+                    f"`documents` must be a folder of texts or of rows, {path} has both: {plain[0].name} and "
+                    f"{rows[0].name}. Name one of the files, or a folder with one kind."
+                )
+            self.root, self.files = path, rows or texts  # beside rows an .md is their README
             if not self.files:
                 raise ValueError(
                     f"`documents` must be a folder with {', '.join(SUFFIXES)} files, found none in {path}. Name "
@@ -113,13 +122,15 @@ class DocumentSource:
         self.description = {"kind": "files", "name": path.name, "files": len(sizes), "sizes": digest}
         if self.files[0].suffix.lower() in TEXT_SUFFIXES:
             self.length = len(self.files)
-        parquet = [file for file in self.files if file.suffix == ".parquet"]
+        parquet = [file for file in self.files if file.suffix.lower() == ".parquet"]
         if len(parquet) == len(self.files):
-            try:
-                self.schema = pq.read_schema(parquet[0])
-                self.length = sum(pq.read_metadata(file).num_rows for file in parquet)
-            except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"{parquet[0]} must be a Parquet file: {error}. Convert it again.") from error
+            self.length = 0
+            for file in parquet:
+                try:
+                    self.length += pq.read_metadata(file).num_rows
+                    self.schema = self.schema or pq.read_schema(file)
+                except (pa.ArrowException, OSError) as error:
+                    raise ValueError(f"{file} must be a whole Parquet file: {error}. Copy it again.") from error
 
     def __iter__(self) -> Iterator[InputRow]:
         rows = self._file_rows() if self.files else self._object_rows()
@@ -134,10 +145,15 @@ class DocumentSource:
             return {"text": document}, None
         if not isinstance(document, Mapping):
             return None, f"`{place}` must be a text or a dict, got {type(document).__name__}. Convert it."
-        renamed = {self.columns.get(name, name): value for name, value in document.items()}
-        if "document_id" in renamed:
-            document_id = renamed.pop("document_id")
-            renamed.setdefault("id", document_id)
+        strange = [name for name in document if not isinstance(name, str)]
+        if strange:
+            return None, f"`{place}` must have text as names of its columns, got {strange[0]!r}. Rename it."
+        # A column that was named for a field wins over one that has the field's name.
+        renamed = {name: value for name, value in document.items() if name not in self.columns}
+        renamed |= {self.columns[name]: document[name] for name in document if name in self.columns}
+        document_id = renamed.pop("document_id", None)
+        if renamed.get("id") is None and document_id is not None:
+            renamed["id"] = document_id
         try:
             read_document(renamed, place)
         except (TypeError, ValueError) as error:
@@ -160,7 +176,7 @@ class DocumentSource:
             name = file.relative_to(self.root).as_posix()
             if file.suffix.lower() in TEXT_SUFFIXES:
                 yield _text_row(file, name)
-            elif file.suffix == ".parquet":
+            elif file.suffix.lower() == ".parquet":
                 yield from _parquet_rows(file, name)
             else:
                 yield from _json_rows(file, name)
@@ -178,7 +194,7 @@ class DocumentSource:
 
 def _text_row(file: Path, name: str) -> tuple:
     try:
-        text = check_text(file.read_text(encoding="utf-8"), name)
+        text = check_text(file.read_text(encoding="utf-8-sig"), name)
     except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
         return name, None, f"`{name}` cannot be read as UTF-8 text: {error}"
     return name, {"id": name, "title": file.stem.replace("_", " "), "text": text}, None
@@ -186,20 +202,25 @@ def _text_row(file: Path, name: str) -> tuple:
 
 def _json_rows(file: Path, name: str) -> Iterator[tuple]:
     opener = gzip.open if file.name.lower().endswith(".gz") else open
-    with opener(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            place = f"{name}:{number}"
-            try:
-                document = json.loads(line.decode("utf-8"))
-            except ValueError as error:  # of the encoding, and of JSON
-                yield place, None, f"`{place}` must be JSON in UTF-8: {error}"
-                continue
-            if document is None:
-                yield place, None, f"`{place}` must be a text or an object, got null. Remove it."
-            else:
-                yield place, document, None
+    try:
+        with opener(file, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    place = f"{name}:{number}"
+                    yield place, *_json_row(line, place)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{file} must be a whole gzip file: {error}. Copy it again.") from error
+
+
+def _json_row(line: bytes, place: str) -> tuple:
+    """(document, problem) of a line."""
+    try:
+        document = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # of the encoding, of JSON
+        return None, f"`{place}` must be JSON in UTF-8: {error}"
+    if document is None:
+        return None, f"`{place}` must be a text or an object, got null. Remove it."
+    return document, None
 
 
 def _parquet_rows(file: Path, name: str) -> Iterator[tuple]:
@@ -207,10 +228,33 @@ def _parquet_rows(file: Path, name: str) -> Iterator[tuple]:
         with pq.ParquetFile(file) as parquet:
             number = itertools.count()
             for batch in parquet.iter_batches(batch_size=256):
-                for document in batch.to_pylist():
-                    yield f"{name}[{next(number)}]", document, None
+                for document, problem in _parquet_values(batch):
+                    place = f"{name}[{next(number)}]"
+                    yield place, document, problem and f"`{place}` cannot be read: {problem}. Correct it."
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} must be a whole Parquet file: {error}. Copy or convert it again.") from error
+
+
+def _parquet_values(batch: "pa.RecordBatch") -> list[tuple]:
+    """(document, problem) of every row."""
+    try:
+        return [(document, None) for document in batch.to_pylist()]
+    except (ValueError, OverflowError):  # of text that is no UTF-8, of a time that Python does not have
+        rows = []
+        for place in range(len(batch)):
+            try:
+                rows.append((batch.slice(place, 1).to_pylist()[0], None))
+            except (ValueError, OverflowError) as error:
+                rows.append((None, str(error)))
+        return rows
+
+
+def _exists(path: str | os.PathLike) -> bool:
+    """Whether there is such a file or folder; no for a text that is no path."""
+    try:
+        return bool(os.fspath(path)) and Path(path).exists()
+    except OSError:
+        return False
 
 
 def _load_hub_dataset(name: str, split: str, config_name: str | None):
@@ -249,16 +293,22 @@ def _infer_type(column: list) -> "pa.DataType":
     for sample in (column, column[:1]):
         try:
             found = pa.array(sample).type
-        except (pa.ArrowException, TypeError, OverflowError):
+        except (pa.ArrowException, TypeError, ValueError, OverflowError):
             continue
         if found == pa.list_(pa.null()):
             return pa.list_(pa.string())
-        return found
+        return found if _can_be_stored(found) else pa.string()
     return pa.string()
 
 
+def _can_be_stored(kind: "pa.DataType") -> bool:
+    """Whether Parquet has a place for it; it has none for an object without fields."""
+    inner = [kind.field(number).type for number in range(kind.num_fields)]
+    return not (pa.types.is_struct(kind) and not inner) and all(map(_can_be_stored, inner))
+
+
 def type_from_name(name: str) -> "pa.DataType":
-    """An Arrow type by the name that `str` gives it.
+    """An Arrow type by its name: those of `pyarrow.type_for_alias`, `list<...>`, times with a zone and decimals.
 
     Raises:
         ValueError: there is none.
@@ -267,6 +317,10 @@ def type_from_name(name: str) -> "pa.DataType":
     if name.startswith("list<") and name.endswith(">"):
         inner = name[5:-1].partition(":")[2].removesuffix(" not null").strip()
         return pa.list_(type_from_name(inner))
+    if zoned := re.fullmatch(r"timestamp\[(\w+), tz=(.+)\]", name):
+        return pa.timestamp(*zoned.groups())
+    if decimal := re.fullmatch(r"decimal128\((\d+), (\d+)\)", name):
+        return pa.decimal128(*map(int, decimal.groups()))
     try:
         return pa.type_for_alias(aliases.get(name, name))
     except ValueError as error:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def write_json(path: Path, content: dict) -> None:
 def replacing(path: Path):
     """A temporary path beside `path` that takes its place when the block ends well, and is removed when it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
     try:
         yield partial
         with open(partial, "rb") as file:
@@ -90,8 +91,11 @@ def append_lines(path: Path, rows: Iterable[dict]) -> None:
     """Append rows to a JSONL file; none make none."""
     lines = [json.dumps(row, ensure_ascii=True, default=str) + "\n" for row in rows]
     if lines:
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(lines)
+        whole = path.read_bytes().rpartition(b"\n")[:2] if path.exists() else ()
+        with open(path, "r+b" if whole else "wb") as file:
+            file.truncate(sum(map(len, whole)))  # what a killed writer did not finish
+            file.seek(0, os.SEEK_END)
+            file.writelines(line.encode() for line in lines)
 
 
 def read_lines(path: Path) -> list[dict]:
