@@ -67,6 +67,10 @@ bench: $(STAMP)
 bench-training: $(STAMP)
 	$(BIN)/python recipes/benchmark_training.py --data "$(DATA)"
 
+## bench-corpus  measure corpora; DATA=FILE names documents, QUESTIONS=FILE questions, FOLDER keeps what is built
+bench-corpus: $(STAMP)
+	$(BIN)/python recipes/benchmark_corpus.py --data "$(DATA)" --questions "$(QUESTIONS)" --folder "$(or $(FOLDER),runs/bench-corpus)"
+
 ## pico       train clara-pico from nothing, about 40 minutes on two cores; run again it goes on where it was
 pico: $(STAMP)
 	$(BIN)/python recipes/pico.py --output runs/pico
