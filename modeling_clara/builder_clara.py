@@ -6,11 +6,10 @@ Stands between the pipeline, which writes shards, and corpus.json, which the las
 
 import base64
 import hashlib
-import itertools
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,17 +19,26 @@ from .card_clara import CARD_FILE, write_card
 from .codecs_clara import check_codec
 from .manifest_clara import BUILD_FOLDER, MANIFEST_FILE, Manifest, Shard
 from .pipeline_clara import ShardPipeline, row_digest
-from .shards_clara import check_shard, metadata_types, pa, read_batches, remove_strangers, shard_documents
+from .shards_clara import (
+    DATA_FOLDER,
+    RESERVED_COLUMNS,
+    check_shard,
+    metadata_types,
+    pa,
+    read_batches,
+    remove_strangers,
+    shard_documents,
+)
 from .snapshot_clara import load_codecs
-from .sources_clara import PEEKED_ROWS, DocumentSource, InputRow, infer_types, type_from_name
-from .storage_clara import SeenIds, append_lines, corpus_lock, read_lines, write_json, writer_lock
+from .sources_clara import DocumentSource, InputRow, infer_types, type_from_name
+from .storage_clara import SeenIds, append_lines, corpus_lock, read_lines, write_json, write_lines, writer_lock
 from .text_clara import check_count
 
 logger = logging.getLogger(__name__)
 
 REJECTED_FILE = "rejected.jsonl"
-# What may lie in a folder before its first corpus.json: an unfinished build, or an empty repo of the Hub.
-EXPECTED = {BUILD_FOLDER, "data", "codec", "index", REJECTED_FILE, CARD_FILE, ".git", ".gitattributes"}
+# What may lie in a folder before its first corpus.json: what a new repo of the Hub has, and with build/ also shards.
+EXPECTED = {"index", REJECTED_FILE, CARD_FILE, ".git", ".gitattributes"}
 FINISHING_SECONDS = 600.0  # that a job waits while another one completes the corpus
 
 
@@ -92,7 +100,9 @@ class BuilderMixin:
         check_job(job)
         source = {name: _check_source(name, value) for name, value in (source or {}).items()}
         memory_size = model.config.check_memory_size(memory_size)
-        rows = DocumentSource(documents, **columns)
+        types = {name: type_from_name(value) for name, value in _check_metadata(metadata).items()}
+        rows = DocumentSource(documents, exclude=folder, **columns)
+        first = hashlib.sha256(b"".join(map(row_digest, rows.peek()))).hexdigest()
         options = {
             "fingerprint": model.fingerprint,
             "codec": codec,
@@ -102,25 +112,25 @@ class BuilderMixin:
             "metadata": dict(metadata or {}),
             "columns": {name: value for name, value in columns.items() if value is not None},
             "input": rows.description,
+            "first_rows": first,
         }
         if folder.is_file():
             raise ValueError(f"`path` must be a folder, got the file {folder}. Choose another name.")
         if not resume and folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"`path` must be a new folder with `resume=False`, got {folder}. Choose another one.")
-        is_finished = (folder / MANIFEST_FILE).exists()
-        if not is_finished and folder.is_dir() and {path.name for path in folder.iterdir()} - EXPECTED:
+        if not (folder / MANIFEST_FILE).exists() and _strange_files(folder):
             raise ValueError(
-                f"`path` must be a new folder or one of an unfinished build, got {folder}, which holds other files. "
-                "Choose another one."
+                f"`path` must be a new folder or one of an unfinished build, got {folder}, which holds "
+                f"{_strange_files(folder)[0]}. Choose another one."
             )
         folder.mkdir(parents=True, exist_ok=True)
         build = Build(folder, model, options, source, job)
         with writer_lock(folder / BUILD_FOLDER / f"{build.name}.lock", f"job {job[0]} of {job[1]} of {folder}"):
-            if is_finished:
+            if (folder / MANIFEST_FILE).exists():
                 build.check_finished(rows)
             else:
-                build.run(rows, batch_size)
-        if not is_finished and not build.finish():
+                build.run(rows, types, batch_size)
+        if not build.finish():
             return None
         # Ignored: a job that waits for its lock keeps the folder a moment longer, and then removes it.
         shutil.rmtree(folder / BUILD_FOLDER, ignore_errors=True)
@@ -149,18 +159,25 @@ class Build:
 
     # --- one job -----------------------------------------------------------------------------------------------------
 
-    def run(self, source: DocumentSource, batch_size: int) -> None:
-        """Do what is left of this job."""
+    def run(self, source: DocumentSource, types: dict, batch_size: int) -> None:
+        """Do what is left of this job.
+
+        Args:
+            source: of the documents.
+            types: Arrow types of metadata columns that were declared; the others follow from the input.
+            batch_size: documents per pass.
+        """
+        types = _all_types(source, types)
         progress = self._resume()
         if progress["complete"]:
+            self._check_input(source, progress["input_sha256"])
             return
-        rows, types = self._typed(source)
         total = None if source.length is None else len(range(self.job[0], source.length, self.job[1]))
         with (
             SeenIds(self.path.with_suffix(".ids")) as seen,
             tqdm(total=total, desc="compressing", unit=" documents", delay=2) as bar,
         ):
-            rows = _CountedRows(self._mine(rows), bar.update)
+            rows = _CountedRows(self._mine(source), bar.update)
             for entry in progress["shards"]:
                 rows.skip(entry, self.folder)
                 if entry["shard"] is not None:
@@ -174,6 +191,7 @@ class Build:
                 hidden_size=self.model.config.text_config.hidden_size,
                 types=types,
                 refusal=lambda document_id: None if seen.add(document_id) else "it is there already. Rename it.",
+                forget=seen.remove,
                 new_id=lambda row: str(row.index),
                 shard_size=self.options["shard_size"],
                 batch_size=batch_size,
@@ -182,6 +200,7 @@ class Build:
             with self.model.bulk_compression():
                 for result in pipeline.run(rows, first_shard=len(progress["shards"])):
                     append_lines(self.rejected_path, result.rejected)
+                    write_json(rows_path(self.path, len(progress["shards"])), {"rows": result.rows})
                     progress["codec_states"] |= pipeline.codec_states
                     progress["shards"].append(
                         {
@@ -210,6 +229,8 @@ class Build:
             try:
                 if entry["shard"] is not None:
                     check_shard(self.folder, Shard(**entry["shard"]))
+                    key = entry["shard"]["codec_state"]
+                    load_codecs(self.folder, self._manifest({key: progress["codec_states"][key]} if key else {}))
             except (FileNotFoundError, ValueError) as error:
                 logger.warning("%s It is made again, and so are the shards behind it.", error)
                 del progress["shards"][number:]
@@ -217,29 +238,24 @@ class Build:
                 break
         # The lines of a shard that was not recorded come again with it.
         rejected = read_lines(self.rejected_path)[: sum(entry["n_rejected"] for entry in progress["shards"])]
-        self.rejected_path.unlink(missing_ok=True)
-        append_lines(self.rejected_path, rejected)
+        write_lines(self.rejected_path, rejected)
         return progress
 
     def _check_options(self, found: dict) -> None:
         different = sorted(name for name in self.options if found.get(name) != self.options[name])
         if different:
             name = different[0]
+            if name == "first_rows":
+                raise ValueError(
+                    "a build must go on with the input that it began with; its first rows are others than before. Give "
+                    "the same input, or choose another folder."
+                )
             raise ValueError(
                 f"a build must go on with the input and the options that it began with; `{name}` was "
                 f"{found.get(name)}, got {self.options[name]}. Give the same, or choose another folder."
             )
 
-    def _typed(self, source: DocumentSource) -> tuple[Iterator[InputRow], dict]:
-        """The rows, and the Arrow types of their metadata: the same for all jobs."""
-        rows, types = iter(source), source.metadata_types()
-        if types is None:
-            first = list(itertools.islice(rows, PEEKED_ROWS))
-            types = infer_types([row.document for row in first if row.document is not None])
-            rows = itertools.chain(first, rows)
-        return rows, types | {name: type_from_name(value) for name, value in self.options["metadata"].items()}
-
-    def _mine(self, rows: Iterator[InputRow]) -> Iterator[InputRow]:
+    def _mine(self, rows: Iterable[InputRow]) -> Iterator[InputRow]:
         return (row for row in rows if row.index % self.job[1] == self.job[0])
 
     def _codec(self, progress: dict):
@@ -254,10 +270,14 @@ class Build:
         """Raise a ValueError unless the corpus that is there was built from this input with these options."""
         build = Manifest.read(self.folder).build
         self._check_options(build)
-        rows = _CountedRows(self._mine(iter(source)), lambda n: None)
+        self._check_input(source, build["input_sha256"][self.job[0]])
+
+    def _check_input(self, source: DocumentSource, expected: str) -> None:
+        """Raise a ValueError unless the rows of this job are those that a digest was taken of."""
+        rows = _CountedRows(self._mine(source), lambda n: None)
         for _ in rows:
             pass
-        if rows.digest.hexdigest() != build["input_sha256"][self.job[0]]:
+        if rows.digest.hexdigest() != expected:
             raise ValueError(
                 f"the corpus in {self.folder} was built from other documents than these. Change it with `add`, "
                 "`update` and `delete`, or choose another folder."
@@ -280,14 +300,20 @@ class Build:
             jobs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
             if not all(progress["complete"] for progress in jobs):
                 return False
-            shards = [Shard(**e["shard"]) for progress in jobs for e in progress["shards"] if e["shard"]]
+            places = [
+                (rows_path(path, number), Shard(**entry["shard"]))
+                for path, progress in zip(paths, jobs, strict=True)
+                for number, entry in enumerate(progress["shards"])
+                if entry["shard"]
+            ]
+            shards = [shard for _, shard in places]
             rejected = [row for path in paths for row in read_lines(path.with_suffix(f".{REJECTED_FILE}"))]
             if self.job[1] > 1:
-                rejected += self._bury_duplicates(shards)
+                rejected += self._bury_duplicates(places)
             rejected.sort(key=lambda row: row["row"])
-            (self.folder / REJECTED_FILE).unlink(missing_ok=True)
-            append_lines(self.folder / REJECTED_FILE, rejected)
+            write_lines(self.folder / REJECTED_FILE, rejected)
             if not shards:
+                shutil.rmtree(self.folder / BUILD_FOLDER, ignore_errors=True)
                 raise ValueError(
                     f"the input must have at least one usable document, {len(rejected)} rows were rejected. See "
                     f"{self.folder / REJECTED_FILE} for the reasons, and choose another input."
@@ -305,16 +331,29 @@ class Build:
             manifest.write(self.folder)
         return True
 
-    def _bury_duplicates(self, shards: list[Shard]) -> list[dict]:
-        """Delete documents whose id another job has used; jobs do not see each other's."""
-        rejected = []
+    def _bury_duplicates(self, places: list[tuple[Path, Shard]]) -> list[dict]:
+        """Delete all but the first row of an id that several jobs have used; jobs do not see each other's.
+
+        Args:
+            places: every shard with the file of its input rows.
+
+        Returns:
+            The rejected rows.
+        """
+        doubled, found, rejected = set(), {}, []
         with SeenIds(self.folder / BUILD_FOLDER / "all.ids") as seen:
-            for shard in shards:
-                for document_id, rows in shard_documents(self.folder, shard).items():
-                    if not seen.add(document_id):
-                        shard.bury(rows)
-                        reason = f"{document_id!r} is there already, in a shard of another job. Rename it."
-                        rejected.append({"row": -1, "place": shard.file, "id": document_id, "reason": reason})
+            for _, shard in places:
+                doubled |= {name for name in shard_documents(self.folder, shard) if not seen.add(name)}
+        for path, shard in places if doubled else []:
+            numbers = json.loads(path.read_text(encoding="utf-8"))["rows"]
+            for (name, rows), number in zip(shard_documents(self.folder, shard).items(), numbers, strict=True):
+                if name in doubled:
+                    found.setdefault(name, []).append((number, shard, rows))
+        for name, uses in found.items():
+            for number, shard, rows in sorted(uses, key=lambda use: use[0])[1:]:
+                shard.bury(rows)
+                reason = f"row {number} cannot have the id {name!r}: it is there already. Rename it."
+                rejected.append({"row": number, "place": shard.file, "id": name, "reason": reason})
         return rejected
 
     def _manifest(self, codec_states: dict[str, str]) -> Manifest:
@@ -373,6 +412,37 @@ class _CountedRows:
             )
 
 
+def _strange_files(folder: Path) -> list[str]:
+    """Names of what is neither of an unfinished build nor of a new repo of the Hub."""
+    if not folder.is_dir():
+        return []
+    expected = EXPECTED | ({BUILD_FOLDER, DATA_FOLDER, "codec"} if (folder / BUILD_FOLDER).is_dir() else set())
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.name not in expected and not (path.name.startswith(".") and path.name.endswith(".partial"))
+    )
+
+
+def _check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """Return `metadata`, or raise a ValueError unless it names types of columns that are not ours."""
+    for name, kind in (metadata or {}).items():
+        if not isinstance(name, str) or name in RESERVED_COLUMNS or not isinstance(kind, str):
+            raise ValueError(
+                f"`metadata` must give Arrow types by name to columns other than {', '.join(RESERVED_COLUMNS)}, got "
+                f"{name!r}: {kind!r}. Example: {{'year': 'int64'}}."
+            )
+    return dict(metadata or {})
+
+
+def _all_types(source: DocumentSource, declared: dict) -> dict:
+    """Arrow types of the metadata: the input's, else those of its first rows; what was declared wins."""
+    types = source.metadata_types()
+    if types is None:
+        types = infer_types([row.document for row in source.peek() if row.document is not None])
+    return types | declared
+
+
 def _check_source(name: str, value) -> str:
     """Return a field of `source`, or raise a ValueError unless it is a known one with text for the card."""
     is_text = isinstance(value, str) and value.encode("utf-8", "replace").decode() == value
@@ -381,6 +451,11 @@ def _check_source(name: str, value) -> str:
             f"`source` must have the texts name, license and language, got {name!r}: {value!r}. Correct it."
         )
     return value
+
+
+def rows_path(progress: Path, number: int) -> Path:
+    """Where the numbers of the input rows behind a shard of a job stand, for duplicate ids across jobs."""
+    return progress.with_suffix("") / f"{number:06d}.json"
 
 
 def job_name(number: int, n_jobs: int) -> str:

@@ -56,10 +56,11 @@ def write_card(folder: Path, manifest: Manifest) -> None:
     path = Path(folder) / CARD_FILE
     data, before, after = {}, "", ""
     if path.exists():
-        data, body = _split(path.read_text(encoding="utf-8"))
+        data, body = _split(path.read_text(encoding="utf-8", errors="replace"))
         before, after = _own_text(body)
     data |= _ours(manifest)
     tags = data.get("tags") or []
+    tags = [tags] if isinstance(tags, str) else tags
     data["tags"] = [*tags, *(tag for tag in TAGS if tag not in tags)]
     head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
     with replacing(path) as partial:

@@ -111,6 +111,7 @@ class CompressedCorpus(BuilderMixin, WriterMixin, PublishMixin):
         milvus = {"uri": uri, "collection": collection} if backend == "milvus" else None
         if os.path.isdir(path_or_repo):
             folder = Path(path_or_repo)
+            Manifest.read(folder)  # before anything is written
             corpus = cls(folder, writable_index_folder(folder), model, index=index, milvus=milvus)
         else:
             folder = download_corpus(str(path_or_repo), revision, token, cache_dir, local_files_only)

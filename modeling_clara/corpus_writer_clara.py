@@ -12,7 +12,6 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 
 import numpy as np
-from safetensors.torch import save_file
 from transformers.utils.logging import tqdm
 
 from .builder_clara import REJECTED_FILE
@@ -29,9 +28,9 @@ from .shards_clara import (
     read_batches,
     remove_strangers,
 )
-from .snapshot_clara import WHEN_CHANGED, WHEN_OPENED, load_codecs, state_file
+from .snapshot_clara import WHEN_CHANGED, WHEN_OPENED, load_codecs, write_state
 from .sources_clara import DocumentSource, InputRow
-from .storage_clara import append_lines, corpus_lock, file_sha256, replacing
+from .storage_clara import append_lines, corpus_lock
 from .text_clara import check_count, check_list
 
 
@@ -193,6 +192,7 @@ class WriterMixin:
                 hidden_size=manifest.hidden_size,
                 types=self._metadata_types(),
                 refusal=refusal,
+                forget=given.discard,
                 new_id=new_id,
                 shard_size=shard_size,
                 batch_size=batch_size,
@@ -247,12 +247,7 @@ class WriterMixin:
         with self._writing() as manifest:
             old, total = load_codecs(self.folder, manifest), self.snapshot.n_live
             new = None if codec is None or not total else self._fit(codec)
-            states = {}
-            if new is not None and new.state:
-                path = self.folder / state_file(new.key)
-                with replacing(path) as partial:
-                    save_file(new.state, partial)
-                states = {new.key: file_sha256(path)}
+            states = {} if new is None else write_state(self.folder, new)
 
             def encode(rows: np.ndarray, state: str) -> np.ndarray:
                 return rows if new is None else new.encode(old[state].decode(rows))
@@ -261,7 +256,7 @@ class WriterMixin:
                 shards = list(self._rewritten(manifest, shard_size, encode, new, bar.update))
             manifest.shards = shards
             manifest.codec = manifest.codec if codec is None else codec
-            states = manifest.codec_states if new is None else states
+            states = states if codec else manifest.codec_states
             manifest.codec_states = {
                 key: sha256 for key, sha256 in states.items() if any(shard.codec_state == key for shard in shards)
             }

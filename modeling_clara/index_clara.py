@@ -7,6 +7,7 @@ centred: all memories share most of their direction, and so do questions, so the
 would otherwise decide the order (recipes/LOG.md has the figures).
 """
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from .retrieval_clara import flatten_memory
 from .snapshot_clara import Snapshot
@@ -24,6 +26,8 @@ try:
     import faiss
 except ImportError:  # `require_faiss` names the remedy
     faiss = None
+
+logger = logging.getLogger(__name__)
 
 INDEX_DIMENSIONS = 128
 SAMPLE_ROWS = 4096
@@ -97,23 +101,30 @@ class VectorIndex:
         """(components, FAISS index) of the first segment, made where they are not there."""
         projection = self.folder / f"{self.base_key}.safetensors"
         path = self.folder / f"{self.base_key}-{self.kind}.faiss"
-        if not (projection.exists() and path.exists()):
+        found = self._read_base(projection, path)
+        if found is None:
             with FileLock(self.folder / "lock"):
-                self._build(snapshot, projection, path, progress)
-        components, index = load_file(projection)["components"], faiss.read_index(str(path), _read_flags(self.kind))
-        if (index.ntotal, index.d) != (self.n_base, len(components)):
-            raise ValueError(
-                f"the index {path} must have {self.n_base} rows, got {index.ntotal}. Remove the folder {self.folder}: "
-                "it is made again."
+                if (found := self._read_base(projection, path)) is None:  # else another process was faster
+                    path.unlink(missing_ok=True)
+                    self._build(snapshot, projection, path, progress)
+                    found = self._read_base(projection, path)
+        return found
+
+    def _read_base(self, projection: Path, path: Path):
+        """(components, FAISS index); None where they are not there or damaged."""
+        try:
+            components, index = (
+                load_file(projection)["components"],
+                faiss.read_index(str(path), _read_flags(self.kind)),
             )
-        return components, index
+        except (OSError, RuntimeError, SafetensorError, KeyError) as error:
+            logger.debug("the index %s is made: %s", path, error)
+            return None
+        return (components, index) if (index.ntotal, index.d) == (self.n_base, len(components)) else None
 
     def _build(self, snapshot: Snapshot, projection: Path, path: Path, progress) -> None:
-        if not projection.exists():
-            with replacing(projection) as partial:
-                save_file({"components": fit_components(snapshot, self.memory_size)}, partial)
-        if path.exists():  # another process was faster
-            return
+        with replacing(projection) as partial:
+            partial.write_bytes(save({"components": fit_components(snapshot, self.memory_size)}))
         self.components = load_file(projection)["components"]
         index = _empty_index(self.kind, self.components.shape[0], self.n_base)
         if not index.is_trained:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from .filters_clara import milvus_expression
 from .index_clara import fit_components
@@ -77,7 +77,7 @@ class MilvusIndex:
         path = snapshot.index_folder / f"milvus-k{self.memory_size}.safetensors"
         if not path.exists():
             with replacing(path) as partial:
-                save_file({"components": fit_components(snapshot, self.memory_size)}, partial)
+                partial.write_bytes(save({"components": fit_components(snapshot, self.memory_size)}))
         return load_file(path)["components"]
 
     def _open_collection(self, description: str) -> None:

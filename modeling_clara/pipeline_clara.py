@@ -14,14 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from .codecs_clara import Codec
 from .manifest_clara import Shard
 from .shards_clara import RESERVED_COLUMNS, ShardWriter, pa, shard_schema
-from .snapshot_clara import state_file
+from .snapshot_clara import write_state
 from .sources_clara import InputRow
-from .storage_clara import file_sha256, replacing
 
 COMPRESSED_SPANS = 1024  # compressed in one call, and the sample that a codec is fitted on
 OURS = ("span", "n_tokens")  # columns that a document cannot bring
@@ -36,7 +34,7 @@ class ShardResult:
         next_row: number of the first input row that is not among them.
         input_sha256: over the rows.
         rejected: `{row, place, id, reason}` of each rejected one.
-        document_ids: of the shard.
+        document_ids, rows: of the documents in the shard: their ids and the numbers of their input rows.
     """
 
     shard: Shard | None
@@ -44,6 +42,7 @@ class ShardResult:
     input_sha256: str
     rejected: list[dict] = field(default_factory=list)
     document_ids: list[str] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
 
 
 class ShardPipeline:
@@ -56,6 +55,7 @@ class ShardPipeline:
         memory_size, hidden_size: n and H of the memories.
         types: Arrow types of the metadata.
         refusal: takes an id; why a document cannot have it, or None.
+        forget: takes an id that was not refused, but whose document was rejected later.
         new_id: takes a row without an id; the id that it gets.
         shard_size: spans at which a shard is closed.
         batch_size: documents per pass, see `CLaRaForRAG.compress`.
@@ -72,6 +72,7 @@ class ShardPipeline:
         hidden_size: int,
         types: "dict[str, pa.DataType]",
         refusal: Callable[[str], str | None],
+        forget: Callable[[str], object],
         new_id: Callable[[InputRow], str],
         shard_size: int,
         batch_size: int,
@@ -82,7 +83,7 @@ class ShardPipeline:
         self.codec = codec if isinstance(codec, Codec) else None
         self.memory_size, self.hidden_size = memory_size, hidden_size
         self.types, self.schema = types, shard_schema(types)
-        self.refusal, self.new_id = refusal, new_id
+        self.refusal, self.forget, self.new_id = refusal, forget, new_id
         self.shard_size, self.batch_size = shard_size, batch_size
         self.codec_states: dict[str, str] = {}  # files of states that were fitted here
 
@@ -90,11 +91,17 @@ class ShardPipeline:
         """Write shards of these rows; each result comes when its shard is on disk."""
         with ThreadPoolExecutor(1) as writer:  # a shard is written while the next one is compressed
             writing: Future | None = None
-            for number, chunk in enumerate(self._chunks(rows), start=first_shard):
-                encoded = self._encode(chunk)
+            try:
+                for number, chunk in enumerate(self._chunks(rows), start=first_shard):
+                    encoded = self._encode(chunk)
+                    if writing is not None:
+                        done, writing = writing, None
+                        yield done.result()
+                    writing = writer.submit(self._write, f"{self.prefix}-{number:06d}", chunk, encoded)
+            except Exception:  # of the input or the model: the shard that is being written is not lost
                 if writing is not None:
                     yield writing.result()
-                writing = writer.submit(self._write, f"{self.prefix}-{number:06d}", chunk, encoded)
+                raise
             if writing is not None:
                 yield writing.result()
 
@@ -108,7 +115,7 @@ class ShardPipeline:
                 chunk.add(row, self._spans(row))
             except (TypeError, ValueError) as error:
                 chunk.reject(row, str(error))
-            if len(chunk.spans) >= self.shard_size:
+            if len(chunk.spans) >= self.shard_size or len(chunk.rejected) >= COMPRESSED_SPANS:
                 yield chunk
                 chunk = _Chunk(chunk.next_row)
         if chunk.next_row > chunk.first_row or chunk.rejected:
@@ -148,6 +155,9 @@ class ShardPipeline:
 
     def _metadata(self, row: InputRow) -> dict:
         values = {name: value for name, value in row.document.items() if name not in RESERVED_COLUMNS}
+        values = {
+            name: None if value == {} else value for name, value in values.items()
+        }  # no type holds an empty object
         taken = [name for name in OURS if name in row.document]
         if taken:
             raise ValueError(f"`{row.place}` must not have the column {taken[0]!r}, which is ours. Rename it.")
@@ -158,11 +168,13 @@ class ShardPipeline:
                     f"{name!r}. Build the corpus with `metadata={{{name!r}: 'string'}}`, or leave it out."
                 )
             try:
-                pa.scalar(value, self.types[name])
+                is_kept = _is_kept(value, pa.scalar(value, self.types[name]).as_py())
             except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
                 raise TypeError(
                     f"`{row.place}[{name!r}]` must be {self.types[name]}, got {value!r}. Convert it."
                 ) from error
+            if not is_kept:
+                raise TypeError(f"`{row.place}[{name!r}]` must be {self.types[name]}, got {value!r}. Convert it.")
         return {name: values.get(name) for name in self.types}
 
     def _given_memory(self, row: InputRow) -> torch.Tensor:
@@ -198,12 +210,14 @@ class ShardPipeline:
             for span, good in zip(chunk.spans, is_good, strict=True)
             if not good
         }
-        if len(broken) > 1 and len(broken) == len(chunk.documents):
+        compressed = {span["document_id"] for span in chunk.spans if "memory" not in span}
+        if len(compressed) > 1 and compressed <= set(broken):
             raise ValueError(
                 f"memories must be finite and fit into {self.codec_name}, but none of a shard does. The weights of "
                 "the model are broken: reload it with `from_pretrained`, or take an earlier checkpoint."
             )
-        for row in broken.values():
+        for document_id, row in broken.items():
+            self.forget(document_id)
             chunk.reject(
                 row, f"the memory of `{row.place}` must be finite and fit into {self.codec_name}. Check its text."
             )
@@ -236,11 +250,7 @@ class ShardPipeline:
     def _fit(self, memory: torch.Tensor) -> None:
         """Fit the codec and write its state, before the first shard that needs it."""
         self.codec = Codec.fit(self.codec_name, memory)
-        if self.codec.state:
-            path = self.folder / state_file(self.codec.key)
-            with replacing(path) as partial:
-                save_file(self.codec.state, partial)
-            self.codec_states[self.codec.key] = file_sha256(path)
+        self.codec_states |= write_state(self.folder, self.codec)
 
     # --- codes -> shard ----------------------------------------------------------------------------------------------
 
@@ -255,8 +265,9 @@ class ShardPipeline:
             finally:
                 writer.abandon()
         ids = list(dict.fromkeys(span["document_id"] for span in chunk.spans))
+        rows = [chunk.documents[document_id].index for document_id in ids]
         rejected = sorted(chunk.rejected, key=lambda row: row["row"])
-        return ShardResult(shard, chunk.next_row, chunk.digest.hexdigest(), rejected, ids)
+        return ShardResult(shard, chunk.next_row, chunk.digest.hexdigest(), rejected, ids, rows)
 
 
 class _Chunk:
@@ -282,8 +293,30 @@ def row_digest(row: InputRow) -> bytes:
     """What tells that an input has not changed: the row with all of its columns."""
     if row.document is None:
         return f"{row.index} {row.problem}".encode("utf-8", "surrogatepass")
-    text = json.dumps(row.document, sort_keys=True, default=_as_text, ensure_ascii=False)
+    try:
+        text = json.dumps(row.document, sort_keys=True, default=_as_text, ensure_ascii=False)
+    except (
+        TypeError,
+        ValueError,
+        RecursionError,
+    ):  # keys that are no text, a list in itself: no document will be made
+        text = f"{sorted(map(repr, row.document))}"
     return f"{row.index} {text}".encode("utf-8", "surrogatepass")
+
+
+def _is_kept(given, stored) -> bool:
+    """Whether Arrow has kept a value as it was; it cuts 1.5 to 1 and a text into letters without a word."""
+    if isinstance(given, Mapping):
+        if not isinstance(stored, Mapping) or not set(given) <= set(stored):
+            return False
+        return all(_is_kept(given.get(name), value) for name, value in stored.items())
+    if isinstance(stored, list):
+        if isinstance(given, str | bytes) or len(given) != len(stored):
+            return False
+        return all(map(_is_kept, given, stored))
+    if isinstance(stored, float):
+        return True  # float32 rounds
+    return bool(given == stored)
 
 
 def _as_text(value) -> str:

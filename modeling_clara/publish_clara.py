@@ -31,7 +31,7 @@ class PublishMixin:
         Returns:
             What is wrong, at most 100 problems; an empty list where all is well.
         """
-        return verify_corpus(self.folder, self.index_folder) + self._verify_derived()
+        return verify_corpus(self.folder, self.index_folder) or self._verify_derived()
 
     def _verify_derived(self) -> list[str]:
         """Compare the mapped memories with those of the shards."""

@@ -5,6 +5,7 @@ or which shards belong to a corpus.
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +21,10 @@ except ImportError:  # `require_arrow` names the remedy
     pa = pq = None
 
 DATA_FOLDER = "data"
+# Names that a writer gives, whole or not: nothing else is ever removed.
+OURS = re.compile(
+    r"(data/|codec/)?\..+\.\d+(-[0-9a-f]{8})?\.partial|data/\d{5}-\d{6}-[0-9a-f]{12}\.parquet|codec/[0-9a-f]{12}\.safetensors"
+)
 ROWS_PER_GROUP = 1024
 RESERVED_COLUMNS = ("id", "document_id", "span", "title", "text", "n_tokens", "memory")
 
@@ -202,6 +207,7 @@ def shard_documents(folder: Path, shard: Shard) -> dict[str, range]:
 def remove_strangers(folder: Path, manifest: Manifest) -> None:
     """Remove shards and states that corpus.json does not name: what killed writers left behind."""
     named = {shard.file for shard in manifest.shards} | {f"codec/{key}.safetensors" for key in manifest.codec_states}
-    for path in [*(folder / DATA_FOLDER).glob("*"), *(folder / "codec").glob("*")]:
-        if path.relative_to(folder).as_posix() not in named:
+    for path in [*folder.glob(".*"), *(folder / DATA_FOLDER).iterdir(), *(folder / "codec").glob("*")]:
+        is_ours = OURS.fullmatch(path.relative_to(folder).as_posix())
+        if is_ours and path.relative_to(folder).as_posix() not in named and path.is_file():
             path.unlink(missing_ok=True)

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from .codecs_clara import Codec
 from .manifest_clara import Manifest, Shard
 from .segments_clara import Segment, derive_segment, has_changed
 from .shards_clara import live_mask
-from .storage_clara import file_sha256
+from .storage_clara import file_sha256, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +151,16 @@ def load_codecs(folder: Path, manifest: Manifest) -> dict[str, Codec]:
     return codecs
 
 
+def write_state(folder: Path, codec: Codec) -> dict[str, str]:
+    """Write the state of a codec; `{key: SHA-256 of the file}`, empty where it has none."""
+    if not codec.state:
+        return {}
+    path = Path(folder) / state_file(codec.key)
+    with replacing(path) as partial:
+        partial.write_bytes(save(codec.state))  # not `save_file`, whose error on a full disk is no OSError
+    return {codec.key: file_sha256(path)}
+
+
 def state_file(key: str) -> str:
     """Where the state of a codec lies inside a corpus."""
     return f"codec/{key}.safetensors"
@@ -184,7 +194,7 @@ def _covering(folder: Path, target: Path, shards: list[Shard], opened: dict[str,
     for path in target.glob("[0-9a-f]*"):
         try:
             segment = opened.get(path.name) or Segment(path)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
             logger.debug("the segment %s is derived again: %s", path, error)
             continue
         if segment.shards and not any(has_changed(folder, stamp) for stamp in segment.shards):

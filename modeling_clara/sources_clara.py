@@ -21,6 +21,7 @@ from .text_clara import check_text, read_document
 TEXT_SUFFIXES = (".txt", ".md")
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".parquet")
 SUFFIXES = (*TEXT_SUFFIXES, *ROW_SUFFIXES)
+MAX_DEPTH = 16  # of nested metadata; Parquet reads no more than some dozens
 PEEKED_ROWS = 1024  # from which the types of metadata are inferred where no schema tells them
 
 
@@ -50,6 +51,7 @@ class DocumentSource:
         text_column, title_column, id_column: the columns that hold them; the id also from `id` or `document_id`.
         split: of a data set on the Hub.
         config_name: of a data set on the Hub.
+        exclude: folder whose files are no input, though it lies in the input's.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: there is no such input.
@@ -64,8 +66,10 @@ class DocumentSource:
         id_column: str | None = None,
         split: str = "train",
         config_name: str | None = None,
+        exclude: Path | None = None,
     ):
         require_arrow()
+        self.exclude, self._peeked = exclude, None
         self.columns = {text_column: "text", title_column: "title"} | ({id_column: "id"} if id_column else {})
         self.files: list[Path] = []
         self.schema = None  # Arrow types of the columns, where the input tells them
@@ -79,6 +83,11 @@ class DocumentSource:
                 return
             documents = _load_hub_dataset(str(documents), split, config_name)
             self.description = {"kind": "hub", "name": str(path), "split": split, "config_name": config_name}
+        elif type(documents).__module__.partition(".")[0] in ("pandas", "polars"):
+            raise TypeError(
+                f"`documents` must be a path, a data set or a list, got a {type(documents).__name__}. Pass "
+                "`datasets.Dataset.from_pandas(frame)`, or its rows as dicts."
+            )
         elif isinstance(documents, Mapping | bytes) or not isinstance(documents, Iterable):
             raise TypeError(
                 f"`documents` must be a path, a data set or a list, got {type(documents).__name__}. Wrap a single "
@@ -103,6 +112,8 @@ class DocumentSource:
             self.root, self.files = path.parent, [path]
         else:
             found = sorted(file for file in path.rglob("*") if file.is_file() and file.name.lower().endswith(SUFFIXES))
+            if self.exclude is not None:
+                found = [file for file in found if not file.resolve().is_relative_to(self.exclude.resolve())]
             texts = [file for file in found if file.suffix.lower() in TEXT_SUFFIXES]
             rows = [file for file in found if file.suffix.lower() not in TEXT_SUFFIXES]
             plain = [file for file in texts if file.suffix.lower() != ".md"]
@@ -119,7 +130,8 @@ class DocumentSource:
                 )
         sizes = [[file.relative_to(self.root).as_posix(), file.stat().st_size] for file in self.files]
         digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
-        self.description = {"kind": "files", "name": path.name, "files": len(sizes), "sizes": digest}
+        name = path.name.encode("utf-8", "replace").decode()
+        self.description = {"kind": "files", "name": name, "files": len(sizes), "sizes": digest}
         if self.files[0].suffix.lower() in TEXT_SUFFIXES:
             self.length = len(self.files)
         parquet = [file for file in self.files if file.suffix.lower() == ".parquet"]
@@ -132,7 +144,18 @@ class DocumentSource:
                 except (pa.ArrowException, OSError) as error:
                     raise ValueError(f"{file} must be a whole Parquet file: {error}. Copy it again.") from error
 
+    def peek(self) -> list[InputRow]:
+        """The first rows, at most `PEEKED_ROWS`; the next iteration begins with them all the same."""
+        if self._peeked is None:
+            rows = self._generate()
+            self._peeked = list(itertools.islice(rows, PEEKED_ROWS)), rows
+        return self._peeked[0]
+
     def __iter__(self) -> Iterator[InputRow]:
+        rows, self._peeked = self._peeked, None
+        return self._generate() if rows is None else itertools.chain(*rows)
+
+    def _generate(self) -> Iterator[InputRow]:
         rows = self._file_rows() if self.files else self._object_rows()
         for index, (place, document, problem) in enumerate(rows):
             if document is not None:
@@ -146,7 +169,8 @@ class DocumentSource:
         if not isinstance(document, Mapping):
             return None, f"`{place}` must be a text or a dict, got {type(document).__name__}. Convert it."
         strange = [name for name in document if not isinstance(name, str)]
-        if strange:
+        if strange or any(not _is_utf8(name) for name in document):
+            strange = strange or [name for name in document if not _is_utf8(name)]
             return None, f"`{place}` must have text as names of its columns, got {strange[0]!r}. Rename it."
         # A column that was named for a field wins over one that has the field's name.
         renamed = {name: value for name, value in document.items() if name not in self.columns}
@@ -154,6 +178,8 @@ class DocumentSource:
         document_id = renamed.pop("document_id", None)
         if renamed.get("id") is None and document_id is not None:
             renamed["id"] = document_id
+        if any(_depth(value) > MAX_DEPTH for name, value in renamed.items() if name not in RESERVED_COLUMNS):
+            return None, f"`{place}` must have metadata nested at most {MAX_DEPTH} deep. Make it text."
         try:
             read_document(renamed, place)
         except (TypeError, ValueError) as error:
@@ -190,6 +216,18 @@ class DocumentSource:
             for field in self.schema
             if self.columns.get(field.name, field.name) not in RESERVED_COLUMNS
         }
+
+
+def _is_utf8(text: str) -> bool:
+    return text.encode("utf-8", "replace").decode() == text
+
+
+def _depth(value, level: int = 0) -> int:
+    """How deep lists and dicts stand in each other, as far as it matters; a list may stand in itself."""
+    if level > MAX_DEPTH or not isinstance(value, list | tuple | Mapping):
+        return level
+    inner = value.values() if isinstance(value, Mapping) else value
+    return max((_depth(part, level + 1) for part in inner), default=level + 1)
 
 
 def _text_row(file: Path, name: str) -> tuple:

@@ -98,6 +98,16 @@ def append_lines(path: Path, rows: Iterable[dict]) -> None:
             file.writelines(line.encode() for line in lines)
 
 
+def write_lines(path: Path, rows: Iterable[dict]) -> None:
+    """Replace a JSONL file by one with these rows, at once; none remove it."""
+    lines = [json.dumps(row, ensure_ascii=True, default=str) + "\n" for row in rows]
+    if not lines:
+        path.unlink(missing_ok=True)
+        return
+    with replacing(path) as partial:
+        partial.write_text("".join(lines), encoding="utf-8")
+
+
 def read_lines(path: Path) -> list[dict]:
     """The rows of a JSONL file, up to a line that was not finished; none where there is no file."""
     rows = []
@@ -120,15 +130,31 @@ class SeenIds:
     def __init__(self, path: Path):
         self.path = path
         path.unlink(missing_ok=True)
-        self.connection = sqlite3.connect(path, check_same_thread=False)
-        self.connection.execute("pragma journal_mode = off")
-        self.connection.execute("pragma synchronous = off")
-        self.connection.execute("create table ids (id text primary key) without rowid")
+        with self._disk_errors():
+            self.connection = sqlite3.connect(path, check_same_thread=False)
+            self.connection.execute("pragma journal_mode = off")
+            self.connection.execute("pragma synchronous = off")
+            self.connection.execute("create table ids (id text primary key) without rowid")
+
+    @contextlib.contextmanager
+    def _disk_errors(self):
+        """SQLite's errors as those of the disk, which is what they are here."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise OSError(
+                f"ids that were seen must be written to {self.path}, but: {error}. Free the disk."
+            ) from error
 
     def add(self, text: str) -> bool:
         """Add a text; whether it is new."""
-        cursor = self.connection.execute("insert or ignore into ids values (?)", (text,))
+        with self._disk_errors():
+            cursor = self.connection.execute("insert or ignore into ids values (?)", (text,))
         return cursor.rowcount == 1
+
+    def remove(self, text: str) -> None:
+        """Take a text out again."""
+        self.connection.execute("delete from ids where id = ?", (text,))
 
     def __enter__(self) -> "SeenIds":
         return self

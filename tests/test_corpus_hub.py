@@ -1,0 +1,336 @@
+"""Corpora on the Hub: published in one commit without deleted text, opened by id, read by `datasets`.
+
+It stands on the loopback Hub, where corpora are also built from a data set.
+"""
+
+import contextlib
+import itertools
+import json
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import datasets
+import pytest
+from hub_server import Failure
+from huggingface_hub import HfApi, snapshot_download
+from test_corpus_changes import (
+    CODECS,
+    ERRORS,
+    assert_holds,
+    build,
+    by_id,
+    edit_json,
+    make,
+    make_many,
+    read_json,
+    texts,
+    top,
+)
+
+from modeling_clara import CompressedCorpus
+
+MODEL = "hubcorpus/model"
+SECRET = "zebra-quagga-secret"
+FILTERS = ["ignore:Use 'content=", "ignore::DeprecationWarning:datasets", "ignore::FutureWarning:datasets"]
+pytestmark = [pytest.mark.filterwarnings(text) for text in FILTERS]
+
+
+@pytest.fixture
+def repo(request) -> str:
+    """A repo of this test."""
+    name = re.sub(r"\W+", "-", request.node.name)
+    return f"hubcorpus/{name[:80].strip('-')}"
+
+
+@pytest.fixture
+def corpus(shared_model, tmp_path) -> CompressedCorpus:
+    """d0 to d9 as float16 in three shards."""
+    return build(shared_model, tmp_path / "corpus")
+
+
+def files(repo: str, revision: str | None = None) -> set[str]:
+    return set(HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)) - {".gitattributes"}
+
+
+def n_commits(repo: str) -> int:
+    return len(HfApi().list_repo_commits(repo, repo_type="dataset"))
+
+
+def named_files(corpus) -> set[str]:
+    content = read_json(corpus)
+    states = {f"codec/{key}.safetensors" for key in content["codec_states"]}
+    return {"corpus.json", "README.md", *(shard["file"] for shard in content["shards"]), *states}
+
+
+# --- published and opened --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_pushed_corpus_is_opened_by_its_id(shared_model, tmp_path, repo, codec):
+    corpus = build(shared_model, tmp_path / "corpus", codec=codec)
+    url = corpus.push_to_hub(repo, compressor=MODEL, compressor_revision="abc")
+    assert repo in url and url.endswith(HfApi().dataset_info(repo).sha)
+    assert n_commits(repo) == 2  # the first made the repo
+    assert files(repo) == named_files(corpus)
+    opened = CompressedCorpus.open(repo)
+    assert_holds(opened, by_id(make_many(10)), ERRORS[codec])
+    assert opened.repo_id == repo and opened.manifest.compressor["name_or_path"] == MODEL
+    assert opened.manifest.compressor["revision"] == "abc"
+    assert opened.fingerprint == shared_model.fingerprint
+    assert not (opened.folder / "index").exists()  # nothing is written beside the files of the Hub
+    assert_holds(CompressedCorpus.open(repo, local_files_only=True), by_id(make_many(10)), ERRORS[codec])
+    assert len(shared_model.load_corpus(repo)) == 10
+
+
+def test_datasets_reads_a_corpus(corpus, repo):
+    corpus.add([make("umlaut", 40, title="Flüsse", text="Die Seine fließt. 🇫🇷")], shard_size=1)
+    corpus.push_to_hub(repo, compressor=MODEL)
+    whole = datasets.load_dataset(repo, split="train")
+    assert whole["document_id"] == [*(f"d{index}" for index in range(10)), "umlaut"]
+    assert whole["id"][3] == "d3#0" and whole["span"][3] == 0 and whole["year"][3] == 2003
+    assert whole[10]["text"] == "Die Seine fließt. 🇫🇷" and whole[10]["title"] == "Flüsse"
+    assert whole[3]["memory"] == make("d3", 3)["memory"].half().numpy().tobytes()
+    streamed = datasets.load_dataset(repo, split="train", streaming=True)
+    assert [row["text"] for row in streamed] == list(whole["text"])
+
+
+def test_the_card_is_that_of_a_dataset(corpus, repo):
+    readme = corpus.folder / "README.md"
+    readme.write_text(readme.read_text().replace("---\n", "---\npretty_name: Mine\n", 1) + "\nMy own words.\n")
+    corpus.add([make("new", 20)])
+    corpus.push_to_hub(repo, compressor=MODEL)
+    info = HfApi().dataset_info(repo)
+    path = Path(snapshot_download(repo, repo_type="dataset")) / "README.md"
+    card = path.read_text()
+    assert info.sha in str(path) and card == readme.read_text()
+    assert "pretty_name: Mine" in card and card.endswith("\nMy own words.\n")
+    assert "11 documents in 11 spans" in card and f"from_pretrained('{MODEL}'" in card
+    assert card.count("<!-- clara: begin -->") == 1
+
+
+@pytest.mark.parametrize("tags, expected", [("[medical]", ["medical"]), ("medical", ["medical"]), ("", [])])
+def test_tags_of_a_user_stay_in_the_card(corpus, repo, tags, expected):
+    from huggingface_hub import DatasetCard
+
+    (corpus.folder / "README.md").write_text(f"---\ntags: {tags}\n---\n\nMine.\n")
+    corpus.push_to_hub(repo, compressor=MODEL)
+    card = DatasetCard.load(repo)
+    assert [tag for tag in card.data.tags if "clara" not in tag][: len(expected)] == expected
+    assert len(card.data.tags) == len(expected) + 4 and "Mine." in card.text
+
+
+def test_a_revision_is_opened(corpus, repo):
+    corpus.push_to_hub(repo, compressor=MODEL)
+    first = HfApi().dataset_info(repo).sha
+    HfApi().create_tag(repo, tag="v1", repo_type="dataset")
+    HfApi().create_branch(repo, branch="next", repo_type="dataset")
+    corpus.delete(["d0"])
+    corpus.push_to_hub(repo, revision="next")
+    assert HfApi().dataset_info(repo).sha == first
+    for revision, count in ((None, 10), ("v1", 10), (first, 10), ("next", 9), ("main", 10)):
+        opened = CompressedCorpus.open(repo, revision=revision)
+        assert len(opened) == count and ("d0" in opened) == (count == 10)
+    with pytest.raises(FileNotFoundError, match=f"(?s)`{repo}` must be .*the revision"):
+        CompressedCorpus.open(repo, revision="nowhere")
+    with pytest.raises(FileNotFoundError, match="hubcorpus/nobody"):
+        CompressedCorpus.open("hubcorpus/nobody")
+
+
+def test_a_private_corpus_needs_the_token(corpus, repo):
+    corpus.push_to_hub(repo, compressor=MODEL, private=True)
+    assert HfApi().dataset_info(repo).private
+    assert len(CompressedCorpus.open(repo)) == 10
+    with pytest.raises(FileNotFoundError, match="token"):
+        CompressedCorpus.open(repo, token=False, cache_dir=corpus.folder.parent / "cache")
+
+
+# --- what is not published -------------------------------------------------------------------------------------------
+
+
+def test_deleted_text_is_nowhere_in_the_uploaded_files(corpus, repo, hub):
+    corpus.add([make("gone", 30, text=f"{SECRET} deleted"), make("old", 31, text=f"{SECRET} replaced")])
+    corpus.delete(["gone", "d5"])
+    corpus.update([make("old", 32)])
+    corpus.push_to_hub(repo, compressor=MODEL)
+    assert not read_json(corpus)["shards"][0]["tombstones"]
+    published = Path(snapshot_download(repo, repo_type="dataset"))
+    for path in published.rglob("*.parquet"):
+        rows = datasets.Dataset.from_parquet(str(path), cache_dir=str(corpus.folder.parent / "cache"))
+        assert not {"gone", "d5"} & set(rows["document_id"])
+    assert len(list(published.rglob("*.parquet"))) == 1
+    for commit in hub.repos["dataset", repo].commits.values():
+        for file in commit.values():
+            content = hub.blobs[file.get("lfs", file)["oid"]]
+            assert SECRET.encode() not in content and b"gone#0" not in content
+            assert make("gone", 30)["memory"].half().numpy().tobytes() not in content
+    opened = CompressedCorpus.open(repo)
+    assert_holds(opened, by_id([d for d in make_many(10) if d["id"] != "d5"] + [make("old", 32)]))
+
+
+def test_a_second_push_removes_stale_files_and_keeps_those_of_others(corpus, repo):
+    corpus.add([make("d0", 1)])  # rejected
+    corpus.push_to_hub(repo, compressor=MODEL)
+    assert files(repo) == named_files(corpus) | {"rejected.jsonl"}
+    HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id=repo, repo_type="dataset")
+    first = files(repo)
+    corpus.convert("int8", shard_size=3)
+    corpus.push_to_hub(repo)
+    assert files(repo) == named_files(corpus) | {"rejected.jsonl", "notes.txt"}
+    assert n_commits(repo) == 4 and not {name for name in first if name.startswith("data/")} & files(repo)
+    assert_holds(CompressedCorpus.open(repo), by_id(make_many(10)), ERRORS["int8"])
+    assert datasets.load_dataset(repo, split="train").num_rows == 10
+    corpus.push_to_hub(repo)  # nothing has changed
+    assert_holds(CompressedCorpus.open(repo), by_id(make_many(10)), ERRORS["int8"])
+
+
+def test_a_push_that_breaks_off_leaves_the_earlier_one(corpus, repo, hub):
+    corpus.push_to_hub(repo, compressor=MODEL)
+    before = files(repo)
+    corpus.compact(shard_size=1)
+    hub.failures.append(Failure(f"/api/datasets/{repo}/commit", status=500, times=20))
+    try:
+        with pytest.raises(OSError):
+            corpus.push_to_hub(repo)
+    finally:
+        hub.failures.clear()
+    assert files(repo) == before
+    assert_holds(CompressedCorpus.open(repo), by_id(make_many(10)))
+    corpus.push_to_hub(repo)
+    assert files(repo) == named_files(corpus)
+
+
+def test_a_push_publishes_one_state_while_another_object_writes(corpus, repo):
+    other, is_done = CompressedCorpus.open(corpus.folder), threading.Event()
+
+    def write():
+        for round_ in itertools.count():
+            if is_done.wait(0.01):
+                return
+            with contextlib.suppress(RuntimeError):  # the lock is taken
+                other.compact(shard_size=1 + round_ % 5)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        n_pushed = 0
+        while n_pushed < 4:
+            with contextlib.suppress(RuntimeError):
+                corpus.push_to_hub(repo, compressor=MODEL)
+                n_pushed += 1
+                assert_holds(CompressedCorpus.open(repo), by_id(make_many(10)))
+    finally:
+        is_done.set()
+        writer.join()
+
+
+def test_a_compressor_that_others_cannot_load_is_refused(corpus, repo, checkpoint):
+    before = (corpus.folder / "corpus.json").read_bytes(), (corpus.folder / "README.md").read_bytes()
+    for wrong in (None, str(checkpoint), "./model", "/models/clara", "~/model", "../clara", ""):
+        with pytest.raises(ValueError, match="`compressor` must name the model on the Hub.*[Pp]ublish"):
+            corpus.push_to_hub(repo, compressor=wrong)
+    after = (corpus.folder / "corpus.json").read_bytes(), (corpus.folder / "README.md").read_bytes()
+    assert after == before  # a path was not written down on the way
+    assert not HfApi().repo_exists(repo, repo_type="dataset")
+
+
+def test_the_revision_of_the_compressor_is_kept(corpus, repo):
+    corpus.push_to_hub(repo, compressor=MODEL, compressor_revision="abc")
+    corpus.push_to_hub(repo, compressor=MODEL)
+    assert read_json(corpus)["compressor"]["revision"] == "abc"
+    corpus.push_to_hub(repo, compressor="hubcorpus/renamed")
+    assert read_json(corpus)["compressor"]["name_or_path"] == "hubcorpus/renamed"
+    assert read_json(corpus)["compressor"]["revision"] is None  # of another repo
+
+
+@pytest.mark.parametrize("damage", ["shard", "counts", "missing"])
+def test_a_damaged_corpus_is_not_published(corpus, repo, damage):
+    path = corpus.folder / read_json(corpus)["shards"][1]["file"]
+    if damage == "shard":
+        data = bytearray(path.read_bytes())
+        data[-400] ^= 1
+        path.write_bytes(data)
+    elif damage == "missing":
+        path.unlink()
+    else:
+        compressor = read_json(corpus)["compressor"] | {"name_or_path": MODEL}
+        edit_json(corpus, n_documents=9, compressor=compressor)
+        corpus = CompressedCorpus.open(corpus.folder)
+    with pytest.raises((ValueError, FileNotFoundError), match="corpus.json"):
+        corpus.push_to_hub(repo, compressor=MODEL)
+    assert not HfApi().repo_exists(repo, repo_type="dataset")
+
+
+# --- a corpus of the Hub is changed as a copy ------------------------------------------------------------------------
+
+
+def test_changing_a_corpus_of_the_hub_names_the_remedy_and_the_remedy_works(corpus, repo, tmp_path, shared_model):
+    corpus.push_to_hub(repo, compressor=MODEL)
+    opened = CompressedCorpus.open(repo, model=shared_model)
+    changes = [
+        lambda: opened.add(["A text."]),
+        lambda: opened.update([make("d1", 1)]),
+        lambda: opened.delete(["d1"]),
+        lambda: opened.compact(),
+        lambda: opened.convert("int8"),
+        lambda: opened.push_to_hub(repo),
+    ]
+    for change in changes:
+        with pytest.raises(ValueError, match=f"copied to a folder.*{repo}.*--repo-type dataset --local-dir"):
+            change()
+    copied = tmp_path / "copied"
+    snapshot_download(repo, repo_type="dataset", local_dir=copied)
+    mine = CompressedCorpus.open(copied, model=shared_model)
+    mine.add([make("new", 20)])
+    mine.delete(["d0"])
+    mine.push_to_hub(repo)
+    assert_holds(CompressedCorpus.open(repo), by_id([*make_many(10)[1:], make("new", 20)]))
+    assert len(opened) == 10 and top(opened, make("d0", 0))["document_id"] == "d0"
+    assert not [name for name in files(repo) if name.startswith((".cache", "index", ".lock"))]
+
+
+def test_a_damaged_file_of_the_cache_is_named(corpus, repo, tmp_path):
+    corpus.push_to_hub(repo, compressor=MODEL)
+    opened = CompressedCorpus.open(repo, cache_dir=tmp_path / "cache")
+    path = next((opened.folder / "data").iterdir())
+    real = path.resolve()
+    real.chmod(0o644)
+    real.write_bytes(real.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"{path}.*download it again"):
+        CompressedCorpus.open(repo, cache_dir=tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache")
+    assert CompressedCorpus.open(repo, cache_dir=tmp_path / "cache").verify() == []
+
+
+# --- built from a data set of the Hub --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> str:
+    """A data set of texts on the Hub, in two files, with one row that has no text."""
+    rows = {"key": ["a", "b", "c", "d", "e"], "body": ["Rome.", "Paris.", "", "Die Seine fließt.", "Berlin. " * 40]}
+    data = datasets.Dataset.from_dict(rows | {"year": [1, 2, 3, None, 5]})
+    data.push_to_hub("hubcorpus/plain", num_shards=2)
+    return "hubcorpus/plain"
+
+
+def test_a_corpus_is_built_from_a_data_set_of_the_hub(shared_model, plain, tmp_path, repo):
+    columns = {"text_column": "body", "id_column": "key", "split": "train"}
+    corpus = CompressedCorpus.build(shared_model, plain, tmp_path / "corpus", codec="float16", **columns)
+    assert list(corpus.document_ids()) == ["a", "b", "d", "e"] and corpus.metadata_columns == ["year"]
+    assert texts(corpus)["d"] == "Die Seine fließt." and len(corpus.get(["e"])[0]["spans"]) > 1
+    assert [found["metadata"]["year"] for found in corpus.get(["a", "d", "e"])] == [1, None, 5]
+    (line,) = (tmp_path / "corpus" / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(line)["row"] == 2 and corpus.manifest.n_rejected == 1
+    again = CompressedCorpus.build(shared_model, plain, tmp_path / "corpus", codec="float16", **columns)
+    assert texts(again) == texts(corpus)
+    changes = corpus.add(plain, **columns)
+    assert changes.n_documents == 0 and len(changes.rejected) == 5
+    corpus.push_to_hub(repo, compressor=MODEL)
+    assert texts(CompressedCorpus.open(repo)) == texts(corpus)
+    with pytest.raises(FileNotFoundError, match="'test'"):
+        CompressedCorpus.build(shared_model, plain, tmp_path / "other", **columns | {"split": "test"})
+    with pytest.raises(FileNotFoundError, match="hubcorpus/nobody"):
+        CompressedCorpus.build(shared_model, "hubcorpus/nobody", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
