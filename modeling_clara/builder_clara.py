@@ -247,8 +247,8 @@ class Build:
             name = different[0]
             if name == "first_rows":
                 raise ValueError(
-                    "a build must go on with the input that it began with; its first rows are others than before. Give "
-                    "the same input, or choose another folder."
+                    "a build must go on with the input that it began with; its first rows are others than before. "
+                    "Give the same input, or choose another folder."
                 )
             raise ValueError(
                 f"a build must go on with the input and the options that it began with; `{name}` was "

@@ -33,7 +33,7 @@ from .search_clara import SMALL, Ranked, exact_cosines, rank_documents, scan
 from .shards_clara import require_arrow
 from .snapshot_clara import WHEN_CHANGED, WHEN_OPENED, Snapshot
 from .storage_clara import derived_folder
-from .text_clara import check_count, check_list
+from .text_clara import check_count, check_id, check_list
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ class CompressedCorpus(BuilderMixin, WriterMixin, PublishMixin):
 
     def refresh(self) -> "CompressedCorpus":
         """Show what was changed since this object was opened, by other processes or objects too."""
-        if Manifest.read(self.folder).generation != self.manifest.generation:
+        if Manifest.read(self.folder) != self.manifest:
             self._load(WHEN_CHANGED)
         return self
 
@@ -226,7 +226,7 @@ class CompressedCorpus(BuilderMixin, WriterMixin, PublishMixin):
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def __contains__(self, document_id: str) -> bool:
-        return self.snapshot.find(document_id) is not None
+        return isinstance(document_id, str) and self.snapshot.find(document_id) is not None
 
     def document_ids(self) -> Iterator[str]:
         """Ids of all documents, in order."""
@@ -248,7 +248,7 @@ class CompressedCorpus(BuilderMixin, WriterMixin, PublishMixin):
         """
         snapshot, found = self.snapshot, []
         for document_id in check_list(ids, "ids"):
-            rows = snapshot.find(document_id)
+            rows = snapshot.find(check_id(document_id))
             if rows is None:
                 raise KeyError(f"`ids` must be documents of the corpus, {document_id!r} is none. Check the id.")
             found.append(rows)

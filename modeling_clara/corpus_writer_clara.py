@@ -22,6 +22,7 @@ from .pipeline_clara import COMPRESSED_SPANS, ShardPipeline, ShardResult
 from .shards_clara import (
     ShardWriter,
     binary_array,
+    check_shard,
     live_mask,
     memory_rows,
     pa,
@@ -30,8 +31,8 @@ from .shards_clara import (
 )
 from .snapshot_clara import WHEN_CHANGED, WHEN_OPENED, load_codecs, write_state
 from .sources_clara import DocumentSource, InputRow
-from .storage_clara import append_lines, corpus_lock
-from .text_clara import check_count, check_list
+from .storage_clara import append_lines, corpus_lock, read_lines, write_lines
+from .text_clara import check_count, check_id, check_list
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class WriterMixin:
         Raises:
             KeyError: an id that is not there. Nothing is deleted then.
         """
-        ids = check_list(ids, "ids")
+        ids = [check_id(name) for name in check_list(ids, "ids")]
         if len(set(ids)) != len(ids):
             raise ValueError("`ids` must be different, got one twice. Remove the second.")
         with self._writing() as manifest:
@@ -114,7 +115,9 @@ class WriterMixin:
 
         Memories keep their bytes. The compute cost is that of copying.
         """
-        self._rewrite(check_count(shard_size, "shard_size", "Default: 1024."), None)
+        check_count(shard_size, "shard_size", "Default: 1024.")
+        with self._writing() as manifest:
+            self._rewrite(manifest, shard_size, None)
 
     def convert(self, codec: str, *, shard_size: int = 1024) -> None:
         """Encode the memories with another codec, without compressing again; deleted documents are left out.
@@ -129,8 +132,10 @@ class WriterMixin:
             ValueError: unknown codec, or a memory does not fit into it.
         """
         check_codec(codec)
-        if codec != self.manifest.codec:
-            self._rewrite(check_count(shard_size, "shard_size", "Default: 1024."), codec)
+        check_count(shard_size, "shard_size", "Default: 1024.")
+        with self._writing() as manifest:
+            if codec != manifest.codec:
+                self._rewrite(manifest, shard_size, codec)
 
     # --- how a change is made ----------------------------------------------------------------------------------------
 
@@ -144,10 +149,16 @@ class WriterMixin:
             )
         with corpus_lock(self.folder):
             self.refresh()
+            lines = read_lines(self.folder / REJECTED_FILE)
+            if len(lines) > self.manifest.n_rejected:  # of a writer that was killed before its commit
+                write_lines(self.folder / REJECTED_FILE, lines[: self.manifest.n_rejected])
             try:
                 yield deepcopy(self.manifest)
             finally:
-                remove_strangers(self.folder, self.manifest)
+                with contextlib.suppress(
+                    OSError, ValueError
+                ):  # what is on the disk counts, not what this object shows
+                    remove_strangers(self.folder, Manifest.read(self.folder))
 
     def _commit(self, manifest: Manifest, limits=WHEN_CHANGED) -> None:
         """Make a manifest the corpus's, and show it."""
@@ -242,25 +253,22 @@ class WriterMixin:
         schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(self.manifest.metadata_schema)))
         return {column.name: column.type for column in schema}
 
-    def _rewrite(self, shard_size: int, codec: str | None) -> None:
-        """New shards of all live rows; with a codec the memories are decoded and encoded again."""
-        with self._writing() as manifest:
-            old, total = load_codecs(self.folder, manifest), self.snapshot.n_live
-            new = None if codec is None or not total else self._fit(codec)
-            states = {} if new is None else write_state(self.folder, new)
+    def _rewrite(self, manifest: Manifest, shard_size: int, codec: str | None) -> None:
+        """New shards of all live rows, and the commit; with a codec the memories are decoded and encoded again."""
+        old, total = load_codecs(self.folder, manifest), self.snapshot.n_live
+        new = None if codec is None or not total else self._fit(codec)
+        states = {} if new is None else write_state(self.folder, new)
 
-            def encode(rows: np.ndarray, state: str) -> np.ndarray:
-                return rows if new is None else new.encode(old[state].decode(rows))
+        def encode(rows: np.ndarray, state: str) -> np.ndarray:
+            return rows if new is None else new.encode(old[state].decode(rows))
 
-            with tqdm(total=total, desc="writing", unit=" spans", delay=2) as bar:
-                shards = list(self._rewritten(manifest, shard_size, encode, new, bar.update))
-            manifest.shards = shards
-            manifest.codec = manifest.codec if codec is None else codec
-            states = states if codec else manifest.codec_states
-            manifest.codec_states = {
-                key: sha256 for key, sha256 in states.items() if any(shard.codec_state == key for shard in shards)
-            }
-            self._commit(manifest, WHEN_OPENED)
+        with tqdm(total=total, desc="writing", unit=" spans", delay=2) as bar:
+            manifest.shards = list(self._rewritten(manifest, shard_size, encode, new, bar.update))
+        manifest.codec = manifest.codec if codec is None else codec
+        used = {shard.codec_state for shard in manifest.shards}
+        states = states if codec else manifest.codec_states
+        manifest.codec_states = {key: sha256 for key, sha256 in states.items() if key in used}
+        self._commit(manifest, WHEN_OPENED)
 
     def _fit(self, name: str) -> Codec:
         """A codec fitted on memories from all over the corpus."""
@@ -299,6 +307,7 @@ class WriterMixin:
                     writer.abandon()
 
     def _live_tables(self, shard: Shard, encode: Callable) -> "Iterator[pa.Table]":
+        check_shard(self.folder, shard)  # damage shall not get a new checksum
         live, start = live_mask(shard), 0
         for batch in read_batches(self.folder, shard):
             mask = live[start : start + len(batch)]

@@ -19,7 +19,7 @@ from .codecs_clara import Codec
 from .manifest_clara import Shard
 from .shards_clara import RESERVED_COLUMNS, ShardWriter, pa, shard_schema
 from .snapshot_clara import write_state
-from .sources_clara import InputRow
+from .sources_clara import InputRow, is_utf8
 
 COMPRESSED_SPANS = 1024  # compressed in one call, and the sample that a codec is fitted on
 OURS = ("span", "n_tokens")  # columns that a document cannot bring
@@ -130,8 +130,11 @@ class ShardPipeline:
         document_id = self._document_id(row)
         metadata = self._metadata(row)
         fields = {name: row.document.get(name) for name in ("title", "text")}
-        for value in fields.values():
-            (value or "").encode("utf-8")  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
+        for name, value in {**fields, "id": document_id}.items():
+            if value and not is_utf8(value):
+                raise ValueError(
+                    f"`{row.place}[{name!r}]` must be valid UTF-8, got a lone surrogate. Correct its source."
+                )
         if row.document.get("memory") is not None:
             memory = self._given_memory(row)
             spans = [{"title": (fields["title"] or "").strip(), "text": fields["text"], "span": 0, "n_tokens": None}]
@@ -150,7 +153,6 @@ class ShardPipeline:
             return self.new_id(row)
         if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
             raise TypeError(f"`{row.place}['id']` must be text or an int, got {given!r}. Give it one.")
-        str(given).encode("utf-8")
         return str(given)
 
     def _metadata(self, row: InputRow) -> dict:
@@ -282,7 +284,8 @@ class _Chunk:
 
     def add(self, row: InputRow, spans: list[dict]) -> None:
         self.spans += spans
-        self.documents[spans[0]["document_id"]] = InputRow(row.index, row.place)
+        document_id = spans[0]["document_id"]
+        self.documents[document_id] = InputRow(row.index, row.place, {"id": document_id})
 
     def reject(self, row: InputRow, reason: str) -> None:
         given = row.document.get("id") if row.document else None

@@ -112,6 +112,16 @@ def id_hash(document_id: str) -> np.uint64:
     return np.uint64(int.from_bytes(digest, "little"))
 
 
+def id_table(table: "pa.Table") -> np.ndarray:
+    """(documents,) of (hash, row): the id of every document and its first row, sorted."""
+    starts = np.flatnonzero(table["span"].to_numpy() == 0)
+    ids = np.empty(len(starts), dtype=[("hash", np.uint64), ("row", np.int64)])
+    ids["row"] = starts
+    names = table["document_id"].take(starts) if len(starts) else []
+    ids["hash"] = [id_hash(name.as_py()) for name in names]
+    return ids[np.lexsort((ids["row"], ids["hash"]))]
+
+
 def segment_key(shards: Sequence[Shard]) -> str:
     """The folder name of a segment of these shards."""
     return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()[:16]
@@ -134,7 +144,7 @@ def derive_segment(corpus: Path, shards: Sequence[Shard], row_bytes: int, target
     partial = target / f".{folder.name}.{os.getpid()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    hashes, firsts, n_rows, writer = [], [], 0, None
+    writer = schema = None
     try:
         with open(partial / ROWS_FILE, "wb") as rows_file, pa.OSFile(str(partial / TABLE_FILE), "wb") as table_file:
             for shard in shards:
@@ -142,22 +152,20 @@ def derive_segment(corpus: Path, shards: Sequence[Shard], row_bytes: int, target
                 for batch in read_batches(corpus, shard):
                     place = f"the shard {shard.file}"
                     rows_file.write(memory_rows(batch["memory"], row_bytes, place).data)
+                    missing = set() if schema is None else set(schema.names) - set(batch.schema.names)
+                    if missing:
+                        raise ValueError(f"{place} lacks the columns {sorted(missing)}. Copy or download it again.")
                     if writer is None:
                         columns = ["document_id", "span", "title", "text", "n_tokens", *metadata_types(batch.schema)]
                         schema = pa.schema([batch.schema.field(name) for name in columns])
                         writer = pa.ipc.new_file(table_file, schema)
                     writer.write_batch(batch.select(schema.names).cast(schema))
-                    starts = np.flatnonzero(batch["span"].to_numpy() == 0)
-                    hashes += [id_hash(batch["document_id"][int(row)].as_py()) for row in starts]
-                    firsts.append(starts + n_rows)
-                    n_rows += len(batch)
                     if progress is not None:
                         progress(len(batch))
             if writer is not None:
                 writer.close()
-        ids = np.empty(len(hashes), dtype=[("hash", np.uint64), ("row", np.int64)])
-        ids["hash"], ids["row"] = hashes, np.concatenate(firsts) if firsts else []
-        np.save(partial / IDS_FILE, ids[np.lexsort((ids["row"], ids["hash"]))])
+        with pa.memory_map(str(partial / TABLE_FILE)) as source:
+            np.save(partial / IDS_FILE, id_table(pa.ipc.open_file(source).read_all()))
         states = []
         for shard in shards:
             if states and states[-1][0] == shard.codec_state:

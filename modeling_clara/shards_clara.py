@@ -126,6 +126,11 @@ def memory_rows(column: "pa.Array", row_bytes: int, place: str) -> np.ndarray:
     Raises:
         ValueError: a row is missing or of another size, naming it.
     """
+    if not pa.types.is_large_binary(column.type):
+        raise ValueError(
+            f"the column `memory` of {place} must be large_binary, got {column.type}. The shard was not written by "
+            "this package: build the corpus again."
+        )
     offsets = np.frombuffer(column.buffers()[1], np.int64)[column.offset : column.offset + len(column) + 1]
     wrong = np.flatnonzero(np.diff(offsets) != row_bytes)
     if column.null_count or len(wrong):

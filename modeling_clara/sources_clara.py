@@ -169,8 +169,8 @@ class DocumentSource:
         if not isinstance(document, Mapping):
             return None, f"`{place}` must be a text or a dict, got {type(document).__name__}. Convert it."
         strange = [name for name in document if not isinstance(name, str)]
-        if strange or any(not _is_utf8(name) for name in document):
-            strange = strange or [name for name in document if not _is_utf8(name)]
+        if strange or any(not is_utf8(name) for name in document):
+            strange = strange or [name for name in document if not is_utf8(name)]
             return None, f"`{place}` must have text as names of its columns, got {strange[0]!r}. Rename it."
         # A column that was named for a field wins over one that has the field's name.
         renamed = {name: value for name, value in document.items() if name not in self.columns}
@@ -218,7 +218,8 @@ class DocumentSource:
         }
 
 
-def _is_utf8(text: str) -> bool:
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written; one with a lone surrogate cannot."""
     return text.encode("utf-8", "replace").decode() == text
 
 

@@ -34,6 +34,13 @@ def check_count(value, name: str, remedy: str) -> int:
     return value
 
 
+def check_id(document_id) -> str:
+    """Return the id of a document, or raise a TypeError unless it is text."""
+    if not isinstance(document_id, str):
+        raise TypeError(f"`ids` must be texts, got {document_id!r}. Ids are stored as text: pass '{document_id}'.")
+    return document_id
+
+
 def read_document(document: str | Mapping, name: str) -> tuple[str, str]:
     """(title, text) of a document, the title "" where there is none.
 
