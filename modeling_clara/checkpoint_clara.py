@@ -363,8 +363,10 @@ class CheckpointMixin:
     def compressor_versions(self) -> tuple:
         """Changes whenever a weight that the fingerprint covers may have changed; costs nothing."""
         tensors = [p for name, p in self.backbone.named_parameters() if "compressor" in name.split(".")]
-        tensors += special_rows(self).values()
-        return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+        rows = list(special_rows(self).values())
+        versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors + rows]
+        # Of what is small also the values: assignments to `.data` are not counted.
+        return (self.config.document_max_length, *(float(row.sum()) for row in rows), *versions)
 
     _stored: dict[str, dict[str, torch.Tensor]] | None = None
 

@@ -108,6 +108,8 @@ class CompressedCorpus(BuilderMixin, WriterMixin, PublishMixin):
             raise ValueError(f"`backend` must be 'faiss' or 'milvus', got {backend!r}. Leave it out for FAISS.")
         if backend == "faiss" and (uri is not None or collection is not None):
             raise ValueError("`uri` and `collection` must go with `backend='milvus'`. Add it, or leave them out.")
+        if backend == "milvus" and index is not None:
+            raise ValueError(f"`index` must be left out with `backend='milvus'`, got {index!r}. Milvus has its own.")
         milvus = {"uri": uri, "collection": collection} if backend == "milvus" else None
         if os.path.isdir(path_or_repo):
             folder = Path(path_or_repo)
@@ -125,7 +127,12 @@ class CompressedCorpus(BuilderMixin, WriterMixin, PublishMixin):
         Args:
             memory_size: k that will be compared; default `retrieval_memory_size`.
         """
-        k = self.manifest.retrieval_memory_size if memory_size is None else memory_size
+        k, sizes = (
+            self.manifest.retrieval_memory_size if memory_size is None else memory_size,
+            self.manifest.memory_sizes,
+        )
+        if k not in sizes:
+            raise ValueError(f"`memory_size` must be one of {sizes}, got {k!r}. Choose one of them.")
         if self._is_indexed(self.snapshot):
             self._index_of(self.snapshot, k)
         return self
@@ -272,19 +279,20 @@ class CompressedCorpus(BuilderMixin, WriterMixin, PublishMixin):
         self,
         *,
         where: Mapping | None = None,
-        hybrid: bool = False,
-        exact: bool = False,
-        shortlist: int = SHORTLIST,
+        hybrid: bool | None = None,
+        exact: bool | None = None,
+        shortlist: int | None = None,
     ) -> "CompressedCorpus":
-        """The same corpus with other defaults of `search`, for calls that take `corpus=`.
+        """The same corpus with other defaults of `search`, for calls that take `corpus=`. What is left out stays.
 
         Example: `model.answer(questions, corpus=corpus.with_options(where={"year": {"$gte": 2020}}, hybrid=True))`.
         """
-        check_count(shortlist, "shortlist", f"Default: {SHORTLIST}.")
+        given = {"where": where, "hybrid": hybrid, "exact": exact, "shortlist": shortlist}
+        view = copy.copy(self)  # shares snapshot and index
+        view._options = self._options | {name: value for name, value in given.items() if value is not None}
+        check_count(view._options["shortlist"], "shortlist", f"Default: {SHORTLIST}.")
         if where is not None:
             check_where(where, self._filterable())
-        view = copy.copy(self)  # shares snapshot and index
-        view._options = {"where": where, "hybrid": hybrid, "exact": exact, "shortlist": shortlist}
         return view
 
     def search(
@@ -343,7 +351,13 @@ class CompressedCorpus(BuilderMixin, WriterMixin, PublishMixin):
 
     def _check_query(self, query_memory: torch.Tensor) -> torch.Tensor:
         hidden, sizes = self.manifest.hidden_size, self.manifest.memory_sizes
-        query_memory = torch.as_tensor(query_memory).detach().float().cpu()
+        try:
+            query_memory = torch.as_tensor(query_memory).detach().float().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"`query_memory` must be a tensor, got {type(query_memory).__name__}. Encode the questions with the "
+                "corpus's model: `encode_queries`, or search through `model.retrieve`."
+            ) from error
         if query_memory.ndim != 3 or query_memory.shape[2] != hidden or query_memory.shape[1] not in sizes:
             raise ValueError(
                 f"`query_memory` must have the shape (questions, k, {hidden}) with k one of {sizes}, got "
@@ -375,11 +389,13 @@ class CompressedCorpus(BuilderMixin, WriterMixin, PublishMixin):
     def _make_index(self, snapshot: Snapshot, memory_size: int, previous=None):
         with tqdm(total=snapshot.n_rows, desc="indexing the corpus", unit=" spans", delay=2, leave=False) as bar:
             if self._milvus is not None:
-                return MilvusIndex(snapshot, memory_size, **self._milvus, progress=bar.update)
+                return MilvusIndex(snapshot, memory_size, **self._milvus, progress=bar.update, previous=previous)
             return VectorIndex(snapshot, memory_size, self._index_kind, bar.update, previous)
 
     def _fuse(self, snapshot, query_memory, questions, ranked: Ranked, depth: int, allowed) -> Ranked:
         """Both orders, of memories and of words, as one."""
+        if isinstance(questions, str) or not all(isinstance(question, str) for question in questions or []):
+            raise TypeError("`questions` must be a list of texts for `hybrid`. Pass the texts of the query memories.")
         if questions is None or len(questions) != len(query_memory):
             raise ValueError(
                 f"`questions` must be the {len(query_memory)} texts of the query memories for `hybrid`, got "
@@ -390,7 +406,7 @@ class CompressedCorpus(BuilderMixin, WriterMixin, PublishMixin):
             if lexical is None or lexical.key != lexical_key(snapshot):
                 lexical = self._shared.lexical = LexicalIndex(snapshot)
         found = lexical.shortlist(questions, depth, allowed)
-        rows = np.full((len(found), max(1, *map(len, found))), -1, dtype=np.int64)
+        rows = np.full((len(found), max([1, *map(len, found)])), -1, dtype=np.int64)
         for question, mine in enumerate(found):
             rows[question, : len(mine)] = mine
         cosines = exact_cosines(snapshot, query_memory, rows)

@@ -8,7 +8,6 @@ would otherwise decide the order (recipes/LOG.md has the figures).
 """
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -151,9 +150,8 @@ class VectorIndex:
             vectors = np.concatenate(
                 [self.shorten(memory) for _, memory in snapshot.blocks(self.memory_size, [number])]
             )
-            partial = path.with_name(f".{path.name}.{os.getpid()}.npy")
-            np.save(partial, vectors)
-            os.replace(partial, path)
+            with replacing(path) as partial, open(partial, "wb") as file:
+                np.save(file, vectors)
             return vectors
 
     def shorten(self, memory: torch.Tensor) -> np.ndarray:
@@ -240,7 +238,7 @@ def _empty_index(kind: str, dimensions: int, n_rows: int):
         index.hnsw.efConstruction = HNSW_EF_CONSTRUCTION
         return index
     codes = "SQ8" if kind == "ivf" else "RaBitQ4"
-    index = faiss.index_factory(dimensions, f"IVF{max(1, int(4 * n_rows**0.5))},{codes}", metric)
+    index = faiss.index_factory(dimensions, f"IVF{max(1, min(int(4 * n_rows**0.5), n_rows // 16))},{codes}", metric)
     index.cp.max_points_per_centroid = 64
     index.cp.min_points_per_centroid = 1  # a small corpus whose user asked for this kind
     return index

@@ -318,7 +318,7 @@ class InferenceMixin(ReaderMixin):
         if corpus is not None:
             queries = self.encode_queries(questions, memory_size=k_score)
             options = {}
-            if isinstance(corpus, CompressedCorpus):
+            if hasattr(corpus, "check_model"):  # a `CompressedCorpus`, also of another copy of this code
                 corpus.check_model(self)
                 options["questions"] = questions
             hits = corpus.search(queries, top_k or self.config.retrieval_top_k, **options)

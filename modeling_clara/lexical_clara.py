@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
+from .search_clara import best_rows
 from .snapshot_clara import Snapshot
 
 try:
@@ -39,11 +40,12 @@ class LexicalIndex:
         require_bm25()
         self.key = lexical_key(snapshot)
         folder = snapshot.index_folder / f"bm25-{self.key}"
-        if not (folder / "complete").exists():
-            with FileLock(snapshot.index_folder / "lock"):
-                if not (folder / "complete").exists():
-                    self._build(snapshot, folder)
-        self.index = bm25s.BM25.load(str(folder), mmap=True, show_progress=False)
+        with FileLock(snapshot.index_folder / "lock"):  # whoever builds for another snapshot removes this one
+            if not (folder / "complete").exists():
+                self._build(snapshot, folder)
+            self.index = None  # where no text has a word
+            if not (folder / "empty").exists():
+                self.index = bm25s.BM25.load(str(folder), mmap=True, show_progress=False)
         self.n_rows = snapshot.n_rows
 
     def _build(self, snapshot: Snapshot, folder: Path) -> None:
@@ -54,10 +56,14 @@ class LexicalIndex:
             for segment in snapshot.segments
             for title, text in zip(segment.table["title"].to_pylist(), segment.table["text"].to_pylist(), strict=True)
         ]
-        index = bm25s.BM25()
-        index.index(_tokens(texts), show_progress=False)
         folder.mkdir(parents=True)
-        index.save(str(folder))
+        tokens = _tokens(texts)
+        if any(map(len, tokens.ids)):
+            index = bm25s.BM25()
+            index.index(tokens, show_progress=False)
+            index.save(str(folder))
+        else:
+            (folder / "empty").touch()
         (folder / "complete").touch()
 
     def shortlist(self, questions: Sequence[str], n: int, allowed: np.ndarray | None) -> list[np.ndarray]:
@@ -65,10 +71,10 @@ class LexicalIndex:
         found = []
         for question in questions:
             words = _tokens([question], words=True)[0]
-            scores = self.index.get_scores(words) if words else np.zeros(self.n_rows)
+            scores = self.index.get_scores(words) if words and self.index else np.zeros(self.n_rows)
             if allowed is not None:
                 scores = np.where(allowed, scores, 0.0)
-            best = np.argpartition(-scores, min(n, len(scores)) - 1)[:n]
+            best = best_rows(scores, n)
             best = best[np.lexsort((best, -scores[best]))]
             found.append(best[scores[best] > 0])
         return found

@@ -45,12 +45,12 @@ class MilvusIndex:
         snapshot: whose rows are found.
         memory_size: k that is compared.
         uri: of a server, or a file of Milvus Lite; default a file in the index folder.
-        collection: its name; default from the corpus's folder and k.
+        collection: the beginning of its name; default from the corpus's folder. k and a digest follow.
         progress: called with a number of rows while they are inserted.
+        previous: an index of an earlier snapshot, whose connection is used again.
 
     Raises:
         RuntimeError: Milvus cannot be reached, or another process has the file open.
-        ValueError: the collection belongs to something else.
     """
 
     def __init__(
@@ -60,15 +60,18 @@ class MilvusIndex:
         uri: str | None = None,
         collection: str | None = None,
         progress: Callable[[int], None] | None = None,
+        previous: "MilvusIndex | None" = None,
     ):
         require_milvus()
         self.memory_size = memory_size
         self.components = self._components(snapshot)
         digest = hashlib.sha256(self.components.numpy().tobytes()).hexdigest()[:12]
         place = hashlib.sha256(str(snapshot.folder.resolve()).encode()).hexdigest()[:8]
-        self.collection = f"{collection or f'clara_{place}'}_k{memory_size}"
-        self.client = connect(uri or str(snapshot.index_folder / "milvus.db"))
-        self._open_collection(f"CLaRa short vectors {digest}")
+        # The directions are part of the name: vectors of others could not be compared.
+        self.collection = f"{collection or f'clara_{place}'}_k{memory_size}_{digest}"
+        self.uri = uri or str(snapshot.index_folder / "milvus.db")
+        self.client = previous.client if previous is not None else connect(self.uri)
+        self._open_collection()
         self.firsts = dict(zip(map(_shard_key, snapshot.manifest.shards), _starts(snapshot), strict=True))
         self._update(snapshot, progress)
 
@@ -80,9 +83,9 @@ class MilvusIndex:
                 partial.write_bytes(save({"components": fit_components(snapshot, self.memory_size)}))
         return load_file(path)["components"]
 
-    def _open_collection(self, description: str) -> None:
+    def _open_collection(self) -> None:
         if not self.client.has_collection(self.collection):
-            schema = self.client.create_schema(enable_dynamic_field=True, description=description)
+            schema = self.client.create_schema(enable_dynamic_field=True)
             schema.add_field("clara_row", pymilvus.DataType.VARCHAR, is_primary=True, max_length=64)
             schema.add_field("clara_shard", pymilvus.DataType.VARCHAR, max_length=32)
             schema.add_field("clara_vector", pymilvus.DataType.FLOAT_VECTOR, dim=len(self.components))
@@ -90,12 +93,6 @@ class MilvusIndex:
             parameters.add_index("clara_vector", index_type="AUTOINDEX", metric_type="IP")
             self.client.create_collection(
                 self.collection, schema=schema, index_params=parameters, consistency_level="Strong"
-            )
-        found = self.client.describe_collection(self.collection)["description"]
-        if found != description:
-            raise ValueError(
-                f"the Milvus collection `{self.collection}` must be described as {description!r}, got {found!r}. It "
-                "belongs to another corpus, or to another copy of this one: choose another `collection`, or drop it."
             )
         self.client.load_collection(self.collection)
 

@@ -109,6 +109,18 @@ def _best_spans(snapshot: Snapshot, memory_size: int, rows: np.ndarray, scores: 
     return [(int(row), float(score)) for row, score in zip(rows[best], scores[best], strict=True)]
 
 
+def best_rows(scores: np.ndarray, n: int) -> np.ndarray:
+    """(min(n, rows),) rows with the largest scores, in no particular order; of ties at the end the lowest rows."""
+    if n >= len(scores):
+        return np.arange(len(scores))
+    last = np.partition(scores, len(scores) - n)[len(scores) - n]
+    if np.isneginf(last):
+        return np.argpartition(-scores, n - 1)[:n]
+    better = np.flatnonzero(scores > last + ROUNDING)
+    tied = np.flatnonzero((scores <= last + ROUNDING) & (scores >= last - ROUNDING))
+    return np.concatenate([better, tied[: n - len(better)]])
+
+
 def scan(snapshot: Snapshot, query_memory: torch.Tensor, n: int, allowed: np.ndarray | None) -> np.ndarray:
     """(questions, n) rows with the largest cosine over all rows: the exact search that the index is measured by."""
     k, n = query_memory.shape[1], min(n, snapshot.n_rows)
@@ -121,6 +133,6 @@ def scan(snapshot: Snapshot, query_memory: torch.Tensor, n: int, allowed: np.nda
             scores[:, first : first + len(memory)] = (block @ flatten_memory(memory, k).T).numpy()
         if allowed is not None:
             scores[:, ~allowed] = -np.inf
-        best = np.argpartition(-scores, n - 1, axis=1)[:, :n]
+        best = np.stack([best_rows(row, n) for row in scores])
         found.append(np.where(np.isneginf(np.take_along_axis(scores, best, 1)), -1, best))
     return np.concatenate(found)

@@ -5,7 +5,6 @@ shares the segments that are still needed. It knows nothing of questions or rank
 """
 
 import logging
-import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ logger = logging.getLogger(__name__)
 BLOCK_BYTES = 64 * 2**20  # of decoded memories at a time
 # Segments behind the first one, and their share of its rows, above which they are made one. A change of the corpus
 # leaves more of them, because it must be quick.
-WHEN_OPENED, WHEN_CHANGED = (8, 0.2), (64, math.inf)
+WHEN_OPENED, WHEN_CHANGED = (8, 0.2), (64, 1.0)
 
 
 class Snapshot:

@@ -10,9 +10,11 @@ import argparse
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
+from corpus_codecs import measure_codecs
 from pico_evaluate import SPLITS, evaluate
 from pico_facts import FactSheets
 
@@ -131,14 +133,24 @@ def link_code(folder: Path) -> None:
 
 
 def write_corpus(model: CLaRaForRAG, folder: Path) -> None:
-    """A small compressed corpus of sheets about unseen people."""
-    sheets, documents = FactSheets(78, test=True), {}
+    """A small compressed corpus of sheets about unseen people; its card says what the codecs cost."""
+    sheets, documents, asked = FactSheets(78, test=True), {}, []
     while len(documents) < N_SHEETS:
-        document, _ = sheets.sheet()
-        documents.setdefault(document["title"], document)
+        document, facts = sheets.sheet()
+        if document["title"] not in documents:
+            documents[document["title"]] = document
+            asked.append((document, facts))
+    rows = [sheets.question(document, facts) for document, facts in asked]
+    questions, answers = [question for question, _ in rows], [[answer] for _, answer in rows]
     source = {"name": "generated fact sheets of clara-pico", "license": "apache-2.0", "language": "en"}
     shutil.rmtree(folder, ignore_errors=True)
-    CompressedCorpus.build(model, list(documents.values()), folder, batch_size=64, source=source)
+    corpus = CompressedCorpus.build(model, list(documents.values()), folder, batch_size=64, source=source)
+    with tempfile.TemporaryDirectory() as temporary:
+        exact = Path(temporary) / "float16"
+        CompressedCorpus.build(model, list(documents.values()), exact, codec="float16", batch_size=64)
+        codecs = measure_codecs(model, exact, questions, answers, top_k=1)
+    measured = {"data": "the same generator, one of every sheet", "questions": len(questions), "codecs": codecs}
+    corpus.record_measurement(measured)
 
 
 def read_curves(runs: list[Path]) -> dict:

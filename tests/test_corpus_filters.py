@@ -230,8 +230,8 @@ def test_a_wrong_count_is_named(corpus, queries, value):
     if value is not None:
         with pytest.raises(ValueError, match="`shortlist` must be an int >= 1"):
             corpus.search(queries, 5, shortlist=value)
-    with pytest.raises(ValueError, match="`shortlist` must be an int >= 1"):
-        corpus.with_options(shortlist=value)
+        with pytest.raises(ValueError, match="`shortlist` must be an int >= 1"):
+            corpus.with_options(shortlist=value)
 
 
 @pytest.mark.parametrize("questions", [None, ["one"], "five!", [1, 2, 3, 4, 5]], ids=["none", "few", "text", "ints"])

@@ -229,6 +229,6 @@ def test_several_objects_search_while_one_changes_the_corpus(shared_model, queri
         thread.join()
     assert problems == []
     found = [
-        ids(opened.refresh().search(queries[:1], 30, hybrid=True, questions=["xylophonium"])) for opened in others
+        ids(opened.refresh().search(queries[:1], 70, hybrid=True, questions=["xylophonium"])) for opened in others
     ]
     assert all(row == found[0] for row in found) and "new29" in found[0][0] and "new28" not in found[0][0]

@@ -205,16 +205,13 @@ def test_the_default_file_lies_in_the_index_folder(shared_model, queries, tmp_pa
     close(again, uri)
 
 
-def test_a_collection_of_another_corpus_is_refused_and_kept(shared_model, queries, tmp_path):
+def test_two_corpora_under_one_name_have_collections_of_their_own(shared_model, queries, tmp_path):
     uri = str(tmp_path / "vectors.db")
     mine = CompressedCorpus.build(shared_model, make_documents(1100), tmp_path / "mine").folder
     other = CompressedCorpus.build(shared_model, make_documents(1100, seed=3), tmp_path / "other")
     corpus = CompressedCorpus.open(mine, backend="milvus", uri=uri, collection="mine")
     expected = ids(corpus.search(queries, 5))
-    with pytest.raises(ValueError, match="collection `mine_k4`.*belongs to another corpus.*choose another"):
-        CompressedCorpus.open(other.folder, backend="milvus", uri=uri, collection="mine")
-    assert ids(corpus.search(queries, 5)) == expected
-    beside = CompressedCorpus.open(other.folder, backend="milvus", uri=uri, collection="theirs")
+    beside = CompressedCorpus.open(other.folder, backend="milvus", uri=uri, collection="mine")
     assert_alike(beside.search(queries, 5), other.search(queries, 5, exact=True))
     assert ids(corpus.search(queries, 5)) == expected
     close(corpus, uri)
