@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from transformers.utils.logging import tqdm
 
-from .builder_clara import REJECTED_FILE
 from .card_clara import write_card
 from .codecs_clara import Codec, check_codec
+from .jobs_clara import REJECTED_FILE
 from .manifest_clara import Manifest, Shard
 from .pipeline_clara import COMPRESSED_SPANS, ShardPipeline, ShardResult
 from .shards_clara import (

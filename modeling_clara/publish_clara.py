@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from .builder_clara import REJECTED_FILE
 from .card_clara import CARD_FILE
 from .codecs_clara import Codec
+from .jobs_clara import REJECTED_FILE
 from .manifest_clara import MANIFEST_FILE, Manifest, Shard
 from .segments_clara import id_table
 from .shards_clara import check_shard, live_mask, memory_rows, pa, read_batches

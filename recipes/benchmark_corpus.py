@@ -85,7 +85,7 @@ def open_first(folder: Path) -> dict:
     return {"first_open_seconds": seconds, "first_open_mb": disk(folder / "index") / 1e6, "index_bytes": index}
 
 
-def search_one(folder: Path, n_exact: int = 20) -> dict:
+def search_one(folder: Path, n_exact: int = 5) -> dict:
     """Opening a second time, and searching question by question on one thread."""
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)

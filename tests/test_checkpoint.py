@@ -23,9 +23,10 @@ from modeling_clara.digest_clara import backbone_digests
 
 CODE = {
     f"{name}_clara.py"
-    for name in "adapters backbone builder candidates card checkpoint codecs configuration corpus corpus_writer "
-    "digest files filters generation index inference lexical manifest memory milvus modeling packing pipeline "
-    "processing prompting publish retrieval search segments shards snapshot sources storage text".split()
+    for name in "adapters backbone builder candidates card checkpoint codecs configuration corpus corpus_search "
+    "corpus_writer digest files filters generation index inference jobs lexical manifest memory milvus modeling "
+    "packing pipeline processing prompting publish retrieval search segments shards snapshot sources storage "
+    "text".split()
 }
 WEIGHTS = {"clara.safetensors", *(f"{role}/adapter_model.safetensors" for role in ROLES)}
 JSON = {"config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"} | {
