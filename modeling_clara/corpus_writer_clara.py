@@ -155,9 +155,8 @@ class WriterMixin:
             try:
                 yield deepcopy(self.manifest)
             finally:
-                with contextlib.suppress(
-                    OSError, ValueError
-                ):  # what is on the disk counts, not what this object shows
+                # What is on the disk counts, not what this object shows: a commit may have failed half way.
+                with contextlib.suppress(OSError, ValueError):
                     remove_strangers(self.folder, Manifest.read(self.folder))
 
     def _commit(self, manifest: Manifest, limits=WHEN_CHANGED) -> None:
