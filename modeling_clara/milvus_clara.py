@@ -20,11 +20,6 @@ from .retrieval_clara import flatten_memory
 from .snapshot_clara import Snapshot
 from .storage_clara import replacing
 
-try:
-    import pymilvus
-except ImportError:  # `require_milvus` names the remedy
-    pymilvus = None
-
 logger = logging.getLogger(__name__)
 
 INSERT_ROWS = 1000
@@ -32,10 +27,17 @@ MAX_LIMIT = 16_384  # rows that Milvus returns at most
 TITLE_LENGTH = 1024
 
 
-def require_milvus() -> None:
-    """Raise an ImportError that names the remedy where pymilvus is missing."""
-    if pymilvus is None:
-        raise ImportError('`backend="milvus"` needs pymilvus. Install it: pip install "clara-rag[milvus]".')
+def import_pymilvus():
+    """The module, imported here: it takes a second, which others shall not wait.
+
+    Raises:
+        ImportError: it is missing, naming the remedy.
+    """
+    try:
+        import pymilvus
+    except ImportError as error:
+        raise ImportError('`backend="milvus"` needs pymilvus. Install it: pip install "clara-rag[milvus]".') from error
+    return pymilvus
 
 
 class MilvusIndex:
@@ -62,7 +64,6 @@ class MilvusIndex:
         progress: Callable[[int], None] | None = None,
         previous: "MilvusIndex | None" = None,
     ):
-        require_milvus()
         self.memory_size = memory_size
         self.components = self._components(snapshot)
         digest = hashlib.sha256(self.components.numpy().tobytes()).hexdigest()[:12]
@@ -84,6 +85,7 @@ class MilvusIndex:
         return load_file(path)["components"]
 
     def _open_collection(self) -> None:
+        pymilvus = import_pymilvus()
         if not self.client.has_collection(self.collection):
             schema = self.client.create_schema(enable_dynamic_field=True)
             schema.add_field("clara_row", pymilvus.DataType.VARCHAR, is_primary=True, max_length=64)
@@ -169,7 +171,7 @@ def connect(uri: str):
     Raises:
         RuntimeError: it cannot be reached or opened.
     """
-    token = os.environ.get("MILVUS_TOKEN", "")
+    pymilvus, token = import_pymilvus(), os.environ.get("MILVUS_TOKEN", "")
     try:
         return pymilvus.MilvusClient(uri, token=token)
     except pymilvus.exceptions.MilvusException as error:
