@@ -1,8 +1,8 @@
 """What compressing and answering cost, side by side in one process: `python recipes/benchmark.py --data FILE`.
 
 Measures the real backbone on real passages on this machine and prints Markdown tables; ratios are what to quote, since
-every pair is measured in turn, round by round. It knows nothing of answer quality: its adapters are untrained. Training steps and
-corpora have files of their own, `benchmark_training.py` and `benchmark_corpus.py`.
+every pair is measured in turn, round by round. It knows nothing of answer quality: its adapters are untrained.
+Training steps and corpora have files of their own, `benchmark_training.py` and `benchmark_corpus.py`.
 """
 
 import argparse
