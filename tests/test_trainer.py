@@ -6,6 +6,7 @@ Every test trains a tiny real model for a few steps on rows written to disk, thr
 
 import copy
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from checkpoints import last_checkpoint
 from preparation import prepare_trainer, seed_everything
 from trainer import memory_size_of_step, part_of
 
-from modeling_clara import CLaRaForRAG
+from modeling_clara import CLaRaForRAG, CompressedCorpus
 
 NAMES = ["Mira", "Anton", "Clara", "Boris", "Dora", "Emil", "Flora", "Gustav"]
 CITIES = ["Paris", "Rome", "Berlin", "Lima", "Oslo", "Cairo", "Prague", "Vienna in the snow"]
@@ -293,6 +294,27 @@ def test_candidates_from_a_corpus(build):
         inputs = added._prepare_inputs(batch)
         assert inputs["positive_mask"].any(-1).all()
     assert len(queries) == 8
+
+
+@pytest.mark.parametrize("candidates", ["corpus", "given"])
+def test_a_users_corpus_serves_the_joint_stage(build, trained, tmp_path, candidates):
+    """Any corpus of the compressor: its own ids, codec and shards; what it lacks is compressed beside it."""
+    documents = [
+        {"id": f"mine-{name}", "title": name, "text": f"{name} lives in {city}."}
+        for name, city in zip(NAMES, CITIES, strict=True)
+    ]
+    kept = documents if candidates == "corpus" else documents[1:]
+    model = CLaRaForRAG.from_pretrained(trained)
+    CompressedCorpus.build(model, kept, tmp_path / "mine", codec="int8", shard_size=3)
+    options = {"candidates": candidates, "corpus": str(tmp_path / "mine"), "num_candidates": 3}
+    trainer = build("joint", data_options=options)
+    trainer.train()
+    assert all(math.isfinite(loss) for loss in loss_curve(trainer))
+    is_there = (Path(trainer.args.output_dir) / "memories" / "corpus.json").exists()
+    assert is_there == (candidates == "given")
+    if candidates == "corpus":
+        (hits,) = trainer.corpus.search(model.encode_queries(["Which?"]), 1)
+        assert hits[0]["document_id"].startswith("mine-")
 
 
 def test_the_contrastive_term_needs_its_weight(build):
