@@ -117,7 +117,8 @@ class BuilderMixin:
             return None
         # Ignored: a job that waits for its lock keeps the folder a moment longer, and then removes it.
         shutil.rmtree(folder / BUILD_FOLDER, ignore_errors=True)
-        return cls.open(folder, model=model)
+        corpus = cls.open(folder)
+        return corpus.attach(model, fingerprint=options["fingerprint"])
 
 
 def _strange_files(folder: Path) -> list[str]:

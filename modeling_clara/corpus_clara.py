@@ -147,12 +147,18 @@ class CompressedCorpus(SearchMixin, BuilderMixin, WriterMixin, PublishMixin):
             self._load(WHEN_CHANGED)
         return self
 
-    def attach(self, model) -> Self:
+    def attach(self, model, *, fingerprint: str | None = None) -> Self:
         """Give the corpus the model whose compressor made its memories.
+
+        Args:
+            model: `CLaRaForRAG`.
+            fingerprint: the model's, where it was just taken; it takes some tenths of a second.
 
         Raises:
             ValueError: another compressor made them.
         """
+        if fingerprint == self.manifest.fingerprint:
+            self._shared.checked = (id(model), model.compressor_versions())
         self.check_model(model)
         self.model = model
         return self

@@ -129,8 +129,11 @@ class VectorIndex:
         if not index.is_trained:
             n_train = min(self.n_base, max(64 * getattr(index, "nlist", 0), 20_000))
             rows = np.linspace(0, self.n_base - 1, n_train).astype(np.int64)
-            parts = np.array_split(rows, max(1, n_train // 2048))
-            index.train(np.concatenate([self.shorten(snapshot.decode(part, self.memory_size)) for part in parts]))
+            # Into one array made before: small ones between large temporaries would keep the heap from shrinking.
+            sample = np.empty((n_train, len(self.components)), np.float32)
+            for part in np.array_split(np.arange(n_train), max(1, n_train // 256)):
+                sample[part] = self.shorten(snapshot.decode(rows[part], self.memory_size))
+            index.train(sample)
         for _, memory in snapshot.blocks(self.memory_size, [0]):
             index.add(self.shorten(memory))
             if progress is not None:
@@ -218,7 +221,9 @@ def fit_components(snapshot: Snapshot, memory_size: int) -> torch.Tensor:
     n_rows = snapshot.segments[0].n_rows
     n_sample = min(n_rows, SAMPLE_ROWS, max(2 * INDEX_DIMENSIONS, SAMPLE_BYTES // (4 * size)))
     rows = np.unique(np.linspace(0, n_rows - 1, n_sample).astype(np.int64))
-    sample = flatten_memory(snapshot.decode(rows, memory_size), memory_size)
+    sample = torch.empty(len(rows), size)
+    for part in np.array_split(np.arange(len(rows)), max(1, len(rows) // 256)):  # each row maps 64 KiB around it
+        sample[torch.from_numpy(part)] = flatten_memory(snapshot.decode(rows[part], memory_size), memory_size)
     d = min(INDEX_DIMENSIONS, *sample.shape)
     with torch.random.fork_rng(devices=[]):  # the decomposition starts at random: always alike, and nobody else's draw
         torch.manual_seed(0)
