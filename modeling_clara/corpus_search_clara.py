@@ -33,10 +33,8 @@ class SearchMixin:
         Args:
             memory_size: k that will be compared; default `retrieval_memory_size`.
         """
-        k, sizes = (
-            self.manifest.retrieval_memory_size if memory_size is None else memory_size,
-            self.manifest.memory_sizes,
-        )
+        sizes = self.manifest.memory_sizes
+        k = self.manifest.retrieval_memory_size if memory_size is None else memory_size
         if k not in sizes:
             raise ValueError(f"`memory_size` must be one of {sizes}, got {k!r}. Choose one of them.")
         if self._is_indexed(self.snapshot):

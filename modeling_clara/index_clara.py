@@ -159,7 +159,7 @@ class VectorIndex:
 
     def shorten(self, memory: torch.Tensor) -> np.ndarray:
         """(rows, d) float32 of (rows, k, H) memories or query memories."""
-        return (flatten_memory(memory, self.memory_size) @ self.components.T).numpy()
+        return short_vectors(memory, self.memory_size, self.components)
 
     # --- searching ---------------------------------------------------------------------------------------------------
 
@@ -213,6 +213,11 @@ class VectorIndex:
                 parameters = faiss.SearchParametersIVF(**options)
         scores, rows = index.search(queries, n, params=parameters)
         return np.where(rows < 0, -np.inf, scores), rows
+
+
+def short_vectors(memory: torch.Tensor, memory_size: int, components: torch.Tensor) -> np.ndarray:
+    """(rows, d) float32: retrieval vectors of (rows, n, H) memories on (d, k * H) main directions, n >= k."""
+    return (flatten_memory(memory, memory_size) @ components.T).numpy()
 
 
 def fit_components(snapshot: Snapshot, memory_size: int) -> torch.Tensor:

@@ -5,7 +5,6 @@ memories stay in the corpus, where the exact cosine ranks the shortlist.
 """
 
 import hashlib
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 
@@ -14,13 +13,10 @@ import torch
 from safetensors.torch import load_file, save
 
 from .filters_clara import milvus_expression
-from .index_clara import fit_components
+from .index_clara import fit_components, short_vectors
 from .manifest_clara import Shard
-from .retrieval_clara import flatten_memory
 from .snapshot_clara import Snapshot
 from .storage_clara import replacing
-
-logger = logging.getLogger(__name__)
 
 INSERT_ROWS = 1000
 MAX_LIMIT = 16_384  # rows that Milvus returns at most
@@ -140,7 +136,7 @@ class MilvusIndex:
 
     def shorten(self, memory: torch.Tensor) -> np.ndarray:
         """(rows, d) float32 of (rows, k, H) memories or query memories."""
-        return (flatten_memory(memory, self.memory_size) @ self.components.T).numpy()
+        return short_vectors(memory, self.memory_size, self.components)
 
     def shortlist(
         self, query_memory: torch.Tensor, n: int, allowed: np.ndarray | None, where: Mapping | None = None

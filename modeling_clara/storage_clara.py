@@ -154,7 +154,8 @@ class SeenIds:
 
     def remove(self, text: str) -> None:
         """Take a text out again."""
-        self.connection.execute("delete from ids where id = ?", (text,))
+        with self._disk_errors():
+            self.connection.execute("delete from ids where id = ?", (text,))
 
     def __enter__(self) -> "SeenIds":
         return self

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus
 from modeling_clara.codecs_clara import CODECS, Codec
+from modeling_clara.index_clara import choose_kind
 from modeling_clara.smollm2 import fetch_backbone
 
 N_QUESTIONS = 200
@@ -79,9 +80,10 @@ def open_first(folder: Path) -> dict:
     """The first opening: what it takes and leaves on the disk."""
     shutil.rmtree(folder / "index", ignore_errors=True)
     start = time.perf_counter()
-    CompressedCorpus.open(folder)
+    corpus = CompressedCorpus.open(folder)
     seconds = time.perf_counter() - start
-    index = disk(folder / "index" / "k16") if (folder / "index" / "k16").is_dir() else 0
+    searched = folder / "index" / f"k{corpus.manifest.retrieval_memory_size}"
+    index = disk(searched) if searched.is_dir() else 0
     return {"first_open_seconds": seconds, "first_open_mb": disk(folder / "index") / 1e6, "index_bytes": index}
 
 
@@ -114,7 +116,7 @@ def search_one(folder: Path, n_exact: int = 5) -> dict:
     corpus.search(queries.repeat(5, 1, 1), TOP_K)
     report["batch_ms_per_query"] = 1e3 * (time.perf_counter() - start) / (5 * len(queries))
     report |= add_and_find(corpus, queries)
-    report["kind"] = corpus._shared.indexes[16].kind if corpus._shared.indexes else "scan"
+    report["kind"] = choose_kind(corpus.snapshot.segments[0].n_rows)
     report["spans"] = corpus.snapshot.n_rows
     return report
 
@@ -245,8 +247,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for the corpora; kept, and used again")
     parser.add_argument("--spans", type=int, nargs="+", default=[10_000, 30_000, 100_000, 300_000])
     arguments = parser.parse_args()
-    if not arguments.data:
-        parser.error("--data must name a JSONL of documents")
+    if not arguments.data or not arguments.questions:
+        parser.error("--data must name a JSONL of documents and --questions one of questions")
     rows, model, report = load_subject(arguments)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     real = CompressedCorpus.build(model, arguments.data, arguments.folder / REAL, codec="float16")

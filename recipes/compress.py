@@ -56,32 +56,18 @@ class CompressDocuments(PipelineStep):
 def build_executor(arguments: argparse.Namespace, pipeline: list):
     """datatrove's executor for this machine, Slurm or Ray."""
     logs = str(arguments.logs or f"{arguments.output.rstrip('/')}-logs")
+    workers = arguments.workers or -1
+    machine = {"cpus_per_task": arguments.cpus_per_task, "mem_per_cpu_gb": arguments.mem_per_cpu_gb}
     if arguments.executor == "slurm":
         from datatrove.executor.slurm import SlurmPipelineExecutor
 
-        return SlurmPipelineExecutor(
-            pipeline,
-            tasks=arguments.tasks,
-            workers=arguments.workers or -1,
-            time=arguments.time,
-            partition=arguments.partition,
-            cpus_per_task=arguments.cpus_per_task,
-            mem_per_cpu_gb=arguments.mem_per_cpu_gb,
-            job_name="clara-compress",
-            logging_dir=logs,
-            sbatch_args={"gres": arguments.gres} if arguments.gres else {},
-        )
+        machine |= {"time": arguments.time, "partition": arguments.partition, "job_name": "clara-compress"}
+        machine["sbatch_args"] = {"gres": arguments.gres} if arguments.gres else {}
+        return SlurmPipelineExecutor(pipeline, tasks=arguments.tasks, workers=workers, logging_dir=logs, **machine)
     if arguments.executor == "ray":
         from datatrove.executor.ray import RayPipelineExecutor
 
-        return RayPipelineExecutor(
-            pipeline,
-            tasks=arguments.tasks,
-            workers=arguments.workers or -1,
-            cpus_per_task=arguments.cpus_per_task,
-            mem_per_cpu_gb=arguments.mem_per_cpu_gb,
-            logging_dir=logs,
-        )
+        return RayPipelineExecutor(pipeline, tasks=arguments.tasks, workers=workers, logging_dir=logs, **machine)
     from datatrove.executor import LocalPipelineExecutor
 
     return LocalPipelineExecutor(
