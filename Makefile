@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing into $(VENV). The first time this takes a few minutes."
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[corpus,milvus,cluster,demo,dev,train]" -c constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[corpus,milvus,cluster,demo,dev,train,eval,leaderboard]" -c constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade --no-deps --target $(QUANTIZATION) torchao -c constraints.txt
 	@touch $@
 

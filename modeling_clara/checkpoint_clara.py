@@ -366,7 +366,7 @@ class CheckpointMixin:
         rows = list(special_rows(self).values())
         versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors + rows]
         # Of what is small also the values: assignments to `.data` are not counted.
-        return (self.config.document_max_length, *(float(row.sum()) for row in rows), *versions)
+        return (self.config.document_max_length, *(float(row.detach().sum()) for row in rows), *versions)
 
     _stored: dict[str, dict[str, torch.Tensor]] | None = None
 

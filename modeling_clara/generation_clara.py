@@ -152,9 +152,17 @@ class ReaderMixin:
         return prompt
 
     def generate_texts(
-        self, prompts: list[Prompt], memories: list[torch.Tensor], generation: GenerationConfig, **kwargs
+        self,
+        prompts: list[Prompt],
+        memories: list[torch.Tensor],
+        generation: GenerationConfig,
+        role: str | None = "generator",
+        **kwargs,
     ) -> list[str]:
-        """Texts of the prompts, whose memories are (documents, k, hidden); batches of similar length."""
+        """Texts of the prompts, whose memories are (documents, k, hidden); batches of similar length.
+
+        A prompt without slots has a memory of no documents; the role None is the plain backbone.
+        """
         texts = [""] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
         for start in range(0, len(order), PROMPTS_PER_BATCH):
@@ -165,7 +173,7 @@ class ReaderMixin:
             counts = torch.tensor([len(memories[row]) for row in rows], device=memory.device)
             is_real = torch.arange(memory.shape[1], device=memory.device) < counts[:, None]
             inputs_embeds = self.prompt_embeddings(inputs["input_ids"], inputs["memory_mask"], memory, is_real)
-            with self.roles.use("generator"):
+            with self.roles.use(role):
                 generated = self.backbone.generate(
                     inputs_embeds=inputs_embeds,
                     attention_mask=inputs["attention_mask"],

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from benchmark import read_rows, table
-from metrics import answer_f1, exact_answer
+from metrics.rag_answer.rag_answer import score_answer
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus
 from modeling_clara.codecs_clara import CODECS
@@ -63,9 +63,10 @@ def measure_codecs(
                     answer.text
                     for answer in model.answer(questions, corpus=corpus, top_k=top_k, max_new_tokens=max_new_tokens)
                 ]
-                pairs = list(zip(texts, answers, strict=True))
-                results[codec]["f1"] = sum(answer_f1(text, gold) for text, gold in pairs) / len(pairs)
-                results[codec]["em"] = sum(exact_answer(text, gold) for text, gold in pairs) / len(pairs)
+                # an empty answer is a wrong one
+                pairs = zip(texts, answers, strict=True)
+                answered = [score_answer(text, gold) if text else {"f1": 0.0, "em": 0.0} for text, gold in pairs]
+                results[codec] |= {name: sum(row[name] for row in answered) / len(answered) for name in ("f1", "em")}
     return results
 
 

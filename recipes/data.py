@@ -13,7 +13,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from datasets import Features, List, Value, load_dataset
@@ -45,15 +45,19 @@ class BadRow(ValueError):
 # --- rows out of files ---------------------------------------------------------------------------------------------
 
 
-def read_rows(source: DatasetConfig) -> Iterator[tuple[str, dict]]:
+def read_rows(source: DatasetConfig, on_bad_row: Callable[[BadRow], None] | None = None) -> Iterator[tuple[str, dict]]:
     """(place, row) of every row of a source; the place is "file:line", or the row's number.
+
+    Args:
+        source: file or data set.
+        on_bad_row: called with what is no JSON object, and reading goes on; without it that is raised.
 
     Raises:
         FileNotFoundError, ValueError: naming file and line.
     """
     path = Path(source.path)
     if path.suffix in (".jsonl", ".gz", ".json"):
-        yield from _read_jsonl(path)
+        yield from _read_jsonl(path, on_bad_row)
         return
     options = {"data_dir": source.data_dir, "data_files": source.data_files}
     if path.suffix == ".parquet":
@@ -66,7 +70,7 @@ def read_rows(source: DatasetConfig) -> Iterator[tuple[str, dict]]:
         yield f"{source.path}:{number}", row
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
+def _read_jsonl(path: Path, on_bad_row: Callable[[BadRow], None] | None) -> Iterator[tuple[str, dict]]:
     if not path.exists():
         raise FileNotFoundError(f"`{path}` must be a file, found none. Correct `path` in `datasets`.")
     opener = gzip.open if path.suffix == ".gz" else open
@@ -82,12 +86,23 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
-            except ValueError as error:
-                raise BadRow(f"{path}:{number} must be JSON in UTF-8: {error}. Correct or remove the line.") from error
-            if not isinstance(row, dict):
-                raise BadRow(f"{path}:{number} must be a JSON object, got {type(row).__name__}. Correct the line.")
+                row = _parse(line, f"{path}:{number}")
+            except BadRow as error:
+                if on_bad_row is None:
+                    raise
+                on_bad_row(error)
+                continue
             yield f"{path}:{number}", row
+
+
+def _parse(line: bytes, place: str) -> dict:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"{place} must be JSON in UTF-8: {error}. Correct or remove the line.") from error
+    if not isinstance(row, dict):
+        raise BadRow(f"{place} must be a JSON object, got {type(row).__name__}. Correct the line.")
+    return row
 
 
 # --- rows to records -------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ import torch
 from arguments import CLaRaTrainingArguments
 from checkpoints import load_trained
 from data import document_key
-from metrics import MetricSums, exact_matches, ranking_metrics
 from torch.nn.utils import get_total_norm
+from training_metrics import MetricSums, exact_matches, ranking_metrics
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 

@@ -1,12 +1,7 @@
-"""Metrics of a training step as totals and counts, which add up over micro-batches, steps and processes; of an answer.
+"""Metrics of a training step as totals and counts, which add up over micro-batches, steps and processes.
 
-Stands between `forward`'s output and the log, and beside generated answers. It knows nothing of models.
+Stands between `forward`'s output and the log; `metrics/` has those of an evaluation. It knows nothing of models.
 """
-
-import re
-import string
-from collections import Counter
-from collections.abc import Sequence
 
 import torch
 
@@ -86,35 +81,3 @@ def ranking_metrics(scores: torch.Tensor, positive_mask: torch.Tensor) -> list[t
     finite = margin.isfinite()
     metrics.append(("margin", margin[finite].sum(), finite.sum()))
     return metrics
-
-
-def answer_words(text: str) -> list[str]:
-    """The words of an answer as SQuAD's evaluation compares them: lower case, no punctuation, no articles.
-
-    >>> answer_words("The Tower, of London.")
-    ['tower', 'of', 'london']
-    """
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
-
-
-def exact_answer(text: str, answers: Sequence[str]) -> bool:
-    """Whether an answer has the words of one of the gold answers."""
-    return any(answer_words(text) == answer_words(answer) for answer in answers)
-
-
-def answer_f1(text: str, answers: Sequence[str]) -> float:
-    """F1 of the words of an answer, the best over all gold answers (SQuAD).
-
-    >>> answer_f1("in Paris", ["Paris"])
-    0.6666666666666666
-    """
-    words, best = answer_words(text), 0.0
-    for answer in answers:
-        gold = answer_words(answer)
-        shared = sum((Counter(words) & Counter(gold)).values())
-        if not words or not gold:
-            best = max(best, float(words == gold))
-        elif shared:
-            best = max(best, 2 * shared / (len(words) + len(gold)))
-    return best

@@ -7,11 +7,11 @@ import doctest
 import math
 import random
 
-import metrics
 import pytest
 import torch
+import training_metrics
 from accelerate import Accelerator
-from metrics import MetricSums, exact_matches, ranking_metrics
+from training_metrics import MetricSums, exact_matches, ranking_metrics
 
 INF = float("inf")
 
@@ -151,4 +151,4 @@ def test_exact_matches_are_prompts_with_every_target_right(seed):
 
 
 def test_docstring_examples():
-    assert doctest.testmod(metrics, extraglobs={"torch": torch}).failed == 0
+    assert doctest.testmod(training_metrics, extraglobs={"torch": torch}).failed == 0

@@ -1,0 +1,108 @@
+"""Predictions that another system made -> rows of predictions.jsonl.
+
+Stands where `run.py` stands for our own systems. A file has a line for every question:
+
+    {"id": "...", "prediction": "Paris", "retrieved": ["12", 3]}     an answer; documents by id or place in `docs`
+    {"id": "...", "prediction": null, "abstained": true}             no answer, because it is not in the documents
+    {"id": "...", "prediction": null, "failure": "timeout"}          no answer, because something went wrong
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from data import BadRow, read_rows
+from trl.scripts.utils import DatasetConfig
+
+from evaluation.run import prediction_row
+from evaluation.tasks import Task
+
+MAX_NAMED = 3
+KEYS = {"id", "prediction", "abstained", "failure", "retrieved", "n_tokens"}
+
+
+def read_predictions(path: Path, tasks: Sequence[Task]) -> list[dict]:
+    """Read a file of predictions, in the order of the tasks.
+
+    Args:
+        path: .jsonl or .jsonl.gz.
+        tasks: with the questions that must be answered.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: an id is unknown, repeated or missing, or a prediction is empty or no text; the line is named.
+    """
+    by_id = {task.question.id: task for task in tasks}
+    rows, places, problems = {}, {}, []
+    for place, row in read_rows(DatasetConfig(path=str(path)), on_bad_row=problems.append):
+        try:
+            question_id = _id(row)
+            if question_id in places:
+                raise BadRow(f"has the id {question_id!r} like {places[question_id]}. Keep one of them")
+            if question_id not in by_id:
+                raise BadRow(f"has the id {question_id!r}, which is no question of the data. Remove it")
+            places[question_id] = place
+            rows[question_id] = _prediction(row, by_id[question_id])
+        except BadRow as error:
+            problems.append(BadRow(f"{place} {error}."))
+    if problems:
+        named = " ".join(str(error) for error in problems[:MAX_NAMED])
+        raise ValueError(f"{len(problems)} row(s) of {path.name} cannot be scored: {named}")
+    missing = [name for name in by_id if name not in rows]
+    if missing:
+        raise ValueError(
+            f"{path.name} must have a prediction for each question, but {len(missing)} have none, the first is "
+            f"{missing[0]!r}. Add them; what failed is written as "
+            '{"id": ..., "prediction": null, "failure": "reason"}.'
+        )
+    return [rows[name] for name in by_id]
+
+
+def _id(row: Mapping) -> str:
+    given = row.get("id")
+    if isinstance(given, bool) or not isinstance(given, str | int):
+        raise BadRow(f"must have an `id`, got {given!r}")
+    return str(given)
+
+
+def _prediction(row: Mapping, task: Task) -> dict:
+    unknown = sorted(set(row) - KEYS)
+    if unknown:
+        raise BadRow(f"must have no keys but {', '.join(sorted(KEYS))}, got {unknown[0]!r}")
+    text, abstained, failure = row.get("prediction"), row.get("abstained", False), row.get("failure")
+    if text is not None and not isinstance(text, str):
+        raise BadRow(f"must have a text as `prediction`, got {text!r}")
+    if not isinstance(abstained, bool) or not (failure is None or (isinstance(failure, str) and failure.strip())):
+        raise BadRow(f"must have true or false as `abstained` and a text as `failure`, got {abstained!r}, {failure!r}")
+    if (text is not None and bool(text.strip())) + abstained + (failure is not None) != 1:
+        raise BadRow(
+            f"must have one of `prediction`, `abstained` and `failure`, got {text!r}, {abstained!r} and {failure!r}; "
+            "an empty prediction is a failure or an abstention, say which"
+        )
+    n_tokens = row.get("n_tokens")
+    if n_tokens is not None and (isinstance(n_tokens, bool) or not isinstance(n_tokens, int) or n_tokens < 0):
+        raise BadRow(f"must have a number of tokens >= 0 as `n_tokens`, got {n_tokens!r}")
+    retrieved = _retrieved(row.get("retrieved"), task)
+    prediction = text.strip() if text and text.strip() else None
+    return prediction_row(
+        task.question.id,
+        prediction=prediction,
+        abstained=abstained,
+        failure=failure,
+        retrieved=retrieved,
+        n_tokens=n_tokens,
+    )
+
+
+def _retrieved(given, task: Task) -> list[str]:
+    if given is None:
+        return []
+    if not isinstance(given, list):
+        raise BadRow(f"must have a list as `retrieved`, got {given!r}")
+    candidates, names = task.question.candidates, []
+    for entry in given:
+        if isinstance(entry, bool) or not isinstance(entry, str | int):
+            raise BadRow(f"must have ids or places in `retrieved`, got {entry!r}")
+        if isinstance(entry, int) and not 0 <= entry < len(candidates):
+            raise BadRow(f"must have places from 0 to {len(candidates) - 1} in `retrieved`, got {entry}")
+        names.append(candidates[entry] if isinstance(entry, int) else entry)
+    return list(dict.fromkeys(names))

@@ -1,0 +1,219 @@
+"""results.json -> tables in Markdown, the evaluation section of a model card, and evaluation metadata for the Hub.
+
+Last in the way. It reads results files and nothing else.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_entries_to_yaml
+from leaderboard.validation import check_results
+
+SHOWN = ("f1", "em", "containment", "recall@1", "recall@5", "mrr", "abstention")
+CARD_METRICS = ("f1", "em", "recall@1", "recall@5")
+BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
+
+
+def read_results(paths: Iterable[Path]) -> list[dict]:
+    """Read results files; a folder stands for its results.json and those of its baselines.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a file is not valid, with its first problem.
+    """
+    found = []
+    for path in map(Path, paths):
+        files = sorted(path.rglob("results.json")) if path.is_dir() else [path]
+        if not files or not files[0].exists():
+            raise FileNotFoundError(f"{path} must be a results.json or a folder with one. Run recipes/evaluate.py.")
+        for file in files:
+            try:
+                content = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{file} must be JSON: {error}. Run recipes/evaluate.py again.") from error
+            problems = check_results(content)
+            if problems:
+                raise ValueError(f"{file} must be valid results: {problems[0]}. Run recipes/evaluate.py again.")
+            found.append(content)
+    return found
+
+
+def results_table(results: Sequence[Mapping]) -> str:
+    """One row a system: answers and retrieval with their 95 % intervals, bytes, tokens, milliseconds, failures."""
+    metrics = [name for name in SHOWN if any(name in content["metrics"] for content in results)]
+    header = ["data", "setting", "system", "k", "codec", *metrics, "bytes/span", "tokens", "p50 ms", "failed"]
+    several = {name: len({str(content[name]) for content in results}) > 1 for name in ("data", "setting")}
+    lines = []
+    for content in results:
+        system, efficiency, latency = content["system"], content["efficiency"], content["efficiency"]["latency_ms"]
+        row = [content["data"]["name"], content["setting"], system["name"], system["memory_size"], system["codec"]]
+        row += [_interval(content["metrics"].get(name)) for name in metrics]
+        row += [_number(efficiency["bytes_per_span"]), _number(efficiency["tokens_read"])]
+        row += [_number(latency["total"]["p50"]) if latency else None, content["counts"]["failed"]]
+        lines.append(row)
+    kept = [
+        column
+        for column, name in enumerate(header)
+        if several.get(name, True) and any(row[column] is not None for row in lines)
+    ]
+    cells = [[header[column] for column in kept], ["---"] * len(kept)]
+    cells += [["" if row[column] is None else _escape(row[column]) for column in kept] for row in lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+
+def comparison_table(content: Mapping) -> str:
+    """One row a comparison with another system; empty where there is none."""
+    lines = ["| against | metric | difference | p |", "| --- | --- | --- | --- |"]
+    for row in content["comparisons"]:
+        difference = f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+        lines.append(f"| {_escape(row['system'])} | {row['metric']} | {difference} | {row['p_value']:.4f} |")
+    return "\n".join(lines) if content["comparisons"] else ""
+
+
+def _interval(metric: Mapping | None) -> str | None:
+    return f"{metric['value']:.3f} ({metric['low']:.3f} to {metric['high']:.3f})" if metric else None
+
+
+def _number(value: float | None) -> str | None:
+    if value is None:
+        return None
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _escape(value) -> str:
+    return re.sub(r"([|\\`*_<>\[\]])", r"\\\1", " ".join(str(value).split())) if isinstance(value, str) else str(value)
+
+
+# --- cards -----------------------------------------------------------------------------------------------------------
+
+
+def card_section(results: Sequence[Mapping]) -> str:
+    """The evaluation section of a model card, between two marks so that it can be replaced."""
+    first = results[0]
+    hardware = first["hardware"]
+    machine = hardware["accelerator"] or f"{hardware['cores']} cores, {hardware['cpu']}"
+    commands = list(dict.fromkeys(content["command"] for content in results))
+    data = {content["data"]["name"]: content["data"] for content in results}
+    named = "; ".join(f"{d['name']}, {d['questions']:,} questions (SHA-256 {d['sha256'][:12]})" for d in data.values())
+    parts = [
+        BEGIN,
+        "## Evaluation",
+        f"Means with 95 % bootstrap intervals over questions. Data: {named}. Times: one question at a time, "
+        f"{machine}.",
+        results_table(results),
+    ]
+    compared = next((content for content in results if content["comparisons"]), None)
+    if compared:
+        setting = compared["setting"].replace("_", " ")
+        parts += [
+            f"`{compared['system']['name']}` minus other systems on the same questions ({compared['data']['name']}, "
+            f"{setting}); paired bootstrap intervals, p by sign flips:",
+            comparison_table(compared),
+        ]
+    parts += ["```\n" + "\n".join(commands) + "\n```", END]
+    return "\n\n".join(parts)
+
+
+def insert_section(card: str, section: str) -> str:
+    """Put the section in the place of an earlier one, or at the end."""
+    if BEGIN in card and END in card.partition(BEGIN)[2]:
+        before, _, rest = card.partition(BEGIN)
+        return before + section + rest.partition(END)[2]
+    return f"{card.rstrip()}\n\n{section}\n"
+
+
+def hub_results(results: Sequence[Mapping]) -> list[EvalResult]:
+    """Entries of a card's `model-index`: the metrics of the CLaRa systems, for each data file and setting."""
+    entries = []
+    for content in results:
+        if content["system"]["kind"] != "clara":
+            continue
+        for name in CARD_METRICS:
+            if name not in content["metrics"]:
+                continue
+            metric = content["metrics"][name]
+            entries.append(
+                EvalResult(
+                    task_type="question-answering",
+                    task_name="retrieval-augmented question answering",
+                    dataset_type=dataset_id(content),
+                    dataset_name=content["data"]["name"],
+                    dataset_config=f"{content['setting']}, {describe(content)}",
+                    dataset_split="all",
+                    metric_type=name,
+                    metric_name=f"{name} ({metric['low']:.3f} to {metric['high']:.3f})",
+                    metric_value=round(metric["value"], 4),
+                    metric_config=describe(content),
+                )
+            )
+    return entries
+
+
+def describe(content: Mapping) -> str:
+    """A system in few words, such as `clara k=16 int8`."""
+    system = content["system"]
+    words = [system["name"]]
+    words += [f"k={system['memory_size']}"] if system["memory_size"] else []
+    words += [system["codec"]] if system["codec"] else []
+    return " ".join(words)
+
+
+def dataset_id(content: Mapping) -> str:
+    """The data as an id: itself where it has the form `org/name`, else a name without dots and slashes."""
+    name = content["data"]["name"]
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else re.sub(r"\.jsonl(\.gz)?$|\.parquet$", "", name)
+
+
+def eval_result_files(results: Sequence[Mapping], dataset: str | None = None) -> dict[str, str]:
+    """`.eval_results/*.yaml` of a model repo, the Hub's current form: path -> content.
+
+    Args:
+        results: of CLaRa systems; others are left out.
+        dataset: id of the benchmark on the Hub; default the data's own name.
+    """
+    files: dict[str, list] = {}
+    for content in results:
+        if content["system"]["kind"] != "clara":
+            continue
+        name = re.sub(r"[^\w-]+", "-", dataset_id(content)).strip("-")
+        for metric in CARD_METRICS:
+            if metric in content["metrics"]:
+                value = content["metrics"][metric]
+                entry = EvalResultEntry(
+                    dataset_id=dataset or dataset_id(content),
+                    task_id=f"{content['setting']}_{metric}",
+                    value=round(value["value"], 4),
+                    date=content["created"],
+                    notes=f"{describe(content)}; 95 % interval {value['low']:.3f} to {value['high']:.3f}",
+                )
+                files.setdefault(f".eval_results/{name}.yaml", []).append(entry)
+    return {
+        path: yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
+        for path, entries in files.items()
+    }
+
+
+def update_card(folder: Path, results: Sequence[Mapping], dataset: str | None = None) -> list[Path]:
+    """Write section, `model-index` and `.eval_results/` into the folder of a model; the files that were written.
+
+    Raises:
+        FileNotFoundError: the folder has no README.md.
+    """
+    path = Path(folder) / "README.md"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} must be a model card, found none. Save the model there first.")
+    card = ModelCard(insert_section(path.read_text(encoding="utf-8"), card_section(results)))
+    entries = hub_results(results)
+    if entries:
+        card.data.model_name, card.data.eval_results = Path(folder).resolve().name, entries
+    path.write_text(str(card), encoding="utf-8")
+    written = [path]
+    for name, content in eval_result_files(results, dataset).items():
+        target = Path(folder) / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(content, encoding="utf-8")
+        written.append(target)
+    return written

@@ -1,0 +1,217 @@
+"""Tasks -> predictions.jsonl: resumable, in several processes, every failure counted.
+
+Stands between a system and the scores. What is predicted is appended to `parts/`, one file a process; at the end they
+become predictions.jsonl, in the order of the data. It knows nothing of answers or metrics.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from transformers.utils.logging import tqdm
+
+from evaluation.systems import Bench, Clock, System, read, retrieve, rows_to_read, span_bytes, time_one
+from evaluation.tasks import Task
+from modeling_clara.storage_clara import read_lines, write_json, write_lines
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE, PREDICTIONS_FILE, PARTS_FOLDER = "run.json", "predictions.jsonl", "parts"
+MAX_REASON = 500  # characters of an error that are kept
+
+
+def start_run(folder: Path, options: dict) -> None:
+    """Write run.json, or check that the folder was begun with the same options.
+
+    Raises:
+        ValueError: it holds another run: the option that differs is named.
+    """
+    path = folder / RUN_FILE
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} must be JSON: {error}. Remove the folder, or choose another --output."
+            ) from error
+        for name in sorted({*before, *options}):
+            if before.get(name) != options.get(name):
+                raise ValueError(
+                    f"`{name}` must be {before.get(name)!r} as when {folder} was begun, got {options.get(name)!r}. "
+                    "Choose another --output, or remove the folder."
+                )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.glob("predictions.jsonl")) or (folder / PARTS_FOLDER).exists():
+        raise ValueError(f"--output must be a new folder or one of this command, got {folder}. Choose another one.")
+    write_json(path, options)
+
+
+def predict(
+    bench: Bench,
+    system: System,
+    tasks: Sequence[Task],
+    folder: Path,
+    *,
+    batch_size: int = 32,
+    process: tuple[int, int] = (0, 1),
+    description: str = "questions",
+) -> None:
+    """Predict what is not there yet, this process every N-th of it.
+
+    Args:
+        bench: of the run.
+        system: that answers.
+        tasks: all of the run, the same in every process.
+        folder: of the run.
+        batch_size: questions that are retrieved and read together; of one that fails each is tried alone.
+        process: (i, N).
+        description: of the progress bar.
+    """
+    index, count = process
+    done = {row["id"] for row in finished_rows(folder)}
+    mine = [task for number, task in enumerate(tasks) if number % count == index and task.question.id not in done]
+    if not mine:
+        return
+    with _Appender(folder / PARTS_FOLDER / f"{index}-of-{count}.jsonl") as part:
+        with tqdm(total=len(mine), desc=description, unit=" questions", delay=2, leave=False) as bar:
+            for start in range(0, len(mine), batch_size):
+                batch = mine[start : start + batch_size]
+                for row in predict_batch(bench, system, batch):
+                    part.write(row)
+                bar.update(len(batch))
+
+
+def predict_batch(bench: Bench, system: System, tasks: Sequence[Task]) -> list[dict]:
+    """Rows of predictions.jsonl; where the batch fails, each question is tried by itself."""
+    try:
+        return _predict(bench, system, tasks)
+    except (
+        Exception
+    ) as error:  # whatever goes wrong is counted: an answer that is missing must not look like a wrong one
+        _release_memory(error)
+        if len(tasks) == 1:
+            reason = f"{type(error).__name__}: {error}"[:MAX_REASON]
+            logger.warning("question %s failed: %s", tasks[0].question.id, reason)
+            return [prediction_row(tasks[0].question.id, failure=reason)]
+    return [row for task in tasks for row in predict_batch(bench, system, [task])]
+
+
+def _predict(bench: Bench, system: System, tasks: Sequence[Task]) -> list[dict]:
+    clock = Clock()
+    hits = retrieve(bench, system, tasks, clock)
+    rows = [rows_to_read(bench, row) for row in hits]
+    abstains = [system.retriever is not None and not row for row in rows]
+    reading = [number for number, abstained in enumerate(abstains) if not abstained]
+    texts, lengths = {}, {}
+    if reading:
+        found = read(bench, system, [tasks[n] for n in reading], [rows[n] for n in reading], clock)
+        texts, lengths = (dict(zip(reading, values, strict=True)) for values in found)
+    total = sum(clock.seconds.values())
+    in_model = clock.seconds.get("query", 0.0) + clock.seconds.get("decode", 0.0)
+    ids = bench.spans.document_ids
+    shown = [] if system.retriever in (None, "wrong") else hits
+    return [
+        prediction_row(
+            task.question.id,
+            prediction=texts.get(n) or None,
+            abstained=abstains[n],
+            failure=None if abstains[n] or texts[n] else "empty answer",
+            retrieved=[ids[row] for row, _ in shown[n]] if shown else [],
+            scores=[round(score, 6) for _, score in shown[n]] if shown else [],
+            read=[ids[row] for row in rows[n]],
+            n_tokens=lengths.get(n),
+            span_bytes=span_bytes(bench, system, rows[n]),
+            seconds=total / len(tasks),
+            model_seconds=in_model / len(tasks),
+        )
+        for n, task in enumerate(tasks)
+    ]
+
+
+def prediction_row(question_id: str, **values) -> dict:
+    """One line of predictions.jsonl: exactly one of `prediction`, `abstained` and `failure` says how it ended."""
+    row = {
+        "id": question_id,
+        "prediction": None,
+        "abstained": False,
+        "failure": None,
+        "retrieved": [],
+        "scores": [],
+        "read": [],
+        "n_tokens": None,
+        "span_bytes": None,
+        "seconds": None,
+        "model_seconds": None,
+    }
+    return row | values
+
+
+def _release_memory(error: Exception) -> None:
+    if isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def finished_rows(folder: Path) -> Iterator[dict]:
+    """Rows that were predicted before, of the finished file and of all parts."""
+    for path in (folder / PREDICTIONS_FILE, *sorted((folder / PARTS_FOLDER).glob("*.jsonl"))):
+        yield from read_lines(path)
+
+
+def collect(folder: Path, tasks: Sequence[Task]) -> list[dict]:
+    """Make predictions.jsonl out of the parts, in the order of the tasks.
+
+    Raises:
+        RuntimeError: a question has no prediction, because a process has ended early.
+    """
+    rows = {row["id"]: row for row in finished_rows(folder)}
+    missing = [task.question.id for task in tasks if task.question.id not in rows]
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} questions must still be answered (first: {missing[0]}). Run the same command again."
+        )
+    ordered = [rows[task.question.id] for task in tasks]
+    if (folder / PARTS_FOLDER).exists():
+        write_lines(folder / PREDICTIONS_FILE, ordered)
+        shutil.rmtree(folder / PARTS_FOLDER)
+    return ordered
+
+
+def measure_latency(bench: Bench, system: System, tasks: Sequence[Task], n_questions: int) -> list[dict[str, float]]:
+    """Milliseconds of the first questions, one at a time, after one that is not counted.
+
+    Args:
+        bench: of the run.
+        system: that is timed.
+        tasks: that did not fail and were not abstained from.
+        n_questions: at most.
+    """
+    if not tasks or not n_questions:
+        return []
+    time_one(bench, system, tasks[0])
+    return [time_one(bench, system, task) for task in tasks[:n_questions]]
+
+
+class _Appender:
+    """A JSONL file that only grows; a line that a killed process did not finish is cut off first."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "ab")
+        whole = path.read_bytes().rpartition(b"\n")[:2]
+        self.file.truncate(sum(map(len, whole)))
+
+    def __enter__(self) -> "_Appender":
+        return self
+
+    def write(self, row: dict) -> None:
+        self.file.write(json.dumps(row, ensure_ascii=True).encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def __exit__(self, *_) -> None:
+        self.file.close()

@@ -1,0 +1,219 @@
+"""The spans that an evaluation retrieves and reads: rows with text, their memories where a system needs them.
+
+Stands between the documents of a data file, or a compressed corpus, and the systems. All systems see the same rows, so
+that only what ranks and what reads them differs. It knows nothing of questions or scores.
+"""
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from data import document_key
+
+from modeling_clara import CLaRaForRAG, CompressedCorpus
+from modeling_clara.search_clara import exact_cosines
+
+
+class Spans:
+    """Rows `{document_id, span, title, text}`, numbered as in the corpus that holds their memories.
+
+    Args:
+        document_ids: of every row.
+        numbers: (rows,) number of each row's span in its document.
+        titles: of every row.
+        texts: of every row.
+        live: (rows,) bool, False where a row was deleted; None for all.
+        corpus: that holds the memories of these rows; None where no memory is needed.
+    """
+
+    def __init__(
+        self,
+        document_ids: Sequence[str],
+        numbers: Sequence[int],
+        titles: Sequence[str],
+        texts: Sequence[str],
+        *,
+        live: np.ndarray | None = None,
+        corpus: CompressedCorpus | None = None,
+    ):
+        self.document_ids, self.titles, self.texts, self.corpus = document_ids, titles, texts, corpus
+        self.numbers = np.asarray(numbers, dtype=np.int64)
+        self.live = np.ones(len(texts), dtype=bool) if live is None else live
+        self.rows: dict[str, range] = {}
+        starts = [*np.flatnonzero(self.numbers == 0).tolist(), len(texts)]
+        for first, end in zip(starts, starts[1:], strict=False):
+            if self.live[first]:
+                self.rows[document_ids[first]] = range(first, end)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @classmethod
+    def of_documents(cls, model: CLaRaForRAG, documents: Mapping[str, Mapping]) -> "Spans":
+        """Spans of documents `{title, text}` by id, cut as the compressor reads them, without memories."""
+        spans = [
+            {**span, "document_id": document_id}
+            for document_id, document in documents.items()
+            for span in model.processor.split_document(dict(document), f"document {document_id!r}")
+        ]
+        columns = [[span[name] for span in spans] for name in ("document_id", "span", "title", "text")]
+        return cls(*columns)
+
+    @classmethod
+    def of_corpus(cls, corpus: CompressedCorpus) -> "Spans":
+        """All spans of a corpus; their texts are held in memory."""
+        snapshot, columns = corpus.snapshot, {"document_id": [], "title": [], "text": []}
+        for segment in snapshot.segments:
+            for name, values in columns.items():
+                values += segment.table[name].to_pylist()
+        return cls(
+            columns["document_id"],
+            snapshot.spans,
+            columns["title"],
+            columns["text"],
+            live=snapshot.live,
+            corpus=corpus,
+        )
+
+    # --- rows --------------------------------------------------------------------------------------------------------
+
+    def rows_of(self, document_ids: Iterable[str]) -> np.ndarray:
+        """Rows of these documents, in their order."""
+        rows = [np.arange(self.rows[name].start, self.rows[name].stop) for name in document_ids]
+        return np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
+
+    def document(self, row: int) -> dict:
+        """`{title, text}` of a row's span."""
+        return {"title": self.titles[row], "text": self.texts[row]}
+
+    def best_of_documents(self, rows: np.ndarray, scores: np.ndarray, depth: int) -> list[tuple[int, float]]:
+        """(row, score) of the best `depth` documents, each by its best span; ties go to the lower row."""
+        order = np.lexsort((rows, -scores))
+        _, first = np.unique((rows - self.numbers[rows])[order], return_index=True)
+        best = order[np.sort(first)][:depth]
+        return [(int(rows[index]), float(scores[index])) for index in best]
+
+    def text_bytes(self, row: int) -> int:
+        """Bytes of a span's title and text in UTF-8."""
+        return len(f"{self.titles[row]}\n{self.texts[row]}".strip().encode())
+
+    # --- memories ----------------------------------------------------------------------------------------------------
+
+    def cosines(self, query: torch.Tensor, rows: np.ndarray | None, depth: int) -> list[tuple[int, float]]:
+        """The best documents for one query memory (k, H) float32 by exact cosine (eq. 3.1).
+
+        Args:
+            query: on the CPU.
+            rows: that are compared; None searches the whole corpus as users do, through its index.
+            depth: documents.
+
+        Returns:
+            (row, cosine) of each document's best span, best first.
+        """
+        if rows is None:
+            (hits,) = self.corpus.search(query[None], min(depth, len(self.corpus)))
+            return [(self.rows[hit["document_id"]].start + hit["span"], hit["score"]) for hit in hits]
+        return exact_cosines(self.corpus.snapshot, query[None], rows[None])[0][:depth]
+
+    def memories(self, rows: Sequence[int], memory_size: int) -> torch.Tensor:
+        """(rows, k, H) float32."""
+        return self.corpus.snapshot.decode(np.asarray(rows, dtype=np.int64), memory_size)
+
+    def memory_bytes(self, memory_size: int) -> int:
+        """Stored bytes of k vectors of a span."""
+        return memory_size * self.corpus.snapshot.codec.vector_bytes
+
+
+def compress_documents(
+    model: CLaRaForRAG,
+    documents: Mapping[str, Mapping],
+    folder: Path,
+    *,
+    codec: str,
+    batch_size: int = 16,
+    job: tuple[int, int] = (0, 1),
+) -> None:
+    """Compress documents into a float16 corpus, and from it into one of the codec; what is there is kept.
+
+    Args:
+        model: whose compressor is used.
+        documents: id -> `{title, text}`.
+        folder: `folder/float16`, and `folder/CODEC` beside it.
+        codec: that is wanted.
+        batch_size: documents a pass.
+        job: (i, N) where N processes share the work; call `finish_codec` when all are done.
+
+    Raises:
+        ValueError: the folder holds memories of other documents or of another model.
+    """
+    rows = [{"id": document_id, **document} for document_id, document in documents.items()]
+    CompressedCorpus.build(model, rows, folder / "float16", codec="float16", batch_size=batch_size, job=job)
+    if job[1] == 1:
+        finish_codec(folder, codec)
+
+
+def finish_codec(folder: Path, codec: str) -> None:
+    """Make `folder/CODEC` out of `folder/float16`."""
+    if codec == "float16" or (folder / codec / "corpus.json").exists():
+        return
+    partial = folder / f"{codec}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(folder / "float16", partial, ignore=shutil.ignore_patterns("index", "build"))
+    CompressedCorpus.open(partial).convert(codec)
+    shutil.rmtree(partial / "index", ignore_errors=True)
+    partial.rename(folder / codec)
+
+
+def open_memories(model: CLaRaForRAG, folder: Path, codec: str, n_documents: int) -> Spans:
+    """The spans of `compress_documents`, with their memories.
+
+    Raises:
+        ValueError: documents could not be compressed.
+    """
+    corpus = CompressedCorpus.open(folder / codec, model=model)
+    if len(corpus) != n_documents:
+        raise ValueError(
+            f"all {n_documents} documents must be compressed, but {folder / codec} holds {len(corpus)}: see "
+            f"{folder / 'float16' / 'rejected.jsonl'}. Correct the documents or the weights."
+        )
+    return Spans.of_corpus(corpus)
+
+
+def match_documents(spans: Spans, documents: Mapping[str, Mapping], titles: Mapping[str, str]) -> dict[str, str]:
+    """Ids of a data file -> ids of the same documents in a corpus.
+
+    A document of the data is the one in the corpus with its title and text; where the data has no text (KILT), the one
+    with its id, or else the only one with its title.
+
+    Args:
+        spans: of the corpus.
+        documents: id -> `{title, text}` of the data.
+        titles: id -> title where the data has no text.
+
+    Returns:
+        Only those that are in the corpus.
+    """
+    by_key, by_title = {}, {}
+    for document_id, rows in spans.rows.items():
+        if len(rows) == 1:
+            by_key.setdefault(document_key(spans.document(rows.start)), document_id)
+        by_title.setdefault(spans.titles[rows.start].casefold(), set()).add(document_id)
+    found = {}
+    for name, document in documents.items():
+        same = by_key.get(document_key(document))
+        candidates = by_title.get(document["title"].casefold(), set())
+        if same is not None:
+            found[name] = same
+        elif name in spans.rows and spans.titles[spans.rows[name].start] == document["title"]:
+            found[name] = name
+        elif document["title"] and len(candidates) == 1:
+            (found[name],) = candidates
+    for name, title in titles.items():
+        candidates = by_title.get(title.casefold(), set())
+        if name in spans.rows:
+            found[name] = name
+        elif title and len(candidates) == 1:
+            (found[name],) = candidates
+    return found

@@ -1,0 +1,237 @@
+"""Systems: what ranks the documents of a task and what reads them, all on one backbone.
+
+Stands between tasks and predictions. A system retrieves rows of `Spans` and reads them; it knows nothing of gold
+documents, answers or scores.
+"""
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers.generation import BaseStreamer
+
+from evaluation.rankers import Bm25Ranker, DenseRanker
+from evaluation.spans import Spans
+from evaluation.tasks import Task
+from modeling_clara import CLaRaForRAG
+
+
+@dataclass(frozen=True)
+class System:
+    """How a system works: `kind` as in results.schema.json, what retrieves, what reads."""
+
+    kind: str
+    retriever: str | None
+    reader: str
+
+    @property
+    def needs_memory(self) -> bool:
+        """Whether it compares or reads memories."""
+        return "clara" == self.retriever or self.reader == "memory"
+
+
+SYSTEMS = {
+    "clara": System("clara", "clara", "memory"),
+    "bm25_memory": System("clara", "bm25", "memory"),
+    "text": System("text", "clara", "text"),
+    "bm25_text": System("text", "bm25", "text"),
+    "dense_text": System("text", "dense", "text"),
+    "closed_book": System("closed_book", None, "question"),
+    "closed_book_backbone": System("closed_book", None, "backbone"),
+    "wrong_memory": System("control", "wrong", "memory"),
+}
+# the reader's role: texts are read by the plain backbone, as who has no CLaRa would
+ROLES = {"memory": "generator", "question": "generator", "text": None, "backbone": None}
+
+
+class Clock:
+    """Seconds by name; a mark ends what runs since the mark before."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def mark(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+        self.last = now
+
+
+class _FirstToken(BaseStreamer):
+    """Marks the first new token on a clock. `generate` hands over the prompt first."""
+
+    def __init__(self, clock: Clock):
+        self.clock, self.calls = clock, 0
+
+    def put(self, value):
+        self.calls += 1
+        if self.calls == 2:
+            self.clock.mark("read")
+
+    def end(self):
+        if self.calls < 2:
+            self.clock.mark("read")
+
+
+@dataclass
+class Bench:
+    """What all systems of a run share.
+
+    Attributes:
+        model: whose backbone all of them use.
+        spans: that are retrieved and read; with memories where a system needs them.
+        top_k: documents read.
+        memory_size: k that is read.
+        retrieval_memory_size: k that is compared.
+        max_new_tokens: of an answer.
+        min_score: cosine below which the model's own retrieval abstains.
+        dense: encoder of the dense baseline.
+        depth: documents ranked.
+        read_all: read every document that was ranked (the setting gold_only).
+        seed: of the control's documents.
+    """
+
+    model: CLaRaForRAG
+    spans: Spans
+    top_k: int
+    memory_size: int
+    retrieval_memory_size: int
+    max_new_tokens: int = 64
+    min_score: float | None = None
+    dense: str | None = None
+    depth: int = 20
+    read_all: bool = False
+    seed: int = 0
+    _made: dict = field(default_factory=dict)
+
+    def ranker(self, name: str):
+        """BM25 or the dense encoder, made when it is first needed."""
+        if name not in self._made:
+            if name == "dense" and self.dense is None:
+                raise ValueError("the system 'dense_text' needs an encoder. Pass --dense MODEL, or leave it out.")
+            device = str(self.model.memory_embeddings.device)
+            self._made[name] = (
+                Bm25Ranker(self.spans) if name == "bm25" else DenseRanker(self.spans, self.dense, device=device)
+            )
+        return self._made[name]
+
+    def names(self) -> list[str]:
+        """Ids of all documents."""
+        if "names" not in self._made:
+            self._made["names"] = list(self.spans.rows)
+        return self._made["names"]
+
+
+Hits = list[tuple[int, float]]
+
+
+def retrieve(bench: Bench, system: System, tasks: Sequence[Task], clock: Clock) -> list[Hits]:
+    """For each task (row, score) of its documents, best first; marks `query` and `search`."""
+    if system.retriever is None:
+        return [[] for _ in tasks]
+    if system.retriever == "wrong":
+        return [[(row, 0.0) for row in wrong_rows(bench, task)] for task in tasks]
+    rows = [None if task.candidates is None else bench.spans.rows_of(task.candidates) for task in tasks]
+    texts = [task.question.text for task in tasks]
+    if system.retriever == "clara":
+        queries = bench.model.encode_queries(texts, memory_size=bench.retrieval_memory_size).cpu()
+        clock.mark("query")
+        hits = [
+            bench.spans.cosines(query, mine, bench.depth) if mine is None or len(mine) else []
+            for query, mine in zip(queries, rows, strict=True)
+        ]
+        if bench.min_score is not None:
+            hits = [[hit for hit in row if hit[1] >= bench.min_score] for row in hits]
+    else:
+        hits = bench.ranker(system.retriever).rank(texts, rows, bench.depth)
+    clock.mark("search")
+    return hits
+
+
+def wrong_rows(bench: Bench, task: Task) -> list[int]:
+    """First spans of `top_k` documents that have nothing to do with the question, drawn from (seed, question id).
+
+    Documents that are no candidates of the question come first, then candidates that are not gold.
+
+    Raises:
+        ValueError: there is none.
+    """
+    names = bench.names()
+    generator = random.Random(f"{bench.seed} {task.question.id}")
+    gold = set(task.gold)
+    for avoided in (gold.union(task.candidates or ()), gold):
+        chosen = []
+        for index in generator.sample(range(len(names)), min(len(names), bench.top_k + len(avoided))):
+            if names[index] not in avoided:
+                chosen.append(bench.spans.rows[names[index]].start)
+        if chosen:
+            return chosen[: bench.top_k]
+    raise ValueError("the control needs documents that are not gold, found none. Leave out 'wrong_memory'.")
+
+
+def rows_to_read(bench: Bench, hits: Hits) -> list[int]:
+    """Rows of the documents that are read, best first."""
+    return [row for row, _ in (hits if bench.read_all else hits[: bench.top_k])]
+
+
+def read(
+    bench: Bench, system: System, tasks: Sequence[Task], rows: Sequence[Sequence[int]], clock: Clock, **kwargs
+) -> tuple[list[str], list[int]]:
+    """Answers, and how many positions of input each took; marks `decode`.
+
+    Args:
+        bench: of the run.
+        system: that reads.
+        tasks: with their questions.
+        rows: that each task reads.
+        clock: gets what preparing and generating take together, unless a streamer has marked the first token.
+        kwargs: of `generate`, such as a streamer for one task.
+
+    Raises:
+        ValueError: a prompt does not fit into the backbone's window.
+    """
+    model, processor = bench.model, bench.model.processor
+    generation = model.build_generation_config(None, bench.max_new_tokens)
+    prompts, memories = [], []
+    hidden = model.config.text_config.hidden_size
+    for task, mine in zip(tasks, rows, strict=True):
+        question, name = task.question.text, f"question {task.question.id}"
+        if system.reader == "memory":
+            prompt = model.checked_prompt(question, len(mine), bench.memory_size, generation, name)
+            memory = bench.spans.memories(mine, bench.memory_size).to(model.memory_embeddings.device)
+        else:
+            documents = [bench.spans.document(row) for row in mine]
+            prompt = processor.build_prompt(question, 0, bench.memory_size, text_documents=documents, name=name)
+            model.check_window(len(prompt.input_ids) + bench.max_new_tokens, name, "Lower --top-k.")
+            memory = torch.zeros(0, bench.memory_size, hidden, device=model.memory_embeddings.device)
+        prompts.append(prompt)
+        memories.append(memory)
+    clock.mark("prepare")
+    with model.lock, torch.no_grad():
+        texts = model.generate_texts(prompts, memories, generation, role=ROLES[system.reader], **kwargs)
+    clock.mark("decode")
+    return texts, [len(prompt.input_ids) for prompt in prompts]
+
+
+def time_one(bench: Bench, system: System, task: Task) -> dict[str, float]:
+    """Milliseconds of one question alone, from stored memories: query, search, read (to the first token), decode."""
+    clock = Clock()
+    (hits,) = retrieve(bench, system, [task], clock)
+    rows = rows_to_read(bench, hits)
+    read(bench, system, [task], [rows], clock, streamer=_FirstToken(clock))
+    seconds = clock.seconds
+    seconds["read"] = seconds.pop("prepare") + seconds.get("read", 0.0)
+    times = {name: 1e3 * seconds.get(name, 0.0) for name in ("query", "search", "read", "decode")}
+    return {**times, "total": sum(times.values())}
+
+
+def span_bytes(bench: Bench, system: System, rows: Sequence[int]) -> float | None:
+    """Stored bytes of a span that was read, the mean over these rows; None where nothing was."""
+    if not len(rows):
+        return None
+    if system.reader == "memory":
+        return float(bench.spans.memory_bytes(bench.memory_size))
+    return float(np.mean([bench.spans.text_bytes(row) for row in rows]))
