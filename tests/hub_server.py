@@ -1,6 +1,6 @@
 """A small real Hugging Face Hub on 127.0.0.1, to which the unmodified huggingface_hub client uploads and downloads.
 It stands in for huggingface.co in the tests, each server with its own state in memory; only tests import it.
-It does not know Xet, pull requests, gated repos, redirects to a CDN or chunked requests; an unknown route answers 501.
+It does not know Xet, merging, gated repos, redirects to a CDN or chunked requests; an unknown route answers 501.
 """
 
 import base64
@@ -62,27 +62,27 @@ File = dict[str, Any]  # a file of a commit, as an item of the client's listings
 
 
 class Repo:
-    """The commits of one repo, and the branches and tags that point to them."""
+    """The commits of one repo, and the branches, tags and pull requests that point to them."""
 
     def __init__(self, kind: str, name: str, private: bool) -> None:
         self.kind, self.name, self.private = kind, name, private
         self.commits: dict[str, dict[str, File]] = {}  # the files by their paths
         self.history: dict[str, list[dict[str, Any]]] = {}  # of each commit, newest first
-        self.refs: dict[str, dict[str, str]] = {"branch": {}, "tag": {}}
+        self.refs: dict[str, dict[str, str]] = {"branch": {}, "tag": {}, "pr": {}}  # those of pr are refs/pr/1, ...
 
-    def add_commit(self, branch: str, files: dict[str, File], title: str) -> str:
-        """Moves the branch to a new commit of these files; returns the commit's id."""
+    def add_commit(self, branch: str, files: dict[str, File], title: str, text: str = "", to: str = "") -> str:
+        """Moves the branch, or the pull request `to`, to a new commit of these files; returns the commit's id."""
         parent = self.refs["branch"].get(branch)
         content = [self.kind, self.name, parent, title, sorted(files.items()), len(self.commits)]
         sha = hashlib.sha1(json.dumps(content).encode()).hexdigest()
         date = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
-        log = {"id": sha, "title": title, "message": "", "date": date, "authors": [{"user": USER}]}
+        log = {"id": sha, "title": title, "message": text, "date": date, "authors": [{"user": USER}]}
         self.commits[sha], self.history[sha] = files, [log, *(self.history[parent] if parent else [])]
-        self.refs["branch"][branch] = sha
+        self.refs["pr" if to else "branch"][to or branch] = sha
         return sha
 
     def resolve(self, revision: str) -> str:
-        """The commit meant by a branch, a tag, seven or more digits of a commit's id or, for main, nothing."""
+        """The commit of a branch, a tag, refs/pr/1, seven or more digits of a commit's id or, for main, nothing."""
         name = (revision or "main").removeprefix("refs/heads/").removeprefix("refs/tags/")
         named = [refs[name] for refs in self.refs.values() if name in refs]
         matching = named or [sha for sha in self.commits if len(name) >= 7 and sha.startswith(name)]
@@ -108,6 +108,7 @@ ROUTES = (  # method, path before percent-decoding, the Handler's method, whethe
     ("PUT", r"/lfs/(?P<sha256>[0-9a-f]{64})", "put_lfs", False),  # like the Hub's signed addresses
     ("POST", rf"{API_REPO}/commit{REVISION}", "commit", True),
     ("GET", rf"{API_REPO}/commits{REVISION}", "commits", False),
+    ("GET", rf"{API_REPO}/discussions", "discussions", False),
     ("GET", rf"{API_REPO}/refs", "list_refs", False),
     ("POST", rf"{API_REPO}/(?P<ref>branch|tag)/(?P<name>[^/]+)", "add_ref", True),
     ("DELETE", rf"{API_REPO}/(?P<ref>branch|tag)/(?P<name>[^/]+)", "delete_ref", True),
@@ -296,8 +297,8 @@ class Handler(BaseHTTPRequestHandler):
     def commit(self, repo: Repo, revision: str) -> Any:
         """Carries out all operations or, when one is refused, none."""
         parent = repo.resolve(revision)
-        if "create_pr" in self.query or revision not in repo.refs["branch"]:
-            raise Refusal(501, "This small Hub commits to branches only.")
+        if revision not in repo.refs["branch"]:
+            raise Refusal(501, "This small Hub commits to branches, or asks to pull into them, only.")
         header, *operations = [json.loads(line) for line in self.body.splitlines()]
         if not parent.startswith(header["value"].get("parentCommit") or ""):
             raise Refusal(412, "A commit has happened since. Please refresh and try again.")
@@ -317,20 +318,33 @@ class Handler(BaseHTTPRequestHandler):
                 files = kept
             else:
                 raise Refusal(501, f"This small Hub does not know the operation {key}.")
-        sha = repo.add_commit(revision, files, header["value"]["summary"])
-        return {"success": True, "commitOid": sha, "commitUrl": f"{self.server.url}/{repo.name}/commit/{sha}"}
+        number = len(repo.refs["pr"]) + 1
+        to = f"refs/pr/{number}" if self.query.get("create_pr") == ["1"] else ""
+        sha = repo.add_commit(revision, files, header["value"]["summary"], header["value"].get("description", ""), to)
+        url = f"{self.server.url}/{'' if repo.kind == 'model' else repo.kind + 's/'}{repo.name}"
+        asked = {"pullRequestUrl": f"{url}/discussions/{number}", "pullRequestRevision": to} if to else {}
+        return {"success": True, "commitOid": sha, "commitUrl": f"{url}/commit/{sha}", **asked}
+
+    def discussions(self, repo: Repo) -> Any:
+        """All pull requests, which stay open; each has the title of its commit."""
+        about = {"author": {"name": USER}, "status": "open", "isPullRequest": True}
+        about["repo"] = {"name": repo.name, "type": repo.kind}
+        logs = [(int(ref.split("/")[-1]), repo.history[sha][0]) for ref, sha in repo.refs["pr"].items()]
+        found = [{"num": n, "title": log["title"], "createdAt": log["date"], **about} for n, log in logs]
+        return {"discussions": found, "count": len(found), "start": 0}
 
     def commits(self, repo: Repo, revision: str) -> Any:
         """The history of a revision, newest first."""
         return repo.history[repo.resolve(revision)]
 
     def list_refs(self, repo: Repo) -> Any:
-        """All branches and tags."""
+        """All branches, tags and pull requests."""
 
         def listed(ref: str, folder: str) -> list[dict[str, str]]:
-            return [{"name": n, "ref": f"refs/{folder}/{n}", "targetCommit": sha} for n, sha in repo.refs[ref].items()]
+            return [{"name": n, "ref": f"{folder}{n}", "targetCommit": sha} for n, sha in repo.refs[ref].items()]
 
-        return {"branches": listed("branch", "heads"), "tags": listed("tag", "tags"), "converts": []}
+        heads, tags = listed("branch", "refs/heads/"), listed("tag", "refs/tags/")
+        return {"branches": heads, "tags": tags, "converts": [], "pullRequests": listed("pr", "")}
 
     def add_ref(self, repo: Repo, ref: str, name: str) -> Any:
         """A branch of this name; or a tag, then `name` is the revision to be tagged."""

@@ -87,6 +87,17 @@ def test_stale_parent_is_refused(session: Session) -> None:
     assert session.seen["race"] == {"stale": ["HfHubHTTPError", 412, None], "unmoved": True}
 
 
+def test_a_pull_request_leaves_main_as_it_was(session: Session) -> None:
+    seen = session.seen["pull_request"]
+    assert seen["url"] == f"{session.hub.url}/datasets/loopback/asked/discussions/1" and seen["ref"] == "refs/pr/1"
+    assert seen["on_main"] == [".gitattributes"] and seen["titles_of_main"] == ["initial commit"]
+    assert seen["asked"] == ["A title", "Some words", "two\n"] and seen["listed"] == [
+        [1, "A title", seen["url"], "open"]
+    ]
+    assert seen["refs"] == ["refs/pr/1", "refs/pr/2"] and seen["second"] == ["a.txt"]
+    assert seen["without_token"] == ["HfHubHTTPError", 401, None]
+
+
 def test_each_missing_thing_has_its_own_error(session: Session) -> None:
     seen = session.seen["missing"]
     assert seen["revision"] == ["RevisionNotFoundError", 404, "RevisionNotFound"]
@@ -191,7 +202,7 @@ def digest(content: bytes) -> str:
 
 def client(home: Path) -> dict[str, Any]:
     """The whole run."""
-    parts = (folder, commit, refs, race, missing, ranges, private, token, faults)
+    parts = (folder, commit, refs, race, pull_request, missing, ranges, private, token, faults)
     return {part.__name__: part(home) for part in parts}
 
 
@@ -213,11 +224,11 @@ def add(path: str, content: bytes) -> Any:
     return CommitOperationAdd(path, content)
 
 
-def read(repo: str, revision: str | None = None, path: str = "config.json", **options: Any) -> str:
+def read(repo_id: str, revision: str | None = None, path: str = "config.json", **options: Any) -> str:
     """The text of a downloaded file."""
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(repo, path, revision=revision, **options)).read_text()
+    return Path(hf_hub_download(repo_id, path, revision=revision, **options)).read_text()
 
 
 def folder(home: Path) -> dict[str, Any]:
@@ -291,6 +302,32 @@ def race(home: Path) -> dict[str, Any]:
     return {"stale": stale, "unmoved": api.model_info(repo).sha == first.oid}
 
 
+def pull_request(home: Path) -> dict[str, Any]:
+    """Two pull requests, each of which starts from main."""
+    from huggingface_hub import HfApi
+
+    api, repo = HfApi(), {"repo_id": "loopback/asked", "repo_type": "dataset"}
+    api.create_repo(**repo)
+    words = {"commit_message": "A title", "commit_description": "Some words", "create_pr": True}
+    made = api.create_commit(operations=[add("x/b.txt", b"two\n")], **words, **repo)
+    second = api.create_commit(operations=[add("a.txt", b"a")], commit_message="Another", create_pr=True, **repo)
+    newest = api.list_repo_commits(revision=made.pr_revision, **repo)[0]
+    found = list(api.get_repo_discussions(**repo))[:1]
+    return {
+        "url": made.pr_url,
+        "ref": made.pr_revision,
+        "on_main": api.list_repo_files(**repo),
+        "titles_of_main": [entry.title for entry in api.list_repo_commits(**repo)],
+        "asked": [newest.title, newest.message, read(revision="refs/pr/1", path="x/b.txt", **repo)],
+        "listed": [[one.num, one.title, one.url, one.status] for one in found],
+        "refs": [ref.ref for ref in api.list_repo_refs(include_pull_requests=True, **repo).pull_requests],
+        "second": [path for path in api.list_repo_files(revision=second.pr_revision, **repo) if path[0] != "."],
+        "without_token": refusal(
+            api.create_commit, operations=[add("c", b"c")], commit_message="c", create_pr=True, token=False, **repo
+        ),
+    }
+
+
 def missing(home: Path) -> dict[str, Any]:
     """What is not there, in every sense."""
     from huggingface_hub import CommitOperationDelete, HfApi
@@ -306,7 +343,7 @@ def missing(home: Path) -> dict[str, Any]:
         "deletion": refusal(api.create_commit, repo, [CommitOperationDelete("none")], commit_message="none"),
         "repo": refusal(read, "loopback/none"),
         "deleted_repo": refusal(api.space_info, "loopback/gone"),
-        "route": refusal(api.get_repo_discussions(repo).__next__),
+        "route": refusal(api.get_collection, "loopback/none"),
     }
 
 

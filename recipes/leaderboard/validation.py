@@ -207,9 +207,9 @@ def check_place(content: dict, data_files: dict | None) -> list[str]:
     return _shortened([*(check_data(content, data_files) if data_files is not None else []), *_check_model(content)])
 
 
-def _has_places(content: dict) -> bool:
+def _has_places(content: object) -> bool:
     """Whether what `check_place` reads is there, although something else is wrong."""
-    return content.get("schema_version") == SCHEMA_VERSION and not _schema_problems(content)
+    return isinstance(content, dict) and not _schema_problems(content)
 
 
 def _schema_problems(content: dict) -> list[str]:
@@ -363,10 +363,10 @@ def _check_model(content: dict) -> list[str]:
         problems.append(f"model.repo must name the model on the Hub, got null. {remedy} and evaluate it from there.")
     elif REPO_ID.fullmatch(model["repo"]) is None or ".." in model["repo"] or "--" in model["repo"]:
         problems.append(f"model.repo must be owner/name of the Hub, got {_quote(model['repo'])}.")
-    if model["repo"] is not None and model["revision"] is None:
-        problems.append(
-            "model.revision must be the commit of 40 hex digits, got null. Evaluate the model from the Hub."
-        )
+    if model["repo"] is not None and REVISION.fullmatch(model["revision"] or "") is None:
+        shown = "null" if model["revision"] is None else _quote(model["revision"])
+        rule = f"model.revision must be the commit of 40 hex digits, got {shown}"
+        problems.append(f"{rule}. Evaluate the model from the Hub.")
     return problems
 
 

@@ -1,0 +1,107 @@
+"""Draws answer quality against what it costs: bytes of a stored span, milliseconds of a question.
+It stands behind the table: it draws the rows that the table shows, thousands of them if need be.
+It does not know filters or pages; all text is escaped, because plotly reads a part of HTML.
+"""
+
+import math
+
+import pandas as pd
+import plotly.graph_objects as go
+from leaderboard_text import escaped
+
+COLORS = {  # told apart without red and green, on white and on black
+    "clara": "#2b8cd6",
+    "text": "#e06c1f",
+    "closed_book": "#009e73",
+    "control": "#cc79a7",
+    "external": "#e69f00",
+}
+SYMBOLS = {"clara": "circle", "text": "square", "closed_book": "diamond", "control": "x", "external": "triangle-up"}
+COSTS = {"bytes_per_span": "bytes per span", "p50": "latency p50 (ms)"}
+MAX_ERROR_BARS = 300  # points; with more the bars hide each other
+GRID = "rgba(128, 128, 128, 0.25)"
+
+
+def cost_figure(frame: pd.DataFrame, metric: str | None, cost: str) -> go.Figure:
+    """The metric of each row against `cost`, a key of `COSTS`, on a logarithmic axis; coloured by kind.
+
+    Rows without the metric or with no cost above 0 are left out and counted below the axis.
+    """
+    known = frame[(frame[metric].notna()) & (frame[cost] > 0)] if metric in frame else frame[:0]
+    figure = go.Figure()
+    for kind, color in COLORS.items():
+        rows = known[known["kind"] == kind]
+        if len(rows):
+            figure.add_trace(_points(rows, metric, cost, kind, color, has_bars=len(known) <= MAX_ERROR_BARS))
+    figure.update_layout(
+        template="plotly_white",
+        paper_bgcolor="rgba(0, 0, 0, 0)",
+        plot_bgcolor="rgba(0, 0, 0, 0)",
+        height=420,
+        margin={"l": 60, "r": 20, "t": 56, "b": 72},
+        font={"family": "ui-sans-serif, system-ui, sans-serif", "size": 13, "color": "#777777"},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        hoverlabel={"align": "left"},
+        showlegend=True,
+    )
+    axis = {"gridcolor": GRID, "zeroline": False, "automargin": True}
+    notes = [f"{len(frame) - len(known):,} without {COSTS[cost]} not drawn"] if len(known) < len(frame) else []
+    notes += [f"no error bars above {MAX_ERROR_BARS} points"] if len(known) > MAX_ERROR_BARS else []
+    axis = {"gridcolor": GRID, "zeroline": False, "automargin": True}
+    title = f"{COSTS[cost]}, log scale<br><span style='font-size: 11px'>{'; '.join(notes)}</span>"
+    figure.update_xaxes(type="log", title_text=title, **_ticks(known[cost]), **axis)
+    top = known[f"{metric} high"].max() if len(known) else 1.0
+    figure.update_yaxes(title_text=escaped(metric or "quality"), range=[-0.03 * top, 1.04 * top + 1e-3], **axis)
+    if not len(known):
+        text = f"No result here has this metric and {COSTS[cost]}"
+        figure.add_annotation(text=text, x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False)
+        figure.update_xaxes(range=[0, 3])
+    return figure
+
+
+def _points(
+    rows: pd.DataFrame, metric: str, cost: str, kind: str, color: str, has_bars: bool
+) -> go.Scatter | go.Scattergl:
+    """Points with error bars as SVG or, where they are too many for it and for bars, in WebGL."""
+    value = rows[metric]
+    bars = {"type": "data", "symmetric": False, "thickness": 1, "width": 3}
+    bars |= {"array": rows[f"{metric} high"] - value, "arrayminus": value - rows[f"{metric} low"]}
+    draw = go.Scatter if has_bars else go.Scattergl
+    return draw(
+        x=rows[cost],
+        y=value,
+        mode="markers",
+        name=kind,
+        marker={"color": color, "symbol": SYMBOLS[kind], "size": 9 if has_bars else 6, "opacity": 0.85},
+        error_y=bars if has_bars else None,
+        text=_hovers(rows, metric),
+        hoverinfo="text",
+    )
+
+
+def _hovers(rows: pd.DataFrame, metric: str) -> list[str]:
+    """What is told of each point."""
+    names = ["system", "model", "data", "codec", "memory_size", "bytes_per_span", "p50"]
+    names += [metric, f"{metric} low", f"{metric} high"]
+    texts = []
+    for row in rows[names].itertuples(index=False, name=None):
+        system, model, data, codec, size, n_bytes, p50, value, low, high = row
+        lines = [f"<b>{escaped(system)}</b>", escaped(model), f"{escaped(data)}, codec {escaped(codec)}"]
+        lines += [f"{escaped(metric)} {value:.3f} [{low:.3f}, {high:.3f}]"]
+        lines += [f"{size:.0f} memory vectors"] if size == size else []
+        lines += [f"{n_bytes:,.9g} bytes per span"] if n_bytes == n_bytes else []
+        lines += [f"{p50:,.4g} ms p50"] if p50 == p50 else []
+        texts.append("<br>".join(lines))
+    return texts
+
+
+def _ticks(values: pd.Series) -> dict:
+    """Round numbers of a logarithmic axis around these values, and the axis' range."""
+    if not len(values):
+        return {"tickvals": [1, 10, 100, 1000]}
+    low, high = math.log10(values.min()) - 0.1, math.log10(values.max()) + 0.1
+    steps = range(1, 10) if high - low < 1 else (1, 2, 5) if high - low < 4 else (1,)
+    ticks = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in steps]
+    inside = [tick for tick in ticks if low <= math.log10(tick) <= high]
+    texts = [f"{tick:,.12g}" if tick < 1e6 else f"{tick:.0e}" for tick in inside]
+    return {"tickvals": inside, "ticktext": texts, "range": [low, high]}
