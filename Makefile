@@ -16,7 +16,7 @@ PASSAGES := passages_scp_sample.jsonl.gz
 DATA ?= $(firstword $(wildcard data/$(PASSAGES)) $(wildcard ../shared/data/$(PASSAGES)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow quality bench bench-training bench-corpus pico clean
+.PHONY: help install demo test test-slow quality bench bench-training bench-corpus bench-evaluation pico clean
 
 ## help       show this list
 help:
@@ -70,6 +70,10 @@ bench-training: $(STAMP)
 ## bench-corpus  measure corpora; DATA=FILE names documents, QUESTIONS=FILE questions, FOLDER keeps what is built
 bench-corpus: $(STAMP)
 	$(BIN)/python recipes/benchmark_corpus.py --data "$(DATA)" --questions "$(QUESTIONS)" --folder "$(or $(FOLDER),runs/bench-corpus)"
+
+## bench-evaluation  measure scoring and a run on clara-pico; MODEL=FOLDER DATA=FILE take others
+bench-evaluation: $(STAMP)
+	$(BIN)/python recipes/benchmark_evaluation.py $(if $(MODEL),--model "$(MODEL)" --data "$(DATA)")
 
 ## pico       train clara-pico from nothing, about 40 minutes on two cores; run again it goes on where it was
 pico: $(STAMP)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from datasets import Features, List, Value, load_dataset
+from datasets.exceptions import DatasetsError
 from trl.scripts.utils import DatasetConfig
 
 from modeling_clara import CLaRaProcessor
@@ -39,7 +40,11 @@ MAX_SPLIT = 50_000  # documents whose spans are remembered while rows are read
 
 
 class BadRow(ValueError):
-    """A row that cannot be trained on."""
+    """A row that cannot be used; `place` is its file and line, which the message begins with, where that is known."""
+
+    def __init__(self, message: str, place: str = ""):
+        super().__init__(f"{place} {message}".strip())
+        self.place = place
 
 
 # --- rows out of files ---------------------------------------------------------------------------------------------
@@ -62,8 +67,13 @@ def read_rows(source: DatasetConfig, on_bad_row: Callable[[BadRow], None] | None
     options = {"data_dir": source.data_dir, "data_files": source.data_files}
     if path.suffix == ".parquet":
         if not path.exists():
-            raise FileNotFoundError(f"`{path}` must be a file, found none. Correct `path` in `datasets`.")
-        rows = load_dataset("parquet", data_files=str(path), split="train")
+            raise FileNotFoundError(f"`{path}` must be a file, found none. Correct the path.")
+        try:
+            rows = load_dataset("parquet", data_files=str(path), split="train")
+        except (ValueError, DatasetsError) as error:
+            raise ValueError(f"{path} cannot be read: {error.__cause__ or error}. Copy the file again.") from error
+    elif path.is_file():
+        raise ValueError(f"{path} must be a .jsonl, .jsonl.gz or .parquet file. Convert it.")
     else:
         rows = load_dataset(source.path, source.name, split=source.split, **options)
     for number, row in enumerate(rows, 1):
@@ -72,7 +82,7 @@ def read_rows(source: DatasetConfig, on_bad_row: Callable[[BadRow], None] | None
 
 def _read_jsonl(path: Path, on_bad_row: Callable[[BadRow], None] | None) -> Iterator[tuple[str, dict]]:
     if not path.exists():
-        raise FileNotFoundError(f"`{path}` must be a file, found none. Correct `path` in `datasets`.")
+        raise FileNotFoundError(f"`{path}` must be a file, found none. Correct the path.")
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rb") as file:
         lines = enumerate(file, 1)
@@ -97,11 +107,11 @@ def _read_jsonl(path: Path, on_bad_row: Callable[[BadRow], None] | None) -> Iter
 
 def _parse(line: bytes, place: str) -> dict:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise BadRow(f"{place} must be JSON in UTF-8: {error}. Correct or remove the line.") from error
+        raise BadRow(f"must be JSON in UTF-8: {error}. Correct or remove the line.", place) from error
     if not isinstance(row, dict):
-        raise BadRow(f"{place} must be a JSON object, got {type(row).__name__}. Correct the line.")
+        raise BadRow(f"must be a JSON object, got {type(row).__name__}. Correct the line.", place)
     return row
 
 
@@ -264,7 +274,7 @@ class RecordReader:
                     raise BadRow("must have `pos_index`: the contrastive stage learns from known gold documents")
             lengths = [self._length(question, answer, len(documents)) for question, answer in targets]
         except BadRow as error:
-            raise BadRow(f"{place} {error}") from error
+            raise BadRow(str(error), place) from error
         size = 1 if self.selects else self.targets_per_document
         return [
             {

@@ -2,30 +2,34 @@
 
 Stands where `run.py` stands for our own systems. A file has a line for every question:
 
-    {"id": "...", "prediction": "Paris", "retrieved": ["12", 3]}     an answer; documents by id or place in `docs`
+    {"id": "...", "prediction": "Paris", "retrieved": [3, 0]}        an answer, and documents by their place in `docs`
     {"id": "...", "prediction": null, "abstained": true}             no answer, because it is not in the documents
     {"id": "...", "prediction": null, "failure": "timeout"}          no answer, because something went wrong
+
+Where rows of the data have no `docs`, `retrieved` has ids: `_id` (BEIR), `wikipedia_id` (KILT), and of passages their
+number in the file, from 0, equal ones counted once. A document that the data does not have is one that is not gold.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from data import BadRow, read_rows
 from trl.scripts.utils import DatasetConfig
 
-from evaluation.run import prediction_row
+from evaluation.run import MAX_REASON, prediction_row
 from evaluation.tasks import Task
 
 MAX_NAMED = 3
 KEYS = {"id", "prediction", "abstained", "failure", "retrieved", "n_tokens"}
 
 
-def read_predictions(path: Path, tasks: Sequence[Task]) -> list[dict]:
+def read_predictions(path: Path, tasks: Sequence[Task], ids: Collection[str] = ()) -> list[dict]:
     """Read a file of predictions, in the order of the tasks.
 
     Args:
         path: .jsonl or .jsonl.gz.
         tasks: with the questions that must be answered.
+        ids: of further questions of the data, whose predictions are left aside.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -38,12 +42,14 @@ def read_predictions(path: Path, tasks: Sequence[Task]) -> list[dict]:
             question_id = _id(row)
             if question_id in places:
                 raise BadRow(f"has the id {question_id!r} like {places[question_id]}. Keep one of them")
-            if question_id not in by_id:
+            if question_id not in by_id and question_id not in ids:
                 raise BadRow(f"has the id {question_id!r}, which is no question of the data. Remove it")
             places[question_id] = place
+            if question_id not in by_id:
+                continue
             rows[question_id] = _prediction(row, by_id[question_id])
         except BadRow as error:
-            problems.append(BadRow(f"{place} {error}."))
+            problems.append(BadRow(f"{str(error).rstrip('.')}.", place))
     if problems:
         named = " ".join(str(error) for error in problems[:MAX_NAMED])
         raise ValueError(f"{len(problems)} row(s) of {path.name} cannot be scored: {named}")
@@ -68,11 +74,13 @@ def _prediction(row: Mapping, task: Task) -> dict:
     unknown = sorted(set(row) - KEYS)
     if unknown:
         raise BadRow(f"must have no keys but {', '.join(sorted(KEYS))}, got {unknown[0]!r}")
-    text, abstained, failure = row.get("prediction"), row.get("abstained", False), row.get("failure")
+    text, abstained, failure = row.get("prediction"), row.get("abstained") or False, row.get("failure")
     if text is not None and not isinstance(text, str):
         raise BadRow(f"must have a text as `prediction`, got {text!r}")
     if not isinstance(abstained, bool) or not (failure is None or (isinstance(failure, str) and failure.strip())):
         raise BadRow(f"must have true or false as `abstained` and a text as `failure`, got {abstained!r}, {failure!r}")
+    if failure is not None and not failure.isprintable():
+        raise BadRow(f"must have a printable text of one line as `failure`, got {failure!r}")
     if (text is not None and bool(text.strip())) + abstained + (failure is not None) != 1:
         raise BadRow(
             f"must have one of `prediction`, `abstained` and `failure`, got {text!r}, {abstained!r} and {failure!r}; "
@@ -87,7 +95,7 @@ def _prediction(row: Mapping, task: Task) -> dict:
         task.question.id,
         prediction=prediction,
         abstained=abstained,
-        failure=failure,
+        failure=failure and failure[:MAX_REASON],
         retrieved=retrieved,
         n_tokens=n_tokens,
     )
@@ -102,7 +110,10 @@ def _retrieved(given, task: Task) -> list[str]:
     for entry in given:
         if isinstance(entry, bool) or not isinstance(entry, str | int):
             raise BadRow(f"must have ids or places in `retrieved`, got {entry!r}")
-        if isinstance(entry, int) and not 0 <= entry < len(candidates):
+        if isinstance(entry, str) or not candidates:
+            names.append(str(entry))
+            continue
+        if not 0 <= entry < len(candidates):
             raise BadRow(f"must have places from 0 to {len(candidates) - 1} in `retrieved`, got {entry}")
-        names.append(candidates[entry] if isinstance(entry, int) else entry)
+        names.append(candidates[entry])
     return list(dict.fromkeys(names))

@@ -12,17 +12,19 @@ First in the way of an evaluation. It knows nothing of models, settings or score
 A file is .jsonl, .jsonl.gz or .parquet; anything else is the id of a data set on the Hub.
 """
 
-import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import BadRow, document_key, read_documents, read_positives, read_rows
 from trl.scripts.utils import DatasetConfig
 
+from evaluation.beir import beir_files, beir_rows
+
 FORMATS = ("multihop", "passages", "reference", "flashrag", "kilt", "beir")
+ALIKE = {"multihop", "reference", "flashrag"}  # differ in names of optional keys; the first row names a file
 MAX_NAMED = 3  # bad rows that an error names
 
 
@@ -61,6 +63,7 @@ class EvaluationData:
         documents: id -> `{title, text}`, every distinct document once, in the order of the file.
         titles: id -> title of gold documents whose text the data does not have (KILT).
         rejected: `{place, reason}` of rows that were left out.
+        ids: of all questions of the file, those behind `limit` too.
     """
 
     name: str
@@ -70,6 +73,7 @@ class EvaluationData:
     documents: dict[str, dict] = field(default_factory=dict)
     titles: dict[str, str] = field(default_factory=dict)
     rejected: list[dict] = field(default_factory=list)
+    ids: frozenset[str] = frozenset()
 
     @property
     def has_candidates(self) -> bool:
@@ -107,25 +111,26 @@ def read_data(
     data = EvaluationData(folder.resolve().name if folder.exists() else path, "")
 
     def reject(error: BadRow) -> None:
-        data.rejected.append({"reason": str(error)})
+        data.rejected.append({"place": error.place, "reason": str(error)})
 
     if folder.is_dir():
-        rows = _beir_rows(folder, split or "test", reject)
+        rows = beir_rows(folder, split or "test", reject)
     else:
         rows = read_rows(DatasetConfig(path=path, split=split or "test"), on_bad_row=reject)
-    reader = _Reader(data)
+    reader = _Reader(data, folder.is_dir())
     for place, row in rows:
         try:
             reader.add(place, row)
         except BadRow as error:
-            reject(BadRow(f"{place} {error}"))
+            reject(BadRow(str(error), place))
     if data.rejected and not skip_bad_rows:
-        named = "; ".join(row["reason"] for row in data.rejected[:MAX_NAMED])
+        named = "; ".join(row["reason"].rstrip(".") for row in data.rejected[:MAX_NAMED])
         raise ValueError(
             f"{len(data.rejected)} row(s) cannot be used: {named}. Correct them, or pass --skip-bad-rows, which lists "
             "them in rejected.jsonl."
         )
     _check(data, may_abstain)
+    data.ids = frozenset(question.id for question in data.questions)
     data.questions = data.questions[:limit]
     data.sha256 = hash_data(folder) if folder.exists() else reader.digest.hexdigest()
     return data
@@ -140,14 +145,15 @@ def hash_data(path: Path) -> str:
     if path.is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.suffix in (".jsonl", ".tsv"))
+    names = [file.relative_to(path).as_posix() for file in beir_files(path)]
     return hashlib.sha256("".join(f"{name} {hash_data(path / name)}\n" for name in names).encode()).hexdigest()
 
 
 class _Reader:
     """Adds rows to an `EvaluationData`, every distinct document under one id."""
 
-    def __init__(self, data: EvaluationData):
+    def __init__(self, data: EvaluationData, is_beir: bool):
+        self.is_beir = is_beir
         self.data, self.digest = data, hashlib.sha256()
         self.ids: dict[str, str] = {}  # document_key -> id
         self.places: dict[str, str] = {}  # question id -> place
@@ -158,26 +164,39 @@ class _Reader:
         Raises:
             BadRow: naming the rule.
         """
-        self.digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
+        try:
+            self.digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
+        except UnicodeEncodeError as error:
+            raise BadRow("must be text in Unicode, but has half of a surrogate pair") from error
         row = {name: value for name, value in row.items() if value is not None}
-        kind = row_format(row)
+        kind = "beir" if self.is_beir else row_format(row)
         if self.data.format and kind != self.data.format:
-            raise BadRow(f"must be of the format {self.data.format} like the rows before it, got {kind}")
-        found = list(getattr(self, f"_{kind}")(row, place))
+            if not {kind, self.data.format} <= ALIKE:
+                raise BadRow(f"must be of the format {self.data.format} like the rows before it, got {kind}")
+            kind = self.data.format
+        before = len(self.data.documents)
+        try:
+            found = list(getattr(self, f"_{kind}")(row, place))
+            for question in found:
+                if question.id in self.places:
+                    raise BadRow(f"must have an id of its own, got {question.id!r} like {self.places[question.id]}")
+        except BadRow:
+            for name in list(self.data.documents)[before:]:
+                document = self.data.documents.pop(name)
+                self.ids.pop(document_key(document), None)
+            raise
         for question in found:
-            if question.id in self.places:
-                raise BadRow(f"must have an id of its own, got {question.id!r} like {self.places[question.id]}")
             self.places[question.id] = place
         self.data.format = kind
         self.data.questions += found
 
-    def _documents(self, documents: list[dict], given: list[str] | None = None) -> list[str]:
-        """Ids of documents; the same title and text is the same document."""
+    def _documents(self, documents: list[dict]) -> list[str]:
+        """Ids of documents, which are numbers from 0; the same title and text is the same document."""
         ids = []
-        for index, document in enumerate(documents):
+        for document in documents:
             key = document_key(document)
             if key not in self.ids:
-                self.ids[key] = given[index] if given else str(len(self.ids))
+                self.ids[key] = str(len(self.ids))
                 self.data.documents[self.ids[key]] = document
             ids.append(self.ids[key])
         return ids
@@ -205,6 +224,8 @@ class _Reader:
     def _flashrag(self, row: Mapping, place: str) -> Iterator[Question]:
         given = row.get("docs") or row.get("retrieval_result") or row.get("contents") or []
         given = [given] if isinstance(given, str | Mapping) else given
+        if not isinstance(given, list):
+            raise BadRow(f"documents must be a list, got {given!r}")
         documents = [entry.get("contents", entry) if isinstance(entry, Mapping) else entry for entry in given]
         yield from self._multihop({**row, "docs": documents}, place)
 
@@ -214,22 +235,32 @@ class _Reader:
             raise BadRow(f"`output` must be a list of {{answer, provenance}}, got {outputs!r}")
         answers = [output["answer"] for output in outputs if output.get("answer")]
         gold = {}
-        for source in (source for output in outputs for source in output.get("provenance") or []):
-            document_id = str(source.get("wikipedia_id", source.get("title", "")))
-            gold[document_id] = str(source.get("title", ""))
+        for output in outputs:
+            sources = output.get("provenance") or []
+            if not isinstance(sources, list) or not all(isinstance(source, Mapping) for source in sources):
+                raise BadRow(f"`provenance` must be a list of {{wikipedia_id, title}}, got {sources!r}")
+            for source in sources:
+                title = str(source.get("title") or "")
+                document_id = str(source.get("wikipedia_id") or title)
+                if document_id:
+                    gold[document_id] = title
         self.data.titles |= gold
         text = _text(row, "input")
         yield Question(_id(row, place), text, _answers({"answers": answers}), (), tuple(gold), place)
 
     def _beir(self, row: Mapping, place: str) -> Iterator[Question]:
-        if "text" in row and "gold" not in row:  # a document
-            (document,) = read_documents({"text": row["text"], "title": row.get("title", "")})
+        if "gold" not in row:  # a document
+            text, title = row.get("text", ""), row.get("title", "")
+            (document,) = read_documents({"text": text, "title": title} if text else {"text": title})
             if row["_id"] in self.data.documents:
                 raise BadRow(f"must have an id of its own, got {row['_id']!r} twice")
             self.data.documents[row["_id"]] = document
             return
         metadata = row.get("metadata") or {}
-        answers = _answers({"answers": row.get("answers", metadata.get("answers", metadata.get("answer", [])))})
+        if not isinstance(metadata, Mapping):
+            raise BadRow(f"`metadata` must be an object, got {metadata!r}")
+        given = [row.get("answers"), metadata.get("answers"), metadata.get("answer"), []]
+        answers = _answers({"answers": next(value for value in given if value is not None)})
         unknown = [document_id for document_id in row["gold"] if document_id not in self.data.documents]
         if unknown:
             raise BadRow(f"must have judgements of documents in corpus.jsonl, {unknown[0]!r} is not there")
@@ -245,8 +276,6 @@ def row_format(row: Mapping) -> str:
     Raises:
         BadRow: it is none of them.
     """
-    if "_id" in row:
-        return "beir"
     if "qas" in row and "text" in row:
         return "passages"
     if "input" in row and "output" in row:
@@ -278,6 +307,10 @@ def _text(row: Mapping, name: str) -> str:
     return text.strip()
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value  # NaN is none
+
+
 def _answers(row: Mapping) -> tuple[str, ...]:
     """All gold answers of a row; none only where the row says so with an empty list."""
     names = ("answers", "golden_answers", "gold_answer", "answer")
@@ -285,44 +318,11 @@ def _answers(row: Mapping) -> tuple[str, ...]:
     if given is None:
         raise BadRow(f"must have one of {', '.join(f'`{name}`' for name in names)}; an empty list says: no answer")
     given = given if isinstance(given, list | tuple) else [given]
-    answers = [str(answer) if isinstance(answer, int) and not isinstance(answer, bool) else answer for answer in given]
+    answers = [str(answer) if _is_number(answer) else answer for answer in given]
     for answer in answers:
         if not isinstance(answer, str) or not answer.strip():
             raise BadRow(f"answers must be texts that are not empty, got {answer!r}")
     return tuple(dict.fromkeys(answer.strip() for answer in answers))
-
-
-def _beir_rows(folder: Path, split: str, reject: Callable[[BadRow], None]) -> Iterator[tuple[str, dict]]:
-    """Documents first, then queries with the ids of what was judged relevant (score above 0)."""
-    judged = folder / "qrels" / f"{split}.tsv"
-    for name in (folder / "corpus.jsonl", folder / "queries.jsonl", judged):
-        if not name.exists() and not name.with_name(name.name + ".gz").exists():
-            raise FileNotFoundError(f"a BEIR folder must have {name}, found none. Correct --data or --split.")
-    gold: dict[str, list[str]] = {}
-    with open(judged, encoding="utf-8", newline="") as file:
-        rows = csv.reader(file, delimiter="\t")
-        for number, row in enumerate(rows, 1):
-            if number == 1 and row[-1:] == ["score"]:
-                continue
-            try:
-                query, document, score = row[0], row[-2], float(row[-1])
-            except (IndexError, ValueError):
-                reject(BadRow(f"{judged}:{number} must be query, document and score, got {row!r}"))
-                continue
-            if score > 0:
-                gold.setdefault(query, []).append(document)
-    for name in ("corpus.jsonl", "queries.jsonl"):
-        path = folder / name if (folder / name).exists() else folder / f"{name}.gz"
-        for place, row in read_rows(DatasetConfig(path=str(path)), on_bad_row=reject):
-            if not isinstance(row.get("_id"), str | int):
-                reject(BadRow(f"{place} must have an `_id`"))
-                continue
-            row["_id"] = str(row["_id"])
-            if name == "queries.jsonl":
-                if row["_id"] not in gold:
-                    continue  # of another split
-                row["gold"] = list(dict.fromkeys(gold[row["_id"]]))
-            yield place, row
 
 
 def _check(data: EvaluationData, may_abstain: bool) -> None:

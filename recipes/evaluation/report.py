@@ -26,7 +26,9 @@ def read_results(paths: Iterable[Path]) -> list[dict]:
     """
     found = []
     for path in map(Path, paths):
-        files = sorted(path.rglob("results.json")) if path.is_dir() else [path]
+        files = [path]
+        if path.is_dir():  # its own before those of its baselines
+            files = sorted(path.rglob("results.json"), key=lambda file: (len(file.parts), file))
         if not files or not files[0].exists():
             raise FileNotFoundError(f"{path} must be a results.json or a folder with one. Run recipes/evaluate.py.")
         for file in files:
@@ -92,36 +94,40 @@ def _escape(value) -> str:
 
 def card_section(results: Sequence[Mapping]) -> str:
     """The evaluation section of a model card, between two marks so that it can be replaced."""
-    first = results[0]
-    hardware = first["hardware"]
-    machine = hardware["accelerator"] or f"{hardware['cores']} cores, {hardware['cpu']}"
+    machines = dict.fromkeys(_machine(content["hardware"]) for content in results)
     commands = list(dict.fromkeys(content["command"] for content in results))
     data = {content["data"]["name"]: content["data"] for content in results}
-    named = "; ".join(f"{d['name']}, {d['questions']:,} questions (SHA-256 {d['sha256'][:12]})" for d in data.values())
+    named = "; ".join(
+        f"{_escape(d['name'])}, {d['questions']:,} questions (SHA-256 {d['sha256'][:12]})" for d in data.values()
+    )
     parts = [
         BEGIN,
         "## Evaluation",
         f"Means with 95 % bootstrap intervals over questions. Data: {named}. Times: one question at a time, "
-        f"{machine}.",
+        f"{'; '.join(map(_escape, machines))}.",
         results_table(results),
     ]
     compared = next((content for content in results if content["comparisons"]), None)
     if compared:
         setting = compared["setting"].replace("_", " ")
         parts += [
-            f"`{compared['system']['name']}` minus other systems on the same questions ({compared['data']['name']}, "
-            f"{setting}); paired bootstrap intervals, p by sign flips:",
+            f"{_escape(compared['system']['name'])} minus other systems on the same questions "
+            f"({_escape(compared['data']['name'])}, {setting}); paired bootstrap intervals, p by sign flips:",
             comparison_table(compared),
         ]
-    parts += ["```\n" + "\n".join(commands) + "\n```", END]
+    parts += ["\n".join("    " + " ".join(command.split()).replace("<!--", "<! --") for command in commands), END]
     return "\n\n".join(parts)
+
+
+def _machine(hardware: Mapping) -> str:
+    return hardware["accelerator"] or f"{hardware['cores']} cores, {hardware['cpu']}"
 
 
 def insert_section(card: str, section: str) -> str:
     """Put the section in the place of an earlier one, or at the end."""
-    if BEGIN in card and END in card.partition(BEGIN)[2]:
-        before, _, rest = card.partition(BEGIN)
-        return before + section + rest.partition(END)[2]
+    earlier = re.search(f"{BEGIN}(?:(?!{BEGIN}).)*?{END}", card, re.DOTALL)
+    if earlier:
+        return card[: earlier.start()] + section + card[earlier.end() :]
     return f"{card.rstrip()}\n\n{section}\n"
 
 
@@ -171,10 +177,10 @@ def eval_result_files(results: Sequence[Mapping], dataset: str | None = None) ->
     """`.eval_results/*.yaml` of a model repo, the Hub's current form: path -> content.
 
     Args:
-        results: of CLaRa systems; others are left out.
+        results: of CLaRa systems; others are left out, and of several with one task the first stands.
         dataset: id of the benchmark on the Hub; default the data's own name.
     """
-    files: dict[str, list] = {}
+    files: dict[str, dict] = {}
     for content in results:
         if content["system"]["kind"] != "clara":
             continue
@@ -189,11 +195,15 @@ def eval_result_files(results: Sequence[Mapping], dataset: str | None = None) ->
                     date=content["created"],
                     notes=f"{describe(content)}; 95 % interval {value['low']:.3f} to {value['high']:.3f}",
                 )
-                files.setdefault(f".eval_results/{name}.yaml", []).append(entry)
+                files.setdefault(f".eval_results/{name}.yaml", {}).setdefault(entry.task_id, entry)
     return {
-        path: yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
+        path: yaml.safe_dump(eval_result_entries_to_yaml(list(entries.values())), sort_keys=False, allow_unicode=True)
         for path, entries in files.items()
     }
+
+
+def _identity(entry: EvalResult) -> tuple:
+    return entry.dataset_type, entry.dataset_config, entry.metric_type
 
 
 def update_card(folder: Path, results: Sequence[Mapping], dataset: str | None = None) -> list[Path]:
@@ -208,7 +218,10 @@ def update_card(folder: Path, results: Sequence[Mapping], dataset: str | None = 
     card = ModelCard(insert_section(path.read_text(encoding="utf-8"), card_section(results)))
     entries = hub_results(results)
     if entries:
-        card.data.model_name, card.data.eval_results = Path(folder).resolve().name, entries
+        new = {_identity(entry) for entry in entries}
+        kept = [entry for entry in card.data.get("eval_results") or [] if _identity(entry) not in new]
+        card.data.model_name = card.data.get("model_name") or Path(folder).resolve().name
+        card.data.eval_results = kept + entries
     path.write_text(str(card), encoding="utf-8")
     written = [path]
     for name, content in eval_result_files(results, dataset).items():

@@ -7,8 +7,6 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import shlex
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +40,7 @@ def build_results(
     comparisons: list[dict],
     latency: list[dict[str, float]],
     options: dict,
+    command: str,
     processes: int = 1,
     device: torch.device | None = None,
 ) -> dict:
@@ -59,28 +58,19 @@ def build_results(
         comparisons: of `compare`.
         latency: of `measure_latency`.
         options: what else decided the run; `seed` and `resamples` among them.
+        command: that was given.
         processes: that shared the work.
         device: of the model.
 
     Raises:
         ValueError: every question failed, or nothing could be scored.
     """
-    failures = Counter(row["failure"].partition(":")[0] for row in rows if row["failure"] is not None)
-    if failures.total() == len(rows):
-        first = next(row for row in rows)
-        raise ValueError(
-            f"all {len(rows)} questions failed, the first ({first['id']}) with: {first['failure']}. Correct the "
-            "cause, remove the output folder and run again."
-        )
-    if not scores:
-        raise ValueError(
-            "nothing could be scored: no question has gold answers, and none has gold documents that the system could "
-            "retrieve. Use another setting or data."
-        )
+    failures = Counter(row["failure"].partition(":")[0][:60] for row in rows if row["failure"] is not None)
+    check_rows(system["name"], rows, scores)
     content = {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "recipes/evaluate.py", *sys.argv[1:]]),
+        "command": command,
         "system": system,
         "model": model,
         "corpus": corpus,
@@ -113,6 +103,20 @@ def build_results(
     if problems:
         raise ValueError(f"the results do not fit their own schema, which is a bug: {problems[0]}.")
     return content
+
+
+def check_rows(name: str, rows: Sequence[Mapping], scores: Scores) -> None:
+    """Raise a ValueError where every question failed, or nothing could be scored."""
+    if all(row["failure"] is not None for row in rows):
+        raise ValueError(
+            f"all {len(rows)} questions failed with {name}, the first ({rows[0]['id']}) with: {rows[0]['failure']}. "
+            "Correct the cause, remove the output folder and run again."
+        )
+    if not scores:
+        raise ValueError(
+            f"nothing of {name} could be scored: no question has gold answers, and none has gold documents that it "
+            "could retrieve. Use another setting or data."
+        )
 
 
 def write_results(folder: Path, content: dict) -> Path:

@@ -24,6 +24,13 @@ RUN_FILE, PREDICTIONS_FILE, PARTS_FOLDER = "run.json", "predictions.jsonl", "par
 MAX_REASON = 500  # characters of an error that are kept
 
 
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder holds what is no run; files with a dot do not count, such as what a killed start left."""
+    if not folder.is_dir() or (folder / RUN_FILE).exists():
+        return False
+    return any(not path.name.startswith(".") for path in folder.iterdir())
+
+
 def start_run(folder: Path, options: dict) -> None:
     """Write run.json, or check that the folder was begun with the same options.
 
@@ -45,8 +52,7 @@ def start_run(folder: Path, options: dict) -> None:
                     "Choose another --output, or remove the folder."
                 )
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("predictions.jsonl")) or (folder / PARTS_FOLDER).exists():
+    if is_foreign(folder):
         raise ValueError(f"--output must be a new folder or one of this command, got {folder}. Choose another one.")
     write_json(path, options)
 
@@ -114,7 +120,7 @@ def _predict(bench: Bench, system: System, tasks: Sequence[Task]) -> list[dict]:
     total = sum(clock.seconds.values())
     in_model = clock.seconds.get("query", 0.0) + clock.seconds.get("decode", 0.0)
     ids = bench.spans.document_ids
-    shown = [] if system.retriever in (None, "wrong") else hits
+    shown = [] if bench.read_all or system.retriever in (None, "wrong") else hits
     return [
         prediction_row(
             task.question.id,
@@ -123,7 +129,7 @@ def _predict(bench: Bench, system: System, tasks: Sequence[Task]) -> list[dict]:
             failure=None if abstains[n] or texts[n] else "empty answer",
             retrieved=[ids[row] for row, _ in shown[n]] if shown else [],
             scores=[round(score, 6) for _, score in shown[n]] if shown else [],
-            read=[ids[row] for row in rows[n]],
+            read=list(dict.fromkeys(ids[row] for row in rows[n])),
             n_tokens=lengths.get(n),
             span_bytes=span_bytes(bench, system, rows[n]),
             seconds=total / len(tasks),
@@ -192,8 +198,15 @@ def measure_latency(bench: Bench, system: System, tasks: Sequence[Task], n_quest
     """
     if not tasks or not n_questions:
         return []
-    time_one(bench, system, tasks[0])
-    return [time_one(bench, system, task) for task in tasks[:n_questions]]
+    times = []
+    for task in [tasks[0], *tasks[:n_questions]]:
+        try:
+            times.append(time_one(bench, system, task))
+        except Exception as error:  # the answers are there; that one cannot be timed shall not cost them
+            _release_memory(error)
+            logger.warning("question %s cannot be timed: %s. It is left out of the latency.", task.question.id, error)
+            times.append(None)
+    return [row for row in times[1:] if row is not None]
 
 
 class _Appender:

@@ -47,7 +47,9 @@ def score_questions(tasks: Sequence[Task], rows: Sequence[Mapping], *, with_retr
                 scores[name][index] = found.get(name, 0.0)
         if with_retrieval and task.gold:
             for name, value in score_ranking(row["retrieved"], task.gold, CUTOFFS).items():
-                scores.setdefault(name, np.full(len(tasks), np.nan))[index] = value
+                if name not in scores:
+                    scores[name] = np.full(len(tasks), np.nan)
+                scores[name][index] = value
     return {name: values for name, values in scores.items() if not np.isnan(values).all()}
 
 
@@ -127,7 +129,7 @@ def sign_flip_test(differences: np.ndarray, *, seed: int = 0, flips: int = FLIPS
         rows = min(step, flips - start)
         bits = np.unpackbits(np.frombuffer(generator.bytes((rows * n + 7) // 8), np.uint8), count=rows * n)
         sums = 2 * (bits.reshape(rows, n).astype(np.float32) @ differences) - differences.sum(axis=0)
-        extreme += (np.abs(sums) >= observed - 1e-6 * n).sum(axis=0)
+        extreme += (np.abs(sums) >= observed - 1e-6 * np.abs(differences).sum(axis=0)).sum(axis=0)
     return (extreme + 1) / (flips + 1)
 
 
@@ -147,7 +149,8 @@ def compare(
     Returns:
         For each metric that both have: `{system, metric, difference, low, high, p_value, n}`.
     """
-    metrics = [metric for metric in COMPARED if metric in mine and metric in other]
+    shared = [metric for metric in COMPARED if metric in mine and metric in other]
+    metrics = [metric for metric in shared if not np.isnan(mine[metric] - other[metric]).all()]
     if not metrics:
         return []
     table = np.stack([mine[metric] - other[metric] for metric in metrics], axis=1)
@@ -156,18 +159,17 @@ def compare(
     rows = []
     for column, metric in enumerate(metrics):
         differences = table[:, column][~np.isnan(table[:, column])]
-        if len(differences):
-            rows.append(
-                {
-                    "system": name,
-                    "metric": metric,
-                    "difference": float(differences.mean()),
-                    "low": float(low[column]),
-                    "high": float(high[column]),
-                    "p_value": float(p_values[column]),
-                    "n": len(differences),
-                }
-            )
+        rows.append(
+            {
+                "system": name,
+                "metric": metric,
+                "difference": float(differences.mean()),
+                "low": float(low[column]),
+                "high": float(high[column]),
+                "p_value": float(p_values[column]),
+                "n": len(differences),
+            }
+        )
     return rows
 
 

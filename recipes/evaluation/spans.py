@@ -4,15 +4,16 @@ Stands between the documents of a data file, or a compressed corpus, and the sys
 that only what ranks and what reads them differs. It knows nothing of questions or scores.
 """
 
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from data import document_key
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus
+from modeling_clara.manifest_clara import MANIFEST_FILE
 from modeling_clara.search_clara import exact_cosines
 
 
@@ -131,32 +132,33 @@ def compress_documents(
     documents: Mapping[str, Mapping],
     folder: Path,
     *,
-    codec: str,
     batch_size: int = 16,
     job: tuple[int, int] = (0, 1),
 ) -> None:
-    """Compress documents into a float16 corpus, and from it into one of the codec; what is there is kept.
+    """Compress documents into a float16 corpus; what is there is kept.
 
     Args:
         model: whose compressor is used.
         documents: id -> `{title, text}`.
-        folder: `folder/float16`, and `folder/CODEC` beside it.
-        codec: that is wanted.
+        folder: the corpus goes into `folder/float16`.
         batch_size: documents a pass.
-        job: (i, N) where N processes share the work; call `finish_codec` when all are done.
+        job: (i, N) where N processes share the work; the rows are in the order of `documents` for every N.
 
     Raises:
         ValueError: the folder holds memories of other documents or of another model.
     """
-    rows = [{"id": document_id, **document} for document_id, document in documents.items()]
+    given = [{"id": document_id, **document} for document_id, document in documents.items()]
+    rows, start = [{}] * len(given), 0
+    for number in range(job[1]):  # a job takes every N-th row and they stand job after job: so the order is kept
+        size = len(range(number, len(given), job[1]))
+        rows[number :: job[1]] = given[start : start + size]
+        start += size
     CompressedCorpus.build(model, rows, folder / "float16", codec="float16", batch_size=batch_size, job=job)
-    if job[1] == 1:
-        finish_codec(folder, codec)
 
 
 def finish_codec(folder: Path, codec: str) -> None:
-    """Make `folder/CODEC` out of `folder/float16`."""
-    if codec == "float16" or (folder / codec / "corpus.json").exists():
+    """Make `folder/CODEC` out of `folder/float16`, unless it is there."""
+    if codec == "float16" or (folder / codec / MANIFEST_FILE).exists():
         return
     partial = folder / f"{codec}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -184,8 +186,9 @@ def open_memories(model: CLaRaForRAG, folder: Path, codec: str, n_documents: int
 def match_documents(spans: Spans, documents: Mapping[str, Mapping], titles: Mapping[str, str]) -> dict[str, str]:
     """Ids of a data file -> ids of the same documents in a corpus.
 
-    A document of the data is the one in the corpus with its title and text; where the data has no text (KILT), the one
-    with its id, or else the only one with its title.
+    A document is the same where title and text have the same words; of a corpus document of several spans the first
+    one must be the beginning of the data's text. Where the data has no text (KILT) it is the document with its id, or
+    else the only one with its title.
 
     Args:
         spans: of the corpus.
@@ -195,25 +198,30 @@ def match_documents(spans: Spans, documents: Mapping[str, Mapping], titles: Mapp
     Returns:
         Only those that are in the corpus.
     """
-    by_key, by_title = {}, {}
+    by_words, by_title, long = {}, {}, {}
     for document_id, rows in spans.rows.items():
+        words = _words(spans.document(rows.start))
+        by_title.setdefault(spans.titles[rows.start].casefold(), []).append(document_id)
         if len(rows) == 1:
-            by_key.setdefault(document_key(spans.document(rows.start)), document_id)
-        by_title.setdefault(spans.titles[rows.start].casefold(), set()).add(document_id)
+            by_words.setdefault(words, document_id)
+        else:
+            long.setdefault(words[0], []).append((words[1], document_id))
     found = {}
     for name, document in documents.items():
-        same = by_key.get(document_key(document))
-        candidates = by_title.get(document["title"].casefold(), set())
-        if same is not None:
-            found[name] = same
-        elif name in spans.rows and spans.titles[spans.rows[name].start] == document["title"]:
-            found[name] = name
-        elif document["title"] and len(candidates) == 1:
-            (found[name],) = candidates
+        title, text = _words(document)
+        same = by_words.get((title, text))
+        longer = [document_id for start, document_id in long.get(title, ()) if text.startswith(start)]
+        if same is not None or longer:
+            found[name] = same or longer[0]
     for name, title in titles.items():
-        candidates = by_title.get(title.casefold(), set())
+        candidates = by_title.get(title.casefold(), [])
         if name in spans.rows:
             found[name] = name
         elif title and len(candidates) == 1:
-            (found[name],) = candidates
+            found[name] = candidates[0]
     return found
+
+
+def _words(document: Mapping) -> tuple[str, str]:
+    """Title and text without case, white space and punctuation."""
+    return tuple(re.sub(r"[\W_]+", "", document[name].casefold()) for name in ("title", "text"))

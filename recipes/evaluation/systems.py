@@ -17,6 +17,7 @@ from evaluation.rankers import Bm25Ranker, DenseRanker
 from evaluation.spans import Spans
 from evaluation.tasks import Task
 from modeling_clara import CLaRaForRAG
+from modeling_clara.generation_clara import eval_mode
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Bench:
         min_score: cosine below which the model's own retrieval abstains.
         dense: encoder of the dense baseline.
         depth: documents ranked.
-        read_all: read every document that was ranked (the setting gold_only).
+        read_all: read every span of the candidates, unranked (the setting gold_only).
         seed: of the control's documents.
     """
 
@@ -118,10 +119,15 @@ class Bench:
             )
         return self._made[name]
 
+    def prepare(self, system: System) -> None:
+        """Make what a system ranks with; what is missing is an error here, not a failure of every question."""
+        if system.retriever in ("bm25", "dense"):
+            self.ranker(system.retriever)
+
     def names(self) -> list[str]:
-        """Ids of all documents."""
+        """Ids of all documents, sorted: several processes that compress leave them in another order."""
         if "names" not in self._made:
-            self._made["names"] = list(self.spans.rows)
+            self._made["names"] = sorted(self.spans.rows)
         return self._made["names"]
 
 
@@ -135,6 +141,8 @@ def retrieve(bench: Bench, system: System, tasks: Sequence[Task], clock: Clock) 
     if system.retriever == "wrong":
         return [[(row, 0.0) for row in wrong_rows(bench, task)] for task in tasks]
     rows = [None if task.candidates is None else bench.spans.rows_of(task.candidates) for task in tasks]
+    if bench.read_all:  # nothing is left to choose
+        return [[(int(row), 0.0) for row in mine] for mine in rows]
     texts = [task.question.text for task in tasks]
     if system.retriever == "clara":
         queries = bench.model.encode_queries(texts, memory_size=bench.retrieval_memory_size).cpu()
@@ -161,14 +169,13 @@ def wrong_rows(bench: Bench, task: Task) -> list[int]:
     """
     names = bench.names()
     generator = random.Random(f"{bench.seed} {task.question.id}")
-    gold = set(task.gold)
+    gold, chosen = set(task.gold), {}
     for avoided in (gold.union(task.candidates or ()), gold):
-        chosen = []
         for index in generator.sample(range(len(names)), min(len(names), bench.top_k + len(avoided))):
-            if names[index] not in avoided:
-                chosen.append(bench.spans.rows[names[index]].start)
-        if chosen:
-            return chosen[: bench.top_k]
+            if names[index] not in avoided and len(chosen) < bench.top_k:
+                chosen.setdefault(bench.spans.rows[names[index]].start)
+    if chosen:
+        return list(chosen)
     raise ValueError("the control needs documents that are not gold, found none. Leave out 'wrong_memory'.")
 
 
@@ -210,7 +217,7 @@ def read(
         prompts.append(prompt)
         memories.append(memory)
     clock.mark("prepare")
-    with model.lock, torch.no_grad():
+    with model.lock, eval_mode(model), torch.no_grad():
         texts = model.generate_texts(prompts, memories, generation, role=ROLES[system.reader], **kwargs)
     clock.mark("decode")
     return texts, [len(prompt.input_ids) for prompt in prompts]

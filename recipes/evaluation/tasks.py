@@ -90,6 +90,11 @@ def make_tasks(
                 "another setting."
             )
         return [Task(question, question.gold, question.gold) for question in questions]
+    if setting == "oracle" and not any(question.gold for question in questions):
+        raise ValueError(
+            f"the setting 'oracle' needs gold documents, no question has any ({questions[0].place} is the first). Add "
+            "`pos_index`, or use --setting normal."
+        )
     open_questions = [question for question in questions if not question.candidates]
     chosen = choose([question.text for question in open_questions], num_candidates) if open_questions else []
     chosen_for = {question.id: ids for question, ids in zip(open_questions, chosen, strict=True)}

@@ -1,0 +1,110 @@
+"""What an evaluation costs: `python recipes/benchmark_evaluation.py` (`make bench-evaluation`).
+
+Scores generated predictions, and asks clara-pico generated questions through the real command. Prints a Markdown table
+and JSON. It knows nothing of how good the answers are.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import random
+import tempfile
+import time
+from pathlib import Path
+
+import evaluate
+from benchmark import table
+from evaluation.cli import main as evaluate_main
+from evaluation.questions import Question
+from evaluation.run import prediction_row
+from evaluation.scores import CUTOFFS, compare, score_questions, with_intervals
+from evaluation.tasks import Task
+from pico_facts import FactSheets, write_jsonl
+
+HERE = Path(__file__).parent
+PICO = HERE.parent / "model_cards" / "clara-pico"
+WORDS = "the a of in Paris Rome Curie Marie 1,200 river north tower an opera king band film city first second".split()
+
+
+def generated_run(n_questions: int, seed: int = 0) -> tuple[list[Task], list[dict]]:
+    """Tasks with one to three gold answers and two gold documents of 20, and predictions of one to eight words."""
+    generator = random.Random(seed)
+    tasks, rows = [], []
+    for number in range(n_questions):
+        answers = [
+            " ".join(generator.choices(WORDS, k=generator.randint(1, 4))) for _ in range(generator.randint(1, 3))
+        ]
+        candidates = tuple(str(index) for index in range(20))
+        question = Question(str(number), "?", tuple(answers), candidates, ("3", "7"), "")
+        tasks.append(Task(question, candidates, question.gold))
+        text = " ".join(generator.choices(WORDS, k=generator.randint(1, 8)))
+        ranking = generator.sample(candidates, len(candidates))
+        rows.append(prediction_row(str(number), prediction=text, retrieved=ranking))
+    return tasks, rows
+
+
+def benchmark_scoring(n_questions: int) -> dict[str, float]:
+    """Seconds of metrics, intervals and one comparison, and of the `evaluate` modules on the same rows."""
+    tasks, rows = generated_run(n_questions)
+    marks = {"start": time.perf_counter()}
+    scores = score_questions(tasks, rows, with_retrieval=True)
+    marks["metrics"] = time.perf_counter()
+    with_intervals(scores)
+    marks["bootstrap"] = time.perf_counter()
+    compare(scores, {name: values[::-1] for name, values in scores.items()}, "another system")
+    marks["comparison with another system"] = time.perf_counter()
+    answers = [list(task.question.answers) for task in tasks]
+    evaluate.load(str(HERE / "metrics" / "rag_answer")).compute(
+        predictions=[row["prediction"] for row in rows], references=answers
+    )
+    marks["evaluate module rag_answer"] = time.perf_counter()
+    evaluate.load(str(HERE / "metrics" / "retrieval")).compute(
+        predictions=[row["retrieved"] for row in rows], references=[list(task.gold) for task in tasks], k=list(CUTOFFS)
+    )
+    marks["evaluate module retrieval"] = time.perf_counter()
+    names = list(marks)
+    return {name: marks[name] - marks[before] for before, name in zip(names, names[1:], strict=False)}
+
+
+def benchmark_run(model: str, data: str | None, n_questions: int, n_documents: int) -> dict[str, float]:
+    """Seconds of the whole command, loading and compressing included, and the model's share of the answering."""
+    with tempfile.TemporaryDirectory() as temporary:
+        path = data or str(Path(temporary) / "questions.jsonl")
+        if data is None:
+            write_jsonl(Path(path), FactSheets(5, test=True).retrieval_rows(n_questions, n_documents))
+        output = Path(temporary) / "run"
+        arguments = ["--model", model, "--data", path, "--output", str(output), "--limit", str(n_questions)]
+        start = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            status = evaluate_main(arguments)
+        seconds = time.perf_counter() - start
+        if status:
+            raise RuntimeError("the evaluation must end well, see the error above. Correct its cause.")
+        efficiency = json.loads((output / "results.json").read_text(encoding="utf-8"))["efficiency"]
+    return {
+        "whole command": seconds,
+        "answering": efficiency["seconds"],
+        "share of it in the model": efficiency["model_seconds"] / efficiency["seconds"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--predictions", type=int, default=100_000, help="that are scored (default: 100,000)")
+    parser.add_argument("--model", default=str(PICO), help="that answers (default: clara-pico)")
+    parser.add_argument("--data", help="questions (default: generated fact sheets)")
+    parser.add_argument("--questions", type=int, default=200, help="that it is asked (default: 200)")
+    parser.add_argument("--documents", type=int, default=10, help="of each generated question (default: 10)")
+    arguments = parser.parse_args()
+    scoring = benchmark_scoring(arguments.predictions)
+    run = benchmark_run(arguments.model, arguments.data, arguments.questions, arguments.documents)
+    rows = [[name, f"{seconds:.1f} s"] for name, seconds in scoring.items()]
+    print(table([f"{arguments.predictions:,} predictions", "time"], rows))
+    rows = [[name, f"{value:.3f}" if "share" in name else f"{value:.1f} s"] for name, value in run.items()]
+    print(f"\n{table([f'{arguments.questions} questions, {Path(arguments.model).name}', 'time'], rows)}")
+    print(json.dumps({"scoring": scoring, "run": run}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""One run of an evaluation: data, model, tasks and spans, and what is made of them.
+
+Stands on all other parts; `cli.py` gives it checked options. It knows nothing of what the user sees.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from evaluation.external import read_predictions
+from evaluation.questions import EvaluationData, hash_data, read_data
+from evaluation.rankers import Bm25Ranker
+from evaluation.results import (
+    build_results,
+    check_rows,
+    describe_corpus,
+    describe_external,
+    describe_model,
+    describe_system,
+    write_results,
+)
+from evaluation.run import collect, measure_latency, predict, start_run
+from evaluation.scores import compare, score_questions
+from evaluation.spans import Spans, compress_documents, finish_codec, match_documents, open_memories
+from evaluation.systems import SYSTEMS, Bench
+from evaluation.tasks import Task, make_tasks, needed_documents
+from modeling_clara import CLaRaForRAG
+from modeling_clara.manifest_clara import MANIFEST_FILE
+from modeling_clara.storage_clara import write_lines
+
+BASELINES = "baselines"
+
+
+class Evaluation:
+    """One run: data, model, tasks and spans, and what is made of them.
+
+    Args:
+        arguments: checked.
+        state: of accelerate; one process without it.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, state: PartialState):
+        self.arguments, self.state = arguments, state
+        self.data: EvaluationData = read_data(
+            arguments.data,
+            split=arguments.split,
+            limit=arguments.limit,
+            skip_bad_rows=arguments.skip_bad_rows,
+            may_abstain=arguments.min_score is not None or arguments.predictions is not None,
+        )
+        self.model: CLaRaForRAG | None = None
+        self.corpus = None
+
+    def _start(self, folder: Path, options: dict) -> None:
+        start_run(folder, options)
+        write_lines(folder / "rejected.jsonl", self.data.rejected)
+
+    # --- another system's predictions --------------------------------------------------------------------------------
+
+    def score_predictions(self) -> list[dict]:
+        """Score --predictions; the results."""
+        arguments = self.arguments
+        tasks = [
+            Task(question, tuple(dict.fromkeys(question.candidates)), question.gold)
+            for question in self.data.questions
+        ]
+        rows = read_predictions(arguments.predictions, tasks, self.data.ids)
+        scores = score_questions(tasks, rows, with_retrieval=any(row["retrieved"] for row in rows))
+        content = build_results(
+            system=describe_external(arguments.name, arguments.url),
+            model=describe_model(None),
+            corpus=None,
+            data=self.data,
+            setting=arguments.setting,
+            tasks=tasks,
+            rows=rows,
+            scores=scores,
+            comparisons=[],
+            latency=[],
+            options={"seed": arguments.seed, "resamples": arguments.resamples, "limit": arguments.limit},
+            command=arguments.command,
+        )
+        options = {"data": self.data.sha256, "predictions": hash_data(arguments.predictions), "system": arguments.name}
+        self._start(arguments.output, {**options, "setting": arguments.setting, "limit": arguments.limit})
+        write_lines(arguments.output / "predictions.jsonl", rows)
+        write_results(arguments.output, content)
+        return [content]
+
+    # --- our systems -------------------------------------------------------------------------------------------------
+
+    def run(self) -> list[dict]:
+        """Predict and score with every system; their results, the first one's first."""
+        arguments, state = self.arguments, self.state
+        loader = {name: getattr(arguments, name) for name in ("revision", "backbone", "dtype")}
+        loader = {name: value for name, value in loader.items() if value is not None}
+        self.model = CLaRaForRAG.from_pretrained(arguments.model, **loader).to(state.device)
+        if arguments.corpus is not None:
+            self.corpus = self.model.load_corpus(arguments.corpus)
+        systems = {name: SYSTEMS[name] for name in arguments.systems}
+        folders = {name: self._folder(name) for name in systems}
+        sizes = self._sizes()
+        options = self._options(sizes)
+        if state.is_main_process:
+            for name, folder in folders.items():
+                self._start(folder, {**options, "system": name})
+        state.wait_for_everyone()
+        tasks, spans = self._prepare(any(system.needs_memory for system in systems.values()))
+        bench = self._bench(spans, sizes)
+        for system in systems.values():
+            bench.prepare(system)
+        process = (state.process_index, state.num_processes)
+        for name, system in systems.items():
+            predict(
+                bench, system, tasks, folders[name],
+                batch_size=arguments.batch_size, process=process, description=name,
+            )  # fmt: skip
+        state.wait_for_everyone()
+        results = self._score(bench, tasks, folders, options) if state.is_main_process else []
+        state.wait_for_everyone()
+        return results
+
+    def _folder(self, name: str) -> Path:
+        first = name == self.arguments.systems[0]
+        return self.arguments.output if first else self.arguments.output / BASELINES / name.replace("_", "-")
+
+    def _prepare(self, needs_memory: bool) -> tuple[list[Task], Spans]:
+        """The tasks, and the spans that they can retrieve."""
+        arguments, model, data = self.arguments, self.model, self.data
+        if self.corpus is not None:
+            spans = Spans.of_corpus(self.corpus)
+            known = match_documents(spans, data.documents, data.titles)
+            return make_tasks(data, arguments.setting, _choose_nothing, known=known), spans
+        if arguments.setting == "corpus" and not data.documents:
+            raise ValueError(f"{data.name} brings no documents to search. Pass --corpus.")
+        everything: list[Spans] = []
+
+        def choose(questions: Sequence[str], n: int) -> list[list[str]]:
+            everything.append(Spans.of_documents(model, data.documents))
+            ranked = Bm25Ranker(everything[0]).rank(questions, [None] * len(questions), n)
+            return [[everything[0].document_ids[row] for row, _ in hits] for hits in ranked]
+
+        tasks = make_tasks(data, arguments.setting, choose, num_candidates=arguments.num_candidates)
+        documents = needed_documents(tasks, data)
+        if not needs_memory or not documents:
+            return tasks, Spans.of_documents(model, documents)
+        return tasks, self._memories(documents)
+
+    def _memories(self, documents: dict[str, dict]) -> Spans:
+        """Compress what is not compressed yet, all processes together."""
+        arguments, model, state = self.arguments, self.model, self.state
+        digest = hashlib.sha256(repr([model.fingerprint, list(documents.items())]).encode()).hexdigest()[:16]
+        folder = (arguments.memories or arguments.output / "memories") / digest
+        codec = arguments.codec
+        if not any((folder / name / MANIFEST_FILE).exists() for name in ("float16", codec)):
+            job = (state.process_index, state.num_processes)
+            compress_documents(model, documents, folder, job=job)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            finish_codec(folder, codec)
+        state.wait_for_everyone()
+        return open_memories(model, folder, codec, len(documents))
+
+    def _sizes(self) -> dict[str, int]:
+        """`top_k`, `memory_size` and `retrieval_memory_size` of the run."""
+        arguments, config = self.arguments, self.model.config
+        compared = arguments.retrieval_memory_size
+        sizes = {
+            "memory_size": config.check_memory_size(arguments.memory_size),
+            "retrieval_memory_size": config.check_memory_size(
+                config.retrieval_memory_size if compared is None else compared, "retrieval_memory_size"
+            ),
+        }
+        if self.corpus is not None and max(sizes.values()) > self.corpus.manifest.memory_size:
+            raise ValueError(
+                f"--memory-size must be <= the {self.corpus.manifest.memory_size} vectors that the corpus stores, "
+                f"got {max(sizes.values())}. Lower it, or build the corpus with more."
+            )
+        return {"top_k": arguments.top_k or config.retrieval_top_k, **sizes}
+
+    def _bench(self, spans: Spans, sizes: dict[str, int]) -> Bench:
+        arguments = self.arguments
+        return Bench(
+            model=self.model,
+            spans=spans,
+            **sizes,
+            max_new_tokens=arguments.max_new_tokens,
+            min_score=arguments.min_score,
+            dense=arguments.dense,
+            depth=max(20, arguments.num_candidates, sizes["top_k"]),
+            read_all=arguments.setting == "gold_only",
+            seed=arguments.seed,
+        )
+
+    def _options(self, sizes: dict[str, int]) -> dict:
+        """What the predictions depend on; kept in run.json and compared when a run goes on."""
+        arguments = self.arguments
+        return {
+            "weights": weights_digest(self.model),
+            "data": self.data.sha256,
+            "setting": arguments.setting,
+            "corpus": None if self.corpus is None else hash_data(self.corpus.folder / MANIFEST_FILE),
+            **sizes,
+            "codec": self._codec(),
+            "num_candidates": arguments.num_candidates,
+            "min_score": arguments.min_score,
+            "dense": arguments.dense,
+            "max_new_tokens": arguments.max_new_tokens,
+            "limit": arguments.limit,
+            "split": arguments.split,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "seed": arguments.seed,
+        }
+
+    def _codec(self) -> str:
+        return self.arguments.codec if self.corpus is None else self.corpus.manifest.codec
+
+    def _score(self, bench: Bench, tasks: list[Task], folders: dict[str, Path], options: dict) -> list[dict]:
+        """results.json of every system; the first one's has the comparisons."""
+        arguments, rows, scores = self.arguments, {}, {}
+        ranks = arguments.setting != "gold_only"
+        for name, folder in folders.items():
+            rows[name] = collect(folder, tasks)
+            retriever = SYSTEMS[name].retriever
+            scores[name] = score_questions(
+                tasks, rows[name], with_retrieval=ranks and retriever not in (None, "wrong")
+            )
+        problems = {}
+        for name in folders:
+            try:
+                check_rows(name, rows[name], scores[name])
+            except ValueError as error:
+                problems[name] = str(error)
+        usable = [name for name in folders if name not in problems]
+        results = [
+            self._results_of(name, bench, tasks, rows[name], scores, usable, folders[name], options) for name in usable
+        ]
+        if problems:
+            written = f" Written are the results of {', '.join(usable)}." if usable else ""
+            raise ValueError(" ".join(problems.values()) + written)
+        return results
+
+    def _results_of(
+        self, name: str, bench: Bench, tasks: list[Task], rows: list[dict], scores: dict, usable: list[str],
+        folder: Path, options: dict,
+    ) -> dict:  # fmt: skip
+        """Write results.json of one system; its content."""
+        arguments = self.arguments
+        answered = [task for task, row in zip(tasks, rows, strict=True) if row["prediction"] is not None]
+        others = [other for other in usable if other != name] if name == arguments.systems[0] else []
+        draws = {"seed": arguments.seed, "resamples": arguments.resamples}
+        kept = ("limit", "min_score", "dense", "num_candidates", "dtype")
+        content = build_results(
+            system=describe_system(name, SYSTEMS[name], bench, self._codec()),
+            model=describe_model(self.model),
+            corpus=None if self.corpus is None else describe_corpus(self.corpus),
+            data=self.data,
+            setting=arguments.setting,
+            tasks=tasks,
+            rows=rows,
+            scores=scores[name],
+            comparisons=[
+                line
+                for other in others
+                for line in compare(scores[name], scores[other], other.replace("_", "-"), **draws)
+            ],
+            latency=measure_latency(bench, SYSTEMS[name], answered, arguments.latency_questions),
+            options={**{key: options[key] for key in kept}, "batch_size": arguments.batch_size, **draws},
+            command=arguments.command,
+            processes=self.state.num_processes,
+            device=self.state.device,
+        )
+        write_results(folder, content)
+        return content
+
+
+def _choose_nothing(questions: Sequence[str], n: int) -> list[list[str]]:
+    return [[] for _ in questions]
+
+
+def weights_digest(model: CLaRaForRAG) -> str:
+    """SHA-256 of all that answers depend on: every weight, the prompts and the tokenizer."""
+    digest = hashlib.sha256(json.dumps(model.processor.to_dict(), sort_keys=True, default=str).encode())
+    digest.update(str(model.processor.tokenizer.chat_template).encode())
+    digest.update(model.processor.tokenizer.backend_tokenizer.to_str().encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
