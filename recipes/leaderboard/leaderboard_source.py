@@ -28,6 +28,7 @@ from validation import (
 
 DATA_FILES = "data_files.json"
 FOLDER = "results"
+RUN_RESULT = "results.json"  # as recipes/evaluate.py calls it
 
 
 @dataclass
@@ -62,7 +63,8 @@ class Source:
     """A folder or a dataset repo of the Hub (`owner/name`), whichever `place` names; a folder wins.
 
     Args:
-        place: the folder, with `data_files.json` and, below it, `results/`; or the id of a dataset repo laid out so.
+        place: the folder, with `data_files.json` and, below it, `results/`, or any folder with runs of
+            recipes/evaluate.py; or the id of a dataset repo laid out so.
         check_revisions: whether the models are looked up on the Hub at their commits.
     """
 
@@ -221,10 +223,10 @@ def _model_of(results: dict) -> tuple[str, str] | None:
 
 
 def _json_files(folder: Path) -> list[Path]:
-    """The `.json` files below `results/`, in order, whatever lies beside them."""
-    found = []
-    for above, _, names in os.walk(folder / FOLDER):
-        found += [Path(above, name) for name in names if name.endswith(".json")]
+    """The `.json` files below `results/`, in order; where that is missing, the results.json of runs in any folder."""
+    found, has_layout = [], (folder / FOLDER).is_dir()
+    for above, _, names in os.walk(folder / FOLDER if has_layout else folder):
+        found += [Path(above, name) for name in names if name.endswith(".json") and (has_layout or name == RUN_RESULT)]
     return sorted(path for path in found if path.is_file())
 
 
