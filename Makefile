@@ -16,7 +16,7 @@ PASSAGES := passages_scp_sample.jsonl.gz
 DATA ?= $(firstword $(wildcard data/$(PASSAGES)) $(wildcard ../shared/data/$(PASSAGES)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow quality bench bench-training bench-corpus bench-evaluation pico clean
+.PHONY: help install demo test test-slow quality bench bench-training bench-corpus bench-evaluation pico pico-card clean
 
 ## help       show this list
 help:
@@ -78,6 +78,19 @@ bench-evaluation: $(STAMP)
 ## pico       train clara-pico from nothing, about 40 minutes on two cores; run again it goes on where it was
 pico: $(STAMP)
 	$(BIN)/python recipes/pico.py --output runs/pico
+
+## pico-card  evaluate clara-pico at its memory sizes and codecs, draw, and put all of it into its card
+CARD := model_cards/clara-pico
+SCORE = $(BIN)/python recipes/evaluate.py --model $(CARD) --data data/pico/test_joint.jsonl --memories runs/pico-card/memories
+pico-card: $(STAMP)
+	$(BIN)/python recipes/pico_facts.py --output data/pico
+	$(SCORE) --output runs/pico-card/k8 --systems all $(if $(DENSE),--dense "$(DENSE)")
+	$(SCORE) --output runs/pico-card/k4 --memory-size 4 --retrieval-memory-size 4
+	$(SCORE) --output runs/pico-card/k8-int8 --codec int8
+	$(SCORE) --output runs/pico-card/k8-int4 --codec int4
+	$(BIN)/python recipes/figures.py rate runs/pico-card/k4 runs/pico-card/k8/results.json --output $(CARD)/rate.png
+	$(BIN)/python recipes/figures.py states $(CARD) --data data/pico/test_pretrain.jsonl --output $(CARD)/states.png
+	$(BIN)/python recipes/update_card.py $(CARD) runs/pico-card/k8 runs/pico-card/k4 runs/pico-card/k8-int8 runs/pico-card/k8-int4
 
 ## clean      remove .venv, caches and build products
 clean:

@@ -63,6 +63,10 @@ which sheet is the right one. Measured by `recipes/pico_evaluate.py` (seed {seed
 
 Guessing gives {chance_answers:.2f} for answers and {chance_recall:.2f} for recall@1.
 
+![F1 and recall@1 at both memory sizes](rate.png)
+
+![Memories beside their documents](states.png)
+
 What it does badly: saying a whole sheet back (`paraphrase`), and reading several sheets at once; recipes/LOG.md has
 numbers.
 

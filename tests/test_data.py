@@ -10,12 +10,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data import BadRow, RecordReader
 from datasets import Dataset
 from mixtures import load_records
 from tiny import build_tokenizer
 from trl.scripts.utils import DatasetConfig
 
+from data import BadRow, RecordReader
 from modeling_clara import CLaRaProcessor
 
 LONG = " ".join(f"w{number}" for number in range(40))
@@ -352,7 +352,7 @@ def test_a_line_that_is_no_json_in_utf8_is_named(load, reader, tmp_path, line):
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "absent.jsonl.gz", "absent.parquet"])
 def test_a_missing_file_is_named(load, reader, tmp_path, name):
-    with pytest.raises(FileNotFoundError, match=f"`{tmp_path}/{name}` must be a file, found none. Correct `path`"):
+    with pytest.raises(FileNotFoundError, match=f"`{tmp_path}/{name}` must be a file, found none. Correct the path"):
         load(reader(), tmp_path / name)
 
 

@@ -284,7 +284,6 @@ FAILING = [
     (["--systems", "nothing"], {}, "--systems"),
     (["--codec", "int3"], {}, "--codec"),
     (["--corpus", "x"], {}, "--corpus needs --setting corpus"),
-    (["--card", "/nowhere"], {}, "--card"),
     ([], {"data": [{"_id": "5", "query": "Q?"}]}, "rows.jsonl:1 "),
     ([], {"data": []}, "at least one question"),
     ([], {"data": Path("/nowhere/rows.jsonl")}, "/nowhere/rows.jsonl` must be a file"),

@@ -18,7 +18,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from leaderboard.validation import URL
 
 from evaluation.evaluation import Evaluation
-from evaluation.report import comparison_table, results_table, update_card
+from evaluation.report import comparison_table, results_table
 from evaluation.run import is_foreign
 from evaluation.scores import RESAMPLES
 from evaluation.systems import SYSTEMS
@@ -69,7 +69,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resamples", type=int, default=RESAMPLES, help=f"of the bootstrap (default: {RESAMPLES})")
     parser.add_argument("--seed", type=int, default=0, help="of bootstrap and control (default: 0)")
     parser.add_argument("--dtype", help="of the model (default: float32 on CPU)")
-    parser.add_argument("--card", type=Path, help="folder of a model: write the results into its card as well")
     return parser
 
 
@@ -92,8 +91,6 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--codec must be one of {', '.join(CODECS)}, got {arguments.codec!r}. Correct it.")
     if arguments.corpus is not None and arguments.setting != "corpus":
         raise ValueError(f"--corpus needs --setting corpus, got {arguments.setting!r}. Add it, or leave out --corpus.")
-    if arguments.card is not None and not (arguments.card / "README.md").exists():
-        raise ValueError(f"--card must be the folder of a model with README.md, got {arguments.card}. Correct it.")
     counts = {"top_k": 1, "num_candidates": 1, "max_new_tokens": 1, "batch_size": 1, "resamples": 100, "limit": 1}
     for name, least in {**counts, "latency_questions": 0, "seed": 0}.items():
         value = getattr(arguments, name)
@@ -138,10 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             results = evaluation.score_predictions() if arguments.predictions is not None else evaluation.run()
         if state.is_main_process:
             print(results_table(results))
-            print(f"\n{comparison_table(results[0])}\n" if results[0]["comparisons"] else "")
+            print(f"\n{comparison_table(results[0])}\n")
             print(f"Written: {arguments.output / 'results.json'}")
-            if arguments.card is not None:
-                print("Written: " + ", ".join(map(str, update_card(arguments.card, results))))
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

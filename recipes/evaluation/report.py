@@ -14,6 +14,7 @@ from leaderboard.validation import check_results
 
 SHOWN = ("f1", "em", "containment", "recall@1", "recall@5", "mrr", "abstention")
 CARD_METRICS = ("f1", "em", "recall@1", "recall@5")
+COMPARED = ("f1", "recall@1")  # in tables; results.json has more
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 
 
@@ -67,12 +68,13 @@ def results_table(results: Sequence[Mapping]) -> str:
 
 
 def comparison_table(content: Mapping) -> str:
-    """One row a comparison with another system; empty where there is none."""
+    """F1 and recall@1 against every other system; empty where there is none."""
     lines = ["| against | metric | difference | p |", "| --- | --- | --- | --- |"]
-    for row in content["comparisons"]:
+    rows = [row for row in content["comparisons"] if row["metric"] in COMPARED]
+    for row in rows:
         difference = f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
         lines.append(f"| {_escape(row['system'])} | {row['metric']} | {difference} | {row['p_value']:.4f} |")
-    return "\n".join(lines) if content["comparisons"] else ""
+    return "\n".join(lines) if rows else ""
 
 
 def _interval(metric: Mapping | None) -> str | None:
