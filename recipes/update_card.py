@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of the model")
     parser.add_argument("results", nargs="+", type=Path, help="results.json files, or folders of runs")
-    parser.add_argument("--dataset", help="id of the benchmark on the Hub, for .eval_results (default: the file's name)")
+    parser.add_argument("--dataset", help="id of the benchmark on the Hub (default: the file's name)")
     arguments = parser.parse_args(argv)
     try:
         written = update_card(arguments.folder, read_results(arguments.results), arguments.dataset)

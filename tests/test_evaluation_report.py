@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -46,8 +45,19 @@ def text_results(**changes) -> dict:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    shutil.copy(PICO, tmp_path / "README.md")
+    """A model with a card that has no results yet."""
+    card = ModelCard.load(PICO)
+    card.text = card.text.partition(BEGIN)[0].rstrip() + "\n"
+    card.data.eval_results = card.data.model_name = None
+    card.save(tmp_path / "README.md")
     return tmp_path
+
+
+def test_the_card_of_clara_pico_shows_what_its_metadata_says():
+    card = ModelCard.load(PICO)
+    assert card.text.count(BEGIN) == card.text.count(END) == 1
+    for entry in card.data.eval_results:
+        assert f"{entry.metric_value:.3f}" in card.text.partition(BEGIN)[2]
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
