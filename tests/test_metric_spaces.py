@@ -51,7 +51,7 @@ def test_every_metric_is_a_folder_of_the_same_files():
     )
     for name in NAMES:
         found = {path.name for path in (METRICS / name).iterdir() if path.name != "__pycache__"}
-        assert found == {f"{name}.py", "README.md", "requirements.txt", "app.py", "cases.json"}
+        assert found == {f"{name}.py", "README.md", "requirements.txt", "app.py", "cases.json", "checked_rows.py"}
         assert (METRICS / name / "app.py").readlink() == Path("../space_app.py")
         required = (METRICS / name / "requirements.txt").read_text().split()
         assert {"evaluate", "datasets"} <= {re.split("[<>=]", line)[0] for line in required}

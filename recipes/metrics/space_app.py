@@ -1,7 +1,7 @@
 """The page of a metric's Space: predictions and references as JSON in, scores out.
 
-Each metric's folder has it as app.py, a link to this one file, beside the module that it loads: the only other Python
-file there. It replaces `evaluate.utils.launch_gradio_widget`, which Gradio 6 breaks, and knows no metric by name.
+Each metric's folder has it as app.py, a link to this one file, beside the module that it loads. It replaces
+`evaluate.utils.launch_gradio_widget`, which Gradio 6 breaks, and knows no metric by name.
 """
 
 import json
@@ -15,8 +15,8 @@ FOLDER = Path(__file__).absolute().parent  # not resolved: the folder of the lin
 
 
 def find_module(folder: Path) -> Path:
-    """The Python file in a folder that is not the page itself."""
-    modules = sorted(path for path in folder.glob("*.py") if path.name != "app.py")
+    """The Python file in a folder that is neither the page itself nor the checks of rows."""
+    modules = sorted(path for path in folder.glob("*.py") if path.name not in ("app.py", "checked_rows.py"))
     if len(modules) != 1:
         raise FileNotFoundError(f"{folder} must have one metric beside app.py, got {modules}. Run a metric's app.py.")
     return modules[0]

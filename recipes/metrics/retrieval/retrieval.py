@@ -1,7 +1,7 @@
 """Scores rankings of documents against the gold documents of a question: recall, precision, hits, MRR and nDCG.
 
-A module of Hugging Face `evaluate`, which reads this one file from a folder or from a Space on the Hub; scripts import
-the pure functions. It sees ids only: no texts, no scores, and no graded relevance.
+A module of Hugging Face `evaluate`, which reads it from a folder or from a Space on the Hub; scripts import the pure
+functions. It sees ids only: no texts, no scores, and no graded relevance.
 """
 
 import math
@@ -11,6 +11,8 @@ from functools import lru_cache
 
 import datasets
 import evaluate
+
+from .checked_rows import CheckedRows, name_row, pair_rows
 
 DEFAULT_K = (1, 3, 5, 10)
 
@@ -96,36 +98,6 @@ def score_ranking(ranking: Sequence[str], gold: Sequence[str], k: Sequence[int] 
     return scores
 
 
-def name_row(column: str, row: int, ids: list | None) -> str:
-    """What an error calls an entry: "`predictions[3]`", and its id where there is one."""
-    return f"`{column}[{row}]`" + (f" (id {ids[row]!r})" if ids else "")
-
-
-def as_rows(name: str, values: Iterable) -> list:
-    """The entries of a column, which may be a list, an array or a column of `datasets`."""
-    if isinstance(values, str | bytes | dict) or not isinstance(values, Iterable):
-        raise TypeError(
-            f"`{name}` must be a list with one entry per row, got {type(values).__name__}. Put one row in a list too."
-        )
-    return list(values)
-
-
-def check_ids(ids: Iterable | None, n_rows: int) -> list | None:
-    """The ids as a list: strings or integers, one per row, each once."""
-    if ids is None:
-        return None
-    ids = as_rows("ids", ids)
-    for row, name in enumerate(ids):
-        if not isinstance(name, str | int):
-            raise TypeError(f"`ids[{row}]` must be a string or an integer, got {name!r}. Give the row a name.")
-    if len(ids) != n_rows:
-        raise ValueError(f"`ids` must have one entry per row ({n_rows}), got {len(ids)}. Pass the ids of these rows.")
-    if len(set(ids)) < n_rows:
-        name, count = Counter(ids).most_common(1)[0]
-        raise ValueError(f"`ids` must be unique, got {name!r} {count} times. Score every row once.")
-    return ids
-
-
 def check_k(k: Sequence[int]) -> tuple[int, ...]:
     """The depths, which are positive integers, each once.
 
@@ -163,15 +135,7 @@ def check_documents(documents: Sequence[str], where: str) -> None:
 
 def check_rows(predictions: Iterable, references: Iterable, ids: Iterable | None = None) -> tuple[list, list]:
     """The rows as lists, after everything that would make a score meaningless has been refused by name."""
-    predictions, references = as_rows("predictions", predictions), as_rows("references", references)
-    if len(predictions) != len(references):
-        raise ValueError(
-            f"`references` must have one entry per prediction ({len(predictions)}), got {len(references)}. "
-            "Pass the same questions in both."
-        )
-    if not predictions:
-        raise ValueError("`predictions` must have at least one row, got 0. Check what was meant to be scored.")
-    ids = check_ids(ids, len(predictions))
+    predictions, references, ids = pair_rows(predictions, references, ids)
     for row, (ranking, gold) in enumerate(zip(predictions, references, strict=True)):
         check_documents(ranking, name_row("predictions", row, ids))
         check_documents(gold, name_row("references", row, ids))
@@ -187,7 +151,7 @@ def check_gold(references: list) -> None:
         )
 
 
-class Retrieval(evaluate.Metric):
+class Retrieval(CheckedRows, evaluate.Metric):
     """The metric as `evaluate` loads it; see INPUTS_DESCRIPTION."""
 
     def _info(self) -> evaluate.MetricInfo:
@@ -201,25 +165,12 @@ class Retrieval(evaluate.Metric):
             license="apache-2.0",
         )
 
+    check_rows = staticmethod(check_rows)
+
     def compute(self, *, predictions=None, references=None, **kwargs):
-        """Scores these rows and those added before; rows are checked before Arrow turns numbers into text."""
+        """Scores these rows and those added before; `k` is checked before a row is read."""
         check_k(kwargs.get("k", DEFAULT_K))
-        if predictions is not None or references is not None:
-            alone = self.writer is None and self.num_process == 1  # no rows added before or by other processes
-            predictions, references = check_rows(predictions, references, kwargs.get("ids") if alone else None)
-            if alone:
-                check_gold(references)
         return super().compute(predictions=predictions, references=references, **kwargs)
-
-    def add_batch(self, *, predictions=None, references=None, **kwargs):
-        """Adds checked rows; an error counts the rows of this batch."""
-        predictions, references = check_rows(predictions, references)
-        super().add_batch(predictions=predictions, references=references, **kwargs)
-
-    def add(self, *, prediction=None, reference=None, **kwargs):
-        """Adds one checked row."""
-        check_rows([prediction], [reference])
-        super().add(prediction=prediction, reference=reference, **kwargs)
 
     def _compute(
         self,
