@@ -5,9 +5,7 @@ It does not know files, the Hub or the interface; it needs nothing beyond the st
 
 import json
 import math
-import operator
 import re
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -51,78 +49,7 @@ def _format_checker() -> FormatChecker:
     return checker
 
 
-def _inlined(node: object, definitions: dict) -> object:
-    """The schema with each `$ref` replaced by what it names: jsonschema looks a reference up at every use."""
-    if isinstance(node, list):
-        return [_inlined(item, definitions) for item in node]
-    if not isinstance(node, dict):
-        return node
-    if "$ref" in node:
-        return _inlined(definitions[node["$ref"].removeprefix("#/$defs/")], definitions)
-    return {key: _inlined(value, definitions) for key, value in node.items() if key != "$defs"}
-
-
-def _make_validator() -> Draft202012Validator:
-    schema = load_schema()
-    return Draft202012Validator(_inlined(schema, schema["$defs"]), format_checker=_format_checker())
-
-
-VALIDATOR = _make_validator()
-ANNOTATIONS = ("$schema", "title", "description")
-TYPES = {"object": (dict,), "array": (list,), "string": (str,), "integer": (int,), "number": (int, float)}
-TYPES |= {"null": (type(None),), "boolean": (bool,)}
-LIMITS = {  # keyword -> the types that it concerns, and what must hold of a value and the keyword's argument
-    "minimum": ((int, float), operator.ge),
-    "maximum": ((int, float), operator.le),
-    "minLength": ((str,), lambda value, limit: len(value) >= limit),
-    "maxLength": ((str,), lambda value, limit: len(value) <= limit),
-    "pattern": ((str,), lambda value, pattern: re.search(pattern, value) is not None),
-    "format": ((str,), VALIDATOR.format_checker.conforms),
-}
-
-
-def _compiled(schema: object) -> Callable[[object], bool]:
-    """A quick check that passes valid values only: 5,000 files take jsonschema alone about 15 seconds.
-
-    What it does not know or refuses goes to jsonschema, which has the last word and the messages.
-    """
-    if not isinstance(schema, dict):
-        return lambda value: schema is True
-    checks = [_compiled_keyword(keyword, schema) for keyword in schema if keyword not in ANNOTATIONS]
-    return lambda value: all(check(value) for check in checks)
-
-
-def _compiled_keyword(keyword: str, schema: dict) -> Callable[[object], bool]:
-    wanted = schema[keyword]
-    if keyword == "type":
-        types = {kind for name in (wanted if isinstance(wanted, list) else [wanted]) for kind in TYPES.get(name, ())}
-        return lambda value: type(value) in types
-    if keyword == "const":
-        return lambda value: type(value) is type(wanted) and value == wanted
-    if keyword == "enum":
-        return lambda value: isinstance(value, str) and value in wanted
-    if keyword in LIMITS:
-        kinds, holds = LIMITS[keyword]
-        return lambda value: not isinstance(value, kinds) or holds(value, wanted)
-    if keyword == "required":
-        return lambda value: not isinstance(value, dict) or all(name in value for name in wanted)
-    if keyword in ("items", "propertyNames"):
-        kind, check = (list if keyword == "items" else dict), _compiled(wanted)
-        return lambda value: not isinstance(value, kind) or all(check(item) for item in value)
-    if keyword == "properties":
-        parts = {name: _compiled(part) for name, part in wanted.items()}
-        return lambda value: (
-            not isinstance(value, dict) or all(check(value[name]) for name, check in parts.items() if name in value)
-        )
-    if keyword == "additionalProperties":
-        named, check = schema.get("properties", {}), _compiled(wanted)
-        return lambda value: (
-            not isinstance(value, dict) or all(check(item) for name, item in value.items() if name not in named)
-        )
-    return lambda value: False
-
-
-IS_SURELY_VALID = _compiled(VALIDATOR.schema)
+VALIDATOR = Draft202012Validator(load_schema(), format_checker=_format_checker())
 
 
 def parse_results(text: bytes) -> object:
@@ -213,8 +140,6 @@ def _has_places(content: object) -> bool:
 
 
 def _schema_problems(content: dict) -> list[str]:
-    if IS_SURELY_VALID(content):
-        return []
     return [f"{_path(error.absolute_path)}{error.message}" for error in VALIDATOR.iter_errors(content)]
 
 
