@@ -88,7 +88,7 @@ pico-card: $(STAMP)
 	$(SCORE) --output runs/pico-card/k4 --memory-size 4 --retrieval-memory-size 4
 	$(SCORE) --output runs/pico-card/k8-int8 --codec int8
 	$(SCORE) --output runs/pico-card/k8-int4 --codec int4
-	$(BIN)/python recipes/figures.py rate runs/pico-card/k4 runs/pico-card/k8/results.json --output $(CARD)/rate.png
+	$(BIN)/python recipes/figures.py rate runs/pico-card/k4 runs/pico-card/k8 --output $(CARD)/rate.png
 	$(BIN)/python recipes/figures.py states $(CARD) --data data/pico/test_pretrain.jsonl --output $(CARD)/states.png
 	$(BIN)/python recipes/update_card.py $(CARD) runs/pico-card/k8 runs/pico-card/k4 runs/pico-card/k8-int8 runs/pico-card/k8-int4
 

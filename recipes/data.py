@@ -202,6 +202,8 @@ def _answer(answer) -> str:
 def read_positives(row: Mapping, n_documents: int) -> list[int]:
     """Indices of the gold documents, empty where they are not known."""
     positives = row.get("pos_index", [])
+    if not n_documents and positives not in ([], ()):
+        raise BadRow(f"`pos_index` must be left out where there are no documents, got {positives}")
     positives = [positives] if not _is_list(positives) else list(positives)
     if any(
         isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < n_documents for index in positives

@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.output.suffix != ".png":
             raise ValueError(f"--output must end in .png, got {arguments.output}. Correct it.")
         if arguments.command == "rate":
-            figure = plot_rate(read_results(arguments.results))
+            figure = plot_rate(read_results(arguments.results, with_baselines=False))
         else:
             model = CLaRaForRAG.from_pretrained(arguments.model)
             size = model.config.check_memory_size(arguments.memory_size)

@@ -308,7 +308,9 @@ def write_files(folder: Path, scale: float = 1.0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "pretrain.jsonl", FactSheets(1).pretraining_rows(int(60_000 * scale)))
     write_jsonl(folder / "instruct.jsonl", FactSheets(2).retrieval_rows(int(40_000 * scale), (1, 3)))
-    write_jsonl(folder / "joint.jsonl", FactSheets(3).retrieval_rows(int(40_000 * scale), 20, int(8_000 * scale)))
+    write_jsonl(
+        folder / "joint.jsonl", FactSheets(3).retrieval_rows(int(40_000 * scale), 20, max(100, int(8_000 * scale)))
+    )
     for name, unseen in (("test", False), ("test_wordings", True)):
         sheets = FactSheets(4, test=True, unseen_wordings=unseen)
         write_jsonl(folder / f"{name}_pretrain.jsonl", sheets.pretraining_rows(500, paraphrased=0.0))

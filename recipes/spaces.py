@@ -1,7 +1,7 @@
 """Publishes a metric or the leaderboard as a Space, and describes the data files that a leaderboard accepts.
 
     python recipes/spaces.py push recipes/metrics/rag_answer org/rag_answer
-    python recipes/spaces.py push recipes/leaderboard org/clara-leaderboard --variable RESULTS=org/clara-results
+    python recipes/spaces.py push recipes/leaderboard org/clara-leaderboard --variable RESULTS_REPO=org/clara-results
     python recipes/spaces.py describe questions.jsonl.gz more.jsonl.gz > data_files.json
 
 Stands between the folders beside it and the Hub. It knows nothing of what they do.
@@ -75,11 +75,13 @@ def describe_data(paths: Sequence[str]) -> dict[str, dict]:
     """`data_files.json` of a results repository: name -> `{sha256, questions}` of each data file.
 
     Raises:
-        FileNotFoundError, ValueError: a file cannot be read.
+        FileNotFoundError, ValueError: a file cannot be read, or two have one name.
     """
     described = {}
     for path in paths:
         data = read_data(path, may_abstain=True)
+        if data.name in described:
+            raise ValueError(f"the data files must have different names, got {data.name} twice. Rename one.")
         described[data.name] = {"sha256": data.sha256, "questions": len(data.questions)}
     return described
 

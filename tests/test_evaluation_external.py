@@ -23,7 +23,7 @@ ROWS = [
 ]
 PREDICTIONS = [
     {"id": "c", "prediction": None, "abstained": True},
-    {"id": "1", "prediction": " paris ", "retrieved": [1, 0, "9"], "n_tokens": 12},
+    {"id": "1", "prediction": " paris ", "retrieved": [1, 0, "far"], "n_tokens": 12},
     {"id": "b", "prediction": None, "failure": "timeout: 3 s"},
 ]
 
@@ -56,7 +56,7 @@ def read(tmp_path, tasks):
 @pytest.mark.parametrize("name", ["theirs.jsonl", "theirs.jsonl.gz"])
 def test_rows_come_in_the_order_of_the_data(read, name):
     assert read(PREDICTIONS, name) == [
-        prediction_row("1", prediction="paris", retrieved=["1", "0", "9"], n_tokens=12),
+        prediction_row("1", prediction="paris", retrieved=["1", "0", "far"], n_tokens=12),
         prediction_row("b", failure="timeout: 3 s"),
         prediction_row("c", abstained=True),
     ]
@@ -73,8 +73,7 @@ def test_bom_crlf_and_blank_lines_change_nothing(read):
         (None, []),
         ([], []),
         ([2, 0, 2], ["2", "0"]),  # each once, at its best place
-        (["1", 1, 0], ["1", "0"]),
-        (["far away", "\u6771"], ["far away", "\u6771"]),
+        (["far away", 1, "\u6771"], ["far away", "1", "\u6771"]),
     ],
 )
 def test_retrieved_documents_by_id_and_by_place(read, given, expected):
@@ -122,6 +121,7 @@ BAD = [
     ({"id": "b", "prediction": "x", "n_tokens": float("nan")}, "`n_tokens`"),
     ({"id": "b", "prediction": "x", "retrieved": "1"}, "`retrieved`"),
     ({"id": "b", "prediction": "x", "retrieved": [3]}, "from 0 to 2"),
+    ({"id": "b", "prediction": "x", "retrieved": ["1"]}, "as numbers"),  # a place or an id?
     ({"id": "b", "prediction": "x", "retrieved": [-1]}, "from 0 to 2"),
     ({"id": "b", "prediction": "x", "retrieved": [0.0]}, "`retrieved`"),
     ({"id": "b", "prediction": "x", "retrieved": [True]}, "`retrieved`"),
@@ -283,7 +283,7 @@ FAILING = [
     (["--systems", "clara", "clara"], {}, "--systems"),
     (["--systems", "nothing"], {}, "--systems"),
     (["--codec", "int3"], {}, "--codec"),
-    (["--corpus", "x"], {}, "--corpus needs --setting corpus"),
+    (["--corpus", "x"], {}, "--corpus has no effect with --predictions"),
     ([], {"data": [{"_id": "5", "query": "Q?"}]}, "rows.jsonl:1 "),
     ([], {"data": []}, "at least one question"),
     ([], {"data": Path("/nowhere/rows.jsonl")}, "/nowhere/rows.jsonl` must be a file"),

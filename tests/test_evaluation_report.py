@@ -225,26 +225,29 @@ def test_eval_results_files(folder):
     results = [valid_results(data__name="org/musique.v2"), text_results(), valid_results(data__name="my data.jsonl")]
     for dataset in (None, "clara/bench"):
         files = eval_result_files(results, dataset)
-        for path, text in files.items():
+        for path, content in files.items():
             assert re.fullmatch(r"\.eval_results/[\w-]+\.yaml", path)
-            entries = parse_eval_result_entries(yaml.safe_load(text))
+            entries = parse_eval_result_entries(yaml.safe_load(yaml.safe_dump(content)))
             assert all(isinstance(entry, EvalResultEntry) for entry in entries)
             assert [entry.task_id for entry in entries] == ["normal_f1", "normal_em", "normal_recall@5"]
             assert [entry.value for entry in entries] == [0.41, 0.3, 0.6]
             assert {entry.date for entry in entries} == {"2026-03-01T12:00:00+00:00"}
             assert entries[0].notes == "clara k=16 int8; 95 % interval 0.390 to 0.430"
-        assert len(files) == 2
-    ids = {yaml.safe_load(text)[0]["dataset"]["id"] for text in eval_result_files(results).values()}
-    assert ids == {"org/musique.v2", "my data"}
+        assert len(files) == 1
+    ids = {content[0]["dataset"]["id"] for content in eval_result_files(results).values()}
+    assert ids == {"org/musique.v2"}  # a file of somebody's is no benchmark of the Hub
     written = update_card(folder, results)
-    assert sorted(path.name for path in written[1:]) == ["my-data.yaml", "org-musique-v2.yaml"]
+    assert [path.name for path in written[1:]] == ["org-musique-v2.yaml"]
+    update_card(folder, [valid_results(data__name="org/musique.v2", setting="oracle", metrics={"f1": 0.5, "em": 0.5})])
+    entries = yaml.safe_load(written[1].read_text())
+    assert {entry["dataset"]["task_id"] for entry in entries} >= {"normal_f1", "oracle_f1"}  # others stay
 
 
 def test_two_systems_on_the_same_task_are_told_apart():
     """CLaRa at two memory sizes: two results of one task would be one result with two values."""
     results = [valid_results(), valid_results(system__memory_size=4, metrics={"f1": 0.2})]
-    (text,) = eval_result_files(results).values()
-    tasks = [entry.task_id for entry in parse_eval_result_entries(yaml.safe_load(text))]
+    (content,) = eval_result_files(results, "org/bench").values()
+    tasks = [entry.task_id for entry in parse_eval_result_entries(content)]
     assert len(tasks) == len(set(tasks)) or len(tasks) == 3  # another id, or the first of them alone
     configs = [(e.dataset_config, e.metric_type) for e in hub_results(results)]
     assert len(configs) == len(set(configs))

@@ -43,9 +43,12 @@ def evaluate(checkpoint, data, tmp_path, memories, capsys):
     def call(*options: str, expect: int = 0, output: str = "run", **changed) -> str:
         given = {"model": str(checkpoint), "data": str(data), "output": str(tmp_path / output), **changed}
         named = [part for name, value in given.items() if value for part in (f"--{name}", value)]
-        common = ["--memories", str(memories), "--max-new-tokens", "6", "--latency-questions", "0"]
+        common = ["--resamples", "100"]
+        if given["model"]:
+            common += ["--memories", str(memories), "--max-new-tokens", "6", "--latency-questions", "0"]
+            common += ["--batch-size", "4"]
         capsys.readouterr()
-        status = main([*named, *common, "--resamples", "100", "--batch-size", "4", *options])
+        status = main([*named, *common, *options])
         captured = capsys.readouterr()
         assert status == expect, captured.err
         return captured.out + captured.err

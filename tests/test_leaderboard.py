@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).parent.parent / "recipes" / "leaderboard"))
 import validation  # noqa: E402
 from leaderboard_plots import MAX_ERROR_BARS, cost_figure  # noqa: E402
 from leaderboard_revisions import EXISTS, MAX_FAILURES, MISSING, UNCHECKED, RevisionChecker  # noqa: E402
-from leaderboard_source import Source  # noqa: E402
+from leaderboard_source import Source, identity  # noqa: E402
 from leaderboard_table import columns_of, filtered, layout, make_frame, metric_names, ordered, ranked  # noqa: E402
 from leaderboard_text import escaped, link, safe_name  # noqa: E402
 
@@ -35,6 +35,15 @@ PROBLEMS = [  # changes of valid results, and what is told of them
     ({"setting": "best"}, "setting: 'best' is not one of"),
     ({"metrics__f1": {**metric(0.5), "value": 1.5, "high": 1}}, "metrics.f1.value: 1.5 is greater than"),
     ({"metrics__f1": {"value": 0.5, "low": 0.51, "high": 0.6, "n": 9}}, "metrics.f1: low <= value <= high"),
+    ({"metrics": {}}, "metrics must have at least one"),
+    ({"metrics__f1": metric(0.5, n=3)}, "metrics.f1.n must be all 2417 questions"),
+    ({"metrics__mrr": metric(0.5, n=3)}, "metrics.mrr.n must be all 2417 questions"),
+    ({"metrics": {"mrr": 0.1, "hit@1": 0.4}}, "metrics.hit@1 must be <= metrics.mrr"),
+    ({"setting": "closed_book", "metrics": {"f1": 0.5, "mrr": 0.5}}, "metrics.mrr must be left out in the setting"),
+    (
+        {"metrics": {"f1": 0.5}, "counts__answered": 10, "counts__abstained": 2400},
+        "metrics.f1 must be <= the share of questions that were answered",
+    ),
     ({"metrics__f1": metric(0.5, n=2418)}, "metrics.f1.n must be <= counts.questions (2417), got 2418"),
     ({"metrics": {"em": 0.5, "f1": 0.4}}, "metrics.em must be <= metrics.f1 (0.4), got 0.5"),
     ({"metrics": {"em": 0.5, "containment": 0.4}}, "metrics.em must be <= metrics.containment"),
@@ -97,7 +106,7 @@ def test_valid_results_have_no_problem():
     for results in (
         valid_results(),
         valid_results(efficiency__latency_ms=None, corpus=None),
-        valid_results(metrics={}),
+        valid_results(metrics={"f1": 0.2}),
     ):
         assert validation.check_submission(results, DATA_FILES) == []
     external = {"system__kind": "external", "model__repo": None, "model__revision": None}
@@ -225,6 +234,16 @@ def test_a_folder_of_runs_is_read_by_the_name_of_its_files(tmp_path):
     assert not loaded.refused
 
 
+def test_runs_with_other_options_are_other_measurements_and_some_are_no_submissions():
+    base = valid_results()
+    for changes in ({"options__min_score": 0.5}, {"options__weights": "x"}, {"corpus__documents": 7}):
+        assert identity(valid_results(**changes)) != identity(base)
+    assert identity(valid_results(created="2026-03-02T12:00:00+00:00")) == identity(base)
+    for name, value in (("num_candidates", 1), ("limit", 10)):
+        (problem,) = validation.check_submission(valid_results(**{f"options__{name}": value}), DATA_FILES)
+        assert problem.startswith(f"options.{name} must be ")
+
+
 def test_a_second_read_sees_changes(tmp_path):
     source = Source(write(tmp_path, {"a.json": valid_results()}), check_revisions=False)
     assert len(source.load().entries) == 1
@@ -307,7 +326,10 @@ def test_rows_are_sorted_by_number(tmp_path):
 
 def test_metrics_have_intervals_and_an_order(tmp_path):
     frame = frame_of(
-        tmp_path, {"metrics": {"f1": 0.2, "p50": 0.9, "system": 0.1}}, {"metrics": {"f1": 0.41234}}, {"metrics": {}}
+        tmp_path,
+        {"metrics": {"f1": 0.2, "p50": 0.9, "system": 0.1}},
+        {"metrics": {"f1": 0.41234}},
+        {"metrics": {"fluency": 0.5}},
     )
     assert metric_names(frame) == ["f1"]  # no other name takes the place of a column
     assert ranked(frame, "f1")["system"].tolist() == ["s1", "s0", "s2"] and len(ranked(frame, None)) == 3

@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--memory-size", type=int, help="vectors of a memory that are read (default: the largest)")
     parser.add_argument("--retrieval-memory-size", type=int, help="vectors that are compared (default: the model's)")
-    parser.add_argument("--codec", default="float16", help=f"of the memories: {', '.join(CODECS)} (default: float16)")
+    parser.add_argument("--codec", help=f"of the memories: {', '.join(CODECS)} (default: float16, or the corpus's)")
     parser.add_argument("--top-k", type=int, help="documents that are read (default: the model's)")
     parser.add_argument("--num-candidates", type=int, default=20, help="that BM25 chooses (default: 20)")
     parser.add_argument("--min-score", type=float, help="cosine below which the model abstains")
@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=32, help="questions at a time (default: 32)")
     parser.add_argument("--limit", type=int, help="first questions of the file only")
     parser.add_argument("--split", help="of a Hub data set or BEIR folder (default: test)")
+    parser.add_argument("--data-config", help="name of a configuration of a Hub data set")
     parser.add_argument("--skip-bad-rows", action="store_true", help="list them in rejected.jsonl and go on")
     parser.add_argument("--latency-questions", type=int, default=20, help="timed one at a time (default: 20; 0: none)")
     parser.add_argument("--resamples", type=int, default=RESAMPLES, help=f"of the bootstrap (default: {RESAMPLES})")
@@ -87,8 +88,13 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--url must be an http(s) address, got {arguments.url!r}. Correct it.")
     if arguments.min_score is not None and not math.isfinite(arguments.min_score):
         raise ValueError(f"--min-score must be a finite number, got {arguments.min_score}. Correct it.")
-    if arguments.codec not in CODECS:
+    _check_unused(arguments)
+    if arguments.codec is not None and arguments.codec not in CODECS:
         raise ValueError(f"--codec must be one of {', '.join(CODECS)}, got {arguments.codec!r}. Correct it.")
+    if arguments.codec is not None and arguments.corpus is not None:
+        raise ValueError(f"--codec must be left out with --corpus, which has one, got {arguments.codec!r}.")
+    if arguments.dtype is not None and not isinstance(getattr(torch, arguments.dtype, None), torch.dtype):
+        raise ValueError(f"--dtype must be a torch dtype such as bfloat16, got {arguments.dtype!r}. Correct it.")
     if arguments.corpus is not None and arguments.setting != "corpus":
         raise ValueError(f"--corpus needs --setting corpus, got {arguments.setting!r}. Add it, or leave out --corpus.")
     counts = {"top_k": 1, "num_candidates": 1, "max_new_tokens": 1, "batch_size": 1, "resamples": 100, "limit": 1}
@@ -100,6 +106,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         left_out = set() if arguments.dense else {"dense_text"}
         if arguments.setting == "closed_book":
             left_out = {name for name, system in SYSTEMS.items() if system.retriever is not None}
+        if arguments.setting == "gold_only":
+            left_out = {name for name, system in SYSTEMS.items() if system.retriever in ("bm25", "dense")}
         arguments.systems = [name for name in SYSTEMS if name not in left_out]
     unknown = [name for name in arguments.systems if name not in SYSTEMS]
     if unknown or len(set(arguments.systems)) < len(arguments.systems):
@@ -113,15 +121,39 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 f"the setting 'closed_book' has no documents, but --systems has {given[0]!r}. Leave it out."
             )
+    ranked = [name for name in arguments.systems if SYSTEMS[name].retriever in ("bm25", "dense")]
+    if arguments.setting == "gold_only" and ranked:
+        raise ValueError(
+            f"the setting 'gold_only' leaves nothing to rank, but --systems has {ranked[0]!r}. Take 'clara' or 'text'."
+        )
     if "dense_text" in arguments.systems and arguments.dense is None:
         raise ValueError("the system 'dense_text' needs --dense MODEL. Pass it, or leave out 'dense_text'.")
+
+
+def _check_unused(arguments: argparse.Namespace) -> None:
+    """Raise a ValueError for an option that would have no effect."""
+    parser = build_parser()
+    shared = ("data", "output", "setting", "split", "data_config", "limit", "skip_bad_rows", "resamples", "seed")
+    own = ("predictions", "name", "url")
+    for name, value in vars(arguments).items():
+        unused = name in own if arguments.predictions is None else name not in (*own, *shared)
+        if unused and name != "command" and value != parser.get_default(name):
+            other = "--model" if arguments.predictions is None else "--predictions"
+            raise ValueError(f"--{name.replace('_', '-')} has no effect with {other}, got {value!r}. Leave it out.")
+
+
+def shown_command(argv: Sequence[str]) -> str:
+    """The command for others to read: of absolute paths the last part, because the rest tells them nothing."""
+    return shlex.join(
+        ["python", "recipes/evaluate.py", *(Path(word).name if Path(word).is_absolute() else word for word in argv)]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = build_parser().parse_args(argv)
-    arguments.command = shlex.join(["python", "recipes/evaluate.py", *argv])
+    arguments.command = shown_command(argv)
     try:
         check_arguments(arguments)
         # waiting for the process that compresses may take hours

@@ -6,6 +6,7 @@ Stands on all other parts; `cli.py` gives it checked options. It knows nothing o
 import argparse
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,16 +23,19 @@ from evaluation.results import (
     describe_external,
     describe_model,
     describe_system,
+    public_name,
     write_results,
 )
 from evaluation.run import collect, measure_latency, predict, start_run
 from evaluation.scores import compare, score_questions
 from evaluation.spans import Spans, compress_documents, finish_codec, match_documents, open_memories
 from evaluation.systems import SYSTEMS, Bench
-from evaluation.tasks import Task, make_tasks, needed_documents
+from evaluation.tasks import NOT_THERE, Task, make_tasks, needed_documents
 from modeling_clara import CLaRaForRAG
 from modeling_clara.manifest_clara import MANIFEST_FILE
 from modeling_clara.storage_clara import write_lines
+
+logger = logging.getLogger(__name__)
 
 BASELINES = "baselines"
 
@@ -49,12 +53,14 @@ class Evaluation:
         self.data: EvaluationData = read_data(
             arguments.data,
             split=arguments.split,
+            config=arguments.data_config,
             limit=arguments.limit,
             skip_bad_rows=arguments.skip_bad_rows,
             may_abstain=arguments.min_score is not None or arguments.predictions is not None,
         )
         self.model: CLaRaForRAG | None = None
         self.corpus = None
+        self.missing_gold = 0
 
     def _start(self, folder: Path, options: dict) -> None:
         start_run(folder, options)
@@ -69,7 +75,11 @@ class Evaluation:
             Task(question, tuple(dict.fromkeys(question.candidates)), question.gold)
             for question in self.data.questions
         ]
-        rows = read_predictions(arguments.predictions, tasks, self.data.ids)
+        rows = read_predictions(arguments.predictions, tasks, self.data.ids, self.data.documents)
+        if arguments.setting == "closed_book" and any(row["retrieved"] for row in rows):
+            raise ValueError(
+                "`retrieved` must be left out in the setting 'closed_book'. Remove it, or correct --setting."
+            )
         scores = score_questions(tasks, rows, with_retrieval=any(row["retrieved"] for row in rows))
         content = build_results(
             system=describe_external(arguments.name, arguments.url),
@@ -134,7 +144,15 @@ class Evaluation:
         if self.corpus is not None:
             spans = Spans.of_corpus(self.corpus)
             known = match_documents(spans, data.documents, data.titles)
-            return make_tasks(data, arguments.setting, _choose_nothing, known=known), spans
+            tasks = make_tasks(data, arguments.setting, _choose_nothing, known=known)
+            gold = {name for task in tasks for name in task.gold}
+            self.missing_gold = sum(name.startswith(NOT_THERE) for name in gold)
+            if self.missing_gold:
+                logger.warning(
+                    "%d of %d gold documents are not in the corpus; they count as not found.",
+                    self.missing_gold, len(gold),
+                )  # fmt: skip
+            return tasks, spans
         if arguments.setting == "corpus" and not data.documents:
             raise ValueError(f"{data.name} brings no documents to search. Pass --corpus.")
         everything: list[Spans] = []
@@ -153,9 +171,11 @@ class Evaluation:
     def _memories(self, documents: dict[str, dict]) -> Spans:
         """Compress what is not compressed yet, all processes together."""
         arguments, model, state = self.arguments, self.model, self.state
-        digest = hashlib.sha256(repr([model.fingerprint, list(documents.items())]).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(
+            repr([model.fingerprint, str(model.dtype), list(documents.items())]).encode()
+        ).hexdigest()[:16]
         folder = (arguments.memories or arguments.output / "memories") / digest
-        codec = arguments.codec
+        codec = self._codec()
         if not any((folder / name / MANIFEST_FILE).exists() for name in ("float16", codec)):
             job = (state.process_index, state.num_processes)
             compress_documents(model, documents, folder, job=job)
@@ -217,7 +237,7 @@ class Evaluation:
         }
 
     def _codec(self) -> str:
-        return self.arguments.codec if self.corpus is None else self.corpus.manifest.codec
+        return self.arguments.codec or "float16" if self.corpus is None else self.corpus.manifest.codec
 
     def _score(self, bench: Bench, tasks: list[Task], folders: dict[str, Path], options: dict) -> list[dict]:
         """results.json of every system; the first one's has the comparisons."""
@@ -253,7 +273,8 @@ class Evaluation:
         answered = [task for task, row in zip(tasks, rows, strict=True) if row["prediction"] is not None]
         others = [other for other in usable if other != name] if name == arguments.systems[0] else []
         draws = {"seed": arguments.seed, "resamples": arguments.resamples}
-        kept = ("limit", "min_score", "dense", "num_candidates", "dtype")
+        kept = {key: options[key] for key in ("limit", "min_score", "num_candidates", "dtype", "weights")}
+        kept |= {"dense": public_name(arguments.dense), "missing_gold": self.missing_gold}
         content = build_results(
             system=describe_system(name, SYSTEMS[name], bench, self._codec()),
             model=describe_model(self.model),
@@ -269,7 +290,7 @@ class Evaluation:
                 for line in compare(scores[name], scores[other], other.replace("_", "-"), **draws)
             ],
             latency=measure_latency(bench, SYSTEMS[name], answered, arguments.latency_questions),
-            options={**{key: options[key] for key in kept}, "batch_size": arguments.batch_size, **draws},
+            options={**kept, "batch_size": arguments.batch_size, **draws},
             command=arguments.command,
             processes=self.state.num_processes,
             device=self.state.device,

@@ -13,9 +13,9 @@ number in the file, from 0, equal ones counted once. A document that the data do
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from data import BadRow, read_rows
 from trl.scripts.utils import DatasetConfig
 
+from data import BadRow, read_rows
 from evaluation.run import MAX_REASON, prediction_row
 from evaluation.tasks import Task
 
@@ -23,13 +23,16 @@ MAX_NAMED = 3
 KEYS = {"id", "prediction", "abstained", "failure", "retrieved", "n_tokens"}
 
 
-def read_predictions(path: Path, tasks: Sequence[Task], ids: Collection[str] = ()) -> list[dict]:
+def read_predictions(
+    path: Path, tasks: Sequence[Task], ids: Collection[str] = (), documents: Collection[str] = ()
+) -> list[dict]:
     """Read a file of predictions, in the order of the tasks.
 
     Args:
         path: .jsonl or .jsonl.gz.
         tasks: with the questions that must be answered.
         ids: of further questions of the data, whose predictions are left aside.
+        documents: ids of the data's documents.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -43,7 +46,9 @@ def read_predictions(path: Path, tasks: Sequence[Task], ids: Collection[str] = (
             if question_id in places:
                 raise BadRow(f"has the id {question_id!r} like {places[question_id]}. Keep one of them")
             if question_id not in by_id and question_id not in ids:
-                raise BadRow(f"has the id {question_id!r}, which is no question of the data. Remove it")
+                raise BadRow(
+                    f"has the id {question_id!r}, which the data does not have (its first is {next(iter(by_id))!r})"
+                )
             places[question_id] = place
             if question_id not in by_id:
                 continue
@@ -60,7 +65,21 @@ def read_predictions(path: Path, tasks: Sequence[Task], ids: Collection[str] = (
             f"{missing[0]!r}. Add them; what failed is written as "
             '{"id": ..., "prediction": null, "failure": "reason"}.'
         )
+    _check_known(path, tasks, rows, documents)
     return [rows[name] for name in by_id]
+
+
+def _check_known(path: Path, tasks: Sequence[Task], rows: Mapping[str, dict], documents: Collection[str]) -> None:
+    """Raise a ValueError where documents were retrieved, and the data knows none of them."""
+    retrieved = {name for row in rows.values() for name in row["retrieved"]}
+    known = set(documents).union(*(task.question.candidates + task.gold for task in tasks))
+    if retrieved and known and not retrieved & known:
+        question_id = next(task.question.id for task in tasks if rows[task.question.id]["retrieved"])
+        raise ValueError(
+            f"`retrieved` of {path.name} must have documents of the data, but has none of them; the first is "
+            f"{rows[question_id]['retrieved'][0]!r} of {question_id!r}. Write ids as the data has them, such as "
+            f"{next(iter(known))!r}, or places in `docs` as numbers."
+        )
 
 
 def _id(row: Mapping) -> str:
@@ -110,6 +129,8 @@ def _retrieved(given, task: Task) -> list[str]:
     for entry in given:
         if isinstance(entry, bool) or not isinstance(entry, str | int):
             raise BadRow(f"must have ids or places in `retrieved`, got {entry!r}")
+        if isinstance(entry, str) and candidates and entry.isdigit():
+            raise BadRow(f"must have places in `docs` as numbers in `retrieved`, got the text {entry!r}")
         if isinstance(entry, str) or not candidates:
             names.append(str(entry))
             continue

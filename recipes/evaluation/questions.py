@@ -9,7 +9,8 @@ First in the way of an evaluation. It knows nothing of models, settings or score
     kilt        {id, input, output: [{answer?, provenance?: [{wikipedia_id, title}]}]}, without documents
     beir        a folder with corpus.jsonl, queries.jsonl and qrels/*.tsv; retrieval only
 
-A file is .jsonl, .jsonl.gz or .parquet; anything else is the id of a data set on the Hub.
+A file is .jsonl, .jsonl.gz or .parquet; anything else is the id of a data set on the Hub. A question without an `id`
+has that of its line, from 1; one of a passage `LINE#N`, from 0, or `qas[].id`.
 """
 
 import hashlib
@@ -18,9 +19,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data import BadRow, document_key, read_documents, read_positives, read_rows
 from trl.scripts.utils import DatasetConfig
 
+from data import BadRow, document_key, read_documents, read_positives, read_rows
 from evaluation.beir import beir_files, beir_rows
 
 FORMATS = ("multihop", "passages", "reference", "flashrag", "kilt", "beir")
@@ -41,6 +42,7 @@ class Question:
             where it offers none.
         gold: ids of the documents that hold the answer; none where that is not known.
         place: file and line, for errors.
+        asks_answer: False where the data asks for documents only, so that no answers do not mean that there is none.
     """
 
     id: str
@@ -49,6 +51,7 @@ class Question:
     candidates: tuple[str, ...]
     gold: tuple[str, ...]
     place: str
+    asks_answer: bool = True
 
 
 @dataclass
@@ -85,6 +88,7 @@ def read_data(
     path: str,
     *,
     split: str | None = None,
+    config: str | None = None,
     limit: int | None = None,
     skip_bad_rows: bool = False,
     may_abstain: bool = False,
@@ -94,6 +98,7 @@ def read_data(
     Args:
         path: file, BEIR folder or Hub id.
         split: of a Hub data set, or of a BEIR folder's qrels; default "test".
+        config: name of a configuration of a Hub data set.
         limit: questions that are read at most; the documents of the other rows are kept as candidates for passages.
         skip_bad_rows: list rows that cannot be used in `rejected` instead of stopping.
         may_abstain: whether abstaining is scored, so that questions without answers are of use by themselves.
@@ -116,7 +121,7 @@ def read_data(
     if folder.is_dir():
         rows = beir_rows(folder, split or "test", reject)
     else:
-        rows = read_rows(DatasetConfig(path=path, split=split or "test"), on_bad_row=reject)
+        rows = read_rows(DatasetConfig(path=path, name=config, split=split or "test"), on_bad_row=reject)
     reader = _Reader(data, folder.is_dir())
     for place, row in rows:
         try:
@@ -208,8 +213,9 @@ class _Reader:
             raise BadRow(f"`qas` must be a list of {{question, answers}}, got {pairs!r}")
         read = [(_text(pair, "question"), _answers(pair)) for pair in pairs]
         ids = self._documents([document])
-        for index, (text, answers) in enumerate(read):
-            yield Question(f"{_id(row, place)}#{index}", text, answers, (), tuple(ids), place)
+        for index, (pair, (text, answers)) in enumerate(zip(pairs, read, strict=True)):
+            question_id = _id(pair, place) if "id" in pair else f"{_id(row, place)}#{index}"
+            yield Question(question_id, text, answers, (), tuple(ids), place)
 
     def _multihop(self, row: Mapping, place: str) -> Iterator[Question]:
         text, answers = _text(row, "question"), _answers(row)
@@ -246,7 +252,7 @@ class _Reader:
                     gold[document_id] = title
         self.data.titles |= gold
         text = _text(row, "input")
-        yield Question(_id(row, place), text, _answers({"answers": answers}), (), tuple(gold), place)
+        yield Question(_id(row, place), text, _answers({"answers": answers}), (), tuple(gold), place, bool(answers))
 
     def _beir(self, row: Mapping, place: str) -> Iterator[Question]:
         if "gold" not in row:  # a document
@@ -264,7 +270,7 @@ class _Reader:
         unknown = [document_id for document_id in row["gold"] if document_id not in self.data.documents]
         if unknown:
             raise BadRow(f"must have judgements of documents in corpus.jsonl, {unknown[0]!r} is not there")
-        yield Question(row["_id"], _text(row, "text"), answers, (), tuple(row["gold"]), place)
+        yield Question(row["_id"], _text(row, "text"), answers, (), tuple(row["gold"]), place, bool(answers))
 
 
 def row_format(row: Mapping) -> str:

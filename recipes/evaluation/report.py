@@ -18,8 +18,8 @@ COMPARED = ("f1", "recall@1")  # in tables; results.json has more
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 
 
-def read_results(paths: Iterable[Path]) -> list[dict]:
-    """Read results files; a folder stands for its results.json and those of its baselines.
+def read_results(paths: Iterable[Path], *, with_baselines: bool = True) -> list[dict]:
+    """Read results files; a folder stands for its results.json and, unless left out, those of its baselines.
 
     Raises:
         FileNotFoundError: there is none.
@@ -30,6 +30,7 @@ def read_results(paths: Iterable[Path]) -> list[dict]:
         files = [path]
         if path.is_dir():  # its own before those of its baselines
             files = sorted(path.rglob("results.json"), key=lambda file: (len(file.parts), file))
+            files = [file for file in files if with_baselines or "baselines" not in file.relative_to(path).parts]
         if not files or not files[0].exists():
             raise FileNotFoundError(f"{path} must be a results.json or a folder with one. Run recipes/evaluate.py.")
         for file in files:
@@ -133,7 +134,7 @@ def insert_section(card: str, section: str) -> str:
     return f"{card.rstrip()}\n\n{section}\n"
 
 
-def hub_results(results: Sequence[Mapping]) -> list[EvalResult]:
+def hub_results(results: Sequence[Mapping], dataset: str | None = None) -> list[EvalResult]:
     """Entries of a card's `model-index`: the metrics of the CLaRa systems, for each data file and setting."""
     entries = []
     for content in results:
@@ -147,7 +148,7 @@ def hub_results(results: Sequence[Mapping]) -> list[EvalResult]:
                 EvalResult(
                     task_type="question-answering",
                     task_name="retrieval-augmented question answering",
-                    dataset_type=dataset_id(content),
+                    dataset_type=dataset or dataset_id(content),
                     dataset_name=content["data"]["name"],
                     dataset_config=f"{content['setting']}, {describe(content)}",
                     dataset_split="all",
@@ -175,33 +176,31 @@ def dataset_id(content: Mapping) -> str:
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else re.sub(r"\.jsonl(\.gz)?$|\.parquet$", "", name)
 
 
-def eval_result_files(results: Sequence[Mapping], dataset: str | None = None) -> dict[str, str]:
+def eval_result_files(results: Sequence[Mapping], dataset: str | None = None) -> dict[str, list[dict]]:
     """`.eval_results/*.yaml` of a model repo, the Hub's current form: path -> content.
 
     Args:
         results: of CLaRa systems; others are left out, and of several with one task the first stands.
-        dataset: id of the benchmark on the Hub; default the data's own name.
+        dataset: id of the benchmark on the Hub; default the data's own name where it is one.
     """
     files: dict[str, dict] = {}
     for content in results:
-        if content["system"]["kind"] != "clara":
+        benchmark = dataset or dataset_id(content)
+        if content["system"]["kind"] != "clara" or "/" not in benchmark:
             continue
-        name = re.sub(r"[^\w-]+", "-", dataset_id(content)).strip("-")
+        name = re.sub(r"[^\w-]+", "-", benchmark).strip("-")
         for metric in CARD_METRICS:
             if metric in content["metrics"]:
                 value = content["metrics"][metric]
                 entry = EvalResultEntry(
-                    dataset_id=dataset or dataset_id(content),
+                    dataset_id=benchmark,
                     task_id=f"{content['setting']}_{metric}",
                     value=round(value["value"], 4),
                     date=content["created"],
                     notes=f"{describe(content)}; 95 % interval {value['low']:.3f} to {value['high']:.3f}",
                 )
                 files.setdefault(f".eval_results/{name}.yaml", {}).setdefault(entry.task_id, entry)
-    return {
-        path: yaml.safe_dump(eval_result_entries_to_yaml(list(entries.values())), sort_keys=False, allow_unicode=True)
-        for path, entries in files.items()
-    }
+    return {path: eval_result_entries_to_yaml(list(entries.values())) for path, entries in files.items()}
 
 
 def _identity(entry: EvalResult) -> tuple:
@@ -217,8 +216,11 @@ def update_card(folder: Path, results: Sequence[Mapping], dataset: str | None = 
     path = Path(folder) / "README.md"
     if not path.exists():
         raise FileNotFoundError(f"{path} must be a model card, found none. Save the model there first.")
-    card = ModelCard(insert_section(path.read_text(encoding="utf-8"), card_section(results)))
-    entries = hub_results(results)
+    try:
+        card = ModelCard(insert_section(path.read_text(encoding="utf-8"), card_section(results)))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} must begin with YAML between two lines of ---, but: {error}. Correct it.") from error
+    entries = hub_results(results, dataset)
     if entries:
         new = {_identity(entry) for entry in entries}
         kept = [entry for entry in card.data.get("eval_results") or [] if _identity(entry) not in new]
@@ -229,6 +231,9 @@ def update_card(folder: Path, results: Sequence[Mapping], dataset: str | None = 
     for name, content in eval_result_files(results, dataset).items():
         target = Path(folder) / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(content, encoding="utf-8")
+        new = {entry["dataset"]["task_id"] for entry in content}
+        there = (yaml.safe_load(target.read_text(encoding="utf-8")) or []) if target.exists() else []
+        kept = [entry for entry in there if entry["dataset"]["task_id"] not in new]
+        target.write_text(yaml.safe_dump(kept + content, sort_keys=False, allow_unicode=True), encoding="utf-8")
         written.append(target)
     return written

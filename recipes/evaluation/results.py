@@ -82,7 +82,7 @@ def build_results(
             "abstained": sum(row["abstained"] for row in rows),
             "failed": failures.total(),
             "without_answers": sum(not task.question.answers for task in tasks),
-            "without_gold": sum(not task.gold for task in tasks),
+            "without_gold": sum(not task.question.gold for task in tasks),
         },
         "failures": dict(failures),
         "metrics": with_intervals(scores, seed=options["seed"], resamples=options["resamples"]),
@@ -109,7 +109,8 @@ def check_rows(name: str, rows: Sequence[Mapping], scores: Scores) -> None:
     """Raise a ValueError where every question failed, or nothing could be scored."""
     if all(row["failure"] is not None for row in rows):
         raise ValueError(
-            f"all {len(rows)} questions failed with {name}, the first ({rows[0]['id']}) with: {rows[0]['failure']}. "
+            f"all {len(rows)} questions failed with {name}, the first ({rows[0]['id']}): "
+            f"{rows[0]['failure'].rstrip('.')}. "
             "Correct the cause, remove the output folder and run again."
         )
     if not scores:
@@ -140,13 +141,14 @@ def _sum(values) -> float | None:
 
 def describe_system(name: str, system: System, bench: Bench, codec: str) -> dict:
     """The `system` of one of ours."""
-    compares, reads = system.retriever == "clara", system.reader == "memory"
+    ranks = system.retriever in ("clara", "bm25", "dense") and not bench.read_all
+    compares, reads = ranks and system.retriever == "clara", system.reader == "memory"
     return {
         "name": name.replace("_", "-"),
         "kind": system.kind,
-        "retriever": system.retriever if system.retriever != "wrong" else None,
+        "retriever": system.retriever if ranks else None,
         "reader": system.reader,
-        "top_k": bench.top_k if system.retriever else None,
+        "top_k": bench.top_k if system.retriever and not bench.read_all else None,
         "memory_size": bench.memory_size if reads else None,
         "retrieval_memory_size": bench.retrieval_memory_size if compares else None,
         "codec": codec if compares or reads else None,
@@ -171,11 +173,11 @@ def describe_model(model: CLaRaForRAG | None) -> dict:
         "repo": None if is_local else name,
         "revision": None if is_local else model.commit,
         "fingerprint": model.fingerprint,
-        "backbone": _public_name(model.config.backbone_name_or_path),
+        "backbone": public_name(model.config.backbone_name_or_path),
     }
 
 
-def _public_name(name: str | None) -> str | None:
+def public_name(name: str | None) -> str | None:
     """A Hub id as it is, of a folder its last part: paths of somebody's machine tell others nothing."""
     return Path(name).name if name and os.path.exists(name) else name
 

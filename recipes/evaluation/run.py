@@ -110,7 +110,7 @@ def predict_batch(bench: Bench, system: System, tasks: Sequence[Task]) -> list[d
 def _predict(bench: Bench, system: System, tasks: Sequence[Task]) -> list[dict]:
     clock = Clock()
     hits = retrieve(bench, system, tasks, clock)
-    rows = [rows_to_read(bench, row) for row in hits]
+    rows = [rows_to_read(bench, system, row) for row in hits]
     abstains = [system.retriever is not None and not row for row in rows]
     reading = [number for number, abstained in enumerate(abstains) if not abstained]
     texts, lengths = {}, {}

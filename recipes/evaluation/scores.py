@@ -40,7 +40,8 @@ def score_questions(tasks: Sequence[Task], rows: Sequence[Mapping], *, with_retr
     scores = {name: np.full(len(tasks), np.nan) for name in (*ANSWER_METRICS, "abstention")}
     for index, (task, row) in enumerate(zip(tasks, rows, strict=True)):
         if not task.question.answers:
-            scores["abstention"][index] = float(row["abstained"])
+            if task.question.asks_answer:
+                scores["abstention"][index] = float(row["abstained"])
         else:
             found = score_answer(row["prediction"], task.question.answers) if row["prediction"] else {}
             for name in ANSWER_METRICS:

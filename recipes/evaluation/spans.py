@@ -187,8 +187,8 @@ def match_documents(spans: Spans, documents: Mapping[str, Mapping], titles: Mapp
     """Ids of a data file -> ids of the same documents in a corpus.
 
     A document is the same where title and text have the same words; of a corpus document of several spans the first
-    one must be the beginning of the data's text. Where the data has no text (KILT) it is the document with its id, or
-    else the only one with its title.
+    one must be the beginning of the data's text. Where the data has no text (KILT) it is the document with its id and
+    title, or else the only one with its title.
 
     Args:
         spans: of the corpus.
@@ -215,7 +215,7 @@ def match_documents(spans: Spans, documents: Mapping[str, Mapping], titles: Mapp
             found[name] = same or longer[0]
     for name, title in titles.items():
         candidates = by_title.get(title.casefold(), [])
-        if name in spans.rows:
+        if name in spans.rows and (not title or name in candidates or not spans.titles[spans.rows[name].start]):
             found[name] = name
         elif title and len(candidates) == 1:
             found[name] = candidates[0]

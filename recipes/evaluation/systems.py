@@ -151,8 +151,6 @@ def retrieve(bench: Bench, system: System, tasks: Sequence[Task], clock: Clock) 
             bench.spans.cosines(query, mine, bench.depth) if mine is None or len(mine) else []
             for query, mine in zip(queries, rows, strict=True)
         ]
-        if bench.min_score is not None:
-            hits = [[hit for hit in row if hit[1] >= bench.min_score] for row in hits]
     else:
         hits = bench.ranker(system.retriever).rank(texts, rows, bench.depth)
     clock.mark("search")
@@ -179,9 +177,12 @@ def wrong_rows(bench: Bench, task: Task) -> list[int]:
     raise ValueError("the control needs documents that are not gold, found none. Leave out 'wrong_memory'.")
 
 
-def rows_to_read(bench: Bench, hits: Hits) -> list[int]:
-    """Rows of the documents that are read, best first."""
-    return [row for row, _ in (hits if bench.read_all else hits[: bench.top_k])]
+def rows_to_read(bench: Bench, system: System, hits: Hits) -> list[int]:
+    """Rows of the documents that are read, best first; `min_score` is a cosine and asks the model's retrieval only."""
+    if bench.read_all:
+        return [row for row, _ in hits]
+    least = bench.min_score if system.retriever == "clara" else None
+    return [row for row, score in hits[: bench.top_k] if least is None or score >= least]
 
 
 def read(
@@ -227,7 +228,7 @@ def time_one(bench: Bench, system: System, task: Task) -> dict[str, float]:
     """Milliseconds of one question alone, from stored memories: query, search, read (to the first token), decode."""
     clock = Clock()
     (hits,) = retrieve(bench, system, [task], clock)
-    rows = rows_to_read(bench, hits)
+    rows = rows_to_read(bench, system, hits)
     read(bench, system, [task], [rows], clock, streamer=_FirstToken(clock))
     seconds = clock.seconds
     seconds["read"] = seconds.pop("prepare") + seconds.get("read", 0.0)

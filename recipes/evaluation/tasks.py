@@ -17,6 +17,9 @@ SETTINGS = {
 }
 
 
+NOT_THERE = "not in the corpus: "  # before the id of a gold document that cannot be found, and counts all the same
+
+
 @dataclass(frozen=True)
 class Task:
     """A question in a setting.
@@ -24,7 +27,7 @@ class Task:
     Attributes:
         question: as in the data.
         candidates: ids of the documents that may be retrieved; None for all of the corpus.
-        gold: ids of its gold documents among those that could be found.
+        gold: ids of its gold documents; one that the corpus does not have begins with `NOT_THERE`.
     """
 
     question: Question
@@ -70,7 +73,7 @@ def make_tasks(
     if setting == "corpus":
         names = {name: name for name in data.documents} if known is None else known
         return [
-            Task(question, None, tuple(dict.fromkeys(names[name] for name in question.gold if name in names)))
+            Task(question, None, tuple(dict.fromkeys(names.get(name, NOT_THERE + name) for name in question.gold)))
             for question in questions
         ]
     missing = next(

@@ -28,6 +28,8 @@ from validation import (
 
 DATA_FILES = "data_files.json"
 FOLDER = "results"
+DECISIVE = ("weights", "min_score", "num_candidates", "dense", "limit", "dtype")  # options that change answers
+RUN_FILE = "run.json"  # of a folder that recipes/evaluate.py made
 RUN_RESULT = "results.json"  # as recipes/evaluate.py calls it
 
 
@@ -204,10 +206,12 @@ class Source:
 
 
 def identity(results: dict) -> str:
-    """What two results of one measurement share: system with its options, model, data and setting."""
+    """What two results of one measurement share: system and options that matter, model, corpus, data and setting."""
     model = [results["model"][name] for name in ("repo", "revision", "fingerprint")]
     data = [results["data"][name] for name in ("name", "sha256", "questions")]
-    hashed = json.dumps([results["system"], model, data, results["setting"]], sort_keys=True)
+    options = [results["options"].get(name) for name in DECISIVE]
+    parts = [results["system"], options, model, results["corpus"], data, results["setting"]]
+    hashed = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(hashed.encode()).hexdigest()
 
 
@@ -225,8 +229,12 @@ def _model_of(results: dict) -> tuple[str, str] | None:
 def _json_files(folder: Path) -> list[Path]:
     """The `.json` files below `results/`, in order; where that is missing, the results.json of runs in any folder."""
     found, has_layout = [], (folder / FOLDER).is_dir()
-    for above, _, names in os.walk(folder / FOLDER if has_layout else folder):
-        found += [Path(above, name) for name in names if name.endswith(".json") and (has_layout or name == RUN_RESULT)]
+    for above, below, names in os.walk(folder / FOLDER if has_layout else folder):
+        is_run = RUN_FILE in names
+        if is_run:  # its memories and parts are none of ours
+            below[:] = [name for name in below if name == "baselines"]
+        any_name = has_layout and not is_run
+        found += [Path(above, name) for name in names if name.endswith(".json") and (any_name or name == RUN_RESULT)]
     return sorted(path for path in found if path.is_file())
 
 

@@ -50,6 +50,7 @@ LAST = (
     Column("k compared", "retrieval_memory_size", "{:.0f}"),
     Column("Codec", "codec"),
     Column("Documents", "top_k", "{:.0f}"),
+    Column("Corpus", "corpus"),
     Column("Retriever", "retriever"),
     Column("Kind", "kind"),
     Column("Failed", "failed", "{:,.0f}"),
@@ -85,6 +86,7 @@ def _row(entry: Entry) -> dict:
         "commit": model["revision"] or "",
         "revision": f"{(model['revision'] or NOTHING)[:7]} {entry.model_state if model['revision'] else ''}".strip(),
         "backbone": plain(model["backbone"] or NOTHING),
+        "corpus": _corpus(results["corpus"]),
         "data": plain(results["data"]["name"]),
         "setting": results["setting"],
         "bytes_per_span": efficiency["bytes_per_span"],
@@ -104,6 +106,11 @@ def _row(entry: Entry) -> dict:
     words = [row[name] for name in ("system", "model", "backbone", "data", "retriever", "codec", "kind", "path")]
     row["search"] = "\n".join(words).casefold()
     return row
+
+
+def _corpus(corpus: dict | None) -> str:
+    """Which corpus was searched, and how large it is."""
+    return NOTHING if corpus is None else f"{plain(corpus['repo'] or 'unnamed')} ({corpus['documents']:,})"
 
 
 def metric_names(frame: pd.DataFrame) -> list[str]:

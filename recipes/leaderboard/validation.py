@@ -21,6 +21,9 @@ REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]
 URL = re.compile(r"https?://[^\s<>\"'`{}|\\^]{1,2000}")
 REVISION = re.compile(r"[0-9a-f]{40}")
 NOT_ABOVE = (("em", "f1"), ("em", "containment"))  # of every question, so of means
+ANSWER_METRICS = ("em", "f1", "containment", "bag_containment")
+RETRIEVAL_METRIC = re.compile(r"mrr|(recall|hit|ndcg|precision)@\d{1,4}")
+FIXED = {"num_candidates": 20, "limit": None}  # options that make results comparable, where a run has them
 RISING = ("recall", "hit")  # a further document can only add
 
 
@@ -110,7 +113,7 @@ def check_results(content: object, data_files: dict | None = None) -> list[str]:
     if not problems:
         problems = _schema_problems(content)
     if not problems:
-        problems = [*_check_counts(content), *_check_metrics(content), *_check_rest(content)]
+        problems = [*(_check_counts(content) or _check_metrics(content)), *_check_rest(content)]
         if data_files is not None:
             problems += check_data(content, data_files)
     return _shortened(problems)
@@ -126,12 +129,22 @@ def check_submission(content: object, data_files: dict | None) -> list[str]:
     problems = check_results(content)
     if problems and not _has_places(content):
         return problems
-    return _shortened([*problems, *check_place(content, data_files)])
+    return _shortened([*problems, *_check_options(content), *check_place(content, data_files)])
 
 
 def check_place(content: dict, data_files: dict | None) -> list[str]:
     """What keeps a file off the leaderboard that `check_results` has found valid: its data and its model."""
     return _shortened([*(check_data(content, data_files) if data_files is not None else []), *_check_model(content)])
+
+
+def _check_options(content: dict) -> list[str]:
+    """Options that make a run incomparable with the others."""
+    options = content["options"]
+    return [
+        f"options.{name} must be {json.dumps(wanted)}, got {_quote(options[name])}: other runs are made so."
+        for name, wanted in FIXED.items()
+        if options.get(name, wanted) != wanted
+    ]
 
 
 def _has_places(content: object) -> bool:
@@ -225,7 +238,9 @@ def _check_metrics(content: dict) -> list[str]:
             problems.append(f"metrics.{name}: low <= value <= high must hold, got {low} <= {value} <= {high}.")
         if metric["n"] > questions:
             problems.append(f"metrics.{name}.n must be <= counts.questions ({questions}), got {metric['n']}.")
+    problems += _check_sizes(content)
     pairs = [*NOT_ABOVE, *_rising_pairs(metrics)]
+    pairs += [("hit@1", "mrr")]
     for lower, upper in pairs:
         if lower not in metrics or upper not in metrics or metrics[lower]["n"] != metrics[upper]["n"]:
             continue
@@ -233,6 +248,26 @@ def _check_metrics(content: dict) -> list[str]:
         if small > large + TOLERANCE:
             problems.append(
                 f"metrics.{lower} must be <= metrics.{upper} ({large}), got {small}: it holds per question."
+            )
+    return problems
+
+
+def _check_sizes(content: dict) -> list[str]:
+    """Whether each metric is a mean over the questions that it must be a mean of, and can be what it is."""
+    problems, metrics, counts = [], content["metrics"], content["counts"]
+    sizes = {name: counts["questions"] - counts["without_answers"] for name in ANSWER_METRICS}
+    if not metrics:
+        problems.append("metrics must have at least one, got none. Evaluate again.")
+    for name, metric in metrics.items():
+        is_retrieval = RETRIEVAL_METRIC.fullmatch(name) is not None
+        expected = counts["questions"] - counts["without_gold"] if is_retrieval else sizes.get(name, metric["n"])
+        if metric["n"] != expected:
+            problems.append(f"metrics.{name}.n must be all {expected} questions that it is of, got {metric['n']}.")
+        if is_retrieval and content["setting"] in ("closed_book", "gold_only"):
+            problems.append(f"metrics.{name} must be left out in the setting {content['setting']}: nothing is ranked.")
+        if name in ANSWER_METRICS and metric["value"] * metric["n"] > counts["answered"] + 1e-6:
+            problems.append(
+                f"metrics.{name} must be <= the share of questions that were answered, got {metric['value']}."
             )
     return problems
 
