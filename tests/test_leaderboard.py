@@ -232,6 +232,11 @@ def test_a_folder_of_runs_is_read_by_the_name_of_its_files(tmp_path):
     loaded = load(tmp_path)
     assert [entry.path for entry in loaded.entries] == ["run/baselines/text/results.json", "run/results.json"]
     assert not loaded.refused
+    (tmp_path / "run").rename(tmp_path / "results")  # a run below results/ is still a run: its other files are its own
+    (tmp_path / "results" / "memories").mkdir()
+    (tmp_path / "results" / "memories" / "corpus.json").write_text("{}")
+    loaded = load(tmp_path)
+    assert len(loaded.entries) == 2 and not loaded.refused
 
 
 def test_runs_with_other_options_are_other_measurements_and_some_are_no_submissions():

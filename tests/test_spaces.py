@@ -59,6 +59,10 @@ def test_described_data_files_are_what_a_leaderboard_takes(tmp_path, capsys):
     described = json.loads(capsys.readouterr().out)
     assert described["questions.jsonl"]["questions"] == 2 and not check_data_files(described)
     assert spaces.main(["describe", str(tmp_path / "nowhere.jsonl")]) == 1
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / path.name).write_text(ROW)
+    assert spaces.main(["describe", str(path), str(tmp_path / "other" / path.name)]) == 1
+    assert "questions.jsonl twice" in capsys.readouterr().err
 
 
 def test_the_script_steps_aside_for_the_library():
