@@ -1,0 +1,267 @@
+"""Training and development files of clara-smollm2-135m: `python recipes/smollm2_data.py SOURCE --output data/smollm2`.
+
+First in the way of that model. SOURCE holds passages_*.jsonl.gz, corpus_*, multihop_*_train, multihop_*_dev and
+unanswerable_*; what is written are rows that `data.py` reads. It knows nothing of models.
+
+    pretrain.jsonl      passages with their questions; these and corpora to be said again; cloze questions on corpora
+    instruct.jsonl      questions over five documents, some unanswerable
+    retrieval.jsonl     questions over up to twenty candidates with the gold ones marked (contrastive and joint stages)
+    dev/*.jsonl         a tenth of the titles of every passages file, and the multihop development files
+
+What is held back is in no training file: neither its title in a file that has titles, nor its text in any.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import random
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from evaluation.rankers import Bm25Ranker
+from evaluation.spans import Spans
+
+from data import read_documents, read_positives
+
+PATTERNS = {
+    "passages": "passages_*.jsonl.gz",
+    "corpora": "corpus_*.jsonl.gz",
+    "multihop": "multihop_*_train*.jsonl.gz",
+    "development": "multihop_*_dev.jsonl.gz",
+    "unanswerable": "unanswerable_*.jsonl.gz",
+}
+DEV_SHARE = 10  # one title in so many is held back
+MIN_WORDS, MAX_WORDS = 12, 180  # of a passage that is said again: what a span holds
+NUM_READ, NUM_CANDIDATES = 5, 20  # documents of an instruct row, candidates of a retrieval row
+NO_ANSWER = "The background does not say."
+CLOZE = 'Which words are missing in "{sentence}"?'
+GAP = "____"
+SEED = 42
+
+
+def words(text: str) -> str:
+    """A text without case, white space and punctuation, to tell whether two are the same."""
+    return re.sub(r"[\W_]+", "", text.casefold())
+
+
+def is_held_back(title: str, text: str) -> bool:
+    """One title in ten, the same in every run; of untitled passages one text in ten."""
+    digest = hashlib.sha256((words(title) or words(text)).encode()).digest()
+    return digest[0] * 256 + digest[1] < 65536 // DEV_SHARE
+
+
+def read_file(path: Path) -> list[dict]:
+    """Rows of a .jsonl or .jsonl.gz file."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+class HeldBack:
+    """Texts and titles that no training row may have.
+
+    Args:
+        passages: rows of the passages files, by file name.
+        multihop: rows of the multihop development files.
+    """
+
+    def __init__(self, passages: Mapping[str, Sequence[Mapping]], multihop: Sequence[Mapping]):
+        self.passages = {
+            name: [row for row in rows if is_held_back(row.get("title", ""), row["text"])]
+            for name, rows in passages.items()
+        }
+        held = [row for rows in self.passages.values() for row in rows]
+        self.titles = {words(row.get("title", "")) for row in held} - {""}
+        self.texts = {words(row["text"]) for row in held}
+        self.questions = {words(row["question"]) for row in multihop}
+        self.questions |= {words(pair["question"]) for row in held for pair in row["qas"]}
+        for row in multihop:
+            documents = read_documents(row)
+            self.texts |= {words(documents[index]["text"]) for index in read_positives(row, len(documents))}
+
+    def has(self, title: str, text: str) -> bool:
+        """Whether a document is held back."""
+        return words(text) in self.texts or (bool(title) and words(title) in self.titles)
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def said_again(title: str, text: str) -> dict | None:
+    """A row whose target is the text itself; None where it is too short to teach, or too long for a span."""
+    n_words = len(text.split())
+    return {"title": title, "text": text, "paraphrase": text} if MIN_WORDS <= n_words <= MAX_WORDS else None
+
+
+def cloze(title: str, text: str, n_questions: int = 2) -> dict | None:
+    """A row with questions for numbers and names that are taken out of its sentences; None where there are none.
+
+    >>> cloze("Rome", "The old town of Rome has had some 2,873,000 people since the year 2019.")["qas"][0]["answers"]
+    ['2,873,000']
+    """
+    pairs = []
+    for sentence in re.split(r"(?<=[.!?])\s+", text):
+        if not 8 <= len(sentence.split()) <= 40:
+            continue
+        # numbers, and runs of capitalised words behind the first word
+        found = re.search(r"(?<=\s)(?:\d[\d,.]*\d|(?:[A-Z][\w-]+)(?:\s[A-Z][\w-]+)+)(?=[\s,;.])", sentence)
+        if found and sentence.count(found[0]) == 1:
+            question = CLOZE.format(sentence=sentence.replace(found[0], GAP))
+            pairs.append({"question": question, "answers": [found[0]]})
+        if len(pairs) == n_questions:
+            break
+    return {"title": title, "text": text, "qas": pairs} if pairs and len(text.split()) <= MAX_WORDS else None
+
+
+def pretraining_rows(passages: Sequence[Mapping], corpora: Sequence[Mapping], held: HeldBack) -> Iterator[dict]:
+    """Stage 1: every passage with its questions, every other text to be said again, cloze questions on corpora."""
+    for row in passages:
+        if not held.has(row.get("title", ""), row["text"]):
+            yield {"title": row.get("title", ""), "text": row["text"], "qas": row["qas"]}
+            again = said_again(row.get("title", ""), row["text"])
+            if again:
+                yield again
+    for row in corpora:
+        title, text = row.get("title", ""), row["text"]
+        if held.has(title, text):
+            continue
+        yield from (made for made in (said_again(title, text), cloze(title, text)) if made)
+
+
+def question_rows(passages: Sequence[Mapping], held: HeldBack) -> list[dict]:
+    """One row a question of a passage: `{question, answers, document}`."""
+    return [
+        {"question": pair["question"], "answers": pair["answers"], "document": {"title": title, "text": row["text"]}}
+        for row in passages
+        for title in [row.get("title", "")]
+        if not held.has(title, row["text"])
+        for pair in row["qas"]
+        if words(pair["question"]) not in held.questions and pair["answers"]
+    ]
+
+
+def with_distractors(rows: Sequence[Mapping], n_documents: int, generator: random.Random) -> Iterator[dict]:
+    """Rows of `question_rows` among the passages that BM25 takes for the best, the gold one at a random place."""
+    documents = {}
+    for row in rows:
+        documents.setdefault((row["document"]["title"], row["document"]["text"]), len(documents))
+    keys = list(documents)
+    spans = Spans([str(n) for n in range(len(keys))], [0] * len(keys), [k[0] for k in keys], [k[1] for k in keys])
+    ranked = Bm25Ranker(spans).rank([row["question"] for row in rows], [None] * len(rows), n_documents)
+    for row, hits in zip(rows, ranked, strict=True):
+        gold = documents[row["document"]["title"], row["document"]["text"]]
+        others = [number for number, _ in hits if number != gold][: n_documents - 1]
+        order = [gold, *others]
+        generator.shuffle(order)
+        docs = [{"title": keys[number][0], "text": keys[number][1]} for number in order]
+        yield {
+            "question": row["question"],
+            "answers": row["answers"],
+            "docs": docs,
+            "pos_index": [order.index(gold)],
+        }
+
+
+def multihop_rows(rows: Sequence[Mapping], held: HeldBack) -> Iterator[dict]:
+    """Rows with their own candidates, but for those whose question or gold document is held back."""
+    for row in rows:
+        documents = read_documents(row)
+        gold = read_positives(row, len(documents))
+        if words(row["question"]) in held.questions or any(held.has("", documents[n]["text"]) for n in gold):
+            continue
+        yield {"question": row["question"], "answers": row["answers"], "docs": documents, "pos_index": gold}
+
+
+def cut(row: Mapping, n_documents: int, generator: random.Random) -> dict:
+    """A row with its gold documents and as many others as make `n_documents`, in their order."""
+    others = [index for index in range(len(row["docs"])) if index not in row["pos_index"]]
+    n_others = max(0, n_documents - len(row["pos_index"]))
+    kept = sorted([*row["pos_index"], *generator.sample(others, min(n_others, len(others)))])
+    gold = [place for place, index in enumerate(kept) if index in row["pos_index"]]
+    return {**row, "docs": [row["docs"][index] for index in kept], "pos_index": gold}
+
+
+def unanswerable_rows(rows: Sequence[Mapping], held: HeldBack) -> Iterator[dict]:
+    """Rows whose documents do not answer them, with the words that say so."""
+    for row in rows:
+        documents = read_documents(row)
+        if not any(held.has(document["title"], document["text"]) for document in documents):
+            yield {"question": row["question"], "answers": [NO_ANSWER], "docs": documents, "pos_index": []}
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_jsonl(path: Path, rows: Sequence[Mapping]) -> int:
+    """Write rows; how many."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return len(rows)
+
+
+def write_files(source: Path, output: Path, *, scale: float = 1.0, seed: int = SEED) -> dict[str, int]:
+    """All files; the number of rows of each.
+
+    Args:
+        source: folder with the data.
+        output: folder of what is written.
+        scale: share of the training rows, for a rehearsal.
+        seed: of the order of documents.
+
+    Raises:
+        FileNotFoundError: a kind of data is missing.
+    """
+    groups = {}
+    for kind, pattern in PATTERNS.items():
+        paths = sorted(source.glob(pattern))
+        if not paths:
+            raise FileNotFoundError(f"{source} must have {pattern}, found none. Name another folder.")
+        groups[kind] = {path.name: read_file(path) for path in paths}
+    passages, development = groups["passages"], groups["development"]
+    held = HeldBack(passages, [row for rows in development.values() for row in rows])
+    generator = random.Random(seed)
+    texts = [row for rows in passages.values() for row in rows]
+    corpora = [row for rows in groups["corpora"].values() for row in rows]
+    multihop = list(multihop_rows([row for rows in groups["multihop"].values() for row in rows], held))
+    questions = question_rows(texts, held)
+    candidates = list(with_distractors(questions, NUM_CANDIDATES, generator))
+    unanswerable = list(unanswerable_rows([row for rows in groups["unanswerable"].values() for row in rows], held))
+    files = {
+        "pretrain": list(pretraining_rows(texts, corpora, held)),
+        "instruct": [cut(row, NUM_READ, generator) for row in [*candidates, *multihop]] + unanswerable,
+        "retrieval": [row for row in [*candidates, *multihop] if len(row["docs"]) >= NUM_READ],
+    }
+    counts = {}
+    for name, rows in files.items():
+        # neighbours share documents, so the files pack well; training draws its own order
+        counts[name] = write_jsonl(output / f"{name}.jsonl", rows[:: max(1, round(1 / scale))])
+    for name, rows in {**held.passages, **development}.items():
+        name = f"dev/{name.removesuffix('.gz')}"
+        counts[name] = write_jsonl(output / name, rows)
+    return counts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, help="folder with the data")
+    parser.add_argument("--output", type=Path, default=Path("data/smollm2"))
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the training rows, for a rehearsal")
+    arguments = parser.parse_args(argv)
+    try:
+        if not 0 < arguments.scale <= 1:
+            raise ValueError(f"--scale must be above 0 and at most 1, got {arguments.scale}. Correct it.")
+        counts = write_files(arguments.source, arguments.output, scale=arguments.scale)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(f"{name}: {count:,} rows" for name, count in counts.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

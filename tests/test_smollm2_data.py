@@ -1,0 +1,122 @@
+"""Data of clara-smollm2-135m: nothing that is held back is in a training file, rows are what the stages read."""
+
+import doctest
+import gzip
+import json
+import random
+from pathlib import Path
+
+import pytest
+import smollm2_data as data
+from smollm2_data import NO_ANSWER, cloze, cut, is_held_back, said_again, words, write_files
+
+N_PASSAGES = 60
+TEXT = "In {year} the town of Oslo {n} had a harbour, and its mayor was Otto Berg {n}, who liked old boats very much."
+
+
+def passage(n: int) -> dict:
+    text = TEXT.format(year=1800 + n, n=n)
+    return {"title": f"Town {n}", "text": text, "qas": [{"question": f"Mayor of {n}?", "answers": [f"Otto Berg {n}"]}]}
+
+
+def multihop(name: str, *numbers: int) -> dict:
+    docs = [f"Town {n}\n {passage(n)['text']}" for n in numbers]
+    return {"id": name, "question": f"Which of {name}?", "answers": ["x"], "docs": docs, "pos_index": [0, 1]}
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    passages = [passage(n) for n in range(N_PASSAGES)]
+    files = {
+        "passages_a": passages,
+        "corpus_b": [*passages, {"id": "1", "title": "New", "text": TEXT.format(year=1999, n="x")}],
+        "multihop_c_train": [multihop("one", 100, 101, 102, 103, 104, 105), multihop("two", 200, 101, 103, 104, 105)],
+        "multihop_c_dev": [multihop("three", 200, 201, 202, 203, 204)],
+        "unanswerable_d": [
+            {"question": "Why?", "answers": [], "docs": [f"Town {n}\n{passage(n)['text']}"]} for n in range(9)
+        ],
+    }
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for name, rows in files.items():
+        content = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(content.encode()))
+    return folder
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_examples():
+    assert doctest.testmod(data).failed == 0
+
+
+def test_nothing_held_back_is_trained_on(source, tmp_path):
+    counts = write_files(source, tmp_path / "out")
+    held = read(tmp_path / "out" / "dev" / "passages_a.jsonl")
+    assert 0 < len(held) < N_PASSAGES / 3 and all(is_held_back(row["title"], row["text"]) for row in held)
+    texts, titles = {words(row["text"]) for row in held}, {row["title"] for row in held}
+    pretrain = read(tmp_path / "out" / "pretrain.jsonl")
+    assert not [row for row in pretrain if words(row["text"]) in texts or row["title"] in titles]
+    for name in ("instruct", "retrieval"):
+        for row in read(tmp_path / "out" / f"{name}.jsonl"):
+            gold = [row["docs"][index] for index in row["pos_index"]]
+            assert not [document for document in gold if words(document["text"]) in texts]
+    questions = {row["question"] for row in read(tmp_path / "out" / "retrieval.jsonl")}
+    assert "Which of one?" in questions and "Which of two?" not in questions  # its gold is gold in a development file
+    assert counts["dev/multihop_c_dev.jsonl"] == 1
+    trained = {row["title"] for row in pretrain} - {"New"}
+    assert trained == {f"Town {n}" for n in range(N_PASSAGES)} - titles
+
+
+def test_rows_are_what_the_stages_read(source, tmp_path):
+    write_files(source, tmp_path / "out")
+    instruct, retrieval = (read(tmp_path / "out" / f"{name}.jsonl") for name in ("instruct", "retrieval"))
+    for row in instruct:
+        assert len(row["docs"]) <= 5 and (row["pos_index"] or row["answers"] == [NO_ANSWER])
+    assert sum(row["answers"] == [NO_ANSWER] for row in instruct) > 0
+    for row in retrieval:
+        assert 5 <= len(row["docs"]) <= 20 and row["pos_index"]
+        if row["question"].startswith("Mayor"):
+            number = row["question"].split()[-1].rstrip("?")
+            (index,) = row["pos_index"]
+            assert row["docs"][index]["title"] == f"Town {number}" and row["answers"] == [f"Otto Berg {number}"]
+    kinds = {
+        kind for row in read(tmp_path / "out" / "pretrain.jsonl") for kind in ("qas", "paraphrase") if kind in row
+    }
+    assert kinds == {"qas", "paraphrase"}
+
+
+def test_the_same_twice_and_a_share_for_a_rehearsal(source, tmp_path):
+    whole = write_files(source, tmp_path / "one")
+    assert write_files(source, tmp_path / "two") == whole
+    for path in (tmp_path / "one").rglob("*.jsonl"):
+        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
+    part = write_files(source, tmp_path / "part", scale=0.1)
+    assert (
+        part["pretrain"] == -(-whole["pretrain"] // 10)
+        and part["dev/passages_a.jsonl"] == whole["dev/passages_a.jsonl"]
+    )
+
+
+def test_cut_keeps_the_gold_documents():
+    row = {"question": "?", "answers": ["x"], "docs": list("abcdefgh"), "pos_index": [2, 7]}
+    for n in range(1, 9):
+        short = cut(row, n, random.Random(0))
+        assert [short["docs"][index] for index in short["pos_index"]] == ["c", "h"]
+        assert len(short["docs"]) == max(2, n) and short["docs"] == sorted(short["docs"])
+
+
+def test_cloze_takes_out_what_stands_once():
+    text = "Nobody knows. The city of Kingston Upon Hull grew fast, and in 1897 it became a city of 12,500 people at last."
+    row = cloze("Hull", text)
+    (pair,) = row["qas"]
+    assert pair["answers"] == ["Kingston Upon Hull"] and "____" in pair["question"] and "Hull" not in pair["question"]
+    assert cloze("", "Too short.") is None and said_again("", "Too short.") is None
+
+
+def test_what_is_missing_is_named(tmp_path, capsys):
+    assert data.main([str(tmp_path), "--output", str(tmp_path / "out")]) == 1
+    assert "passages_*.jsonl.gz" in capsys.readouterr().err
+    assert data.main([str(tmp_path), "--scale", "0"]) == 1 and "--scale" in capsys.readouterr().err
