@@ -109,7 +109,7 @@ def test_cut_keeps_the_gold_documents():
 
 
 def test_cloze_takes_out_what_stands_once():
-    text = "Nobody knows. The city of Kingston Upon Hull grew fast, and in 1897 it became a city of 12,500 people at last."
+    text = "Nobody knows. The city of Kingston Upon Hull grew fast, and in 1897 it became a city of 12,500 people."
     row = cloze("Hull", text)
     (pair,) = row["qas"]
     assert pair["answers"] == ["Kingston Upon Hull"] and "____" in pair["question"] and "Hull" not in pair["question"]
