@@ -48,7 +48,7 @@ demo: $(STAMP)
 
 ## test       run the tests: offline, on CPU, two processes
 test: $(STAMP)
-	PYTHONPATH=$(QUANTIZATION) $(BIN)/python -m pytest -n 2
+	PYTHONPATH=$(QUANTIZATION) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 ## test-slow  run the tests that take minutes or need the real backbone
 test-slow: $(STAMP)
