@@ -71,8 +71,11 @@ def test_documents_that_the_data_does_not_know_are_no_ranking(tmp_path, capsys):
     status = main([*map(str, options), "--predictions", str(predictions)])
     told = capsys.readouterr().err
     assert status == 1 and "has none of them; the first is 'doc_7' of 'q0'" in told
-    status = main([*map(str, options), "--predictions", str(predictions), "--setting", "closed_book"])
-    assert status == 1 and not (tmp_path / "out").joinpath("results.json").exists()
+    known = write(tmp_path / "known.jsonl", [{**row, "retrieved": [0]} for row in theirs])
+    for setting in ("closed_book", "gold_only"):
+        assert main([*map(str, options), "--predictions", str(known), "--setting", setting]) == 1
+        assert f"must be left out in the setting '{setting}'" in capsys.readouterr().err
+    assert not (tmp_path / "out").joinpath("results.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -166,9 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             evaluation = Evaluation(arguments, state)
             results = evaluation.score_predictions() if arguments.predictions is not None else evaluation.run()
         if state.is_main_process:
-            print(results_table(results))
-            print(f"\n{comparison_table(results[0])}\n")
-            print(f"Written: {arguments.output / 'results.json'}")
+            parts = [results_table(results), comparison_table(results[0])]
+            parts.append(f"Written: {arguments.output / 'results.json'}")
+            print("\n\n".join(part for part in parts if part))
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -76,9 +76,10 @@ class Evaluation:
             for question in self.data.questions
         ]
         rows = read_predictions(arguments.predictions, tasks, self.data.ids, self.data.documents)
-        if arguments.setting == "closed_book" and any(row["retrieved"] for row in rows):
+        if arguments.setting in ("closed_book", "gold_only") and any(row["retrieved"] for row in rows):
             raise ValueError(
-                "`retrieved` must be left out in the setting 'closed_book'. Remove it, or correct --setting."
+                f"`retrieved` must be left out in the setting {arguments.setting!r}, where nothing is ranked. Remove it, "
+                "or correct --setting."
             )
         scores = score_questions(tasks, rows, with_retrieval=any(row["retrieved"] for row in rows))
         content = build_results(
