@@ -78,8 +78,8 @@ class Evaluation:
         rows = read_predictions(arguments.predictions, tasks, self.data.ids, self.data.documents)
         if arguments.setting in ("closed_book", "gold_only") and any(row["retrieved"] for row in rows):
             raise ValueError(
-                f"`retrieved` must be left out in the setting {arguments.setting!r}, where nothing is ranked. Remove it, "
-                "or correct --setting."
+                f"`retrieved` must be left out in the setting {arguments.setting!r}, where nothing is ranked. Remove "
+                "it, or correct --setting."
             )
         scores = score_questions(tasks, rows, with_retrieval=any(row["retrieved"] for row in rows))
         content = build_results(
