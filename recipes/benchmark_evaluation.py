@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import random
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -67,8 +68,8 @@ def benchmark_scoring(n_questions: int) -> dict[str, float]:
     return {name: marks[name] - marks[before] for before, name in zip(names, names[1:], strict=False)}
 
 
-def benchmark_run(model: str, data: str | None, n_questions: int, n_documents: int) -> dict[str, float]:
-    """Seconds of the whole command, loading and compressing included, and the model's share of the answering."""
+def benchmark_run(model: str, data: str | None, n_questions: int, n_documents: int) -> tuple[dict[str, float], dict]:
+    """Seconds of the whole command, loading and compressing included, the model's share of answering; results.json."""
     with tempfile.TemporaryDirectory() as temporary:
         path = data or str(Path(temporary) / "questions.jsonl")
         if data is None:
@@ -81,12 +82,40 @@ def benchmark_run(model: str, data: str | None, n_questions: int, n_documents: i
         seconds = time.perf_counter() - start
         if status:
             raise RuntimeError("the evaluation must end well, see the error above. Correct its cause.")
-        efficiency = json.loads((output / "results.json").read_text(encoding="utf-8"))["efficiency"]
-    return {
+        results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    efficiency = results["efficiency"]
+    times = {
         "whole command": seconds,
         "answering": efficiency["seconds"],
         "share of it in the model": efficiency["model_seconds"] / efficiency["seconds"],
     }
+    return times, results
+
+
+def benchmark_leaderboard(results: dict, n_results: int) -> dict[str, float]:
+    """Seconds in which the leaderboard reads so many results, and reads them again.
+
+    Args:
+        results: content of a results.json, copied under other names.
+        n_results: files.
+    """
+    sys.path.append(str(HERE / "leaderboard"))  # a Space stands by itself
+    from leaderboard_source import Source
+
+    with tempfile.TemporaryDirectory() as temporary:
+        for number in range(n_results):
+            path = Path(temporary) / "results" / f"{number}.json"
+            path.parent.mkdir(exist_ok=True)
+            named = {**results, "system": {**results["system"], "name": f"system {number}"}}
+            path.write_text(json.dumps(named), encoding="utf-8")
+        source, seconds = Source(temporary, check_revisions=False), {}
+        for name in ("reading", "reading again"):
+            start = time.perf_counter()
+            loaded = source.load()
+            seconds[name] = time.perf_counter() - start
+            if len(loaded.entries) != n_results:
+                raise RuntimeError(f"all results must be shown, but {loaded.refused[0]}. Correct its cause.")
+    return seconds
 
 
 def main() -> None:
@@ -96,14 +125,18 @@ def main() -> None:
     parser.add_argument("--data", help="questions (default: generated fact sheets)")
     parser.add_argument("--questions", type=int, default=200, help="that it is asked (default: 200)")
     parser.add_argument("--documents", type=int, default=10, help="of each generated question (default: 10)")
+    parser.add_argument("--results", type=int, default=5000, help="that the leaderboard reads (default: 5,000)")
     arguments = parser.parse_args()
     scoring = benchmark_scoring(arguments.predictions)
-    run = benchmark_run(arguments.model, arguments.data, arguments.questions, arguments.documents)
+    run, results = benchmark_run(arguments.model, arguments.data, arguments.questions, arguments.documents)
     rows = [[name, f"{seconds:.1f} s"] for name, seconds in scoring.items()]
     print(table([f"{arguments.predictions:,} predictions", "time"], rows))
     rows = [[name, f"{value:.3f}" if "share" in name else f"{value:.1f} s"] for name, value in run.items()]
     print(f"\n{table([f'{arguments.questions} questions, {Path(arguments.model).name}', 'time'], rows)}")
-    print(json.dumps({"scoring": scoring, "run": run}))
+    board = benchmark_leaderboard(results, arguments.results)
+    rows = [[name, f"{seconds:.1f} s"] for name, seconds in board.items()]
+    print(f"\n{table([f'leaderboard, {arguments.results:,} results', 'time'], rows)}")
+    print(json.dumps({"scoring": scoring, "run": run, "leaderboard": board}))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ unanswerable_*; what is written are rows that `data.py` reads. It knows nothing 
     retrieval.jsonl     questions over up to twenty candidates with the gold ones marked (contrastive and joint stages)
     dev/*.jsonl         a tenth of the titles of every passages file, and the multihop development files
 
+The samples it was written for give 31,644, 23,360 and 21,937 rows in 34, 95 and 355 MB: rows repeat their documents.
 What is held back is in no training file: neither its title in a file that has titles, nor its text in any.
 """
 

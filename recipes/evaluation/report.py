@@ -14,7 +14,7 @@ from leaderboard.validation import check_results
 
 SHOWN = ("f1", "em", "containment", "recall@1", "recall@5", "mrr", "abstention")
 CARD_METRICS = ("f1", "em", "recall@1", "recall@5")
-COMPARED = ("f1", "recall@1")  # in tables; results.json has more
+TABLE_COMPARISONS = ("f1", "recall@1")  # results.json has more
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 
 
@@ -71,7 +71,7 @@ def results_table(results: Sequence[Mapping]) -> str:
 def comparison_table(content: Mapping) -> str:
     """F1 and recall@1 against every other system; empty where there is none."""
     lines = ["| against | metric | difference | p |", "| --- | --- | --- | --- |"]
-    rows = [row for row in content["comparisons"] if row["metric"] in COMPARED]
+    rows = [row for row in content["comparisons"] if row["metric"] in TABLE_COMPARISONS]
     for row in rows:
         difference = f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
         lines.append(f"| {_escape(row['system'])} | {row['metric']} | {difference} | {row['p_value']:.4f} |")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from leaderboard.validation import check_results
+from leaderboard.validation import SCHEMA_VERSION, check_results
 
 from evaluation.questions import EvaluationData
 from evaluation.scores import CONFIDENCE, Scores, quantiles, with_intervals
@@ -22,7 +22,6 @@ from evaluation.tasks import Task
 from modeling_clara import CLaRaForRAG
 from modeling_clara.storage_clara import write_json
 
-SCHEMA_VERSION = 1
 RESULTS_FILE = "results.json"
 PACKAGES = ("clara-rag", "torch", "transformers", "peft", "datasets", "evaluate", "bm25s")
 

@@ -87,8 +87,7 @@ def predict(
         with tqdm(total=len(mine), desc=description, unit=" questions", delay=2, leave=False) as bar:
             for start in range(0, len(mine), batch_size):
                 batch = mine[start : start + batch_size]
-                for row in predict_batch(bench, system, batch):
-                    part.write(row)
+                part.write(predict_batch(bench, system, batch))
                 bar.update(len(batch))
 
 
@@ -96,9 +95,7 @@ def predict_batch(bench: Bench, system: System, tasks: Sequence[Task]) -> list[d
     """Rows of predictions.jsonl; where the batch fails, each question is tried by itself."""
     try:
         return _predict(bench, system, tasks)
-    except (
-        Exception
-    ) as error:  # whatever goes wrong is counted: an answer that is missing must not look like a wrong one
+    except Exception as error:  # whatever goes wrong is counted: a missing answer must not look like a wrong one
         _release_memory(error)
         if len(tasks) == 1:
             reason = f"{type(error).__name__}: {error}"[:MAX_REASON]
@@ -221,8 +218,8 @@ class _Appender:
     def __enter__(self) -> "_Appender":
         return self
 
-    def write(self, row: dict) -> None:
-        self.file.write(json.dumps(row, ensure_ascii=True).encode() + b"\n")
+    def write(self, rows: Sequence[dict]) -> None:
+        self.file.writelines(json.dumps(row, ensure_ascii=True).encode() + b"\n" for row in rows)
         self.file.flush()
         os.fsync(self.file.fileno())
 

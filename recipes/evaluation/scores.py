@@ -7,12 +7,11 @@ questions with their uncertainty. It knows nothing of models.
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from metrics.rag_answer.rag_answer import score_answer
+from metrics.rag_answer.rag_answer import MEASURES, score_answer
 from metrics.retrieval.retrieval import score_ranking
 
 from evaluation.tasks import Task
 
-ANSWER_METRICS = ("em", "f1", "containment", "bag_containment")
 CUTOFFS = (1, 3, 5, 10)
 COMPARED = ("em", "f1", "containment", "recall@1", "recall@5", "mrr")
 CONFIDENCE = 0.95
@@ -37,14 +36,14 @@ def score_questions(tasks: Sequence[Task], rows: Sequence[Mapping], *, with_retr
     Returns:
         metric -> (questions,) float64, NaN where it does not apply; a metric that applies to none is left out.
     """
-    scores = {name: np.full(len(tasks), np.nan) for name in (*ANSWER_METRICS, "abstention")}
+    scores = {name: np.full(len(tasks), np.nan) for name in (*MEASURES, "abstention")}
     for index, (task, row) in enumerate(zip(tasks, rows, strict=True)):
         if not task.question.answers:
             if task.question.asks_answer:
                 scores["abstention"][index] = float(row["abstained"])
         else:
             found = score_answer(row["prediction"], task.question.answers) if row["prediction"] else {}
-            for name in ANSWER_METRICS:
+            for name in MEASURES:
                 scores[name][index] = found.get(name, 0.0)
         if with_retrieval and task.gold:
             for name, value in score_ranking(row["retrieved"], task.gold, CUTOFFS).items():
