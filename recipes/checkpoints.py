@@ -28,7 +28,7 @@ FREE = {
     "logging_first_step", "save_total_limit", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_persistent_workers", "local_rank", "num_samples", "output_dir", "resume_from_checkpoint",
     "save_steps", "save_strategy", "eval_steps", "eval_strategy", "eval_on_start", "ddp_timeout", "do_train",
-    "do_eval",
+    "do_eval", "max_minutes",
 }  # fmt: skip
 
 

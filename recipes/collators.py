@@ -88,6 +88,40 @@ class ReadingCollator:
         return {"prompts": layouts, "labels": layouts[self.memory_sizes[-1]]["labels"]}
 
 
+class TextCollator(ReadingCollator):
+    """Batches of the text baseline: the prompts have the documents' text where the other stages have slots.
+
+    Args:
+        processor: makes ids of text.
+        memory_sizes: of the model; the prompts are the same for all.
+        hidden_size: of the backbone.
+
+    Returns of a call with `rows` records: `prompts`, `labels` and `prompt_rows` as `ReadingCollator`, and
+        - `memory`: (rows, 0, n, hidden) float32, no documents.
+    """
+
+    def __init__(self, processor: CLaRaProcessor, memory_sizes: Sequence[int], hidden_size: int):
+        super().__init__(processor, memory_sizes)
+        self.hidden_size = hidden_size
+
+    def __call__(self, records: list[dict]) -> dict:
+        prompts = [
+            self.processor.build_prompt(
+                question, 0, self.memory_sizes[-1], answer,
+                text_documents=record["documents"], name=f"{record['source']} question",
+            )
+            for record in records
+            for question, answer in zip(record["questions"], record["answers"], strict=True)
+        ]  # fmt: skip
+        layout = self.processor.pad_prompts(prompts)
+        return {
+            "memory": torch.zeros(len(records), 0, self.memory_sizes[-1], self.hidden_size),
+            "prompts": dict.fromkeys(self.memory_sizes, layout),
+            "labels": layout["labels"],
+            "prompt_rows": torch.tensor([row for row, r in enumerate(records) for _ in r["questions"]]),
+        }
+
+
 class SelectingCollator(ReadingCollator):
     """Batches of the contrastive and the joint stage: a question, its candidates, and a prompt with open slots.
 

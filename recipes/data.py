@@ -274,7 +274,11 @@ class RecordReader:
                     )
                 if self.stage == "contrastive" and not positives:
                     raise BadRow("must have `pos_index`: the contrastive stage learns from known gold documents")
-            lengths = [self._length(question, answer, len(documents)) for question, answer in targets]
+            elif self.stage == "text":
+                targets = [target for target in targets if target[0] is not None]
+                if not targets:
+                    raise BadRow("must have a question: who reads the text has nothing to say again")
+            lengths = [self._length(question, answer, documents) for question, answer in targets]
         except BadRow as error:
             raise BadRow(str(error), place) from error
         size = 1 if self.selects else self.targets_per_document
@@ -318,17 +322,19 @@ class RecordReader:
         kept = sorted((positives + rest)[: self.num_candidates])
         return [documents[index] for index in kept], [new for new, old in enumerate(kept) if old in positives]
 
-    def _length(self, question: str | None, answer: str, n_documents: int) -> int:
+    def _length(self, question: str | None, answer: str, documents: list[dict]) -> int:
         """Tokens of a prompt with its target, which must fit into the window."""
-        reads = self.top_k if self.selects else n_documents
+        reads = self.top_k if self.selects else len(documents)
+        n_memories, texts = (0, documents) if self.stage == "text" else (reads, ())
         try:
-            prompt = self.processor.build_prompt(question, reads, self.memory_size, answer)
+            prompt = self.processor.build_prompt(question, n_memories, self.memory_size, answer, text_documents=texts)
         except ValueError as error:
             raise BadRow(str(error)) from error
         if len(prompt.input_ids) > self.window:
+            what = f"{reads} texts" if self.stage == "text" else f"{reads} memories of {self.memory_size}"
             raise BadRow(
-                f"needs {len(prompt.input_ids)} positions for {reads} memories of {self.memory_size}, question and "
-                f"answer, the backbone has {self.window}; shorten the answer, or lower the number of documents"
+                f"needs {len(prompt.input_ids)} positions for {what}, question and answer, the backbone has "
+                f"{self.window}; shorten the answer, or lower the number of documents"
             )
         return len(prompt.input_ids)
 

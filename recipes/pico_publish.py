@@ -8,7 +8,6 @@ weights.
 
 import argparse
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,11 +16,10 @@ import torch
 from corpus_codecs import measure_codecs
 from pico_evaluate import SPLITS, evaluate
 from pico_facts import FactSheets
+from publishing import CARDS, link_code, read_curves, round_weights
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus
-from modeling_clara.backbone_clara import backbone_digests
 
-CARDS = Path(__file__).parent.parent / "model_cards"
 N_SHEETS = 200
 
 CARD = """---
@@ -77,15 +75,6 @@ numbers.
 """
 
 
-def round_to_half(model: CLaRaForRAG) -> None:
-    """Round every weight to what float16 can hold, so that results are those of the shipped file."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.half().float())
-    model._stored = None
-    model.config.backbone_digests = backbone_digests(model.backbone)
-
-
 def results_table(results: dict, sizes: list[int]) -> str:
     """Markdown: one row a measure, one column a split."""
     names = [("recall@1, 20 candidates", "recall@1"), ("recall@5", "recall@5"), ("MRR", "mrr")]
@@ -127,15 +116,6 @@ def write_model(model: CLaRaForRAG, folder: Path, results: dict, curves: dict) -
     (folder / "training_log.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
 
 
-def link_code(folder: Path) -> None:
-    """Inside this repository the code of a checkpoint is links to the package's files, so that there is one copy."""
-    package = CARDS.parent / "modeling_clara"
-    if folder.resolve().is_relative_to(CARDS.resolve()):
-        for path in folder.glob("*_clara.py"):
-            path.unlink()
-            path.symlink_to(os.path.relpath(package / path.name, folder.resolve()))
-
-
 def write_corpus(model: CLaRaForRAG, folder: Path) -> None:
     """A small compressed corpus of sheets about unseen people; its card says what the codecs cost."""
     sheets, documents, asked = FactSheets(78, test=True), {}, []
@@ -157,24 +137,6 @@ def write_corpus(model: CLaRaForRAG, folder: Path) -> None:
     corpus.record_measurement(measured)
 
 
-def read_curves(runs: list[Path]) -> dict:
-    """stage folder name -> log entries without what is not worth keeping."""
-    dropped = {"grad_norm", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "tokens_per_second"}
-    curves = {}
-    for run in runs:
-        history = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-        kept = [entry for entry in history if "eval_loss" in entry or entry["step"] % 100 == 0]
-        curves[run.name] = [
-            {
-                name: round(value, 5)
-                for name, value in entry.items()
-                if name not in dropped and not name.startswith("grad")
-            }
-            for entry in kept
-        ]
-    return curves
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="folder of the joint stage; the other stages lie beside it")
@@ -182,7 +144,7 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = [arguments.checkpoint.parent / name for name in ("pretrain", "instruct", "joint")]
     model = CLaRaForRAG.from_pretrained(arguments.checkpoint)
-    round_to_half(model)
+    round_weights(model, torch.float16, with_backbone=True)
     results = evaluate(model)
     write_model(model, arguments.output / "clara-pico", results, read_curves([run for run in runs if run.exists()]))
     model = CLaRaForRAG.from_pretrained(arguments.output / "clara-pico")  # as everybody will load it

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from arguments import CLaRaTrainingArguments, DataArguments, ModelArguments
 from checkpoints import CACHE_FOLDER, MEMORY_FOLDER
-from collators import ReadingCollator, SelectingCollator
+from collators import ReadingCollator, SelectingCollator, TextCollator
 from data import RecordReader
 from datasets import Dataset
 from memories import DocumentMemories, open_or_compress
@@ -187,6 +187,8 @@ def prepare_trainer(
                 )
             keywords = {"corpus": corpus, "num_candidates": data.num_candidates, "gold_store": store}
             keywords["add_gold"] = data.add_gold
+    elif training.stage == "text":
+        collator = TextCollator(processor, sizes, model.config.text_config.hidden_size)
     else:
         collator = ReadingCollator(processor, sizes)
     samples = (evaluation or train).select(range(min(training.num_samples, len(evaluation or train))))

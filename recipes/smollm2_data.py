@@ -3,12 +3,16 @@
 First in the way of that model. SOURCE holds passages_*.jsonl.gz, corpus_*, multihop_*_train, multihop_*_dev and
 unanswerable_*; what is written are rows that `data.py` reads. It knows nothing of models.
 
-    pretrain.jsonl      passages with their questions; these and corpora to be said again; cloze questions on corpora
-    instruct.jsonl      questions over five documents, some unanswerable
-    retrieval.jsonl     questions over up to twenty candidates with the gold ones marked (contrastive and joint stages)
-    dev/*.jsonl         a tenth of the titles of every passages file, and the multihop development files
+    pretrain_questions.jsonl   stage 1: passages with their questions
+    pretrain_paraphrase.jsonl  passages and texts of corpora that are said again
+    pretrain_cloze.jsonl       questions for words that are missing in sentences of corpora
+    instruct.jsonl             questions over five documents, some unanswerable
+    retrieval.jsonl            questions over up to twenty candidates, the gold ones marked (contrastive, joint)
+    dev/*.jsonl                a tenth of the titles of every passages file, and the multihop development files
+    counts.json                rows of every file, written last
 
-The samples it was written for give 31,644, 23,360 and 21,937 rows in 34, 95 and 355 MB: rows repeat their documents.
+The samples it was written for give 31,644 rows for stage 1, 23,360 and 21,937, in 34, 95 and 355 MB: rows repeat their
+documents.
 What is held back is in no training file: neither its title in a file that has titles, nor its text in any.
 """
 
@@ -22,10 +26,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from checkpoints import write_json
+from data import read_documents, read_positives
 from evaluation.rankers import Bm25Ranker
 from evaluation.spans import Spans
-
-from data import read_documents, read_positives
 
 PATTERNS = {
     "passages": "passages_*.jsonl.gz",
@@ -41,6 +45,7 @@ NO_ANSWER = "The background does not say."
 CLOZE = 'Which words are missing in "{sentence}"?'
 GAP = "____"
 SEED = 42
+COUNTS_FILE = "counts.json"
 
 
 def words(text: str) -> str:
@@ -116,19 +121,18 @@ def cloze(title: str, text: str, n_questions: int = 2) -> dict | None:
     return {"title": title, "text": text, "qas": pairs} if pairs and len(text.split()) <= MAX_WORDS else None
 
 
-def pretraining_rows(passages: Sequence[Mapping], corpora: Sequence[Mapping], held: HeldBack) -> Iterator[dict]:
-    """Stage 1: every passage with its questions, every other text to be said again, cloze questions on corpora."""
-    for row in passages:
-        if not held.has(row.get("title", ""), row["text"]):
-            yield {"title": row.get("title", ""), "text": row["text"], "qas": row["qas"]}
-            again = said_again(row.get("title", ""), row["text"])
-            if again:
-                yield again
-    for row in corpora:
-        title, text = row.get("title", ""), row["text"]
-        if held.has(title, text):
-            continue
-        yield from (made for made in (said_again(title, text), cloze(title, text)) if made)
+def pretraining_rows(passages: Sequence[Mapping], corpora: Sequence[Mapping], held: HeldBack) -> dict[str, list[dict]]:
+    """Stage 1, by kind: every passage with its questions, every text to be said again, cloze questions on corpora."""
+    passages, corpora = (
+        [row for row in rows if not held.has(row.get("title", ""), row["text"])] for rows in (passages, corpora)
+    )
+    texts = [(row.get("title", ""), row["text"]) for row in [*passages, *corpora]]
+    made = {
+        "questions": [{"title": row.get("title", ""), "text": row["text"], "qas": row["qas"]} for row in passages],
+        "paraphrase": [said_again(*text) for text in texts],
+        "cloze": [cloze(*text) for text in texts[len(passages) :]],
+    }
+    return {kind: [row for row in rows if row] for kind, rows in made.items()}
 
 
 def question_rows(passages: Sequence[Mapping], held: HeldBack) -> list[dict]:
@@ -216,6 +220,7 @@ def write_files(source: Path, output: Path, *, scale: float = 1.0, seed: int = S
     Raises:
         FileNotFoundError: a kind of data is missing.
     """
+    (output / COUNTS_FILE).unlink(missing_ok=True)
     groups = {}
     for kind, pattern in PATTERNS.items():
         paths = sorted(source.glob(pattern))
@@ -232,7 +237,7 @@ def write_files(source: Path, output: Path, *, scale: float = 1.0, seed: int = S
     candidates = list(with_distractors(questions, NUM_CANDIDATES, generator))
     unanswerable = list(unanswerable_rows([row for rows in groups["unanswerable"].values() for row in rows], held))
     files = {
-        "pretrain": list(pretraining_rows(texts, corpora, held)),
+        **{f"pretrain_{kind}": rows for kind, rows in pretraining_rows(texts, corpora, held).items()},
         "instruct": [cut(row, NUM_READ, generator) for row in [*candidates, *multihop]] + unanswerable,
         "retrieval": [row for row in [*candidates, *multihop] if len(row["docs"]) >= NUM_READ],
     }
@@ -243,6 +248,7 @@ def write_files(source: Path, output: Path, *, scale: float = 1.0, seed: int = S
     for name, rows in {**held.passages, **development}.items():
         name = f"dev/{name.removesuffix('.gz')}"
         counts[name] = write_jsonl(output / name, rows)
+    write_json(output / COUNTS_FILE, counts)
     return counts
 
 

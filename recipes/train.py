@@ -1,11 +1,13 @@
 """Train one stage of CLaRa: `python recipes/train.py --config recipes/configs/pretrain.yaml key=value ...`.
 
-The same command goes on with a run that was killed. With several processes: `accelerate launch --config_file
-recipes/accelerate/ddp.yaml recipes/train.py --config ...`. README.md, section Training, has the stages.
+The same command goes on with a run that was killed, or paused by `max_minutes` (exit status 3). With several
+processes: `accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/train.py --config ...`. README.md,
+section Training, has the stages.
 """
 
 import logging
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL sends it otherwise
 
@@ -13,8 +15,10 @@ from arguments import parse_arguments  # noqa: E402
 from checkpoints import check_folder, claim_folder, describe_run  # noqa: E402
 from preparation import prepare_trainer, seed_everything  # noqa: E402
 
+PAUSED = 3  # exit status
 
-def main() -> None:
+
+def main() -> int:
     model_arguments, data_arguments, training_arguments = parse_arguments()
     logging.basicConfig(format="%(message)s", level=training_arguments.get_process_log_level())
     output = training_arguments.output_dir
@@ -26,11 +30,15 @@ def main() -> None:
     if training_arguments.should_save:
         claim_folder(output, description)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.is_paused:
+        logging.info("Paused with a checkpoint in %s: the same command goes on.", output)
+        return PAUSED
     if training_arguments.eval_strategy != "no" and not trainer.was_just_evaluated:
         trainer.evaluate()
     trainer.save_state()
     trainer.save_model()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

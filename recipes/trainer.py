@@ -1,4 +1,4 @@
-"""Trainers of the four stages: thin subclasses of `transformers.Trainer` that override loading, logging and saving.
+"""Trainers of the stages: thin subclasses of `transformers.Trainer` that override loading, logging and saving.
 
 Stand between the collators' batches and `CLaRaForRAG.forward`, which holds every loss. They know nothing of files of
 records, of YAML or of text, but for the samples that are generated at an evaluation.
@@ -16,7 +16,7 @@ from checkpoints import load_trained
 from data import document_key
 from torch.nn.utils import get_total_norm
 from training_metrics import MetricSums, exact_matches, ranking_metrics
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from modeling_clara import CLaRaForRAG
@@ -26,6 +26,9 @@ from modeling_clara.generation_clara import eval_mode
 
 logger = logging.getLogger(__name__)
 
+START = time.monotonic()  # of this process, or near it
+SAMPLE_TOKENS = 32  # of an answer in samples.jsonl
+
 
 def memory_size_of_step(memory_sizes: list[int], seed: int, step: int) -> int:
     """k of an optimizer step: the same for all of its micro-batches, on every process and after a restart."""
@@ -33,7 +36,7 @@ def memory_size_of_step(memory_sizes: list[int], seed: int, step: int) -> int:
 
 
 class CLaRaTrainer(Trainer):
-    """What the four stages share.
+    """What the stages share.
 
     Args:
         model: `CLaRaForRAG` with its trainable roles set.
@@ -60,6 +63,8 @@ class CLaRaTrainer(Trainer):
         self.role_norms: dict[str, torch.Tensor] = {}
         self._n_samples: torch.Tensor | None = None
         self._last_log = None
+        if args.max_minutes is not None:
+            self.add_callback(TimeLimit(args.max_minutes, self.accelerator))
 
     # --- loading: the order of rows, the counts of a step, and the layout of its k -----------------------------------
 
@@ -176,6 +181,11 @@ class CLaRaTrainer(Trainer):
         return output
 
     @property
+    def is_paused(self) -> bool:
+        """Whether the time limit ended the run before its last step."""
+        return self.state.global_step < self.state.max_steps
+
+    @property
     def was_just_evaluated(self) -> bool:
         """Whether the last step has its evaluation already."""
         return any(
@@ -188,17 +198,19 @@ class CLaRaTrainer(Trainer):
             return
         model, rows = self.unwrapped, []
         for record in self.samples:
-            documents, question = record["documents"], record["questions"][0]
-            if question is None:
-                text = model.paraphrase(documents[:1])[0]
-            else:
-                text = model.answer([question], documents=documents, max_new_tokens=32)[0].text
-            rows.append({"question": question, "expected": record["answers"][0], "answer": text})
+            text = self._sample(model, record["questions"][0], record["documents"])
+            rows.append({"question": record["questions"][0], "expected": record["answers"][0], "answer": text})
         with open(Path(self.args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps({"step": self.state.global_step, **row}, ensure_ascii=False) + "\n")
         shown = "\n".join(f"  {row['question']} -> {row['answer']!r} (expected {row['expected']!r})" for row in rows)
         logger.info("samples at step %d:\n%s", self.state.global_step, shown)
+
+    def _sample(self, model: CLaRaForRAG, question: str | None, documents: list[dict]) -> str:
+        """What the model says to a question, or of the first document without one."""
+        if question is None:
+            return model.paraphrase(documents[:1])[0]
+        return model.answer([question], documents=documents, max_new_tokens=SAMPLE_TOKENS)[0].text
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
@@ -294,12 +306,44 @@ class JointTrainer(SelectingTrainer):
     """Stage 3: reasoner and generator through the straight-through top-k, the language-modelling loss alone."""
 
 
+class TextTrainer(CLaRaTrainer):
+    """The text baseline: the generator reads the documents' text, next-token cross entropy of the answer."""
+
+    def _sample(self, model: CLaRaForRAG, question: str | None, documents: list[dict]) -> str:
+        k, hidden = model.config.max_memory_size, model.config.text_config.hidden_size
+        prompt = model.processor.build_prompt(question, 0, k, text_documents=documents)
+        no_memory = torch.zeros(0, k, hidden, device=model.memory_embeddings.device)
+        generation = model.build_generation_config(None, SAMPLE_TOKENS)
+        with eval_mode(model), torch.no_grad():
+            return model.generate_texts([prompt], [no_memory], generation)[0]
+
+
 TRAINERS = {
     "pretrain": PretrainTrainer,
     "instruct": InstructTrainer,
     "contrastive": ContrastiveTrainer,
     "joint": JointTrainer,
+    "text": TextTrainer,
 }
+
+
+class TimeLimit(TrainerCallback):
+    """Ends a run with a checkpoint when its time is over, on all processes at the same step.
+
+    Args:
+        minutes: since this process started.
+        accelerator: of the run.
+    """
+
+    def __init__(self, minutes: float, accelerator):
+        self.minutes, self.accelerator = minutes, accelerator
+
+    def on_step_end(self, args, state, control, **kwargs):
+        is_over = torch.tensor(float(time.monotonic() - START > 60 * self.minutes), device=args.device)
+        if self.accelerator.reduce(is_over, "sum") > 0 and state.global_step < state.max_steps:
+            logger.info("%.1f minutes are over at step %d of %d.", self.minutes, state.global_step, state.max_steps)
+            control.should_save = control.should_training_stop = True
+        return control
 
 
 class EpochLengthSampler(LengthGroupedSampler):

@@ -10,12 +10,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from data import BadRow, RecordReader
 from datasets import Dataset
 from mixtures import load_records
 from tiny import build_tokenizer
 from trl.scripts.utils import DatasetConfig
 
-from data import BadRow, RecordReader
 from modeling_clara import CLaRaProcessor
 
 LONG = " ".join(f"w{number}" for number in range(40))

@@ -11,6 +11,7 @@ import smollm2_data as data
 from smollm2_data import NO_ANSWER, cloze, cut, is_held_back, said_again, words, write_files
 
 N_PASSAGES = 60
+KINDS = {"questions": "qas", "paraphrase": "paraphrase", "cloze": "qas"}
 TEXT = "In {year} the town of Oslo {n} had a harbour, and its mayor was Otto Berg {n}, who liked old boats very much."
 
 
@@ -57,7 +58,7 @@ def test_nothing_held_back_is_trained_on(source, tmp_path):
     held = read(tmp_path / "out" / "dev" / "passages_a.jsonl")
     assert 0 < len(held) < N_PASSAGES / 3 and all(is_held_back(row["title"], row["text"]) for row in held)
     texts, titles = {words(row["text"]) for row in held}, {row["title"] for row in held}
-    pretrain = read(tmp_path / "out" / "pretrain.jsonl")
+    pretrain = [row for kind in KINDS for row in read(tmp_path / "out" / f"pretrain_{kind}.jsonl")]
     assert not [row for row in pretrain if words(row["text"]) in texts or row["title"] in titles]
     for name in ("instruct", "retrieval"):
         for row in read(tmp_path / "out" / f"{name}.jsonl"):
@@ -82,10 +83,9 @@ def test_rows_are_what_the_stages_read(source, tmp_path):
             number = row["question"].split()[-1].rstrip("?")
             (index,) = row["pos_index"]
             assert row["docs"][index]["title"] == f"Town {number}" and row["answers"] == [f"Otto Berg {number}"]
-    kinds = {
-        kind for row in read(tmp_path / "out" / "pretrain.jsonl") for kind in ("qas", "paraphrase") if kind in row
-    }
-    assert kinds == {"qas", "paraphrase"}
+    for kind, field in KINDS.items():
+        rows = read(tmp_path / "out" / f"pretrain_{kind}.jsonl")
+        assert rows and all({"title", "text", field} == set(row) for row in rows)
 
 
 def test_the_same_twice_and_a_share_for_a_rehearsal(source, tmp_path):
@@ -95,7 +95,7 @@ def test_the_same_twice_and_a_share_for_a_rehearsal(source, tmp_path):
         assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
     part = write_files(source, tmp_path / "part", scale=0.1)
     assert (
-        part["pretrain"] == -(-whole["pretrain"] // 10)
+        part["pretrain_paraphrase"] == -(-whole["pretrain_paraphrase"] // 10)
         and part["dev/passages_a.jsonl"] == whole["dev/passages_a.jsonl"]
     )
 

@@ -26,6 +26,7 @@ from evaluation.tasks import SETTINGS, check_setting
 from modeling_clara.codecs_clara import CODECS
 from modeling_clara.storage_clara import writer_lock
 
+TUNED = {name for name, system in SYSTEMS.items() if system.reader == "tuned_text"}
 EXIT_CODES = "Exit status: 0 done, 1 an error that is printed, 130 interrupted; the same command goes on."
 
 
@@ -59,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--min-score", type=float, help="cosine below which the model abstains")
     parser.add_argument("--corpus", help="compressed corpus to search in the setting corpus (default: the data's own)")
     parser.add_argument("--dense", help="sentence-transformers model of dense_text, such as all-MiniLM-L6-v2")
+    parser.add_argument("--text-reader", help="checkpoint of the stage text, the reader of tuned_text")
     parser.add_argument("--memories", type=Path, help="folder of compressed documents (default: OUTPUT/memories)")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="of an answer (default: 32)")
     parser.add_argument("--batch-size", type=int, default=32, help="questions at a time (default: 32)")
@@ -104,10 +106,11 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be >= {least}, got {value}. Correct it.")
     if arguments.systems == ["all"]:
         left_out = set() if arguments.dense else {"dense_text"}
+        left_out |= set() if arguments.text_reader else TUNED
         if arguments.setting == "closed_book":
-            left_out = {name for name, system in SYSTEMS.items() if system.retriever is not None}
+            left_out |= {name for name, system in SYSTEMS.items() if system.retriever is not None}
         if arguments.setting == "gold_only":
-            left_out = {name for name, system in SYSTEMS.items() if system.retriever in ("bm25", "dense")}
+            left_out |= {name for name, system in SYSTEMS.items() if system.retriever in ("bm25", "dense")}
         arguments.systems = [name for name in SYSTEMS if name not in left_out]
     unknown = [name for name in arguments.systems if name not in SYSTEMS]
     if unknown or len(set(arguments.systems)) < len(arguments.systems):
@@ -128,6 +131,13 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         )
     if "dense_text" in arguments.systems and arguments.dense is None:
         raise ValueError("the system 'dense_text' needs --dense MODEL. Pass it, or leave out 'dense_text'.")
+    tuned = sorted(TUNED.intersection(arguments.systems))
+    if tuned and arguments.text_reader is None:
+        raise ValueError(
+            f"the system {tuned[0]!r} needs --text-reader CHECKPOINT. Pass it, or leave out {tuned[0]!r}."
+        )
+    if arguments.text_reader is not None and not tuned:
+        raise ValueError("--text-reader has no effect without the systems tuned_text or bm25_tuned_text. Add one.")
 
 
 def _check_unused(arguments: argparse.Namespace) -> None:

@@ -59,6 +59,7 @@ class Evaluation:
             may_abstain=arguments.min_score is not None or arguments.predictions is not None,
         )
         self.model: CLaRaForRAG | None = None
+        self.text_reader: CLaRaForRAG | None = None
         self.corpus = None
         self.missing_gold = 0
 
@@ -110,6 +111,9 @@ class Evaluation:
         loader = {name: getattr(arguments, name) for name in ("revision", "backbone", "dtype")}
         loader = {name: value for name, value in loader.items() if value is not None}
         self.model = CLaRaForRAG.from_pretrained(arguments.model, **loader).to(state.device)
+        if arguments.text_reader is not None:
+            loader.pop("revision", None)
+            self.text_reader = CLaRaForRAG.from_pretrained(arguments.text_reader, **loader).to(state.device)
         if arguments.corpus is not None:
             self.corpus = self.model.load_corpus(arguments.corpus)
         systems = {name: SYSTEMS[name] for name in arguments.systems}
@@ -212,6 +216,7 @@ class Evaluation:
             max_new_tokens=arguments.max_new_tokens,
             min_score=arguments.min_score,
             dense=arguments.dense,
+            text_reader=self.text_reader,
             depth=max(20, arguments.num_candidates, sizes["top_k"]),
             read_all=arguments.setting == "gold_only",
             seed=arguments.seed,
@@ -222,6 +227,7 @@ class Evaluation:
         arguments = self.arguments
         return {
             "weights": weights_digest(self.model),
+            "text_reader": None if self.text_reader is None else weights_digest(self.text_reader),
             "data": self.data.sha256,
             "setting": arguments.setting,
             "corpus": None if self.corpus is None else hash_data(self.corpus.folder / MANIFEST_FILE),
@@ -274,7 +280,9 @@ class Evaluation:
         answered = [task for task, row in zip(tasks, rows, strict=True) if row["prediction"] is not None]
         others = [other for other in usable if other != name] if name == arguments.systems[0] else []
         draws = {"seed": arguments.seed, "resamples": arguments.resamples}
-        kept = {key: options[key] for key in ("limit", "min_score", "num_candidates", "dtype", "weights")}
+        kept = {
+            key: options[key] for key in ("limit", "min_score", "num_candidates", "dtype", "weights", "text_reader")
+        }
         kept |= {"dense": public_name(arguments.dense), "missing_gold": self.missing_gold}
         content = build_results(
             system=describe_system(name, SYSTEMS[name], bench, self._codec()),

@@ -13,9 +13,9 @@ number in the file, from 0, equal ones counted once. A document that the data do
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from data import BadRow, read_rows
 from trl.scripts.utils import DatasetConfig
 
-from data import BadRow, read_rows
 from evaluation.run import MAX_REASON, prediction_row
 from evaluation.tasks import Task
 

@@ -19,9 +19,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data import BadRow, document_key, read_documents, read_positives, read_rows
 from trl.scripts.utils import DatasetConfig
 
-from data import BadRow, document_key, read_documents, read_positives, read_rows
 from evaluation.beir import beir_files, beir_rows
 
 FORMATS = ("multihop", "passages", "reference", "flashrag", "kilt", "beir")

@@ -40,12 +40,14 @@ SYSTEMS = {
     "text": System("text", "clara", "text"),
     "bm25_text": System("text", "bm25", "text"),
     "dense_text": System("text", "dense", "text"),
+    "tuned_text": System("text", "clara", "tuned_text"),
+    "bm25_tuned_text": System("text", "bm25", "tuned_text"),
     "closed_book": System("closed_book", None, "question"),
     "closed_book_backbone": System("closed_book", None, "backbone"),
     "wrong_memory": System("control", "wrong", "memory"),
 }
-# the reader's role: texts are read by the plain backbone, as who has no CLaRa would
-ROLES = {"memory": "generator", "question": "generator", "text": None, "backbone": None}
+# the reader's role: texts are read by the plain backbone, as who has no CLaRa would, or by an adapter trained for them
+ROLES = {"memory": "generator", "question": "generator", "text": None, "tuned_text": "generator", "backbone": None}
 
 
 class Clock:
@@ -90,6 +92,7 @@ class Bench:
         max_new_tokens: of an answer.
         min_score: cosine below which the model's own retrieval abstains.
         dense: encoder of the dense baseline.
+        text_reader: whose generator was trained on texts (stage "text"), for the readers "tuned_text".
         depth: documents ranked.
         read_all: read every span of the candidates, unranked (the setting gold_only).
         seed: of the control's documents.
@@ -103,6 +106,7 @@ class Bench:
     max_new_tokens: int = 64
     min_score: float | None = None
     dense: str | None = None
+    text_reader: CLaRaForRAG | None = None
     depth: int = 20
     read_all: bool = False
     seed: int = 0
@@ -119,10 +123,22 @@ class Bench:
             )
         return self._made[name]
 
+    def reader(self, system: System) -> CLaRaForRAG:
+        """The model whose prompts and weights a system reads with."""
+        if system.reader != "tuned_text":
+            return self.model
+        if self.text_reader is None:
+            raise ValueError(
+                "a system that reads with 'tuned_text' needs a checkpoint of the stage \"text\". Pass --text-reader "
+                "CHECKPOINT, or leave it out."
+            )
+        return self.text_reader
+
     def prepare(self, system: System) -> None:
-        """Make what a system ranks with; what is missing is an error here, not a failure of every question."""
+        """Make what a system works with; what is missing is an error here, not a failure of every question."""
         if system.retriever in ("bm25", "dense"):
             self.ranker(system.retriever)
+        self.reader(system)
 
     def names(self) -> list[str]:
         """Ids of all documents, sorted: several processes that compress leave them in another order."""
@@ -201,7 +217,8 @@ def read(
     Raises:
         ValueError: a prompt does not fit into the backbone's window.
     """
-    model, processor = bench.model, bench.model.processor
+    model = bench.reader(system)
+    processor, device = model.processor, model.memory_embeddings.device
     generation = model.build_generation_config(None, bench.max_new_tokens)
     prompts, memories = [], []
     hidden = model.config.text_config.hidden_size
@@ -209,12 +226,12 @@ def read(
         question, name = task.question.text, f"question {task.question.id}"
         if system.reader == "memory":
             prompt = model.checked_prompt(question, len(mine), bench.memory_size, generation, name)
-            memory = bench.spans.memories(mine, bench.memory_size).to(model.memory_embeddings.device)
+            memory = bench.spans.memories(mine, bench.memory_size).to(device)
         else:
             documents = [bench.spans.document(row) for row in mine]
             prompt = processor.build_prompt(question, 0, bench.memory_size, text_documents=documents, name=name)
             model.check_window(len(prompt.input_ids) + bench.max_new_tokens, name, "Lower --top-k.")
-            memory = torch.zeros(0, bench.memory_size, hidden, device=model.memory_embeddings.device)
+            memory = torch.zeros(0, bench.memory_size, hidden, device=device)
         prompts.append(prompt)
         memories.append(memory)
     clock.mark("prepare")

