@@ -30,7 +30,7 @@ from .backbone_clara import (
     load_backbone,
     write_backbone,
 )
-from .configuration_clara import ROLES, CLaRaConfig
+from .configuration_clara import MEMORY_STATISTICS, ROLES, CLaRaConfig
 from .digest_clara import backbone_digests, compressor_fingerprint
 from .files_clara import HUB_KEYWORDS, CheckpointFiles, check_tensors, complete_tokenizer_config, move_files
 from .processing_clara import CLaRaProcessor
@@ -77,10 +77,13 @@ def adapter_tensors(model, role: str, state_dict: dict | None = None) -> dict[st
 
 
 def special_rows(model, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
-    """memory_embeddings (max(memory_sizes), hidden) and separator_embedding (1, hidden)."""
-    if state_dict is not None:
-        return {name: state_dict[name] for name in ("memory_embeddings", "separator_embedding")}
-    return {"memory_embeddings": model.memory_embeddings, "separator_embedding": model.separator_embedding}
+    """memory_embeddings (max(memory_sizes), hidden) and separator_embedding (1, hidden).
+
+    Where memories are normalised also memory_shift and memory_scale, (hidden,) each.
+    """
+    names = ["memory_embeddings", "separator_embedding"]
+    names += MEMORY_STATISTICS if model.config.memory_normalization else ()
+    return {name: getattr(model, name) if state_dict is None else state_dict[name] for name in names}
 
 
 def load_weights(model, files: CheckpointFiles, *, copy: bool = True) -> dict[str, dict[str, torch.Tensor]]:
@@ -262,7 +265,7 @@ class CheckpointMixin:
         model = cls(config, backbone=load_backbone(**place, **default_dtype(kwargs)))
         check_digests(model.backbone, config, place["source"], is_explicit=is_explicit)
         table = model.get_input_embeddings().weight
-        for rows in (model.memory_embeddings, model.separator_embedding):
+        for rows in special_rows(model).values():
             rows.data = rows.data.to(table.device, table.dtype)
         # Copies: the loaded tensors are mapped from the files, which may be overwritten while the model lives.
         stored = load_weights(model, files)
@@ -379,7 +382,10 @@ class CheckpointMixin:
         live = special_rows(self, state_dict) if part == "rows" else adapter_tensors(self, part, state_dict)
         live = {name: tensor.detach().cpu().contiguous() for name, tensor in live.items()}
         stored = self._stored[part] if self._stored else live
-        is_same = {name: torch.equal(stored[name].to(tensor.dtype), tensor) for name, tensor in live.items()}
+        is_same = {
+            name: name in stored and torch.equal(stored[name].to(tensor.dtype), tensor)
+            for name, tensor in live.items()
+        }
         return {name: stored[name] if is_same[name] else tensor for name, tensor in live.items()}
 
 

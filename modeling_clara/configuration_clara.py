@@ -9,6 +9,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 FORMAT_VERSION = 1
 ROLES = ("compressor", "reasoner", "generator")
+MEMORY_STATISTICS = ("memory_shift", "memory_scale")  # (hidden,) each, where `memory_normalization` is set
 LORA_SETTINGS = ("rank", "alpha", "dropout", "target_modules")
 
 
@@ -26,6 +27,8 @@ class CLaRaConfig(PreTrainedConfig):
         memory_sizes (`list[int]`): memory vectors per document the compressor is trained for, ascending. The first
             k vectors of a memory are the memory of size k (nested memory).
         retrieval_memory_size (`int`): memory vectors compared by `retrieve`; None means `max(memory_sizes)`.
+        memory_normalization (`bool`): memories are final-layer states with every channel shifted and scaled to the
+            spread of the token embeddings, by rows that `normalize_memories` measured once; False is the paper.
         document_max_length (`int`): tokens of one span, title and BOS included (paper: 256).
         retrieval_top_k (`int`): documents that are read by default (paper: 5).
         retrieval_temperature (`float`): temperature of the differentiable top-k (paper: 0.02).
@@ -49,6 +52,7 @@ class CLaRaConfig(PreTrainedConfig):
     backbone_included: bool = False
     memory_sizes: list[int] | tuple[int, ...] = (4, 8, 16)
     retrieval_memory_size: int | None = None
+    memory_normalization: bool = False
     document_max_length: int = 256
     retrieval_top_k: int = 5
     retrieval_temperature: float = 0.02

@@ -343,7 +343,7 @@ class InferenceMixin(ReaderMixin):
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         words_of = []
         for query in queries:
-            probabilities, tokens = head(query.to(head.weight.dtype)).float().softmax(-1).topk(top_n)
+            probabilities, tokens = head(self.as_states(query).to(head.weight.dtype)).float().softmax(-1).topk(top_n)
             tokens, probabilities = tokens.tolist(), probabilities.tolist()
             words = {token: tokenizer.decode([token]).strip() for token in set().union(*tokens) - special}
             counts = {}

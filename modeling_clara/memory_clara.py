@@ -45,6 +45,49 @@ def read_memory(hidden_states: torch.Tensor, lengths: torch.Tensor, memory_size:
     return hidden_states.gather(1, positions[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
+def normalize_memory(states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Final-layer states as memories: every channel shifted and scaled by fixed numbers.
+
+    A few channels of these states are the same large number in every document. Written into a prompt as they are, they
+    drown what differs; see README.md, section Decisions.
+
+    Args:
+        states: (..., hidden).
+        shift: (hidden,), the mean of every channel.
+        scale: (hidden,), the spread of token embeddings over that of every channel.
+
+    Returns:
+        (..., hidden) in the dtype of `states`, computed in float32.
+
+    >>> states = torch.tensor([[30.0, 0.5], [32.0, -0.5]])
+    >>> normalize_memory(states, *memory_statistics(states, 0.1))
+    tensor([[-0.1000,  0.1000],
+            [ 0.1000, -0.1000]])
+    """
+    return ((states.float() - shift.float()) * scale.float()).to(states.dtype)
+
+
+def restore_states(memory: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The final-layer states (..., hidden) that `normalize_memory` made these memories of."""
+    scale = scale.float()
+    return (torch.where(scale > 0, memory.float() / scale, 0.0) + shift.float()).to(memory.dtype)
+
+
+def memory_statistics(states: torch.Tensor, spread: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`shift` and `scale` of `normalize_memory` that give every channel mean 0 and standard deviation `spread`.
+
+    Args:
+        states: (states, hidden) of memories of many documents.
+        spread: standard deviation that is wanted.
+
+    Returns:
+        shift (hidden,), scale (hidden,) float32; a channel that never changes has scale 0.
+    """
+    states = states.float()
+    shift, deviation = states.mean(0), states.std(0, correction=0)
+    return shift, torch.where(deviation > 0, spread / deviation, 0.0)
+
+
 def check_slots(memory_mask: torch.Tensor, n_rows: torch.Tensor) -> None:
     """Raise unless every prompt has as many slots as it gets memory rows; costs one host synchronisation.
 

@@ -18,10 +18,11 @@ from transformers.utils import ModelOutput
 
 from .adapters_clara import CallLock, RoleSwitch, check_role, linear_module_names, lora_config
 from .checkpoint_clara import CheckpointMixin
-from .configuration_clara import ROLES, CLaRaConfig
+from .configuration_clara import MEMORY_STATISTICS, ROLES, CLaRaConfig
 from .generation_clara import eval_mode
 from .inference_clara import InferenceMixin
 from .memory_clara import check_slots, memory_alignment_loss, place_memory_tokens, read_memory, write_memory
+from .normalization_clara import NormalizationMixin
 from .packing_clara import packed
 from .processing_clara import IGNORE_INDEX
 from .retrieval_clara import contrastive_loss, cosine_scores, select_memory, straight_through_topk
@@ -54,7 +55,7 @@ class CLaRaOutput(ModelOutput):
     selected: torch.LongTensor | None = None
 
 
-class CLaRaForRAG(InferenceMixin, CheckpointMixin, PreTrainedModel):
+class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTrainedModel):
     """Compressor, query reasoner and generator over one causal language model (arXiv 2511.18659).
 
     Args:
@@ -80,6 +81,9 @@ class CLaRaForRAG(InferenceMixin, CheckpointMixin, PreTrainedModel):
         hidden_size = config.text_config.hidden_size
         self.memory_embeddings = nn.Parameter(torch.empty(config.max_memory_size, hidden_size))
         self.separator_embedding = nn.Parameter(torch.empty(1, hidden_size))
+        for name in MEMORY_STATISTICS:  # fixed numbers: they never train
+            row = nn.Parameter(torch.empty(hidden_size), requires_grad=False) if config.memory_normalization else None
+            self.register_parameter(name, row)
         self.processor = None
         self.post_init()
         self.backbone.requires_grad_(False)
@@ -99,6 +103,9 @@ class CLaRaForRAG(InferenceMixin, CheckpointMixin, PreTrainedModel):
             std = self.config.text_config.initializer_range
             init.normal_(self.memory_embeddings, mean=0.0, std=std)
             init.normal_(self.separator_embedding, mean=0.0, std=std)
+            if self.config.memory_normalization:
+                init.zeros_(self.memory_shift)
+                init.ones_(self.memory_scale)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
@@ -175,7 +182,7 @@ class CLaRaForRAG(InferenceMixin, CheckpointMixin, PreTrainedModel):
             memory_size: k.
 
         Returns:
-            memory: (batch, k, hidden).
+            memory: (batch, k, hidden), normalised where the config says so.
             hidden_states: (batch, length + k, hidden), final-layer states of texts and memory tokens.
         """
         token_embeddings = self.get_input_embeddings()(input_ids)
@@ -183,7 +190,7 @@ class CLaRaForRAG(InferenceMixin, CheckpointMixin, PreTrainedModel):
         with self.roles.use(role):
             # Right padding behind causal attention needs no mask, which leaves the fast attention kernels open.
             hidden_states = self.backbone.base_model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
-        return read_memory(hidden_states, lengths, memory_size), hidden_states
+        return self.as_memory(read_memory(hidden_states, lengths, memory_size)), hidden_states
 
     def encode_packed(self, role: str, texts: list[list[int]], memory_size: int) -> torch.Tensor:
         """`encode` of id lists in one packed row; the backbone must allow it (`packing_clara.can_pack`).
@@ -212,7 +219,7 @@ class CLaRaForRAG(InferenceMixin, CheckpointMixin, PreTrainedModel):
                 cu_seq_lens_q=[0, *ends.tolist()],
                 use_cache=False,
             ).last_hidden_state
-        return hidden_states[0][rows]
+        return self.as_memory(hidden_states[0][rows])
 
     def prompt_embeddings(
         self, input_ids: torch.Tensor, memory_mask: torch.Tensor, memory: torch.Tensor, memory_is_real: torch.Tensor
@@ -354,7 +361,8 @@ class CLaRaForRAG(InferenceMixin, CheckpointMixin, PreTrainedModel):
         flat_ids, lengths = _right_padded(input_ids.flatten(0, 1), attention_mask.flatten(0, 1))
         memory, hidden_states = self.encode("compressor", flat_ids, lengths, memory_size)
         is_document_token = torch.arange(length, device=lengths.device) < lengths[:, None]
-        per_document = memory_alignment_loss(hidden_states[:, :length], is_document_token, memory)
+        document_states = self.as_memory(hidden_states[:, :length])  # compared in the space of memories
+        per_document = memory_alignment_loss(document_states, is_document_token, memory)
         is_document = (lengths > 0).view(batch, n_documents)
         per_row = (per_document.view(batch, n_documents) * is_document).sum(-1) / is_document.sum(-1).clamp(min=1)
         return memory.unflatten(0, (batch, n_documents)), per_row

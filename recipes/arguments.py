@@ -48,6 +48,8 @@ class ModelArguments:
         attn_implementation: as in transformers.
         memory_sizes, lora_rank, lora_alpha, lora_dropout, document_max_length, processor_kwargs: of fresh adapters;
             a checkpoint has them in its config.
+        memory_normalization: of fresh adapters: the memories of the first documents are measured and normalised, see
+            `CLaRaForRAG.normalize_memories`; a checkpoint has the numbers with its rows.
         retrieval_top_k, retrieval_temperature, retrieval_memory_size, alignment_weight, contrastive_weight: fields of
             `CLaRaConfig`; None keeps the checkpoint's, or its default.
         train_backbone: all weights train, for a backbone that is trained from scratch; checkpoints then include it.
@@ -67,6 +69,7 @@ class ModelArguments:
     lora_dropout: float | None = None
     document_max_length: int | None = None
     processor_kwargs: dict | None = None
+    memory_normalization: bool | None = None
     retrieval_top_k: int | None = None
     retrieval_temperature: float | None = None
     retrieval_memory_size: int | None = None
@@ -75,7 +78,15 @@ class ModelArguments:
     train_backbone: bool = False
     reasoner_init: str | None = None
 
-    FRESH_ONLY = ("memory_sizes", "lora_rank", "lora_alpha", "lora_dropout", "document_max_length", "processor_kwargs")
+    FRESH_ONLY = (
+        "memory_sizes",
+        "lora_rank",
+        "lora_alpha",
+        "lora_dropout",
+        "document_max_length",
+        "processor_kwargs",
+        "memory_normalization",
+    )
     CONFIG_FIELDS = (
         "retrieval_top_k",
         "retrieval_temperature",

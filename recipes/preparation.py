@@ -23,6 +23,7 @@ from modeling_clara.backbone_clara import check_digests
 
 logger = logging.getLogger(__name__)
 
+MEASURED_RECORDS, MEASURED_DOCUMENTS = 1024, 256  # of which memories are normalised
 CHANGES_MEMORIES = ("compressor", "rows", "backbone")
 
 
@@ -96,6 +97,13 @@ def initialise_reasoner(model: CLaRaForRAG, choice: str | None, stage: str) -> N
             layer.reset_lora_parameters("reasoner", init_lora_weights=True)
 
 
+def normalize_memories(model: CLaRaForRAG, train: Dataset, training: CLaRaTrainingArguments) -> None:
+    """Fix the space of memories by the first documents that are trained on, the same ones on every process."""
+    first = train.select(range(min(len(train), MEASURED_RECORDS)))
+    documents = list(distinct_documents([first]).values())[:MEASURED_DOCUMENTS]
+    model.to(training.device).normalize_memories(documents, batch_size=training.per_device_eval_batch_size)
+
+
 def read_data(
     model: CLaRaForRAG, data: DataArguments, training: CLaRaTrainingArguments
 ) -> tuple[Dataset, Dataset | None]:
@@ -164,6 +172,8 @@ def prepare_trainer(
         )
     model = prepare_model(model_arguments, training)
     train, evaluation = read_data(model, data, training)
+    if model_arguments.memory_normalization:
+        normalize_memories(model, train, training)
     processor, sizes = model.processor, model.config.memory_sizes
     keywords = {}
     if training.stage in ("contrastive", "joint"):

@@ -1,7 +1,8 @@
 """clara-smollm2-135m from data to card, in legs of at most ten minutes on one GPU.
 
     python recipes/smollm2_legs.py list                                  what the legs are
-    python recipes/smollm2_legs.py run --source DATA prepare pretrain    here, where there are data and a GPU
+    python recipes/smollm2_legs.py run prepare pretrain --source DATA    here, where there are data and a GPU
+    python recipes/smollm2_legs.py run prepare pretrain --source DATA --cpu --scale 0.01 --minutes 60  a rehearsal
 
 A machine with a GPU but without internet takes it in parts, and gives results back in parts:
 
@@ -159,7 +160,10 @@ def build_parser() -> argparse.ArgumentParser:
     running.add_argument("--source", type=Path, help="folder of the data (default: what `receive` has brought)")
     running.add_argument("--minutes", type=float, default=9.0, help="for all of it (default: 9)")
     running.add_argument("--results", type=Path, help="new folder for what is worth taking home, in parts of 15 MiB")
-    running.add_argument("--rehearse", action="store_true", help="on a CPU, with a hundredth of the rows")
+    running.add_argument("--cpu", action="store_true", help="train in float32 on a CPU, in small steps")
+    running.add_argument("--scale", type=float, default=1.0, help="share of the training rows that prepare writes")
+    running.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the training; wins over its files")
+    running.add_argument("--limit", type=int, help="questions of every evaluation (default: all)")
     running.add_argument("--variants", nargs="+", default=[], metavar="NAME", help="short runs with one thing changed")
     packing = commands.add_parser("pack", help="write what a machine without internet needs")
     packing.add_argument("source", type=Path, help="folder of the data")
@@ -197,9 +201,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--minutes must be > 0, got {arguments.minutes}. Raise it.")
         legs = [leg_name(word) for word in arguments.legs]
         call = Call(
-            arguments.home.resolve(), start + 60 * arguments.minutes, arguments.rehearse, arguments.source,
-            arguments.variants,
-        )  # fmt: skip
+            home=arguments.home.resolve(),
+            deadline=start + 60 * arguments.minutes,
+            on_cpu=arguments.cpu,
+            scale=arguments.scale,
+            limit=arguments.limit,
+            overrides=arguments.set,
+            source=arguments.source,
+            variants=arguments.variants,
+        )
         return run(call, legs, arguments.results)
     except (OSError, ValueError, RuntimeError, ImportError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)

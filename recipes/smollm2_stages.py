@@ -23,12 +23,11 @@ MARGIN = 0.5  # minutes that a stopped leg may take to write its checkpoint
 DATA, RUNS, SITE = Path("data/smollm2"), Path("runs/smollm2"), Path("site")
 SOURCE, BACKBONE, GGUF = DATA / "source", DATA / "backbone", DATA / "gguf"
 PUBLISHED, CORPUS = RUNS / "clara-smollm2-135m", RUNS / "corpus_wikipedia_2wiki"
-# What a rehearsal changes: a hundredth of the rows, float32 on a CPU, small batches, no rounds of evaluation.
-REHEARSAL_SCALE = 0.01
-REHEARSAL = (
+# What a CPU changes: float32, small steps, one epoch, no rounds of evaluation, and a checkpoint every few minutes.
+ON_CPU = (
     "use_cpu=true", "bf16=false", "dtype=float32", "num_train_epochs=1", "per_device_train_batch_size=8",
     "per_device_eval_batch_size=16", "dataloader_num_workers=0", "dataloader_prefetch_factor=null",
-    "eval_strategy=no", "eval_on_start=false", "eval_datasets=[]", "logging_steps=1", "save_steps=10",
+    "eval_strategy=no", "eval_on_start=false", "eval_datasets=[]", "logging_steps=5", "save_steps=20",
 )  # fmt: skip
 
 
@@ -43,14 +42,20 @@ class Call:
     Attributes:
         home: folder with data/ and runs/; every command runs in it.
         deadline: `time.monotonic()` at which everything must be written.
-        is_rehearsal: CPU and a hundredth of the rows.
+        on_cpu: train in float32 on a CPU.
+        scale: share of the training rows that `prepare` writes.
+        limit: questions of every evaluation; None asks all.
+        overrides: `key=value` of the training legs, which win over everything else.
         source: folder of the data; None where `receive` has brought it.
         variants: names of `configs/smollm2/variants.yaml` that a training leg tries in place of its own run.
     """
 
     home: Path
     deadline: float
-    is_rehearsal: bool = False
+    on_cpu: bool = False
+    scale: float = 1.0
+    limit: int | None = None
+    overrides: Sequence[str] = ()
     source: Path | None = None
     variants: Sequence[str] = ()
 
@@ -116,13 +121,12 @@ def is_finished(run: Path) -> bool:
 def prepare(call: Call) -> None:
     """Rows for all stages, the backbone's weights, and what this machine can do."""
     source = call.source.resolve() if call.source else call.home / SOURCE
-    scale = REHEARSAL_SCALE if call.is_rehearsal else 1.0
     if not (call.home / DATA / "counts.json").exists():
-        call.command("smollm2_data.py", source, "--output", DATA, "--scale", scale)
+        call.command("smollm2_data.py", source, "--output", DATA, "--scale", call.scale)
     if (call.home / GGUF).is_dir() and not (call.home / BACKBONE).is_dir():
         gguf = next((call.home / GGUF).glob("*.gguf"))
         call.command("-m", "modeling_clara.smollm2", gguf, BACKBONE)
-    if not call.is_rehearsal:
+    if not call.on_cpu:
         passages = DATA / "pretrain_questions.jsonl"
         call.command("benchmark_gpu.py", "--data", passages, "--output", RUNS / "gpu.json", *backbone_option(call))
 
@@ -138,7 +142,7 @@ def train(call: Call, stage: str, name: str | None = None, *given: str) -> None:
     given = [*given]
     if stage in ("pretrain", "text") and (call.home / BACKBONE).is_dir():
         given.append(f"backbone={BACKBONE}")
-    given += REHEARSAL if call.is_rehearsal else ()
+    given += ON_CPU if call.on_cpu else ()
     runs = [(name or stage, [])]
     if call.variants:
         runs = [(f"variants/{stage}-{variant}", read_variant(stage, variant)) for variant in call.variants]
@@ -148,7 +152,7 @@ def train(call: Call, stage: str, name: str | None = None, *given: str) -> None:
             continue
         minutes = f"max_minutes={max(0.1, call.minutes_left() - MARGIN):.2f}"
         output = f"output_dir={RUNS / run}"
-        call.command("train.py", "--config", *files, *given, *changes, output, minutes)
+        call.command("train.py", "--config", *files, *given, *changes, *call.overrides, output, minutes)
 
 
 def read_variant(stage: str, name: str) -> list[str]:
@@ -219,14 +223,17 @@ def evaluate(call: Call) -> None:
     if not is_finished(call.home / PUBLISHED):
         raise ValueError(f"this leg needs {call.home / PUBLISHED}. Run the leg publish.")
     has_text = is_finished(call.home / RUNS / "text")
-    limit = ["--limit", "4", "--latency-questions", "1"] if call.is_rehearsal else []
     for name, arguments in evaluations(has_text, is_finished(call.home / RUNS / "joint-label-free")):
         output = RUNS / "evaluation" / name
         if not (call.home / output / "results.json").exists():
             places = ["--memories", RUNS / "evaluation" / "memories", *backbone_option(call)]
-            call.command("evaluate.py", *arguments, "--output", output, *places, *limit)
+            call.command("evaluate.py", *arguments, "--output", output, *places, *limit_option(call))
     results = sorted((call.home / RUNS / "evaluation").glob("*/results.json"))
     call.command("update_card.py", PUBLISHED, *results)
+
+
+def limit_option(call: Call) -> list:
+    return [] if call.limit is None else ["--limit", call.limit, "--latency-questions", min(call.limit, 20)]
 
 
 def evaluations(has_text: bool, has_label_free: bool) -> Iterator[tuple[str, list]]:
@@ -256,16 +263,13 @@ def corpus(call: Call) -> None:
     source = call.source.resolve() if call.source else call.home / SOURCE
     model = ["--model", PUBLISHED, *backbone_option(call)]
     documents = source / "corpus_wikipedia_2wiki.jsonl.gz"
-    if call.is_rehearsal:
-        documents = DATA / "dev" / "passages_qed.jsonl"
     if not (call.home / CORPUS / "corpus.json").exists():
         call.command("-m", "modeling_clara.cli", "compress", documents, "-o", CORPUS, *model, "--codec", "int8")
     call.command("-m", "modeling_clara.cli", "info", CORPUS, "--verify")
-    questions = DATA / "dev" / ("passages_qed.jsonl" if call.is_rehearsal else "multihop_2wiki_dev.jsonl")
+    questions = DATA / "dev" / "multihop_2wiki_dev.jsonl"
     output = RUNS / "evaluation" / "corpus_wikipedia_2wiki"
-    limit = ["--limit", "4", "--latency-questions", "1"] if call.is_rehearsal else []
     search = ["--data", questions, "--setting", "corpus", "--corpus", CORPUS, "--output", output]
-    call.command("evaluate.py", *model, *search, *limit)
+    call.command("evaluate.py", *model, *search, *limit_option(call))
 
 
 LEGS: dict[str, Callable[[Call], None]] = {

@@ -1,0 +1,502 @@
+"""The stage "text" and the time limit: exact prompts, the plain loss, what moves, and pauses that change nothing.
+
+Most runs are calls of `train.main` in this process, on a tiny backbone on disk; the last ones launch two processes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from arguments import TRAINABLE_ROLES, CLaRaTrainingArguments, DataArguments, ModelArguments, parse_arguments
+from checkpoints import describe_run
+from collators import TextCollator
+from data import BadRow, RecordReader
+from mixtures import load_records
+from peft.tuners.lora import LoraLayer
+from preparation import prepare_trainer, seed_everything
+from test_collators import TEMPLATE, inputs, plain, record, spelt
+from test_data import LONG, without, write
+from test_train_script import COMMON, CONFIGS, ROOT
+from test_trainer import CITIES, NAMES, assert_equal, count_roles, loss_curve, state_of, without_dropout
+from tiny import build_tokenizer
+from train import PAUSED, main
+from trainer import part_of
+from transformers import AutoModelForCausalLM
+from trl.scripts.utils import DatasetConfig
+
+from modeling_clara import CLaRaForRAG, CLaRaProcessor
+from modeling_clara.generation_clara import eval_mode
+
+
+@pytest.fixture(scope="module")
+def processor() -> CLaRaProcessor:
+    """A prompt reads `x {documents} {question} <|im_start|> {answer} </s>`."""
+    return CLaRaProcessor(
+        build_tokenizer(),
+        document_max_length=32,
+        document_overlap=4,
+        system_prompt="",
+        answer_prompt="x{documents}{question}",
+        chat_template=TEMPLATE,
+    )
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    """Rows with one to four documents and one or two targets; half of them have a paraphrase as well."""
+    path = tmp_path_factory.mktemp("rows") / "text.jsonl"
+    with open(path, "w") as file:
+        for index, (name, city) in enumerate(zip(NAMES, CITIES, strict=True)):
+            docs = [f"{NAMES[(index + n) % 8]}\nLives in {CITIES[(index + n) % 8]}." for n in range(1 + index % 4)]
+            pairs = [{"question": f"Where does {name} live?", "answers": [city]}]
+            pairs += [{"question": f"Who lives in {city}?", "answers": [f"It is {name}"]}] * (index % 2)
+            row = {"docs": docs, "qas": pairs, **({"paraphrase": f"In {city}."} if index % 2 else {})}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.fixture
+def build(rows, checkpoint, tmp_path):
+    """`build(name, **options)`: a trainer of the stage in a folder of its own."""
+
+    def make(name="run", model_options=None, targets=2, **options):
+        sources = [{"path": str(rows)}]
+        data = DataArguments(datasets=sources, eval_datasets=sources, targets_per_document=targets)
+        defaults = {
+            "per_device_train_batch_size": 2, "max_steps": 3, "learning_rate": 1e-2, "report_to": "none",
+            "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no", "num_samples": 2,
+        }  # fmt: skip
+        training = CLaRaTrainingArguments(output_dir=str(tmp_path / name), stage="text", **{**defaults, **options})
+        seed_everything(training)
+        return prepare_trainer(ModelArguments(**(model_options or {"checkpoint": str(checkpoint)})), data, training)
+
+    return make
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_of_texts_is_exactly_this(processor):
+    records = [
+        record([plain("ab"), plain("c", "T")], ("q", "uv"), ("rr", "u")),
+        record([plain("d")], ("s", "w")),
+    ]
+    batch = TextCollator(processor, [1, 2], 3)(records)
+    assert batch["memory"].shape == (2, 0, 2, 3) and batch["memory"].dtype == torch.float32
+    assert batch["prompt_rows"].tolist() == [0, 0, 1]
+    layout = batch["prompts"][2]
+    assert spelt(processor, layout["input_ids"]) == [
+        "x a b Ċ Ċ T Ċ c q <|im_start|> u v </s>",
+        "x a b Ċ Ċ T Ċ c r r <|im_start|> u </s>",
+        "_ _ _ _ _ _ _ x d s <|im_start|> w </s>",
+    ]
+    assert spelt(processor, layout["labels"]) == [
+        "- - - - - - - - - - u v </s>",
+        "- - - - - - - - - - - u </s>",
+        "- - - - - - - - - - - w </s>",
+    ]
+    assert layout["attention_mask"].tolist() == [[1] * 13, [1] * 13, [0] * 7 + [1] * 6]
+    assert not layout["memory_mask"].any() and layout["memory_mask"].shape == (3, 13)
+    assert batch["labels"] is layout["labels"] and batch["prompts"][1] is layout
+    assert set(batch) == {"memory", "prompts", "prompt_rows", "labels"}
+
+
+def test_prompts_are_those_that_the_processor_builds_of_texts(shared_model):
+    """With a chat template, titles and any number of targets: the same ids, labels and types, padded by the processor."""
+    processor, sizes = shared_model.processor, shared_model.config.memory_sizes
+    records = [
+        record([plain("Rome is old.", "Rome"), plain("The Seine.")], ("What is old?", "Rome"), ("Why?", "Age, only")),
+        record([plain("Berlin is large.")], ("Which city is large?", "Berlin")),
+    ]
+    prompts = [
+        processor.build_prompt(question, 0, sizes[-1], answer, text_documents=one["documents"])
+        for one in records
+        for question, answer in zip(one["questions"], one["answers"], strict=True)
+    ]
+    expected = processor.pad_prompts(prompts)
+    batch = TextCollator(processor, sizes, 32)(records)
+    for size in sizes:
+        assert set(batch["prompts"][size]) == set(expected)
+        for name, tensor in expected.items():
+            assert (
+                torch.equal(batch["prompts"][size][name], tensor)
+                and batch["prompts"][size][name].dtype == tensor.dtype
+            )
+    for row, prompt in zip(batch["prompts"][sizes[0]]["input_ids"], prompts, strict=True):
+        assert row[-len(prompt.input_ids) :].tolist() == prompt.input_ids
+
+
+def test_an_error_of_a_text_names_the_row(processor):
+    with pytest.raises((TypeError, ValueError), match="rows.jsonl:7 question"):
+        TextCollator(processor, [1], 3)([record([plain("a")], (7, "u"), source="rows.jsonl:7")])
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def load(processor, tmp_path):
+    """`load(*rows, **settings)`: the records that the stage makes of rows.jsonl."""
+
+    def run(*rows: dict, stage: str = "text", **settings) -> list[dict]:
+        path = write(tmp_path / "rows.jsonl", list(rows))
+        settings = {"window": 512, "memory_size": 4, "top_k": 1, **settings}
+        reader = RecordReader(processor, stage, **settings)
+        return list(load_records([DatasetConfig(path=str(path))], reader, 0, tmp_path / "cache"))
+
+    return run
+
+
+QAS = [{"question": f"q{number}", "answers": [f"a{number}"]} for number in range(3)]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "a", "paraphrase": "b"},
+        {"data_type": "paraphrase", "question": ["Restate: "], "answers": ["b"], "docs": ["a"]},
+        {"text": "a", "qas": [], "paraphrase": "b"},
+    ],
+)
+def test_a_paraphrase_alone_is_refused_with_file_and_line(load, row):
+    good = {"question": "q", "docs": ["a"], "answer": "x"}
+    with pytest.raises(BadRow, match=r"(?s)1 row\(s\) cannot.*rows.jsonl:2 must have a question") as error:
+        load(good, row, good)
+    assert "rows.jsonl:1" not in str(error.value)
+
+
+def test_a_paraphrase_beside_questions_is_left_out(load):
+    with_it, without_it = {"text": "a", "qas": QAS, "paraphrase": "p"}, {"text": "a", "qas": QAS}
+    for size, counts in ((1, [1, 1, 1]), (2, [2, 1]), (3, [3]), (9, [3])):
+        found = load(with_it, targets_per_document=size)
+        assert [len(one["questions"]) for one in found] == counts
+        assert found == load(without_it, targets_per_document=size)
+        assert sum((one["questions"] for one in found), []) == ["q0", "q1", "q2"]
+        assert sum((one["answers"] for one in found), []) == ["a0", "a1", "a2"]
+
+
+def test_records_are_those_of_stage_two_but_for_their_length(load, processor):
+    """The same documents, gold ones, targets and answers; all documents are read, however many candidates others take."""
+    row = {"question": "q", "docs": ["T\na", plain(LONG, "U"), *"bcd"], "answer": "teacher", "gold_answer": "gold",
+           "pos_index": [1, 4]}  # fmt: skip
+    for settings in ({"long_documents": "first_span"}, {"long_documents": "split", "window": 4000}):
+        settings |= {"num_candidates": 2}
+        (ours,), (theirs,) = load(row, **settings), load(row, stage="instruct", **settings)
+        assert without(ours, "length") == without(theirs, "length") and ours["answers"] == ["teacher"]
+        prompt = processor.build_prompt("q", 0, 4, "teacher", text_documents=ours["documents"])
+        assert ours["length"] == len(prompt.input_ids) != theirs["length"]
+
+
+def test_the_window_is_full_or_the_row_is_refused(load):
+    """At its exact length a record passes, one position less refuses it and says which row, how much and of what."""
+    row = {"docs": ["a" * 20, "b" * 9], "qas": [{"question": "q", "answer": "x" * n} for n in (3, 9, 5)]}
+    longest = max(one["length"] for one in load(row))
+    assert [one["length"] for one in load(row, window=longest)] == [longest - 6, longest, longest - 4]
+    short = {"question": "q", "docs": ["a"], "answer": "x"}
+    message = (
+        rf"(?s)1 row\(s\) cannot.*rows.jsonl:2 needs {longest} positions for 2 texts, question and answer, the "
+        rf"backbone has {longest - 1}"
+    )
+    with pytest.raises(BadRow, match=message):
+        load(short, row, window=longest - 1)
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+
+def merged(model: CLaRaForRAG, backbone_folder: Path):
+    """The backbone as transformers loads it, the generator's low-rank products added to its weights."""
+    plain_model = AutoModelForCausalLM.from_pretrained(backbone_folder, dtype=torch.float32).eval()
+    names = [name for name, module in model.backbone.named_modules() if isinstance(module, LoraLayer)]
+    with torch.no_grad():
+        for name in names:
+            delta = model.backbone.get_submodule(name).get_delta_weight("generator")
+            plain_model.get_submodule(name.removeprefix("base_model.model.")).weight += delta
+    assert names
+    return plain_model
+
+
+def plain_loss(plain_model, processor, records: list[dict]) -> float:
+    """Mean cross entropy of all answer tokens, prompt by prompt without padding."""
+    total, count = 0.0, 0
+    for one in records:
+        for question, answer in zip(one["questions"], one["answers"], strict=True):
+            prompt = processor.build_prompt(question, 0, 4, answer, text_documents=one["documents"])
+            with torch.no_grad():
+                logits = plain_model(input_ids=torch.tensor([prompt.input_ids])).logits[0, :-1].double()
+            targets = torch.tensor(prompt.labels[1:])
+            is_target = targets != -100
+            total -= float(logits.log_softmax(-1)[is_target].gather(1, targets[is_target][:, None]).sum())
+            count += int(is_target.sum())
+    return total / count
+
+
+def test_the_loss_is_that_of_the_backbone_with_the_generator_merged(build, backbone_folder):
+    """Of a batch for every k, and of a step of two micro-batches with unequal counts of targets."""
+    trainer = build(max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    without_dropout(trainer.model)
+    model, records = trainer.model, list(trainer.train_dataset)
+    assert len(records) == 8 and {len(one["questions"]) for one in records} == {1, 2}
+    reference = merged(model, backbone_folder)
+    collator = TextCollator(model.processor, model.config.memory_sizes, model.config.text_config.hidden_size)
+    for part in (records[:1], records[1:4], records):
+        expected = plain_loss(reference, model.processor, part)
+        for size in model.config.memory_sizes:
+            with torch.no_grad():
+                assert float(model(**inputs(collator(part), size)).loss) == pytest.approx(expected, rel=1e-5)
+    expected = plain_loss(reference, model.processor, records)
+    other = merged(model, backbone_folder).requires_grad_(False)
+    for name, parameter in AutoModelForCausalLM.from_pretrained(backbone_folder).named_parameters():
+        other.get_parameter(name).copy_(parameter)
+    assert abs(plain_loss(other, model.processor, records) - expected) > 0.05  # the adapter matters
+    trainer.train()
+    step = trainer.state.log_history[0]
+    assert step["loss"] == pytest.approx(expected, rel=1e-5) and step["ce"] == pytest.approx(expected, rel=1e-5)
+    assert {"grad_norm/generator", "exact_match"} <= set(step) and "mse" not in step
+
+
+# --- what moves ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", ["checkpoint", "backbone"])
+def test_all_of_the_generator_moves_and_nothing_else(build, backbone_folder, start):
+    fresh = {"backbone": str(backbone_folder), "memory_sizes": [2, 4], "lora_rank": 4, "document_max_length": 64}
+    trainer = build(model_options=fresh if start == "backbone" else None)
+    before, counts = state_of(trainer.model), count_roles(trainer.model)
+    trainer.train()
+    after = state_of(trainer.model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if "generator" in name.split(".")} and moved
+    assert {part_of(name) for name in moved} == set(TRAINABLE_ROLES["text"]) == {"generator"}
+    assert counts == {"generator": 3}
+    held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert held == {id(parameter) for name, parameter in trainer.model.named_parameters() if name in moved}
+
+
+def test_what_is_saved_comes_back(build, tmp_path):
+    trainer = build(max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    assert_equal(state_of(trainer.model), state_of(CLaRaForRAG.from_pretrained(tmp_path / "run")))
+
+
+def test_any_micro_batches_and_targets_a_record_give_the_same_step(build):
+    """8 x 1, 4 x 2 and 1 x 8 records; and every target in a record of its own, 12 in one batch."""
+    runs = []
+    for size, accumulation, targets in ((8, 1, 2), (4, 2, 2), (1, 8, 2), (12, 1, 1)):
+        trainer = build(
+            f"run{size}", targets=targets, per_device_train_batch_size=size, max_steps=1, optim="sgd",
+            gradient_accumulation_steps=accumulation, learning_rate=1e-1,
+        )  # fmt: skip
+        without_dropout(trainer.model)
+        trainer.train()
+        runs.append(trainer)
+    for other in runs[1:]:
+        assert_equal(state_of(runs[0].model), state_of(other.model), rtol=1e-4, atol=1e-6)
+        for name in ("loss", "ce", "grad_norm/generator", "exact_match"):
+            one, two = runs[0].state.log_history[0][name], other.state.log_history[0][name]
+            assert one == pytest.approx(two, rel=1e-4), name
+
+
+def test_checkpointing_activations_changes_nothing(build):
+    plainly = build("plain")
+    plainly.train()
+    checkpointed = build("checkpointed", activation_checkpointing=True)
+    checkpointed.train()
+    assert_equal(state_of(plainly.model), state_of(checkpointed.model), rtol=1e-5, atol=1e-6)
+    assert loss_curve(plainly) == pytest.approx(loss_curve(checkpointed), rel=1e-5)
+
+
+def test_evaluation_and_samples_are_read_from_texts(build, backbone_folder):
+    """The same for any batch; sample answers are what greedy decoding with the merged generator writes."""
+    trainers = [build(f"run{size}", per_device_eval_batch_size=size) for size in (1, 3)]
+    evaluated = [trainer.evaluate() for trainer in trainers]
+    model, records = trainers[0].model, list(trainers[0].eval_dataset)
+    reference = merged(model, backbone_folder)
+    expected = plain_loss(reference, model.processor, records)
+    for found in evaluated:
+        assert found["eval_ce"] == pytest.approx(expected, rel=1e-5)
+    samples = [json.loads(line) for line in open(f"{trainers[0].args.output_dir}/samples.jsonl")]
+    assert [row["expected"] for row in samples] == CITIES[:2]
+    for row, one in zip(samples, records, strict=False):
+        prompt = model.processor.build_prompt(one["questions"][0], 0, 4, text_documents=one["documents"])
+        config = model.build_generation_config(None, 32)
+        ids = torch.tensor([prompt.input_ids])
+        with torch.no_grad(), eval_mode(model):
+            found = reference.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        answer = model.decode_answer(found[0, ids.shape[1] :].tolist(), config.eos_token_id)
+        assert row["answer"] == answer and row["question"] == one["questions"][0]
+
+
+# --- the time limit --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(rows, backbone_folder, tmp_path, monkeypatch):
+    """`start(name, *overrides)`: `train.py` on the recipe of the stage; its exit status."""
+
+    def run(name: str, *overrides: str, stage: str = "text") -> int:
+        given = [f"backbone={backbone_folder}", f"datasets=[{{path: {rows}}}]", f"output_dir={tmp_path / name}"]
+        options = [*COMMON, "num_samples=1", "gradient_accumulation_steps=1", *overrides]
+        monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(CONFIGS / f"{stage}.yaml"), *given, *options])
+        return main()
+
+    return run
+
+
+def until_done(start, folder: Path, *overrides: str, **kwargs) -> int:
+    """Start a run again and again, each time over its limit at once; how often it paused."""
+    pauses = 0
+    while (status := start(folder.name, f"max_minutes={(1 + pauses) / 1e4}", *overrides, **kwargs)) == PAUSED:
+        pauses += 1
+        assert not (folder / "config.json").exists() and not list(folder.glob("*.safetensors"))
+        assert (folder / f"checkpoint-{pauses}" / "trainer_state.json").exists()
+        assert not (folder / f"checkpoint-{pauses + 1}").exists() and pauses < 20
+    assert status == 0 and (folder / "config.json").exists()
+    return pauses
+
+
+def history(folder: Path) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def losses(folder: Path, name: str = "loss") -> list[tuple[int, float]]:
+    return [(entry["step"], entry[name]) for entry in history(folder) if name in entry]
+
+
+def assert_same_run(whole: Path, paused: Path) -> None:
+    ours, theirs = (CLaRaForRAG.from_pretrained(folder).state_dict() for folder in (whole, paused))
+    assert_equal(ours, theirs)
+    assert len(losses(whole)) and losses(whole) == losses(paused)
+
+
+@pytest.mark.parametrize(
+    "stage, overrides",
+    [
+        ("text", ["save_total_limit=1", "save_steps=100"]),
+        ("text", ["save_strategy=no", "gradient_accumulation_steps=2", "train_sampling_strategy=random"]),
+        ("pretrain", ["gradient_accumulation_steps=2", "targets_per_document=2"]),
+    ],
+)
+def test_pausing_after_every_step_equals_not_pausing(start, tmp_path, stage, overrides):
+    """Bit-equal weights and losses into the second epoch, dropout and k drawn; the limit may differ every time."""
+    assert start("whole", *overrides, stage=stage) == 0
+    assert PAUSED == 3 and until_done(start, tmp_path / "paused", *overrides, stage=stage) == 5
+    assert_same_run(tmp_path / "whole", tmp_path / "paused")
+    assert history(tmp_path / "paused")[-1]["epoch"] > 1
+
+
+def test_pauses_with_more_time_or_none_between_them(start, tmp_path):
+    """Over at once, then far away, then given up: neither is another run; a finished one is never paused."""
+    assert start("whole") == start("unhurried", "max_minutes=1e6") == 0
+    assert start("paused", "max_minutes=0.0001") == start("paused", "max_minutes=1e-9") == PAUSED
+    assert start("paused") == 0
+    assert start("last", "max_steps=1", "max_minutes=0.0001") == 0  # the first step is the last one
+    for name in ("unhurried", "paused"):
+        assert_same_run(tmp_path / "whole", tmp_path / name)
+    with pytest.raises(ValueError, match="is finished"):
+        start("paused", "max_minutes=0.0001")
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "-0.5", ".nan", "-.inf"])
+def test_a_limit_that_is_no_time_is_refused(start, tmp_path, minutes):
+    with pytest.raises(ValueError, match=r"`max_minutes` must be > 0, got .*\. Raise it or leave it out"):
+        start("run", f"max_minutes={minutes}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("minutes", ["ten", "true", "[1]", "{a: 1}"])
+def test_a_limit_that_is_no_number_is_refused(start, tmp_path, minutes):
+    with pytest.raises(ValueError, match="`max_minutes` must be of type float, got"):
+        start("run", f"max_minutes={minutes}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_limit_is_no_part_of_what_a_run_is(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("stage: text\nbackbone: x\ndatasets: [{path: y}]\nuse_cpu: true\n")
+    limits = ([], ["max_minutes=1"], ["max_minutes=0.5"], ["max_minutes=null"])
+    parsed = [parse_arguments(["--config", str(tmp_path / "recipe.yaml"), *limit]) for limit in limits]
+    assert [training.max_minutes for _, _, training in parsed] == [None, 1.0, 0.5, None]
+    assert all(describe_run(*arguments) == describe_run(*parsed[0]) for arguments in parsed)
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_pauses_add_no_evaluations(start, rows, tmp_path, strategy):
+    """Held-out losses at the same steps as without pauses: an evaluation may take longer than is left."""
+    options = [f"eval_datasets=[{{path: {rows}}}]", f"eval_strategy={strategy}", "eval_steps=3"]
+    assert start("whole", *options) == 0
+    until_done(start, tmp_path / "paused", *options)
+    assert losses(tmp_path / "paused", "eval_loss") == losses(tmp_path / "whole", "eval_loss")
+    assert_same_run(tmp_path / "whole", tmp_path / "paused")
+
+
+def test_a_pause_saves_what_is_not_the_best(start, rows, tmp_path):
+    """With `save_strategy: best` a step that is evaluated and no better is saved all the same, or it would be lost."""
+    options = [f"eval_datasets=[{{path: {rows}}}]", "eval_strategy=steps", "eval_steps=1", "save_strategy=best"]
+    options += ["metric_for_best_model=learning_rate_of_nobody", "max_steps=3"]
+    options[-2] = "metric_for_best_model=eval_ce"
+    options += ["greater_is_better=true"]  # the held-out loss falls, so that the first step stays the best
+    for step in (1, 2):
+        assert start("run", "max_minutes=0.0001", *options) == PAUSED
+        assert (tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json").exists()
+    assert start("run", "max_minutes=0.0001", *options) == 0
+
+
+def test_no_step_is_missing_in_the_log_of_a_paused_run(start, tmp_path):
+    """A loss is the mean since the entry before: together they are the sum over all steps, wherever a run paused."""
+    options = ["logging_steps=2"]
+    assert start("whole", *options) == 0
+    until_done(start, tmp_path / "paused", *options)
+    sums = []
+    for name in ("whole", "paused"):
+        entries = losses(tmp_path / name)
+        steps = [0, *(step for step, _ in entries)]
+        sums.append(sum(loss * (step - before) for (step, loss), before in zip(entries, steps, strict=False)))
+    assert sums[0] == pytest.approx(sums[1], rel=1e-5)
+
+
+# --- two processes ---------------------------------------------------------------------------------------------------
+
+LAUNCHED = """
+import os, sys, time
+sys.path.insert(0, {recipes!r})
+import trainer, train
+if os.environ["RANK"] == "1":
+    trainer.START -= 1e9  # its time is over, that of the first process is not
+save = trainer.CLaRaTrainer._save
+def slow_save(self, *args, **kwargs):
+    time.sleep({seconds})  # a large model on a slow disk
+    save(self, *args, **kwargs)
+trainer.CLaRaTrainer._save = slow_save
+sys.exit(train.main())
+"""
+
+
+def launch(rows: Path, backbone: Path, folder: Path, *, seconds: float = 0.0) -> subprocess.CompletedProcess:
+    """Two gloo processes with a limit of a day that is over in the second one, the first one slow to save."""
+    script = folder.with_suffix(".py")
+    script.write_text(LAUNCHED.format(recipes=str(ROOT / "recipes"), seconds=seconds))
+    config = ["--config_file", str(ROOT / "recipes" / "accelerate" / "ddp.yaml"), "--main_process_port", "0"]
+    given = [f"backbone={backbone}", f"datasets=[{{path: {rows}}}]", f"output_dir={folder}", *COMMON]
+    given += ["ddp_backend=gloo", "max_minutes=1440", "save_steps=100", "gradient_accumulation_steps=1"]
+    return subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *config, str(script),
+         "--config", str(CONFIGS / "text.yaml"), *given],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+
+
+def test_two_processes_stop_at_the_same_step_and_the_checkpoint_is_whole(rows, backbone_folder, tmp_path):
+    """The clock of one process is enough; saving is slow, and the other one must not end the run before it is done."""
+    folder = tmp_path / "run"
+    result = launch(rows, backbone_folder, folder, seconds=4.0)
+    shown = (result.stdout + result.stderr)[-4000:]
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"], shown
+    found = {path.name for path in (folder / "checkpoint-1").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= found, shown
+    assert "trainer_state.json" in found and not (folder / "config.json").exists(), shown
+    assert result.returncode != 0
