@@ -106,6 +106,7 @@ class CLaRaProcessor(ProcessorMixin):
             {"enable_thinking": False} if chat_template_kwargs is None else chat_template_kwargs
         )
         self._plain_encoder = None
+        self._bos = None  # (the token's id, `bos_ids`)
         self._prompts = {}
 
     # --- text -> ids -------------------------------------------------------------------------------------------------
@@ -122,7 +123,10 @@ class CLaRaProcessor(ProcessorMixin):
     def bos_ids(self) -> list[int]:
         """`[bos]` if the tokenizer puts one in front of a text by itself, else `[]`."""
         bos = self.tokenizer.bos_token_id
-        return [bos] if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else []
+        if self._bos is None or self._bos[0] != bos:
+            puts_one = bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
+            self._bos = (bos, [bos] if puts_one else [])
+        return list(self._bos[1])
 
     def encode_text(self, text: str, name: str = "text") -> list[int]:
         """Ids of a user's text, none of which is an added token (special or not), and no BOS.
@@ -138,9 +142,12 @@ class CLaRaProcessor(ProcessorMixin):
         return self._encode(text, name)[0]
 
     def _encode(self, text: str, name: str) -> tuple[list[int], list[tuple[int, int]]]:
+        return self._encoder().encode(text, name)
+
+    def _encoder(self) -> PlainEncoder:
         if self._plain_encoder is None:
             self._plain_encoder = PlainEncoder(self.tokenizer)
-        return self._plain_encoder.encode(text, name)
+        return self._plain_encoder
 
     def encode_questions(self, questions: Sequence[str], name: str = "questions") -> list[list[int]]:
         """Reasoner input of each question: `[BOS?] question`, without the memory tokens.
@@ -160,15 +167,23 @@ class CLaRaProcessor(ProcessorMixin):
         Raises:
             TypeError, ValueError: naming the index of a document that is malformed, empty, or longer than one span.
         """
+        documents = check_list(documents, name)
+        names = [f"{name}[{index}]" for index in range(len(documents))]
+        read = [read_document(document, name) for document, name in zip(documents, names, strict=True)]
+        titles = self._encoder().encode_many([title + "\n" if title else "" for title, _ in read], names)
+        texts = self._encoder().encode_many([text for _, text in read], names)
         encoded = []
-        for index, document in enumerate(check_list(documents, name)):
-            spans = self._spans(*read_document(document, f"{name}[{index}]"), f"{name}[{index}]")
-            if len(spans) > 1:
-                raise ValueError(
-                    f"`{name}[{index}]` must fit into one span of {self.document_max_length} tokens, got {len(spans)} "
-                    "spans. Split it with `processor.split_document()` and compress the spans."
-                )
-            encoded.append(spans[0][2])
+        for index, (title_ids, text_ids) in enumerate(zip(titles, texts, strict=True)):
+            ids = self.bos_ids + title_ids + text_ids
+            if len(ids) > self.document_max_length:
+                spans = self._spans(*read[index], names[index])
+                if len(spans) > 1:
+                    raise ValueError(
+                        f"`{names[index]}` must fit into one span of {self.document_max_length} tokens, got "
+                        f"{len(spans)} spans. Split it with `processor.split_document()` and compress the spans."
+                    )
+                ids = spans[0][2]
+            encoded.append(ids)
         return encoded
 
     def split_document(self, document: str | Mapping, name: str = "document") -> list[dict]:

@@ -9,6 +9,9 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 
+BATCH = 256  # texts that are encoded at once
+
+
 def check_list(values, name: str) -> list:
     """Return `values` as a list, or raise a TypeError or ValueError that says what was expected."""
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Sequence):
@@ -78,13 +81,7 @@ class PlainEncoder:
         if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
             self.added_ids.discard(tokenizer.unk_token_id)
 
-    def encode(self, text: str, name: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and their character ranges in `text`, none of them an added token.
-
-        Raises:
-            TypeError: not a string.
-            ValueError: not encodable as UTF-8, or a character that exists as an added token only.
-        """
+    def _check(self, text: str, name: str) -> None:
         if not isinstance(text, str):
             raise TypeError(f"`{name}` must be a str, got {type(text).__name__}. Pass its text.")
         try:
@@ -94,6 +91,32 @@ class PlainEncoder:
                 f"`{name}` must be valid UTF-8, got a lone surrogate at character {error.start}. Decode the source "
                 "with the right encoding."
             ) from error
+
+    def encode_many(self, texts: Sequence[str], names: Sequence[str]) -> list[list[int]]:
+        """Ids of many texts, as `encode` gives them one by one; on several cores where the tokenizer may use them.
+
+        Raises:
+            TypeError, ValueError: as `encode`, of the first text that it concerns.
+        """
+        found = []
+        for start in range(0, len(texts), BATCH):  # an encoding is many times larger than its ids
+            rows = range(start, min(start + BATCH, len(texts)))
+            for row in rows:
+                self._check(texts[row], names[row])
+            encodings = self.tokenizer.encode_batch_fast([texts[row] for row in rows], add_special_tokens=False)
+            for row, encoding in zip(rows, encodings, strict=True):
+                ids = encoding.ids
+                found.append(ids if self.added_ids.isdisjoint(ids) else self.encode(texts[row], names[row])[0])
+        return found
+
+    def encode(self, text: str, name: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and their character ranges in `text`, none of them an added token.
+
+        Raises:
+            TypeError: not a string.
+            ValueError: not encodable as UTF-8, or a character that exists as an added token only.
+        """
+        self._check(text, name)
         ids, offsets, pieces = [], [], [(0, len(text))]
         while pieces:
             start, end = pieces.pop()

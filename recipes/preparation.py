@@ -23,7 +23,7 @@ from modeling_clara.backbone_clara import check_digests
 
 logger = logging.getLogger(__name__)
 
-MEASURED_RECORDS, MEASURED_DOCUMENTS = 1024, 256  # of which memories are normalised
+MEASURED_RECORDS, MEASURED_DOCUMENTS = 512, 128  # of which memories are normalised
 CHANGES_MEMORIES = ("compressor", "rows", "backbone")
 
 

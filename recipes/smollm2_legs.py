@@ -162,7 +162,9 @@ def build_parser() -> argparse.ArgumentParser:
     running.add_argument("--results", type=Path, help="new folder for what is worth taking home, in parts of 15 MiB")
     running.add_argument("--cpu", action="store_true", help="train in float32 on a CPU, in small steps")
     running.add_argument("--scale", type=float, default=1.0, help="share of the training rows that prepare writes")
-    running.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the training; wins over its files")
+    running.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the training; wins over its files"
+    )
     running.add_argument("--limit", type=int, help="questions of every evaluation (default: all)")
     running.add_argument("--variants", nargs="+", default=[], metavar="NAME", help="short runs with one thing changed")
     packing = commands.add_parser("pack", help="write what a machine without internet needs")

@@ -72,7 +72,6 @@ class Call:
             **offline,
             "PYTHONPATH": os.pathsep.join([*paths, str(ROOT), *([given] if given else [])]),
             "PYTHONUNBUFFERED": "1",
-            "TOKENIZERS_PARALLELISM": "false",
         }
 
     def command(self, script: str, *arguments: str | Path) -> None:

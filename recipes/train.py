@@ -10,6 +10,7 @@ import os
 import sys
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL sends it otherwise
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers that make batches are processes already
 
 from arguments import parse_arguments  # noqa: E402
 from checkpoints import check_folder, claim_folder, describe_run  # noqa: E402
