@@ -25,9 +25,9 @@ SOURCE, BACKBONE, GGUF = DATA / "source", DATA / "backbone", DATA / "gguf"
 PUBLISHED, CORPUS = RUNS / "clara-smollm2-135m", RUNS / "corpus_wikipedia_2wiki"
 # What a CPU changes: float32, small steps, one epoch, no rounds of evaluation, and a checkpoint every few minutes.
 ON_CPU = (
-    "use_cpu=true", "bf16=false", "dtype=float32", "num_train_epochs=1", "per_device_train_batch_size=8",
-    "per_device_eval_batch_size=16", "dataloader_num_workers=0", "dataloader_prefetch_factor=null",
-    "eval_strategy=no", "eval_on_start=false", "eval_datasets=[]", "logging_steps=5", "save_steps=20",
+    "use_cpu=true", "bf16=false", "dtype=float32", "num_train_epochs=1", "per_device_train_batch_size=4",
+    "gradient_accumulation_steps=2", "per_device_eval_batch_size=16", "dataloader_num_workers=0",
+    "dataloader_prefetch_factor=null", "eval_strategy=no", "eval_on_start=false", "eval_datasets=[]", "logging_steps=5", "save_steps=20",
 )  # fmt: skip
 
 

@@ -762,7 +762,7 @@ sys.addaudithook(hook)
 
 
 def kills(arguments, folder: Path, repeat) -> int:
-    """Kill the command line before each operation within `folder`, `repeat` after each; returns how many there were."""
+    """Kill the command line before each operation within `folder`, `repeat` after each; how many there were."""
     for number in itertools.count(1):
         done = run(arguments, before=kill_before(number, folder))
         if done.returncode != -signal.SIGKILL:
