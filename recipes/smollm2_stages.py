@@ -27,7 +27,8 @@ PUBLISHED, CORPUS = RUNS / "clara-smollm2-135m", RUNS / "corpus_wikipedia_2wiki"
 ON_CPU = (
     "use_cpu=true", "bf16=false", "dtype=float32", "num_train_epochs=1", "per_device_train_batch_size=4",
     "gradient_accumulation_steps=2", "per_device_eval_batch_size=16", "dataloader_num_workers=0",
-    "dataloader_prefetch_factor=null", "eval_strategy=no", "eval_on_start=false", "eval_datasets=[]", "logging_steps=5", "save_steps=20",
+    "dataloader_prefetch_factor=null", "eval_strategy=no", "eval_on_start=false", "eval_datasets=[]",
+    "logging_steps=5", "save_steps=20",
 )  # fmt: skip
 
 
