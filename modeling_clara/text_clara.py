@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-
 BATCH = 256  # texts that are encoded at once
 
 

@@ -117,6 +117,12 @@ def last_checkpoint(folder: Path) -> Path | None:
     return complete
 
 
+def is_at_its_end(checkpoint: Path) -> bool:
+    """Whether a checkpoint is of the last step: what is left of its run is evaluating and saving."""
+    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    return state["global_step"] >= state["max_steps"]
+
+
 def load_trained(model: CLaRaForRAG, folder: str | Path) -> None:
     """Copy the weights of a checkpoint of the same run into the model, the backbone's too where it is included."""
     load_weights(model, CheckpointFiles(str(folder)))

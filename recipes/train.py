@@ -1,8 +1,8 @@
 """Train one stage of CLaRa: `python recipes/train.py --config recipes/configs/pretrain.yaml key=value ...`.
 
-The same command goes on with a run that was killed, or paused by `max_minutes` (exit status 3). With several
-processes: `accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/train.py --config ...`. README.md,
-section Training, has the stages.
+The same command goes on with a run that was killed, or paused by `max_minutes` (exit status 3, which accelerate makes
+1). With several processes: `accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/train.py --config
+...`. README.md, section Training, has the stages.
 """
 
 import logging
@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL sends it otherwise
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers that make batches are processes already
 
 from arguments import parse_arguments  # noqa: E402
-from checkpoints import check_folder, claim_folder, describe_run  # noqa: E402
+from checkpoints import check_folder, claim_folder, describe_run, is_at_its_end  # noqa: E402
 from preparation import prepare_trainer, seed_everything  # noqa: E402
 
 PAUSED = 3  # exit status
@@ -30,8 +30,12 @@ def main() -> int:
     trainer = prepare_trainer(model_arguments, data_arguments, training_arguments)
     if training_arguments.should_save:
         claim_folder(output, description)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint and is_at_its_end(checkpoint):
+        trainer.take_over(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_paused:
+        trainer.accelerator.wait_for_everyone()
         logging.info("Paused with a checkpoint in %s: the same command goes on.", output)
         return PAUSED
     if training_arguments.eval_strategy != "no" and not trainer.was_just_evaluated:

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 from arguments import CLaRaTrainingArguments
-from checkpoints import load_trained
+from checkpoints import STATE_FILE, load_trained
 from data import document_key
+from time_limit import TimeLimit
 from torch.nn.utils import get_total_norm
 from training_metrics import MetricSums, exact_matches, ranking_metrics
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from modeling_clara import CLaRaForRAG
@@ -26,7 +27,6 @@ from modeling_clara.generation_clara import eval_mode
 
 logger = logging.getLogger(__name__)
 
-START = time.monotonic()  # of this process, or near it
 SAMPLE_TOKENS = 32  # of an answer in samples.jsonl
 
 
@@ -225,8 +225,20 @@ class CLaRaTrainer(Trainer):
             output_dir or self.args.output_dir, include_backbone=self.train_backbone or None, state_dict=state_dict
         )
 
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
+        """A pause is saved whatever `save_strategy` makes of an evaluation at its step."""
+        pauses = self.control.should_save and self.control.should_training_stop and self.is_paused
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        if pauses and not self.control.should_save:
+            self._save_checkpoint(model, trial)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         load_trained(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
+
+    def take_over(self, checkpoint: Path) -> None:
+        """The weights and the log of a checkpoint of the last step, as if this process had trained to there."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
 
     def _load_best_model(self) -> None:
         load_trained(self.unwrapped, self.state.best_model_checkpoint)
@@ -325,25 +337,6 @@ TRAINERS = {
     "joint": JointTrainer,
     "text": TextTrainer,
 }
-
-
-class TimeLimit(TrainerCallback):
-    """Ends a run with a checkpoint when its time is over, on all processes at the same step.
-
-    Args:
-        minutes: since this process started.
-        accelerator: of the run.
-    """
-
-    def __init__(self, minutes: float, accelerator):
-        self.minutes, self.accelerator = minutes, accelerator
-
-    def on_step_end(self, args, state, control, **kwargs):
-        is_over = torch.tensor(float(time.monotonic() - START > 60 * self.minutes), device=args.device)
-        if self.accelerator.reduce(is_over, "sum") > 0 and state.global_step < state.max_steps:
-            logger.info("%.1f minutes are over at step %d of %d.", self.minutes, state.global_step, state.max_steps)
-            control.should_save = control.should_training_stop = True
-        return control
 
 
 class EpochLengthSampler(LengthGroupedSampler):

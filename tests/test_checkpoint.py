@@ -25,8 +25,8 @@ CODE = {
     f"{name}_clara.py"
     for name in "adapters backbone builder candidates card checkpoint codecs configuration corpus corpus_search "
     "corpus_writer digest files filters generation index inference jobs lexical manifest memory milvus modeling "
-    "normalization packing pipeline processing prompting publish retrieval search segments shards snapshot sources storage "
-    "text".split()
+    "normalization packing pipeline processing prompting publish retrieval search segments shards snapshot sources "
+    "storage text".split()
 }
 WEIGHTS = {"clara.safetensors", *(f"{role}/adapter_model.safetensors" for role in ROLES)}
 JSON = {"config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"} | {

@@ -59,7 +59,7 @@ def memories(shared_model, tmp_path_factory) -> dict[str, Spans]:
 @pytest.fixture
 def bench(shared_model, memories) -> Bench:
     return Bench(shared_model, memories["float16"], top_k=2, memory_size=4, retrieval_memory_size=2,
-                 max_new_tokens=N_TOKENS)  # fmt: skip
+                 max_new_tokens=N_TOKENS, text_reader=shared_model)  # fmt: skip
 
 
 @pytest.fixture

@@ -227,7 +227,7 @@ def memories(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def evaluate(checkpoint, reader_folder, tmp_path, memories, capsys):
-    """`evaluate(*systems, expect=0, output="run", reader=FOLDER)`: what the command prints, standard error included."""
+    """`evaluate(*systems, expect=0, output="run", reader=FOLDER)`: what the command prints, errors included."""
     data = write_data(tmp_path / "data.jsonl")
 
     def call(*systems: str, expect: int = 0, output: str = "run", reader: Path | None = reader_folder) -> str:
@@ -255,7 +255,7 @@ def other_reader(reader_folder, shared_model, tmp_path_factory) -> Path:
 
 
 def test_a_run_and_its_results(evaluate, reader_folder, tmp_path):
-    """Valid by the schema; named as tables show it; what answered is the text reader, whose weights are in the options."""
+    """Valid by the schema; named as tables show it; the weights of the text reader are among the options."""
     printed = evaluate("clara", "text", "tuned_text", "bm25_tuned_text")
     folder = tmp_path / "run"
     first, digest = results(folder), weights_digest(CLaRaForRAG.from_pretrained(reader_folder))

@@ -106,7 +106,7 @@ def test_a_batch_of_texts_is_exactly_this(processor):
 
 
 def test_prompts_are_those_that_the_processor_builds_of_texts(shared_model):
-    """With a chat template, titles and any number of targets: the same ids, labels and types, padded by the processor."""
+    """With a chat template, titles and any number of targets: the same ids, labels and types, padded as it pads."""
     processor, sizes = shared_model.processor, shared_model.config.memory_sizes
     records = [
         record([plain("Rome is old.", "Rome"), plain("The Seine.")], ("What is old?", "Rome"), ("Why?", "Age, only")),
@@ -180,7 +180,7 @@ def test_a_paraphrase_beside_questions_is_left_out(load):
 
 
 def test_records_are_those_of_stage_two_but_for_their_length(load, processor):
-    """The same documents, gold ones, targets and answers; all documents are read, however many candidates others take."""
+    """The same documents, gold ones, targets and answers; all documents are read, however many others take."""
     row = {"question": "q", "docs": ["T\na", plain(LONG, "U"), *"bcd"], "answer": "teacher", "gold_answer": "gold",
            "pos_index": [1, 4]}  # fmt: skip
     for settings in ({"long_documents": "first_span"}, {"long_documents": "split", "window": 4000}):
@@ -335,12 +335,8 @@ def test_evaluation_and_samples_are_read_from_texts(build, backbone_folder):
 # --- the time limit --------------------------------------------------------------------------------------------------
 
 
-SHORT = [
-    "max_steps=4",
-    "per_device_train_batch_size=4",
-    "gradient_accumulation_steps=1",
-    "num_samples=1",
-]  # 3 an epoch
+# of the 12 records with one target each an epoch has two steps
+SHORT = ["max_steps=3", "per_device_train_batch_size=6", "gradient_accumulation_steps=1", "num_samples=1"]
 
 
 @pytest.fixture
@@ -382,21 +378,21 @@ def assert_same_run(whole: Path, paused: Path) -> None:
     assert len(losses(whole)) and losses(whole) == losses(paused)
 
 
-ACCUMULATED = ["per_device_train_batch_size=2", "gradient_accumulation_steps=2"]
+ACCUMULATED = ["per_device_train_batch_size=3", "gradient_accumulation_steps=2", "targets_per_document=2"]
 
 
 @pytest.mark.parametrize(
     "stage, overrides",
     [
         ("text", ["save_total_limit=1", "save_steps=100"]),
-        ("text", ["save_strategy=no", "train_sampling_strategy=random", "targets_per_document=2", *ACCUMULATED]),
+        ("text", ["save_strategy=no", "train_sampling_strategy=random", *ACCUMULATED]),
         ("pretrain", [*ACCUMULATED]),
     ],
 )
 def test_pausing_after_every_step_equals_not_pausing(start, tmp_path, stage, overrides):
     """Bit-equal weights and losses into the second epoch, dropout and k drawn; the limit may differ every time."""
     assert start("whole", *overrides, stage=stage) == 0
-    assert PAUSED == 3 and until_done(start, tmp_path / "paused", *overrides, stage=stage) == 3
+    assert PAUSED == 3 and until_done(start, tmp_path / "paused", *overrides, stage=stage) == 2
     assert_same_run(tmp_path / "whole", tmp_path / "paused")
     assert history(tmp_path / "paused")[-1]["epoch"] > 1
 
@@ -407,12 +403,20 @@ def test_pauses_with_more_time_or_none_between_them(start, tmp_path):
     assert start("paused", "max_minutes=0.0001") == start("paused", "max_minutes=1e-9") == PAUSED
     assert start("paused") == 0
     assert start("last", "max_steps=1", "max_minutes=0.0001") == 0  # the first step is the last one
-    (tmp_path / "unhurried" / "config.json").unlink()  # killed between its last checkpoint and its end
-    assert start("unhurried", "max_minutes=0.0001") == 0
     for name in ("unhurried", "paused"):
         assert_same_run(tmp_path / "whole", tmp_path / name)
     with pytest.raises(ValueError, match="is finished"):
         start("paused", "max_minutes=0.0001")
+
+
+def test_killed_between_the_last_checkpoint_and_the_end(start, tmp_path):
+    """Such as in the last evaluation: every step is done, so that no further one is."""
+    assert start("run") == 0
+    before, steps = CLaRaForRAG.from_pretrained(tmp_path / "run").state_dict(), losses(tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    assert start("run") == 0
+    assert losses(tmp_path / "run") == steps
+    assert_equal(before, CLaRaForRAG.from_pretrained(tmp_path / "run").state_dict())
 
 
 @pytest.mark.parametrize("minutes", ["0", "-1", "-0.5", ".nan", "-.inf"])
@@ -440,12 +444,14 @@ def test_the_limit_is_no_part_of_what_a_run_is(tmp_path):
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
 def test_pauses_add_no_evaluations(start, rows, tmp_path, strategy):
     """Held-out losses and samples of the same steps as without pauses: an evaluation may take longer than is left."""
-    options = [f"eval_datasets=[{{path: {rows}}}]", f"eval_strategy={strategy}", "eval_steps=3"]
+    options = [f"eval_datasets=[{{path: {rows}}}]", f"eval_strategy={strategy}", "eval_steps=2"]
     assert start("whole", *options) == 0
     until_done(start, tmp_path / "paused", *options)
-    assert_same_run(tmp_path / "whole", tmp_path / "paused")
-    assert losses(tmp_path / "paused", "eval_loss") == losses(tmp_path / "whole", "eval_loss")
     samples = [(tmp_path / name / "samples.jsonl").read_text().splitlines() for name in ("whole", "paused")]
+    steps = [[json.loads(line)["step"] for line in lines] for lines in samples]
+    assert steps[0] == steps[1]
+    assert losses(tmp_path / "whole", "eval_loss") == losses(tmp_path / "paused", "eval_loss")
+    assert_same_run(tmp_path / "whole", tmp_path / "paused")
     assert samples[0] == samples[1]
 
 
@@ -461,7 +467,7 @@ def test_a_pause_saves_what_is_not_the_best(start, rows, tmp_path):
 
 def test_no_step_is_missing_in_the_log_of_a_paused_run(start, tmp_path):
     """A loss is the mean since the entry before: together they are the sum over all steps, wherever a run paused."""
-    options = ["logging_steps=2"]
+    options = ["logging_steps=3"]
     assert start("whole", *options) == 0
     until_done(start, tmp_path / "paused", *options)
     sums = []

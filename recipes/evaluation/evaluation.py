@@ -4,6 +4,7 @@ Stands on all other parts; `cli.py` gives it checked options. It knows nothing o
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import logging
@@ -122,7 +123,7 @@ class Evaluation:
         options = self._options(sizes)
         if state.is_main_process:
             for name, folder in folders.items():
-                self._start(folder, {**options, "system": name})
+                self._start(folder, {**options, **self._own_options(name), "system": name})
         state.wait_for_everyone()
         tasks, spans = self._prepare(any(system.needs_memory for system in systems.values()))
         bench = self._bench(spans, sizes)
@@ -227,7 +228,6 @@ class Evaluation:
         arguments = self.arguments
         return {
             "weights": weights_digest(self.model),
-            "text_reader": None if self.text_reader is None else weights_digest(self.text_reader),
             "data": self.data.sha256,
             "setting": arguments.setting,
             "corpus": None if self.corpus is None else hash_data(self.corpus.folder / MANIFEST_FILE),
@@ -235,13 +235,24 @@ class Evaluation:
             "codec": self._codec(),
             "num_candidates": arguments.num_candidates,
             "min_score": arguments.min_score,
-            "dense": arguments.dense,
             "max_new_tokens": arguments.max_new_tokens,
             "limit": arguments.limit,
             "split": arguments.split,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "seed": arguments.seed,
         }
+
+    def _own_options(self, name: str) -> dict:
+        """What the predictions of one system depend on beside that."""
+        reads_text = SYSTEMS[name].reader == "tuned_text"
+        return {
+            "dense": self.arguments.dense if SYSTEMS[name].retriever == "dense" else None,
+            "text_reader": self._text_digest if reads_text else None,
+        }
+
+    @functools.cached_property
+    def _text_digest(self) -> str:
+        return weights_digest(self.text_reader)
 
     def _codec(self) -> str:
         return self.arguments.codec or "float16" if self.corpus is None else self.corpus.manifest.codec
@@ -280,10 +291,9 @@ class Evaluation:
         answered = [task for task, row in zip(tasks, rows, strict=True) if row["prediction"] is not None]
         others = [other for other in usable if other != name] if name == arguments.systems[0] else []
         draws = {"seed": arguments.seed, "resamples": arguments.resamples}
-        kept = {
-            key: options[key] for key in ("limit", "min_score", "num_candidates", "dtype", "weights", "text_reader")
-        }
-        kept |= {"dense": public_name(arguments.dense), "missing_gold": self.missing_gold}
+        kept = {key: options[key] for key in ("limit", "min_score", "num_candidates", "dtype", "weights")}
+        kept |= self._own_options(name)
+        kept |= {"dense": public_name(kept["dense"]), "missing_gold": self.missing_gold}
         content = build_results(
             system=describe_system(name, SYSTEMS[name], bench, self._codec()),
             model=describe_model(self.model),
