@@ -483,9 +483,9 @@ def test_no_step_is_missing_in_the_log_of_a_paused_run(start, tmp_path):
 LAUNCHED = """
 import os, sys, time
 sys.path.insert(0, {recipes!r})
-import trainer, train
+import time_limit, trainer, train
 if os.environ["RANK"] == "1":
-    trainer.START -= 1e9  # its time is over, that of the first process is not
+    time_limit.START -= 1e9  # its time is over, that of the first process is not
 save = trainer.CLaRaTrainer._save
 def slow_save(self, *args, **kwargs):
     time.sleep({seconds} * self.args.should_save)  # a large model on a slow disk
