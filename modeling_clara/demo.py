@@ -27,9 +27,10 @@ def load_model(checkpoint: str | None, backbone: str | None) -> tuple[CLaRaForRA
         checkpoint: folder or Hub id; default model_cards/clara-smollm2-135m where it is, else fresh adapters.
         backbone: folder or Hub id; default SmolLM2-135M-Instruct.
     """
-    found = checkpoint or (TRAINED_MODEL if TRAINED_MODEL.is_dir() else None)
-    if found is not None:
-        return CLaRaForRAG.from_pretrained(found, backbone=backbone), True
+    if checkpoint is not None:
+        return CLaRaForRAG.from_pretrained(checkpoint, backbone=backbone), True
+    if TRAINED_MODEL.is_dir():  # it has the adapters alone
+        return CLaRaForRAG.from_pretrained(TRAINED_MODEL, backbone=backbone or fetch_backbone()), True
     torch.manual_seed(0)
     return CLaRaForRAG.from_backbone(backbone or fetch_backbone()), False
 

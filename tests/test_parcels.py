@@ -21,7 +21,6 @@ import pytest
 from parcels import LIST_FILE, UNFINISHED, pack, part_name, unpack
 
 SCRIPT = Path(parcels.__file__)
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="signals and limits of Linux")
 
 
 def noise(size: int, seed: int = 0) -> bytes:
@@ -32,14 +31,10 @@ def noise(size: int, seed: int = 0) -> bytes:
 def state(folder: Path) -> dict[str, tuple]:
     """Path -> kind, content and executable bit of everything in a folder but the marks of `unpack`."""
     found = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink():
-            found[name] = ("link", os.readlink(path))
-        elif path.is_dir():
-            found[name] = ("folder",)
-        elif not name.startswith(".unpacked-"):
-            found[name] = ("file", path.read_bytes(), bool(path.stat().st_mode & stat.S_IXUSR))
+    for path in sorted(path for path in folder.rglob("*") if not path.name.startswith(".unpacked-")):
+        kind = "link" if path.is_symlink() else "folder" if path.is_dir() else "file"
+        content = (path.read_bytes(), bool(path.stat().st_mode & stat.S_IXUSR)) if kind == "file" else ()
+        found[path.relative_to(folder).as_posix()] = (kind, *content)
     return found
 
 
@@ -58,7 +53,6 @@ def tree(tmp_path) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     (folder / "run.sh").chmod(0o755)
-    (folder / "-dash").chmod(0o444)
     (folder / "nothing" / "in here").mkdir(parents=True)
     return folder
 
@@ -83,24 +77,17 @@ def forge(folder: Path, payload: bytes) -> Path:
     return folder
 
 
-def member(name: str, data: bytes = b"", **fields) -> tuple[tarfile.TarInfo, bytes]:
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    for field, value in fields.items():
-        setattr(info, field, value)
-    return info, data
-
-
-def tar_of(*members: tuple[tarfile.TarInfo, bytes]) -> bytes:
+def tar_of(*members: dict) -> bytes:
+    """A compressed tar file of members with `name`, maybe `data`, and other fields."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for info, data in members:
+        for fields in members:
+            info, data = tarfile.TarInfo(), fields.get("data", b"")
+            info.size = len(data)
+            for field in fields.keys() - {"data"}:
+                setattr(info, field, fields[field])
             archive.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
-
-
-def is_error(text: str) -> bool:
-    return text.startswith("error: ") and text.count("\n") == 1
 
 
 def fails(capsys, *arguments) -> str:
@@ -108,7 +95,7 @@ def fails(capsys, *arguments) -> str:
     capsys.readouterr()
     assert parcels.main([str(argument) for argument in arguments]) == 1
     captured = capsys.readouterr()
-    assert captured.out == "" and is_error(captured.err)
+    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
     return captured.err
 
 
@@ -120,22 +107,17 @@ def run(arguments, before: str = "") -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
-def test_examples():
-    assert doctest.testmod(parcels).failed == 0
-
-
-# --- packing ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("own_folders", [True, False])
-def test_round_trip(tree, tmp_path, own_folders):
+def test_round_trip(tree, tmp_path, own_folders, monkeypatch):
+    """Parts of several blocks, and more parts than their names have digits."""
+    monkeypatch.setattr(parcels, "BLOCK", 100)
     single, before = tree / "a" / "b" / "c" / "deep.bin", state(tree)
-    content = {"tree": tree, "deep/er/file.bin": single, "again": single}
+    content = {"tree": tree, "deep/er/file": single}
     (whole,) = pack(content, tmp_path / "parcels")
     total = whole.stat().st_size
     with tarfile.open(whole) as archive:
         assert {(info.uid, info.gid, info.uname, info.gname) for info in archive} == {(0, 0, "", "")}
-    for limit in (1000, total - 1, total, total + 1):
+    for limit in (1000 if own_folders else 3, total - 1, total, total + 1):
         folder, output = tmp_path / f"parcels {limit}", tmp_path / "new" / f"output {limit}"
         parts = pack(content, folder, limit=limit, own_folders=own_folders)
         assert [path.stat().st_size for path in parts[:-1]] == [limit] * (-(-total // limit) - 1)
@@ -144,20 +126,8 @@ def test_round_trip(tree, tmp_path, own_folders):
         assert unpack(sorted({path.parent for path in parts}, reverse=True), output) == []
         found = state(output)
         assert {name[5:]: value for name, value in found.items() if name.startswith("tree/")} == before
-        assert found["deep/er/file.bin"][1] == found["again"][1] == single.read_bytes()
-        assert {name.split("/")[0] for name in found} == {"tree", "deep", "again"}
+        assert found["deep/er/file"][1] == single.read_bytes() and len(found) == len(before) + 4
     assert state(tree) == before
-    assert {path.name for path in tmp_path.iterdir() if "parcels" not in path.name} == {"tree", "new"}
-
-
-@pytest.mark.parametrize("size, limit", [(1500, 1), (6 * parcels.BLOCK + 3, 2 * parcels.BLOCK + 1)])
-def test_many_parts_and_large_ones(size, limit, tmp_path):
-    """More than the names have digits, and some blocks each."""
-    (tmp_path / "x").write_bytes(noise(size))
-    parts = pack({"x": tmp_path / "x"}, tmp_path / "parcels", limit=limit, own_folders=False)
-    assert len(parts) == 4 or parts[999].name == "part-1000"
-    assert unpack([tmp_path / "parcels"], tmp_path / "output") == []
-    assert (tmp_path / "output" / "x").read_bytes() == noise(size)
 
 
 def test_links_travel_as_what_they_point_to(tmp_path):
@@ -178,25 +148,6 @@ def test_links_travel_as_what_they_point_to(tmp_path):
     assert state(tmp_path / "output") == expected | {f"it/{name}": ("file", b"x", False) for name in names}
 
 
-@pytest.mark.parametrize("name", ["../tree", "a/../../tree", "..", ".", "/tree"])
-def test_names_that_lead_out_are_refused(name, tree, tmp_path, capsys):
-    assert repr(name) in fails(capsys, "pack", tmp_path / "new", f"{name}={tree}")
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("kind", ["pipe", "link to nowhere", "link to itself"])
-def test_what_cannot_travel_is_not_packed(kind, tree, tmp_path, capsys):
-    """It would only be found when all parts are there, on the other machine."""
-    if kind == "pipe":
-        os.mkfifo(tree / "it")
-    else:
-        (tree / "it").symlink_to("missing" if kind == "link to nowhere" else ".")
-    arguments = ["pack", str(tmp_path / "parcels"), f"tree={tree}"]
-    assert "it" in fails(capsys, *arguments)
-    (tree / "it").unlink()
-    assert parcels.main(arguments) == 0  # nothing is in the way
-
-
 def test_pack_refuses(tree, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     before = state(tmp_path)
@@ -204,17 +155,19 @@ def test_pack_refuses(tree, tmp_path, capsys):
     assert str(tmp_path / "gone") in fails(capsys, "pack", new, good, f"y={tmp_path / 'gone'}")
     for folder in (tree, tree / "plain.txt"):
         assert "empty" in fails(capsys, "pack", folder, good)
-    fails(capsys, "pack", tree / "plain.txt" / "below", good)
     assert "Choose another folder" in fails(capsys, "pack", tree / "parcels", f"tree={tree}")
     for limit in ("0", "-1", "nan", "inf", "1e-9"):
         fails(capsys, "pack", tmp_path / "empty", good, f"--limit={limit}")
     for content in ("x", "=x", "x=", "="):
         assert "NAME=PATH" in fails(capsys, "pack", new, good, content)
+    for name in ("../tree", "a/../../tree", "..", ".", "/tree"):
+        assert repr(name) in fails(capsys, "pack", new, good, f"{name}={tree}")
     assert "once" in fails(capsys, "pack", new, good, f"x={tree / 'run.sh'}")
+    for make in (os.mkfifo, lambda path: path.symlink_to("missing"), lambda path: path.symlink_to(".")):
+        make(tree / "it")  # which would only be found when all parts are there, on the other machine
+        assert "it" in fails(capsys, "pack", tmp_path / "empty", f"tree={tree}")
+        (tree / "it").unlink()
     assert state(tmp_path) == before
-
-
-# --- parts in any order ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
@@ -222,29 +175,20 @@ def test_one_by_one_and_together(three, tmp_path, order):
     output, missing = tmp_path / "output", {1, 2, 3}
     for index in order:
         missing.discard(index + 1)
+        place = shutil.copytree(three[index], tmp_path / "taken in")  # it may go then
         for _ in range(2):  # repeating changes nothing
-            assert unpack([three[index]], output) == [part_name(number) for number in sorted(missing)]
+            assert unpack([place], output) == [part_name(number) for number in sorted(missing)]
+        shutil.rmtree(place)
         assert (output / "x").exists() == (not missing)
     assert_is_x(output)
-    assert unpack([three[index] for index in order], tmp_path / "together") == []
-    assert_is_x(tmp_path / "together")
-
-
-def test_parts_in_one_folder_may_go_once_they_are_taken_in(three, tmp_path):
-    for place in three[:2]:
-        shutil.copytree(place, tmp_path / "together", dirs_exist_ok=True)
-    assert unpack([tmp_path / "together"], tmp_path / "output") == ["part-003"]
-    shutil.rmtree(tmp_path / "together")
-    assert unpack([three[2]], tmp_path / "output") == []
-    assert_is_x(tmp_path / "output")
-
-
-def test_again_does_nothing(three, tmp_path):
-    unpack(three, tmp_path / "output")
-    (tmp_path / "output" / "x").write_text("changed")
-    before = {path: path.stat().st_mtime_ns for path in [tmp_path / "output", *(tmp_path / "output").rglob("*")]}
-    for places in (three, three[:1], three[::-1]):
-        assert unpack(places, tmp_path / "output") == []
+    for index in order:  # as some transfers do; the lists are the same
+        shutil.copytree(three[index], tmp_path / "one folder", dirs_exist_ok=True)
+    for name, places in (("together", [three[index] for index in order]), ("one", [tmp_path / "one folder"])):
+        assert unpack(places, tmp_path / name) == []
+        assert_is_x(tmp_path / name)
+    (output / "x").write_text("changed")
+    before = {path: path.stat().st_mtime_ns for path in [output, *output.rglob("*")]}
+    assert unpack([three[index] for index in order], output) == unpack(three[:1], output) == []
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 3
 
 
@@ -260,26 +204,11 @@ def test_two_parcels(three, tmp_path, capsys):
     assert unpack(other[1:], output) == [] and set(state(output)) == {"x", "y"}
 
 
-# --- damage ----------------------------------------------------------------------------------------------------------
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def become_a_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
 DAMAGES = {
-    "flipped": flip,
+    "flipped": lambda path: path.write_bytes(path.read_bytes()[:-300] + bytes(300)),
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
-    "another": lambda path: path.write_bytes(noise(1000)),
-    "folder": become_a_folder,
+    "folder": lambda path: (path.unlink(), path.mkdir()),
 }
 
 
@@ -289,8 +218,7 @@ def test_a_damaged_part_is_refused_and_can_come_again(damage, three, tmp_path, c
     good = shutil.copytree(three[1], tmp_path / "good")
     DAMAGES[damage](three[1] / part_name(2))
     assert str(three[1] / part_name(2)) in fails(capsys, "unpack", *three, "--output", output)
-    assert not output.exists()  # nothing is taken in, of the good parts neither
-    assert unpack([three[0], good], output) == ["part-003"]
+    assert not output.exists() and unpack([three[0], good], output) == ["part-003"]  # nothing was taken in
     if damage != "folder":
         DAMAGES[damage](next(output.glob(".parts-*")) / part_name(2))  # a full disk, a crash, while it waits
         assert "is damaged" in fails(capsys, "unpack", three[2], "--output", output)
@@ -309,21 +237,14 @@ LISTS += [[PART | change] for change in ({"sha256": "0" * 64}, {"sha256": None},
 @pytest.mark.parametrize("number", range(len(LISTS)))
 def test_a_damaged_list_is_refused(number, tmp_path, capsys):
     place, content = forge(tmp_path / "place", noise(2500)), LISTS[number]
-    content = content if isinstance(content, bytes) else json.dumps({"parts": content}).encode()
-    (place / LIST_FILE).write_bytes(content)
+    is_file = isinstance(content, bytes)
+    (place / LIST_FILE).write_bytes(content if is_file else json.dumps({"parts": content}).encode())
     error = fails(capsys, "unpack", place, "--output", tmp_path / "output")
-    assert str(place) in error and "is damaged" in error and not (tmp_path / "output").exists()
-
-
-def test_a_missing_list(three, tmp_path, capsys):
-    with pytest.raises(ValueError):
-        unpack([], tmp_path / "output")
-    (three[1] / LIST_FILE).unlink()
-    for place in (three[1], tmp_path / "nowhere", three[0] / part_name(1)):  # the last one is a file
-        assert str(place) in fails(capsys, "unpack", three[0], place, "--output", tmp_path / "output")
-
-
-# --- where it goes, and parcels made to do harm ----------------------------------------------------------------------
+    assert str(place) in error and "is damaged" in error
+    (place / LIST_FILE).unlink()
+    for wrong in (place, tmp_path / "nowhere", place / part_name(1)):  # the last one is a file
+        assert str(wrong) in fails(capsys, "unpack", wrong, "--output", tmp_path / "output")
+    assert not (tmp_path / "output").exists()
 
 
 def test_the_output_is_not_empty(tree, three, tmp_path, capsys):
@@ -341,37 +262,34 @@ def test_the_output_is_not_empty(tree, three, tmp_path, capsys):
     fails(capsys, "unpack", *three, "--output", tree / "plain.txt")
 
 
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_links_in_the_output_lead_nothing_outside(kind, tmp_path, capsys):
-    place = forge(tmp_path / "place", tar_of(member("a/x", b"new")))
-    (tmp_path / "outside").mkdir()
-    (tmp_path / "outside" / "x").write_text("kept")
-    link = tmp_path / "output" / ("a/x" if kind == "file" else "a")
-    link.parent.mkdir(parents=True)
-    link.symlink_to(tmp_path / "outside" / ("x" if kind == "file" else ""))
-    fails(capsys, "unpack", place, "--output", tmp_path / "output")
-    assert state(tmp_path / "outside") == {"x": ("file", b"kept", False)} and marks(tmp_path / "output") == ["parts"]
+def test_links_in_the_output_lead_nothing_outside(tmp_path, capsys):
+    place, outside = forge(tmp_path / "place", tar_of({"name": "a/x", "data": b"new"})), tmp_path / "outside"
+    outside.mkdir()
+    (outside / "x").write_text("kept")
+    for link, target in {"a": outside, "a/x": outside / "x"}.items():
+        output = tmp_path / "output" / link.replace("/", " ")
+        (output / link).parent.mkdir(parents=True)
+        (output / link).symlink_to(target)
+        fails(capsys, "unpack", place, "--output", output)
+        assert state(outside) == {"x": ("file", b"kept", False)} and marks(output) == ["parts"]
 
 
-HARM = {
-    "upwards": [member("../evil", b"evil")],
-    "upwards from a folder": [member("a/../../evil", b"evil")],
-    "a folder upwards": [member("../evil", type=tarfile.DIRTYPE)],
-    "link upwards": [member("link", type=tarfile.SYMTYPE, linkname="../victim")],
-    "absolute link": [member("link", type=tarfile.SYMTYPE, linkname="/etc/passwd")],
-    "through a link": [member("up", type=tarfile.SYMTYPE, linkname=".."), member("up/evil", b"evil")],
-    "hard link upwards": [member("hard", type=tarfile.LNKTYPE, linkname="../victim"), member("hard", b"evil")],
-    "hard link to nothing": [member("hard", type=tarfile.LNKTYPE, linkname="missing")],
-    "device": [member("device", type=tarfile.CHRTYPE, devmajor=1, devminor=3)],
-}
-GARBAGE = {name: tar_of(member("good", b"good"), *members) for name, members in HARM.items()} | {
+LINK, HARD = tarfile.SYMTYPE, tarfile.LNKTYPE
+GARBAGE = {
+    "upwards": [{"name": "../evil", "data": b"evil"}],
+    "upwards from a folder": [{"name": "a/../../evil", "data": b"evil"}],
+    "link upwards": [{"name": "link", "type": LINK, "linkname": "../victim"}],
+    "absolute link": [{"name": "link", "type": LINK, "linkname": "/etc/passwd"}],
+    "through a link": [{"name": "up", "type": LINK, "linkname": ".."}, {"name": "up/evil", "data": b"evil"}],
+    "hard link upwards": [{"name": "hard", "type": HARD, "linkname": "../victim"}, {"name": "hard", "data": b"evil"}],
+    "hard link to nothing": [{"name": "hard", "type": HARD, "linkname": "missing"}],
+    "device": [{"name": "device", "type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3}],
     "nothing": b"",
     "text": b"this is no archive",
     "begin of gzip": b"\x1f\x8b",
-    "shorter head of gzip": b"\x1f\x8b\x08",
     "head of gzip with a field": b"\x1f\x8b\x08\x04" + b"\0" * 6,
-    "cut": tar_of(member("good", noise(3000)))[:1500],
-    "flipped": tar_of(member("good", b"a" * 3000))[:20] + noise(60),
+    "cut": tar_of({"name": "good", "data": noise(3000)})[:1500],
+    "flipped": tar_of({"name": "good", "data": b"a" * 3000})[:20] + noise(60),
     "gzip of text": gzip.compress(b"this is no archive" * 100),
 }
 
@@ -379,22 +297,14 @@ GARBAGE = {name: tar_of(member("good", b"good"), *members) for name, members in 
 @pytest.mark.parametrize("kind", GARBAGE)
 def test_bad_archives_are_refused_and_nothing_leaves_the_output(kind, tmp_path, capsys):
     (tmp_path / "victim").write_text("kept")
-    place, output = forge(tmp_path / "place", GARBAGE[kind]), tmp_path / "output"
+    payload, output = GARBAGE[kind], tmp_path / "output"
+    payload = payload if isinstance(payload, bytes) else tar_of({"name": "good", "data": b"good"}, *payload)
+    place = forge(tmp_path / "place", payload)
     fails(capsys, "unpack", place, "--output", output)
     assert marks(output) == ["parts"] and (tmp_path / "victim").read_text() == "kept"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["output", "place", "victim"]
     assert {name for name in state(output) if not name.startswith(".parts-")} <= {"good", "a"}
 
-
-def test_absolute_names_and_special_rights_stay_within(tmp_path):
-    target = tmp_path / "outside" / "evil"
-    place = forge(tmp_path / "place", tar_of(member(str(target), b"x", mode=0o6777, uid=65534, gid=65534)))
-    assert unpack([place], tmp_path / "output") == [] and not target.exists()
-    found = (tmp_path / "output" / str(target).lstrip("/")).stat()
-    assert stat.S_IMODE(found.st_mode) == 0o755 and found.st_uid == os.getuid()
-
-
-# --- killed ----------------------------------------------------------------------------------------------------------
 
 KILL = """
 count = 0
@@ -420,21 +330,18 @@ def kills(arguments, folder: Path, repeat) -> int:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@LINUX
 @pytest.mark.parametrize("n_places, n_kills", [(1, 3), (3, 10)])
 def test_unpack_killed_anywhere_and_repeated(n_places, n_kills, three, tmp_path):
     """While it takes in the first part, or all of them."""
     output = tmp_path / "output"
 
     def repeat(number: int) -> None:
-        assert unpack(three[1:], output) in ([], [part_name(1)]), number
-        assert unpack(three[:1], output) == [], number
+        assert unpack(three[1:], output) in ([], [part_name(1)]) and unpack(three[:1], output) == [], number
         assert_is_x(output)
 
     assert kills(["unpack", *three[:n_places], "--output", output], output, repeat) >= n_kills
 
 
-@LINUX
 def test_pack_killed_anywhere_and_repeated(tmp_path, capsys):
     """What is there is refused, incomplete or whole, and never wrong; emptied, the folder can be used again."""
     (tmp_path / "x").write_bytes(noise(2500))
@@ -442,11 +349,10 @@ def test_pack_killed_anywhere_and_repeated(tmp_path, capsys):
     arguments = ["pack", str(work / "parcels"), f"x={tmp_path / 'x'}", "--limit", str(1500 / (1 << 20))]
 
     def repeat(number: int) -> None:
-        output, again = tmp_path / f"output {number}", tmp_path / f"again {number}"
-        names = [path.name for path in sorted(work.glob("parcels/*"))]
+        again, names = tmp_path / f"again {number}", [path.name for path in sorted(work.glob("parcels/*"))]
         for name in names:
-            if parcels.main(["unpack", str(work / "parcels" / name), "--output", str(output)]) == 0:
-                assert_is_x(output)
+            if parcels.main(["unpack", str(work / "parcels" / name), "--output", f"{again} then"]) == 0:
+                assert_is_x(Path(f"{again} then"))
         before.add(tuple(names))
         if parcels.main(arguments) != 0:
             assert "empty it" in capsys.readouterr().err and names not in ([], [UNFINISHED])
@@ -458,23 +364,17 @@ def test_pack_killed_anywhere_and_repeated(tmp_path, capsys):
     assert kills(arguments, work, repeat) > 5 and (UNFINISHED,) in before
 
 
-@LINUX
 @pytest.mark.parametrize("action, status", [("SIG_DFL", -signal.SIGXFSZ), ("SIG_IGN", 1)])
 @pytest.mark.parametrize("size", [500, 1500])  # while a part is copied, while the file is unpacked
 def test_a_full_disk_can_be_repeated(size, action, status, three, tmp_path):
     """Killed within a file, or an error there."""
     limit = f"signal.signal(signal.SIGXFSZ, signal.{action})\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size},) * 2)"
-    for arguments in (["unpack", *three, "--output", tmp_path / "output"], ["pack", tmp_path / "p", f"x={three[0]}"]):
-        if arguments[0] == "pack":
-            (three[0] / "large").write_bytes(noise(size + 1))
+    packing = ["pack", tmp_path / "parcels", f"x={tmp_path / 'source'}"]
+    for arguments in (["unpack", *three, "--output", tmp_path / "output"], packing):
         done = run(arguments, f"sys.dont_write_bytecode = True\n{limit}")
-        assert done.returncode == status and is_error(done.stderr) == (status == 1)
-        assert marks(tmp_path / "output") != ["unpacked"]
+        assert done.returncode == status and done.stderr.startswith("error: ") == (status == 1)
         assert run(arguments).returncode == 0
         assert_is_x(tmp_path / "output")
-
-
-# --- the command line ------------------------------------------------------------------------------------------------
 
 
 def test_command_line(tree, tmp_path):
@@ -486,18 +386,15 @@ def test_command_line(tree, tmp_path):
         return done.returncode, done.stdout, done.stderr
 
     status, printed, error = command("pack", "parcels", "tree=tree", "--limit", str(2000 / (1 << 20)))
-    count = len(list((tmp_path / "parcels").iterdir()))
-    assert (status, error) == (0, "") and count >= 2
-    names = [line.split(":")[0] for line in printed.splitlines()]
-    assert names == [f"parcels/{number}/{part_name(number)}" for number in range(1, count + 1)]
-    others = ", ".join(part_name(number) for number in range(1, count + 1) if number != 2)
-    assert command("unpack", "parcels/2", "--output", "output") == (3, f"still missing: {others}\n", "")
-    places = [f"parcels/{number}" for number in range(count, 0, -1)]
+    names = [f"parcels/{number}/{part_name(number)}" for number in range(1, len(printed.splitlines()) + 1)]
+    assert (status, error) == (0, "") and [line.split(":")[0] for line in printed.splitlines()] == names
+    others = ", ".join(Path(name).name for name in names if name != "parcels/2/part-002")
+    assert others and command("unpack", "parcels/2", "--output", "output") == (3, f"still missing: {others}\n", "")
+    places = [str(Path(name).parent) for name in reversed(names)]
     for _ in range(2):
         assert command("unpack", *places, "--output", "output") == (0, "unpacked into output\n", "")
     assert state(tmp_path / "output" / "tree") == state(tree)
-    for arguments in (("unpack", "nowhere", "--output", "new"), ("pack", "parcels", "tree=tree")):
-        status, printed, error = command(*arguments)
-        assert (status, printed) == (1, "") and is_error(error)
-    for arguments in ((), ("pack",), ("unpack", "parcels/1"), ("pack", "new", "a=b", "--limit", "much")):
+    assert command("pack", "parcels", "tree=tree")[0] == 1
+    for arguments in ((), ("unpack", "parcels/1"), ("pack", "new", "a=b", "--limit", "much")):
         assert command(*arguments)[0] == 2  # and the usage
+    assert doctest.testmod(parcels).failed == 0
