@@ -233,29 +233,39 @@ def evaluate(call: Call) -> None:
 
 
 def limit_option(call: Call) -> list:
-    return [] if call.limit is None else ["--limit", call.limit, "--latency-questions", min(call.limit, 20)]
+    return [] if call.limit is None else ["--limit", call.limit]
 
 
 def evaluations(has_text: bool, has_label_free: bool) -> Iterator[tuple[str, list]]:
-    """(name, arguments of evaluate.py) of every run."""
-    model = ["--model", PUBLISHED]
+    """(name, arguments of evaluate.py) of every run, the ones that matter most first."""
+    model, untimed = ["--model", PUBLISHED], ["--latency-questions", 0]
     tuned = ["--text-reader", RUNS / "text"] if has_text else []
-    for data in ("passages_squad", "passages_nq"):
-        gold = ["--data", DATA / "dev" / f"{data}.jsonl", "--setting", "gold_only"]
+    read = {
+        name: ["--data", DATA / "dev" / f"{name}.jsonl", "--setting", "gold_only"]
+        for name in ("passages_squad", "passages_nq")
+    }
+    found = {
+        name: ["--data", DATA / "dev" / f"{name}.jsonl"]
+        for name in ("multihop_hotpotqa_dev", "multihop_musique_dev", "multihop_2wiki_dev")
+    }
+    for name, data in read.items():
         systems = ["clara", "text", "closed_book", "wrong_memory", *(["tuned_text"] if has_text else [])]
-        yield f"{data}-k16", [*model, *gold, "--systems", *systems, *tuned]
-        for size in (8, 4):
-            yield f"{data}-k{size}", [*model, *gold, "--memory-size", size]
-        for codec in ("int8", "int4"):
-            yield f"{data}-k16-{codec}", [*model, *gold, "--codec", codec]
-    for data in ("multihop_hotpotqa_dev", "multihop_musique_dev", "multihop_2wiki_dev"):
-        rows = ["--data", DATA / "dev" / f"{data}.jsonl"]
+        yield f"{name}-k16", [*model, *data, "--systems", *systems, *tuned]
+    for name, data in found.items():
         systems = ["clara", "bm25_memory", "text", *(["tuned_text", "bm25_tuned_text"] if has_text else [])]
-        yield f"{data}-k16", [*model, *rows, "--systems", *systems, *tuned]
-        for size in (8, 4):
-            yield f"{data}-k{size}", [*model, *rows, "--memory-size", size, "--retrieval-memory-size", size]
+        yield f"{name}-k16", [*model, *data, "--systems", *systems, *tuned]
+    for name, data in found.items():
         if has_label_free:
-            yield f"{data}-label-free", ["--model", RUNS / "joint-label-free", *rows]
+            yield f"{name}-label-free", ["--model", RUNS / "joint-label-free", *data, *untimed]
+    for name, data in read.items():
+        for codec in ("int8", "int4"):
+            yield f"{name}-k16-{codec}", [*model, *data, "--codec", codec, *untimed]
+    for size in (8, 4):
+        for name, data in read.items():
+            yield f"{name}-k{size}", [*model, *data, "--memory-size", size, *untimed]
+        for name, data in found.items():
+            sizes = ["--memory-size", size, "--retrieval-memory-size", size]
+            yield f"{name}-k{size}", [*model, *data, *sizes, *untimed]
 
 
 def corpus(call: Call) -> None:
