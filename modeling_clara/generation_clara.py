@@ -23,7 +23,7 @@ from .candidates_clara import Source
 from .processing_clara import Prompt
 from .text_clara import check_count
 
-PROMPTS_PER_BATCH = 8
+PROMPTS_PER_BATCH, ON_ACCELERATOR = 8, 32  # an accelerator takes as long for one token of many prompts as of one
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,9 @@ class ReaderMixin:
         """
         texts = [""] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
-        for start in range(0, len(order), PROMPTS_PER_BATCH):
-            rows = order[start : start + PROMPTS_PER_BATCH]
+        size = PROMPTS_PER_BATCH if self.memory_embeddings.device.type == "cpu" else ON_ACCELERATOR
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
             inputs = self.text_processor().pad_prompts([prompts[row] for row in rows])
             inputs = {name: tensor.to(self.memory_embeddings.device) for name, tensor in inputs.items()}
             memory = torch.nn.utils.rnn.pad_sequence([memories[row] for row in rows], batch_first=True)

@@ -35,11 +35,10 @@ FREE = {
 def describe_run(model_arguments, data_arguments, training_arguments) -> dict:
     """What a run is, as JSON: every argument that enters its result."""
     training = {name: value for name, value in training_arguments.to_dict().items() if name not in FREE}
-    description = {
-        "model": dataclasses.asdict(model_arguments),
-        "data": dataclasses.asdict(data_arguments),
-        "training": training,
-    }
+    data = dataclasses.asdict(data_arguments)
+    if data_arguments.candidates == "given":  # then it says where the memories lie, not what they are
+        data["corpus"] = None
+    description = {"model": dataclasses.asdict(model_arguments), "data": data, "training": training}
     return json.loads(json.dumps(description, default=str))
 
 

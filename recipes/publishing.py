@@ -44,7 +44,7 @@ def link_code(folder: Path) -> None:
 
 
 def read_curves(runs: Sequence[Path], every: int = 100) -> dict[str, list[dict]]:
-    """Folder name of a run -> its log entries, every `every`-th step and all evaluations, without what is not kept.
+    """Folder name of a run -> its log entries, every `every`-th step, the last, and all evaluations.
 
     Raises:
         FileNotFoundError: a run has no trainer_state.json.
@@ -52,7 +52,7 @@ def read_curves(runs: Sequence[Path], every: int = 100) -> dict[str, list[dict]]
     curves = {}
     for run in runs:
         history = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-        kept = [entry for entry in history if "eval_loss" in entry or entry["step"] % every == 0]
+        kept = [e for e in history if "eval_loss" in e or e["step"] % every == 0 or e is history[-1]]
         curves[run.name] = [
             {
                 name: round(value, 5)

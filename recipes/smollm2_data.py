@@ -9,7 +9,7 @@ unanswerable_*; what is written are rows that `data.py` reads. It knows nothing 
     instruct.jsonl             questions over five documents, some unanswerable
     retrieval.jsonl            questions over up to twenty candidates, the gold ones marked (contrastive, joint)
     dev/*.jsonl                a tenth of the titles of every passages file, and the multihop development files
-    counts.json                rows of every file, written last
+    counts.json                the scale and the rows of every file, written last
 
 The samples it was written for give 31,644 rows for stage 1, 23,360 and 21,937, in 34, 95 and 355 MB: rows repeat their
 documents.
@@ -248,7 +248,7 @@ def write_files(source: Path, output: Path, *, scale: float = 1.0, seed: int = S
     for name, rows in {**held.passages, **development}.items():
         name = f"dev/{name.removesuffix('.gz')}"
         counts[name] = write_jsonl(output / name, rows)
-    write_json(output / COUNTS_FILE, counts)
+    write_json(output / COUNTS_FILE, {"scale": scale, "rows": counts})
     return counts
 
 

@@ -16,6 +16,7 @@ has installed what it brought. It knows nothing of models or losses: every leg i
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 import tempfile
@@ -88,7 +89,7 @@ def results_of(home: Path, legs: Sequence[str]) -> list[Path]:
             found += [p for p in sorted((runs / "evaluation").rglob("*")) if p.suffix in (".json", ".jsonl")]
         else:
             found += files_of_run(runs / leg)
-            for variant in sorted((runs / "variants").glob(f"{leg}-*")):
+            for variant in sorted((runs / "variants" / leg).glob("*")):
                 found += [variant / name for name in ("run.json", "trainer_state.json", "samples.jsonl")]
     found = [path for path in dict.fromkeys(found) if path.is_file() and not path.name.startswith(".")]
     return [path for path in found if "memories" not in path.relative_to(runs).parts]
@@ -113,6 +114,8 @@ def pack_all(arguments: argparse.Namespace) -> None:
     if not arguments.source.is_dir():
         raise FileNotFoundError(f"the data must be a folder, got {arguments.source}. Correct the path.")
     content = {str(SOURCE / path.name): path for path in sorted(arguments.source.glob("*.jsonl.gz"))}
+    if not content:
+        raise FileNotFoundError(f"{arguments.source} must have files *.jsonl.gz, found none. Name another folder.")
     for name in arguments.runs:
         files = files_of_run(arguments.home / RUNS / name)
         if not files:
@@ -202,6 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments.minutes > 0:
             raise ValueError(f"--minutes must be > 0, got {arguments.minutes}. Raise it.")
         legs = [leg_name(word) for word in arguments.legs]
+        if any(word.startswith("max_minutes") for word in arguments.set):
+            raise ValueError("--set must not have max_minutes, which follows from --minutes. Pass that.")
         call = Call(
             home=arguments.home.resolve(),
             deadline=start + 60 * arguments.minutes,
@@ -221,5 +226,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _interrupted(*_) -> None:
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore the first
+        signal.signal(number, _interrupted)
     sys.exit(main())

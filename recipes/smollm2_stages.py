@@ -121,7 +121,10 @@ def is_finished(run: Path) -> bool:
 def prepare(call: Call) -> None:
     """Rows for all stages, the backbone's weights, and what this machine can do."""
     source = call.source.resolve() if call.source else call.home / SOURCE
-    if not (call.home / DATA / "counts.json").exists():
+    counts = call.home / DATA / "counts.json"
+    if counts.exists() and json.loads(counts.read_text(encoding="utf-8"))["scale"] != call.scale:
+        raise ValueError(f"{counts} is of another --scale than {call.scale}. Delete {counts.parent}, or correct it.")
+    if not counts.exists():
         call.command("smollm2_data.py", source, "--output", DATA, "--scale", call.scale)
     if (call.home / GGUF).is_dir() and not (call.home / BACKBONE).is_dir():
         gguf = next((call.home / GGUF).glob("*.gguf"))
@@ -145,7 +148,7 @@ def train(call: Call, stage: str, name: str | None = None, *given: str) -> None:
     given += ON_CPU if call.on_cpu else ()
     runs = [(name or stage, [])]
     if call.variants:
-        runs = [(f"variants/{stage}-{variant}", read_variant(stage, variant)) for variant in call.variants]
+        runs = [(f"variants/{name or stage}/{variant}", read_variant(stage, variant)) for variant in call.variants]
     for run, changes in runs:
         if is_finished(call.home / RUNS / run):
             print(f"{run} is finished", flush=True)
@@ -214,20 +217,35 @@ def text(call: Call) -> None:
 def publish(call: Call) -> None:
     """The checkpoint as it is shipped: bfloat16 adapters and a card."""
     call.needs("joint", "joint")
-    if not is_finished(call.home / PUBLISHED):
+    published, joint = (call.home / folder / "config.json" for folder in (PUBLISHED, RUNS / "joint"))
+    if published.exists() and published.stat().st_mtime < joint.stat().st_mtime:
+        raise ValueError(f"{published.parent} is older than {joint.parent}. Delete it to publish again.")
+    if not published.exists():
         call.command("smollm2_publish.py", RUNS, PUBLISHED, *backbone_option(call))
 
 
 def evaluate(call: Call) -> None:
     """Every figure of the card, on the development files."""
-    if not is_finished(call.home / PUBLISHED):
-        raise ValueError(f"this leg needs {call.home / PUBLISHED}. Run the leg publish.")
+    call.needs(PUBLISHED.name, "publish")
     has_text = is_finished(call.home / RUNS / "text")
     for name, arguments in evaluations(has_text, is_finished(call.home / RUNS / "joint-label-free")):
         output = RUNS / "evaluation" / name
-        if not (call.home / output / "results.json").exists():
+        if not is_evaluated(call, output):
             places = ["--memories", RUNS / "evaluation" / "memories", *backbone_option(call)]
             call.command("evaluate.py", *arguments, "--output", output, *places, *limit_option(call))
+    update_card(call)
+
+
+def is_evaluated(call: Call, output: Path) -> bool:
+    """Whether there are results of this checkpoint and these questions; evaluate.py refuses those of others."""
+    results, run = call.home / output / "results.json", call.home / output / "run.json"
+    if not results.exists() or results.stat().st_mtime < (call.home / PUBLISHED / "config.json").stat().st_mtime:
+        return False
+    return json.loads(run.read_text(encoding="utf-8")).get("limit") == call.limit
+
+
+def update_card(call: Call) -> None:
+    """Put all results into the card."""
     results = sorted((call.home / RUNS / "evaluation").glob("*/results.json"))
     call.command("update_card.py", PUBLISHED, *results)
 
@@ -270,6 +288,7 @@ def evaluations(has_text: bool, has_label_free: bool) -> Iterator[tuple[str, lis
 
 def corpus(call: Call) -> None:
     """A compressed corpus of 6,119 real paragraphs, built, checked and searched."""
+    call.needs(PUBLISHED.name, "publish")
     source = call.source.resolve() if call.source else call.home / SOURCE
     model = ["--model", PUBLISHED, *backbone_option(call)]
     documents = source / "corpus_wikipedia_2wiki.jsonl.gz"
@@ -279,7 +298,9 @@ def corpus(call: Call) -> None:
     questions = DATA / "dev" / "multihop_2wiki_dev.jsonl"
     output = RUNS / "evaluation" / "corpus_wikipedia_2wiki"
     search = ["--data", questions, "--setting", "corpus", "--corpus", CORPUS, "--output", output]
-    call.command("evaluate.py", *model, *search, *limit_option(call))
+    if not is_evaluated(call, output):
+        call.command("evaluate.py", *model, *search, *limit_option(call))
+    update_card(call)
 
 
 LEGS: dict[str, Callable[[Call], None]] = {

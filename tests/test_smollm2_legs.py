@@ -112,7 +112,6 @@ def test_every_leg_goes_on_from_the_one_before(trained):
         assert changed(runs / name, runs / start) == {"reasoner", "generator"}
         given = json.loads((runs / name / "run.json").read_text())
         assert given["model"]["checkpoint"] == str(RUNS / start)
-        assert given["data"]["corpus"] == str(RUNS / "contrastive" / "memories")
         assert not (runs / name / "memories").exists()  # the documents were compressed once
     text = weights(runs / "text")
     assert not any(tensor.any() for name, tensor in text.items() if "lora_B" in name and "generator" not in name)
@@ -131,7 +130,7 @@ def test_finished_legs_are_not_run_again(published, no_command, capfd):
 
 def test_variants_stand_by_themselves(trained, forks, tmp_path, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in (trained / RUNS).glob("*")}
-    variant, results, back = RUNS / "variants" / "pretrain-rank-16", tmp_path / "results", tmp_path / "back"
+    variant, results, back = RUNS / "variants" / "pretrain" / "rank-16", tmp_path / "results", tmp_path / "back"
     assert run(trained, "pretrain", "--variants", "rank-16", "--results", results, tiny=[*TINY, *FRESH[2:]]) == 0
     assert load(trained / variant, trained).config.lora["generator"]["rank"] == 16
     assert {path: path.stat().st_mtime_ns for path in before} == before  # the run itself is finished
@@ -142,7 +141,7 @@ def test_variants_stand_by_themselves(trained, forks, tmp_path, monkeypatch):
     monkeypatch.setattr(Call, "command", lambda call, *words: lines.append([str(word) for word in words]))
     assert run(trained, "pretrain", "--variants", "rank-16", "base", "paraphrase-0") == 0
     for name, line in zip(("base", "paraphrase-0"), lines, strict=True):
-        assert f"output_dir={RUNS}/variants/pretrain-{name}" in line
+        assert f"output_dir={RUNS}/variants/pretrain/{name}" in line
         assert line.index("max_steps=300") < line.index("max_steps=3")  # what is given last wins
         assert any(word.startswith("datasets=[{") for word in line) == (name == "paraphrase-0")
 
