@@ -123,15 +123,16 @@ def prepare(call: Call) -> None:
     source = call.source.resolve() if call.source else call.home / SOURCE
     counts = call.home / DATA / "counts.json"
     if counts.exists() and json.loads(counts.read_text(encoding="utf-8"))["scale"] != call.scale:
-        raise ValueError(f"{counts} is of another --scale than {call.scale}. Delete {counts.parent}, or correct it.")
+        raise ValueError(f"{counts} is of another --scale than {call.scale}. Delete that file, or correct --scale.")
     if not counts.exists():
         call.command("smollm2_data.py", source, "--output", DATA, "--scale", call.scale)
     if (call.home / GGUF).is_dir() and not (call.home / BACKBONE).is_dir():
         gguf = next((call.home / GGUF).glob("*.gguf"))
         call.command("-m", "modeling_clara.smollm2", gguf, BACKBONE)
     if not call.on_cpu:
-        passages = DATA / "pretrain_questions.jsonl"
-        call.command("benchmark_gpu.py", "--data", passages, "--output", RUNS / "gpu.json", *backbone_option(call))
+        (call.home / RUNS).mkdir(parents=True, exist_ok=True)
+        measured = ["--data", DATA / "pretrain_questions.jsonl", "--output", RUNS / "gpu.json", "--rounds", 3]
+        call.command("benchmark_gpu.py", *measured, *backbone_option(call))
 
 
 def backbone_option(call: Call) -> list:
