@@ -106,7 +106,7 @@ class CLaRaProcessor(ProcessorMixin):
             {"enable_thinking": False} if chat_template_kwargs is None else chat_template_kwargs
         )
         self._plain_encoder = None
-        self._bos = None  # (the token's id, `bos_ids`)
+        self._bos = None  # (tokenizer, its BOS, `bos_ids`): asking costs more than encoding a short text
         self._prompts = {}
 
     # --- text -> ids -------------------------------------------------------------------------------------------------
@@ -123,10 +123,10 @@ class CLaRaProcessor(ProcessorMixin):
     def bos_ids(self) -> list[int]:
         """`[bos]` if the tokenizer puts one in front of a text by itself, else `[]`."""
         bos = self.tokenizer.bos_token_id
-        if self._bos is None or self._bos[0] != bos:
+        if self._bos is None or self._bos[0] is not self.tokenizer or self._bos[1] != bos:
             puts_one = bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
-            self._bos = (bos, [bos] if puts_one else [])
-        return list(self._bos[1])
+            self._bos = (self.tokenizer, bos, [bos] if puts_one else [])
+        return list(self._bos[2])
 
     def encode_text(self, text: str, name: str = "text") -> list[int]:
         """Ids of a user's text, none of which is an added token (special or not), and no BOS.
