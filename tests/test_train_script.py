@@ -143,3 +143,23 @@ def test_what_is_wrong_is_said_before_the_first_step(rows, backbone_folder, tmp_
     (other / "thesis.txt").write_text("mine")
     text = run(command(rows, backbone_folder, other), expect=1)
     assert "thesis.txt" in text and (other / "thesis.txt").read_text() == "mine"
+
+
+def test_workers_and_bfloat16(rows, backbone_folder, tmp_path):
+    """As on a GPU: workers make the same batches, and every stage runs under autocast to a finite loss."""
+    shared = ["lora_dropout=0.0", "max_steps=2", "dataloader_num_workers=2", "dataloader_prefetch_factor=2"]
+    half = ["bf16=true", "dtype=bfloat16"]
+    first, fresh = tmp_path / "first", ["memory_sizes=null", "lora_rank=null", "document_max_length=null"]
+    run(command(rows, backbone_folder, first, *shared, *half))
+    assert all(0 < loss < 20 for loss in losses(first))
+    chosen = selecting_rows(tmp_path)
+    start = ["backbone=null", f"checkpoint={first}", *fresh, "retrieval_top_k=2", *shared[1:]]
+    run(command(chosen, backbone_folder, tmp_path / "with", *start, stage="joint"))
+    without = [option for option in start if not option.startswith("dataloader")]
+    run(command(chosen, backbone_folder, tmp_path / "without", *without, stage="joint"))
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    run(command(chosen, backbone_folder, tmp_path / "half", *start, *half, stage="joint"))
+    assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "with"), rel=0.05)
+    fresh_text = ["memory_sizes=[2,4]", *shared, *half]
+    run(command(chosen, backbone_folder, tmp_path / "text", *fresh_text, stage="text"))
+    assert all(0 < loss < 20 for loss in losses(tmp_path / "text"))
