@@ -176,6 +176,11 @@ class CheckpointMixin:
         text_config._name_or_path, text_config.dtype = "", None
         if hasattr(text_config, "quantization_config"):
             del text_config.quantization_config
+        if (config_kwargs or {}).get("memory_normalization"):
+            raise ValueError(
+                "`memory_normalization` must be left out of `config_kwargs`: its numbers are measured. Call "
+                "`normalize_memories(documents)` on the model."
+            )
         config = CLaRaConfig(
             text_config=text_config,
             backbone_name_or_path=source,
@@ -265,8 +270,8 @@ class CheckpointMixin:
         model = cls(config, backbone=load_backbone(**place, **default_dtype(kwargs)))
         check_digests(model.backbone, config, place["source"], is_explicit=is_explicit)
         table = model.get_input_embeddings().weight
-        for rows in special_rows(model).values():
-            rows.data = rows.data.to(table.device, table.dtype)
+        for name, rows in special_rows(model).items():
+            rows.data = rows.data.to(table.device, torch.float32 if name in MEMORY_STATISTICS else table.dtype)
         # Copies: the loaded tensors are mapped from the files, which may be overwritten while the model lives.
         stored = load_weights(model, files)
         model._stored = {part: {name: t.clone() for name, t in tensors.items()} for part, tensors in stored.items()}

@@ -49,7 +49,8 @@ def compressor_fingerprint(tensors: Mapping[str, torch.Tensor], processor, confi
     scaling. Device, compute dtype and merging do not enter.
 
     Args:
-        tensors: adapter tensors under PEFT names, `memory_embeddings` and `separator_embedding`.
+        tensors: adapter tensors under PEFT names, `memory_embeddings`, `separator_embedding`, and where memories are
+            normalised `memory_shift` and `memory_scale`.
         processor: `CLaRaProcessor`.
         config: `CLaRaConfig`.
     """

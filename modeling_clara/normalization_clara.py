@@ -54,8 +54,7 @@ class NormalizationMixin:
             embeddings = self.get_input_embeddings()
             sample = embeddings.weight.detach()[:: max(1, len(embeddings.weight) // 8192)].float()
             spread = float(sample.std()) * float(getattr(embeddings, "scalar_embed_scale", 1.0))  # Gemma's scale
-            rows = self.memory_embeddings
             for name, values in zip(MEMORY_STATISTICS, memory_statistics(states, spread), strict=True):
-                parameter = nn.Parameter(values.to(rows.device, rows.dtype), requires_grad=False)
+                parameter = nn.Parameter(values.to(self.memory_embeddings.device), requires_grad=False)
                 self.register_parameter(name, parameter)
             self.config.memory_normalization = True

@@ -8,6 +8,7 @@ untrained.
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from benchmark import benchmark_parser, in_turn, linear_layers, read_rows, show, table
@@ -175,7 +176,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="of the backbone (default: bfloat16)")
     parser.add_argument("--limit", type=int, help="first passages of the file only")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 256, 1024], help="documents of a pass")
-    parser.add_argument("--steps", type=int, nargs="+", default=[32, 64, 128], help="documents of a stage-1 step")
+    parser.add_argument("--steps", type=int, nargs="+", default=[16, 32, 64], help="documents of a stage-1 step")
     parser.add_argument("--gemm-tokens", type=int, default=GEMM_TOKENS, help=f"rows (default: {GEMM_TOKENS})")
     parser.add_argument("--attention", default="sdpa", help="attention implementation (default: sdpa)")
     arguments = parser.parse_args()
@@ -201,7 +202,8 @@ def main() -> None:
             model, rows, arguments.batch_sizes, arguments.rounds, arguments.gemm_tokens
         ),
     }
-    print(json.dumps(report["compression"]["ways"]), flush=True)  # kept, should the steps not fit into the memory
+    if arguments.output:  # kept, should the steps not fit into the memory
+        Path(arguments.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     report["steps"] = benchmark_steps(model, rows, arguments.steps, arguments.rounds, arguments.gemm_tokens)
     show(report, render(report), arguments.output)
 

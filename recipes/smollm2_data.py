@@ -20,10 +20,12 @@ import argparse
 import gzip
 import hashlib
 import json
+import math
 import random
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from checkpoints import write_json
@@ -170,11 +172,12 @@ def with_distractors(rows: Sequence[Mapping], n_documents: int, generator: rando
 
 
 def multihop_rows(rows: Sequence[Mapping], held: HeldBack) -> Iterator[dict]:
-    """Rows with their own candidates, but for those whose question or gold document is held back."""
+    """Rows with their own candidates, but for those whose question or a document of which is held back."""
     for row in rows:
         documents = read_documents(row)
         gold = read_positives(row, len(documents))
-        if words(row["question"]) in held.questions or any(held.has("", documents[n]["text"]) for n in gold):
+        is_held = any(held.has(document["title"], document["text"]) for document in documents)
+        if is_held or words(row["question"]) in held.questions:
             continue
         yield {"question": row["question"], "answers": row["answers"], "docs": documents, "pos_index": gold}
 
@@ -206,6 +209,16 @@ def write_jsonl(path: Path, rows: Sequence[Mapping]) -> int:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return len(rows)
+
+
+def share_of(rows: Sequence[Mapping], share: float) -> list[Mapping]:
+    """So many of the rows, evenly spaced, at least one of them.
+
+    >>> share_of(range(10), 0.4)
+    [0, 2, 5, 7]
+    """
+    exact = Fraction(share).limit_denominator(1_000_000)
+    return [rows[int(n / exact)] for n in range(math.ceil(len(rows) * exact))]
 
 
 def write_files(source: Path, output: Path, *, scale: float = 1.0, seed: int = SEED) -> dict[str, int]:
@@ -244,7 +257,7 @@ def write_files(source: Path, output: Path, *, scale: float = 1.0, seed: int = S
     counts = {}
     for name, rows in files.items():
         # neighbours share documents, so the files pack well; training draws its own order
-        counts[name] = write_jsonl(output / f"{name}.jsonl", rows[:: max(1, round(1 / scale))])
+        counts[name] = write_jsonl(output / f"{name}.jsonl", share_of(rows, scale))
     for name, rows in {**held.passages, **development}.items():
         name = f"dev/{name.removesuffix('.gz')}"
         counts[name] = write_jsonl(output / name, rows)

@@ -40,10 +40,11 @@ from smollm2_stages import (
 )
 
 RESULT_PART = 15 * MIB  # of what comes back
+PAUSED_RUN = 66  # MiB of a checkpoint with its optimizer, before it is packed
 
 
-def run(call: Call, legs: Sequence[str], results: Path | None) -> int:
-    """Run legs one after the other, as long as there is time; the exit status.
+def run(call: Call, legs: Sequence[str], results: Path | None, results_limit: float | None = None) -> int:
+    """Run legs one after the other, as long as there is time and room for what they bring home; the exit status.
 
     Raises:
         RuntimeError, ValueError: a leg failed, or what it needs is not there. Results are packed before.
@@ -51,9 +52,15 @@ def run(call: Call, legs: Sequence[str], results: Path | None) -> int:
     if results is not None and results.exists() and any(results.iterdir()):
         raise ValueError(f"--results must be a new or empty folder, got {results}. Choose another name.")
     call.home.mkdir(parents=True, exist_ok=True)
-    status = 0
+    status, begun = 0, []
     try:
         for leg in legs:
+            size = sum(path.stat().st_size for path in results_of(call.home, begun)) / MIB
+            if results is not None and results_limit and begun and size + PAUSED_RUN > results_limit:
+                status = PAUSED
+                print(f"leg {leg}: another call, {size:.0f} MiB of results are enough for this one", flush=True)
+                break
+            begun.append(leg)
             start = time.monotonic()
             print(f"leg {leg}, {call.minutes_left():.1f} minutes left", flush=True)
             try:
@@ -65,7 +72,7 @@ def run(call: Call, legs: Sequence[str], results: Path | None) -> int:
             print(f"leg {leg}: done in {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
     finally:
         if results is not None:
-            content = {str(path.relative_to(call.home)): path for path in results_of(call.home, legs)}
+            content = {str(path.relative_to(call.home)): path for path in results_of(call.home, begun)}
             if content:
                 parts = pack(content, results, limit=RESULT_PART, own_folders=False)
                 print(f"results: {len(content)} files in {len(parts)} parts in {results}", flush=True)
@@ -90,7 +97,9 @@ def results_of(home: Path, legs: Sequence[str]) -> list[Path]:
         else:
             found += files_of_run(runs / leg)
             for variant in sorted((runs / "variants" / leg).glob("*")):
-                found += [variant / name for name in ("run.json", "trainer_state.json", "samples.jsonl")]
+                found += [
+                    p for p in files_of_run(variant) if p.name in ("run.json", "trainer_state.json", "samples.jsonl")
+                ]
     found = [path for path in dict.fromkeys(found) if path.is_file() and not path.name.startswith(".")]
     return [path for path in found if "memories" not in path.relative_to(runs).parts]
 
@@ -163,6 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
     running.add_argument("--source", type=Path, help="folder of the data (default: what `receive` has brought)")
     running.add_argument("--minutes", type=float, default=9.0, help="for all of it (default: 9)")
     running.add_argument("--results", type=Path, help="new folder for what is worth taking home, in parts of 15 MiB")
+    running.add_argument("--results-limit", type=float, metavar="MIB", help="begin no leg that could bring more home")
     running.add_argument("--cpu", action="store_true", help="train in float32 on a CPU, in small steps")
     running.add_argument("--scale", type=float, default=1.0, help="share of the training rows that prepare writes")
     running.add_argument(
@@ -217,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             source=arguments.source,
             variants=arguments.variants,
         )
-        return run(call, legs, arguments.results)
+        return run(call, legs, arguments.results, arguments.results_limit)
     except (OSError, ValueError, RuntimeError, ImportError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

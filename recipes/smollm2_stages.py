@@ -18,7 +18,7 @@ RECIPES = Path(__file__).resolve().parent
 ROOT = RECIPES.parent
 CONFIGS = RECIPES / "configs"
 PAUSED = 3  # exit status: the same command goes on
-MARGIN = 0.5  # minutes that a stopped leg may take to write its checkpoint
+MARGIN = 1.0  # minutes for the step, the evaluation and the checkpoint that a stopped leg is at
 # Places below the home folder; the recipes name them in the same words, and run there.
 DATA, RUNS, SITE = Path("data/smollm2"), Path("runs/smollm2"), Path("site")
 SOURCE, BACKBONE, GGUF = DATA / "source", DATA / "backbone", DATA / "gguf"
@@ -107,7 +107,10 @@ class Call:
     def needs(self, run: str, leg: str) -> None:
         """Raise a ValueError unless the run that a leg starts from is finished."""
         if not is_finished(self.home / RUNS / run):
-            raise ValueError(f"this leg needs {self.home / RUNS / run}, which is not finished. Run the leg {leg}.")
+            raise ValueError(
+                f"this leg needs {self.home / RUNS / run}, which is not finished. Run the leg {leg}, or bring the "
+                "run with `pack --runs`."
+            )
 
 
 def is_finished(run: Path) -> bool:
@@ -123,7 +126,10 @@ def prepare(call: Call) -> None:
     source = call.source.resolve() if call.source else call.home / SOURCE
     counts = call.home / DATA / "counts.json"
     if counts.exists() and json.loads(counts.read_text(encoding="utf-8"))["scale"] != call.scale:
-        raise ValueError(f"{counts} is of another --scale than {call.scale}. Delete that file, or correct --scale.")
+        raise ValueError(
+            f"{counts} is of another --scale than {call.scale}. Correct --scale, or delete that file "
+            f"and the runs in {call.home / RUNS}, which have learned from it."
+        )
     if not counts.exists():
         call.command("smollm2_data.py", source, "--output", DATA, "--scale", call.scale)
     if (call.home / GGUF).is_dir() and not (call.home / BACKBONE).is_dir():
@@ -132,7 +138,11 @@ def prepare(call: Call) -> None:
     if not call.on_cpu:
         (call.home / RUNS).mkdir(parents=True, exist_ok=True)
         measured = ["--data", DATA / "pretrain_questions.jsonl", "--output", RUNS / "gpu.json", "--rounds", 3]
-        call.command("benchmark_gpu.py", *measured, *backbone_option(call))
+        try:
+            if not (call.home / RUNS / "gpu.json").exists():
+                call.command("benchmark_gpu.py", *measured, *backbone_option(call))
+        except RuntimeError as error:  # training does not need it
+            print(f"not measured: {error}", flush=True)
 
 
 def backbone_option(call: Call) -> list:
@@ -152,11 +162,20 @@ def train(call: Call, stage: str, name: str | None = None, *given: str) -> None:
         runs = [(f"variants/{name or stage}/{variant}", read_variant(stage, variant)) for variant in call.variants]
     for run, changes in runs:
         if is_finished(call.home / RUNS / run):
+            check_finished(call, call.home / RUNS / run)
             print(f"{run} is finished", flush=True)
             continue
         minutes = f"max_minutes={max(0.1, call.minutes_left() - MARGIN):.2f}"
         output = f"output_dir={RUNS / run}"
         call.command("train.py", "--config", *files, *given, *changes, *call.overrides, output, minutes)
+
+
+def check_finished(call: Call, run: Path) -> None:
+    """Raise a ValueError unless a finished run is of a GPU, or of a CPU, as it is asked for now."""
+    trained = json.loads((run / "run.json").read_text(encoding="utf-8"))["training"]
+    if trained["use_cpu"] != call.on_cpu:
+        made, asked = (("with" if flag else "without") for flag in (trained["use_cpu"], call.on_cpu))
+        raise ValueError(f"{run} was trained {made} --cpu, and is asked for {asked} it. Delete it, or correct --cpu.")
 
 
 def read_variant(stage: str, name: str) -> list[str]:
@@ -228,27 +247,37 @@ def publish(call: Call) -> None:
 def evaluate(call: Call) -> None:
     """Every figure of the card, on the development files."""
     call.needs(PUBLISHED.name, "publish")
-    has_text = is_finished(call.home / RUNS / "text")
-    for name, arguments in evaluations(has_text, is_finished(call.home / RUNS / "joint-label-free")):
+    has_text, has_label_free = (is_finished(call.home / RUNS / name) for name in ("text", "joint-label-free"))
+    for name, is_there in (("text", has_text), ("joint-label-free", has_label_free)):
+        if not is_there:
+            print(f"left out: everything with {name}, which is not trained", flush=True)
+    for name, arguments in evaluations(has_text, has_label_free):
         output = RUNS / "evaluation" / name
-        if not is_evaluated(call, output):
+        if not is_evaluated(call, output, arguments):
             places = ["--memories", RUNS / "evaluation" / "memories", *backbone_option(call)]
             call.command("evaluate.py", *arguments, "--output", output, *places, *limit_option(call))
+            update_card(call)  # each time, for what is there when the time is over
     update_card(call)
 
 
-def is_evaluated(call: Call, output: Path) -> bool:
-    """Whether there are results of this checkpoint and these questions; evaluate.py refuses those of others."""
-    results, run = call.home / output / "results.json", call.home / output / "run.json"
-    if not results.exists() or results.stat().st_mtime < (call.home / PUBLISHED / "config.json").stat().st_mtime:
+def is_evaluated(call: Call, output: Path, arguments: list) -> bool:
+    """Whether all systems have results of these checkpoints and questions; evaluate.py refuses what is of others."""
+    words = list(map(str, arguments))
+    systems = words[words.index("--systems") + 1 :] if "--systems" in words else ["clara"]
+    systems = systems[: next((n for n, word in enumerate(systems) if word.startswith("--")), len(systems))]
+    folders = [output, *(output / "baselines" / name.replace("_", "-") for name in systems[1:])]
+    results = [call.home / folder / "results.json" for folder in folders]
+    used = [call.home / word / "config.json" for word in words if word.startswith(str(RUNS))]
+    newest = max(path.stat().st_mtime for path in used if path.exists())
+    if not all(path.exists() and path.stat().st_mtime >= newest for path in results):
         return False
-    return json.loads(run.read_text(encoding="utf-8")).get("limit") == call.limit
+    return json.loads((call.home / output / "run.json").read_text(encoding="utf-8")).get("limit") == call.limit
 
 
 def update_card(call: Call) -> None:
-    """Put all results into the card."""
-    results = sorted((call.home / RUNS / "evaluation").glob("*/results.json"))
-    call.command("update_card.py", PUBLISHED, *results)
+    """Put the results of the published checkpoint into its card; those of joint-label-free are another model's."""
+    runs = sorted(path.parent for path in (call.home / RUNS / "evaluation").glob("*/results.json"))
+    call.command("update_card.py", PUBLISHED, *(run for run in runs if not run.name.endswith("-label-free")))
 
 
 def limit_option(call: Call) -> list:
@@ -288,7 +317,7 @@ def evaluations(has_text: bool, has_label_free: bool) -> Iterator[tuple[str, lis
 
 
 def corpus(call: Call) -> None:
-    """A compressed corpus of 6,119 real paragraphs, built, checked and searched."""
+    """A compressed corpus of 6,119 real paragraphs, built, checked and searched; it stays where it is built."""
     call.needs(PUBLISHED.name, "publish")
     source = call.source.resolve() if call.source else call.home / SOURCE
     model = ["--model", PUBLISHED, *backbone_option(call)]
@@ -299,7 +328,7 @@ def corpus(call: Call) -> None:
     questions = DATA / "dev" / "multihop_2wiki_dev.jsonl"
     output = RUNS / "evaluation" / "corpus_wikipedia_2wiki"
     search = ["--data", questions, "--setting", "corpus", "--corpus", CORPUS, "--output", output]
-    if not is_evaluated(call, output):
+    if not is_evaluated(call, output, model):
         call.command("evaluate.py", *model, *search, *limit_option(call))
     update_card(call)
 

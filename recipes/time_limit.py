@@ -3,15 +3,16 @@
 Stands beside `trainer.py`. It knows nothing of models or losses.
 """
 
-import logging
 import time
 
-import torch
-from transformers import TrainerCallback
+START = time.monotonic()  # of this process: train.py imports this file before all that takes seconds
+
+import logging  # noqa: E402
+
+import torch  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
 
 logger = logging.getLogger(__name__)
-
-START = time.monotonic()  # of this process, or near it
 
 
 class TimeLimit(TrainerCallback):

@@ -12,6 +12,7 @@ import sys
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL sends it otherwise
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers that make batches are processes already
 
+import time_limit  # noqa: E402, F401, I001  (its clock starts here)
 from arguments import parse_arguments  # noqa: E402
 from checkpoints import check_folder, claim_folder, describe_run, is_at_its_end  # noqa: E402
 from preparation import prepare_trainer, seed_everything  # noqa: E402

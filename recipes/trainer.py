@@ -22,7 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from modeling_clara import CLaRaForRAG
 from modeling_clara.backbone_clara import backbone_digests
-from modeling_clara.configuration_clara import ROLES
+from modeling_clara.configuration_clara import MEMORY_STATISTICS, ROLES
 from modeling_clara.generation_clara import eval_mode
 
 logger = logging.getLogger(__name__)
@@ -374,7 +374,8 @@ def part_of(parameter_name: str) -> str:
     for role in ROLES:
         if role in names:
             return role
-    return "rows" if names[-1] in ("memory_embeddings", "separator_embedding") else "backbone"
+    rows = ("memory_embeddings", "separator_embedding", *MEMORY_STATISTICS)
+    return "rows" if names[-1] in rows else "backbone"
 
 
 def _n_rows(batch: dict) -> int:

@@ -110,8 +110,7 @@ def card_section(results: Sequence[Mapping]) -> str:
         f"{'; '.join(map(_escape, machines))}.",
         results_table(results),
     ]
-    compared = next((content for content in results if content["comparisons"]), None)
-    if compared:
+    for compared in (content for content in results if content["comparisons"]):
         setting = compared["setting"].replace("_", " ")
         parts += [
             f"{_escape(compared['system']['name'])} minus other systems on the same questions "
