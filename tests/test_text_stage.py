@@ -1,18 +1,14 @@
-"""The stage "text" and the time limit: exact prompts, the plain loss, what moves, and pauses that change nothing.
+"""The stage "text": exact prompts, its records, the plain loss, and what moves.
 
-Most runs are calls of `train.main` in this process, on a tiny backbone on disk; the last ones launch two processes.
+Stands after `test_collators.py` and `test_data.py`; its trainers run in this process. Knows nothing of pauses.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from arguments import TRAINABLE_ROLES, CLaRaTrainingArguments, DataArguments, ModelArguments, parse_arguments
-from checkpoints import describe_run
+from arguments import TRAINABLE_ROLES, CLaRaTrainingArguments, DataArguments, ModelArguments
 from collators import TextCollator
 from data import BadRow, RecordReader
 from mixtures import load_records
@@ -20,10 +16,8 @@ from peft.tuners.lora import LoraLayer
 from preparation import prepare_trainer, seed_everything
 from test_collators import TEMPLATE, inputs, plain, record, spelt
 from test_data import LONG, without, write
-from test_train_script import COMMON, CONFIGS, ROOT
 from test_trainer import CITIES, NAMES, assert_equal, count_roles, loss_curve, state_of, without_dropout
 from tiny import build_tokenizer
-from train import PAUSED, main
 from trainer import part_of
 from transformers import AutoModelForCausalLM
 from trl.scripts.utils import DatasetConfig
@@ -45,10 +39,8 @@ def processor() -> CLaRaProcessor:
     )
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> Path:
+def write_rows(path: Path) -> Path:
     """Rows with one to four documents and one or two targets; half of them have a paraphrase as well."""
-    path = tmp_path_factory.mktemp("rows") / "text.jsonl"
     with open(path, "w") as file:
         for index, (name, city) in enumerate(zip(NAMES, CITIES, strict=True)):
             docs = [f"{NAMES[(index + n) % 8]}\nLives in {CITIES[(index + n) % 8]}." for n in range(1 + index % 4)]
@@ -57,6 +49,11 @@ def rows(tmp_path_factory) -> Path:
             row = {"docs": docs, "qas": pairs, **({"paraphrase": f"In {city}."} if index % 2 else {})}
             file.write(json.dumps(row) + "\n")
     return path
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "text.jsonl")
 
 
 @pytest.fixture
@@ -330,193 +327,3 @@ def test_evaluation_and_samples_are_read_from_texts(build, backbone_folder):
             found = reference.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
         answer = model.decode_answer(found[0, ids.shape[1] :].tolist(), config.eos_token_id)
         assert row["answer"] == answer and row["question"] == one["questions"][0]
-
-
-# --- the time limit --------------------------------------------------------------------------------------------------
-
-
-# of the 12 records with one target each an epoch has two steps
-SHORT = ["max_steps=3", "per_device_train_batch_size=6", "gradient_accumulation_steps=1", "num_samples=1"]
-
-
-@pytest.fixture
-def start(rows, backbone_folder, tmp_path, monkeypatch):
-    """`start(name, *overrides)`: `train.py` on the recipe of the stage; its exit status."""
-
-    def run(name: str, *overrides: str, stage: str = "text") -> int:
-        given = [f"backbone={backbone_folder}", f"datasets=[{{path: {rows}}}]", f"output_dir={tmp_path / name}"]
-        options = [*COMMON, *SHORT, *overrides]
-        monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(CONFIGS / f"{stage}.yaml"), *given, *options])
-        return main()
-
-    return run
-
-
-def until_done(start, folder: Path, *overrides: str, **kwargs) -> int:
-    """Start a run again and again, each time over its limit at once; how often it paused."""
-    pauses = 0
-    while (status := start(folder.name, f"max_minutes={(1 + pauses) / 1e4}", *overrides, **kwargs)) == PAUSED:
-        pauses += 1
-        assert not (folder / "config.json").exists() and not list(folder.glob("*.safetensors"))
-        assert (folder / f"checkpoint-{pauses}" / "trainer_state.json").exists()
-        assert not (folder / f"checkpoint-{pauses + 1}").exists() and pauses < 20
-    assert status == 0 and (folder / "config.json").exists()
-    return pauses
-
-
-def history(folder: Path) -> list[dict]:
-    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
-
-
-def losses(folder: Path, name: str = "loss") -> list[tuple[int, float]]:
-    return [(entry["step"], entry[name]) for entry in history(folder) if name in entry]
-
-
-def assert_same_run(whole: Path, paused: Path) -> None:
-    ours, theirs = (CLaRaForRAG.from_pretrained(folder).state_dict() for folder in (whole, paused))
-    assert_equal(ours, theirs)
-    assert len(losses(whole)) and losses(whole) == losses(paused)
-
-
-ACCUMULATED = ["per_device_train_batch_size=3", "gradient_accumulation_steps=2", "targets_per_document=2"]
-
-
-@pytest.mark.parametrize(
-    "stage, overrides",
-    [
-        ("text", ["save_total_limit=1", "save_steps=100"]),
-        ("text", ["save_strategy=no", "train_sampling_strategy=random", *ACCUMULATED]),
-        ("pretrain", [*ACCUMULATED]),
-    ],
-)
-def test_pausing_after_every_step_equals_not_pausing(start, tmp_path, stage, overrides):
-    """Bit-equal weights and losses into the second epoch, dropout and k drawn; the limit may differ every time."""
-    assert start("whole", *overrides, stage=stage) == 0
-    assert PAUSED == 3 and until_done(start, tmp_path / "paused", *overrides, stage=stage) == 2
-    assert_same_run(tmp_path / "whole", tmp_path / "paused")
-    assert history(tmp_path / "paused")[-1]["epoch"] > 1
-
-
-def test_pauses_with_more_time_or_none_between_them(start, tmp_path):
-    """Over at once, then far away, then given up: neither is another run; a finished one is never paused."""
-    assert start("whole") == start("unhurried", "max_minutes=1e6") == 0
-    assert start("paused", "max_minutes=0.0001") == start("paused", "max_minutes=1e-9") == PAUSED
-    assert start("paused") == 0
-    assert start("last", "max_steps=1", "max_minutes=0.0001") == 0  # the first step is the last one
-    for name in ("unhurried", "paused"):
-        assert_same_run(tmp_path / "whole", tmp_path / name)
-    with pytest.raises(ValueError, match="is finished"):
-        start("paused", "max_minutes=0.0001")
-
-
-def test_killed_between_the_last_checkpoint_and_the_end(start, tmp_path):
-    """Such as in the last evaluation: every step is done, so that no further one is."""
-    assert start("run") == 0
-    before, steps = CLaRaForRAG.from_pretrained(tmp_path / "run").state_dict(), losses(tmp_path / "run")
-    (tmp_path / "run" / "config.json").unlink()
-    assert start("run") == 0
-    assert losses(tmp_path / "run") == steps
-    assert_equal(before, CLaRaForRAG.from_pretrained(tmp_path / "run").state_dict())
-
-
-@pytest.mark.parametrize("minutes", ["0", "-1", "-0.5", ".nan", "-.inf"])
-def test_a_limit_that_is_no_time_is_refused(start, tmp_path, minutes):
-    with pytest.raises(ValueError, match=r"`max_minutes` must be > 0, got .*\. Raise it or leave it out"):
-        start("run", f"max_minutes={minutes}")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("minutes", ["ten", "true", "[1]", "{a: 1}"])
-def test_a_limit_that_is_no_number_is_refused(start, tmp_path, minutes):
-    with pytest.raises(ValueError, match="`max_minutes` must be of type float, got"):
-        start("run", f"max_minutes={minutes}")
-    assert not (tmp_path / "run").exists()
-
-
-def test_the_limit_is_no_part_of_what_a_run_is(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("stage: text\nbackbone: x\ndatasets: [{path: y}]\nuse_cpu: true\n")
-    limits = ([], ["max_minutes=1"], ["max_minutes=0.5"], ["max_minutes=null"])
-    parsed = [parse_arguments(["--config", str(tmp_path / "recipe.yaml"), *limit]) for limit in limits]
-    assert [training.max_minutes for _, _, training in parsed] == [None, 1.0, 0.5, None]
-    assert all(describe_run(*arguments) == describe_run(*parsed[0]) for arguments in parsed)
-
-
-@pytest.mark.parametrize("strategy", ["steps", "epoch"])
-def test_pauses_add_no_evaluations(start, rows, tmp_path, strategy):
-    """Held-out losses and samples of the same steps as without pauses: an evaluation may take longer than is left."""
-    options = [f"eval_datasets=[{{path: {rows}}}]", f"eval_strategy={strategy}", "eval_steps=2"]
-    assert start("whole", *options) == 0
-    until_done(start, tmp_path / "paused", *options)
-    samples = [(tmp_path / name / "samples.jsonl").read_text().splitlines() for name in ("whole", "paused")]
-    steps = [[json.loads(line)["step"] for line in lines] for lines in samples]
-    assert steps[0] == steps[1]
-    assert losses(tmp_path / "whole", "eval_loss") == losses(tmp_path / "paused", "eval_loss")
-    assert_same_run(tmp_path / "whole", tmp_path / "paused")
-    assert samples[0] == samples[1]
-
-
-def test_a_pause_saves_what_is_not_the_best(start, rows, tmp_path):
-    """With `save_strategy: best` a step that is evaluated and no better is saved all the same, or it would be lost."""
-    options = [f"eval_datasets=[{{path: {rows}}}]", "eval_strategy=steps", "eval_steps=1", "save_strategy=best"]
-    options += ["metric_for_best_model=eval_ce", "learning_rate=1e-30", "max_steps=3"]  # nothing moves
-    for step in (1, 2):
-        assert start("run", "max_minutes=0.0001", *options) == PAUSED
-        assert (tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json").exists()
-    assert start("run", "max_minutes=0.0001", *options) == 0
-
-
-def test_no_step_is_missing_in_the_log_of_a_paused_run(start, tmp_path):
-    """A loss is the mean since the entry before: together they are the sum over all steps, wherever a run paused."""
-    options = ["logging_steps=3"]
-    assert start("whole", *options) == 0
-    until_done(start, tmp_path / "paused", *options)
-    sums = []
-    for name in ("whole", "paused"):
-        entries = losses(tmp_path / name)
-        steps = [0, *(step for step, _ in entries)]
-        sums.append(sum(loss * (step - before) for (step, loss), before in zip(entries, steps, strict=False)))
-    assert sums[0] == pytest.approx(sums[1], rel=1e-5)
-
-
-# --- two processes ---------------------------------------------------------------------------------------------------
-
-LAUNCHED = """
-import os, sys, time
-sys.path.insert(0, {recipes!r})
-import time_limit, trainer, train
-if os.environ["RANK"] == "1":
-    time_limit.START -= 1e9  # its time is over, that of the first process is not
-save = trainer.CLaRaTrainer._save
-def slow_save(self, *args, **kwargs):
-    time.sleep({seconds} * self.args.should_save)  # a large model on a slow disk
-    save(self, *args, **kwargs)
-trainer.CLaRaTrainer._save = slow_save
-sys.exit(train.main())
-"""
-
-
-def launch(rows: Path, backbone: Path, folder: Path, seconds: float) -> subprocess.CompletedProcess:
-    """Two gloo processes with a limit of a day that is over in the second one, the first one slow to save."""
-    script = folder.with_suffix(".py")
-    script.write_text(LAUNCHED.format(recipes=str(ROOT / "recipes"), seconds=seconds))
-    config = ["--config_file", str(ROOT / "recipes" / "accelerate" / "ddp.yaml"), "--main_process_port", "0"]
-    given = [f"backbone={backbone}", f"datasets=[{{path: {rows}}}]", f"output_dir={folder}", *COMMON]
-    given += ["ddp_backend=gloo", "max_minutes=1440", "save_steps=100", "gradient_accumulation_steps=1"]
-    return subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *config, str(script),
-         "--config", str(CONFIGS / "text.yaml"), *given],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-
-
-def test_two_processes_stop_at_the_same_step_and_the_checkpoint_is_whole(rows, backbone_folder, tmp_path):
-    """The clock of one process is enough; saving is slow, and the other one must not end the run before it is done."""
-    folder = tmp_path / "run"
-    result = launch(rows, backbone_folder, folder, 3.0)
-    shown = (result.stdout + result.stderr)[-4000:]
-    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"], shown
-    found = {path.name for path in (folder / "checkpoint-1").iterdir()}
-    assert {"rng_state_0.pth", "rng_state_1.pth"} <= found, shown
-    assert "trainer_state.json" in found and not (folder / "config.json").exists(), shown
-    # every process says 3; the launcher, which knows failures only, makes it 1
-    assert result.returncode == 1 and shown.count("exitcode  : 3 ") >= 1 and "exitcode  : 1 " not in shown
