@@ -250,6 +250,14 @@ def test_the_control_reads_other_documents(bench, tasks):
     assert [row["read"] for row in predict(bench, "wrong_memory", tasks)] != before
 
 
+def test_the_control_reads_as_many_documents_as_the_gold_ones(bench, memories):
+    """In the setting gold_only, where `top_k` counts for nothing: else more memories, not wrong ones, are compared."""
+    for task in make_tasks(make_data(), "gold_only", nothing):
+        alone = Bench(**{**vars(bench), "read_all": True, "top_k": 3})
+        rows = wrong_rows(alone, task)
+        assert len(rows) == len(task.gold) == 1 and bench.spans.document_ids[rows[0]] not in task.gold
+
+
 def test_the_control_with_few_documents(bench, tasks):
     """Everything is a candidate: those that are not gold. Everything is gold: an error that says so."""
     names, question = list(documents()), tasks[1].question

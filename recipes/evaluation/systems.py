@@ -174,8 +174,9 @@ def retrieve(bench: Bench, system: System, tasks: Sequence[Task], clock: Clock) 
 
 
 def wrong_rows(bench: Bench, task: Task) -> list[int]:
-    """First spans of `top_k` documents that have nothing to do with the question, drawn from (seed, question id).
+    """First spans of documents that have nothing to do with the question, drawn from (seed, question id).
 
+    As many as the question's own system reads: `top_k`, or where all gold documents are read, as many as these.
     Documents that are no candidates of the question come first, then candidates that are not gold.
 
     Raises:
@@ -184,9 +185,10 @@ def wrong_rows(bench: Bench, task: Task) -> list[int]:
     names = bench.names()
     generator = random.Random(f"{bench.seed} {task.question.id}")
     gold, chosen = set(task.gold), {}
+    wanted = max(1, len(gold)) if bench.read_all else bench.top_k
     for avoided in (gold.union(task.candidates or ()), gold):
-        for index in generator.sample(range(len(names)), min(len(names), bench.top_k + len(avoided))):
-            if names[index] not in avoided and len(chosen) < bench.top_k:
+        for index in generator.sample(range(len(names)), min(len(names), wanted + len(avoided))):
+            if names[index] not in avoided and len(chosen) < wanted:
                 chosen.setdefault(bench.spans.rows[names[index]].start)
     if chosen:
         return list(chosen)
