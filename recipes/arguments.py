@@ -48,8 +48,8 @@ class ModelArguments:
         attn_implementation: as in transformers.
         memory_sizes, lora_rank, lora_alpha, lora_dropout, document_max_length, processor_kwargs: of fresh adapters;
             a checkpoint has them in its config.
-        memory_normalization: of fresh adapters: the memories of the first documents are measured and normalised, see
-            `CLaRaForRAG.normalize_memories`; a checkpoint has the numbers with its rows.
+        memory_normalization: of fresh adapters: the memories of 128 documents of the data are measured and
+            normalised, see `CLaRaForRAG.normalize_memories`; a checkpoint has the numbers with its rows.
         retrieval_top_k, retrieval_temperature, retrieval_memory_size, alignment_weight, contrastive_weight: fields of
             `CLaRaConfig`; None keeps the checkpoint's, or its default.
         train_backbone: all weights train, for a backbone that is trained from scratch; checkpoints then include it.
@@ -165,12 +165,14 @@ class CLaRaTrainingArguments(TrainingArguments):
         trainable_roles: default: the stage's, see `TRAINABLE_ROLES`.
         num_samples: rows whose answers are generated and written to samples.jsonl at every evaluation.
         max_minutes: stop with a checkpoint after so many minutes of this start; the same command goes on.
+        train_memory_sizes: the k that a step draws from, some of the model's `memory_sizes`; default: all.
     """
 
     stage: str = "pretrain"
     trainable_roles: list[str] | None = None
     num_samples: int = 4
     max_minutes: float | None = None
+    train_memory_sizes: list[int] | None = None
 
     def __post_init__(self):
         check_choice("stage", self.stage, STAGES)

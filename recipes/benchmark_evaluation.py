@@ -21,7 +21,8 @@ from evaluation.questions import Question
 from evaluation.run import prediction_row
 from evaluation.scores import CUTOFFS, compare, score_questions, with_intervals
 from evaluation.tasks import Task
-from pico_facts import FactSheets, write_jsonl
+from json_files import write_jsonl
+from pico_facts import FactSheets
 
 HERE = Path(__file__).parent
 PICO = HERE.parent / "model_cards" / "clara-pico"

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from json_files import write_json
 from transformers import AutoModelForCausalLM
 
 from modeling_clara import CLaRaForRAG
@@ -92,13 +93,6 @@ def claim_folder(folder: str | Path, description: dict) -> None:
     """Write down whose folder this is; to be called when everything before the first step has gone well."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_json(Path(folder) / RUN_FILE, description)
-
-
-def write_json(path: Path, value) -> None:
-    """Write whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -7,10 +7,11 @@ models or training. Everything comes from a seed; the test split has people and 
 """
 
 import argparse
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+
+from json_files import write_jsonl
 
 # Statements and questions of each relation; the last of each are the unseen wordings of the test split. Their words
 # all occur in training, in other sentences: a model of this size cannot know a word that it has never seen.
@@ -297,15 +298,8 @@ class FactSheets:
             yield {"question": question, "answers": [answer], "docs": docs, "pos_index": [gold]}
 
 
-def write_jsonl(path: Path, rows: Iterator[dict]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
 def write_files(folder: Path, scale: float = 1.0) -> None:
     """All data of clara-pico; `scale` shrinks the training files for a trial."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "pretrain.jsonl", FactSheets(1).pretraining_rows(int(60_000 * scale)))
     write_jsonl(folder / "instruct.jsonl", FactSheets(2).retrieval_rows(int(40_000 * scale), (1, 3)))
     write_jsonl(

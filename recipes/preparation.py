@@ -23,7 +23,7 @@ from modeling_clara.backbone_clara import check_digests
 
 logger = logging.getLogger(__name__)
 
-MEASURED_RECORDS, MEASURED_DOCUMENTS = 512, 128  # of which memories are normalised
+MEASURED_DOCUMENTS = 128  # of which memories are normalised
 CHANGES_MEMORIES = ("compressor", "rows", "backbone")
 
 
@@ -98,9 +98,10 @@ def initialise_reasoner(model: CLaRaForRAG, choice: str | None, stage: str) -> N
 
 
 def normalize_memories(model: CLaRaForRAG, train: Dataset, training: CLaRaTrainingArguments) -> None:
-    """Fix the space of memories by the first documents that are trained on, the same ones on every process."""
-    first = train.select(range(min(len(train), MEASURED_RECORDS)))
-    documents = list(distinct_documents([first]).values())[:MEASURED_DOCUMENTS]
+    """Fix the space of memories by documents from all parts of the training data, the same ones on every process."""
+    step = max(1, len(train) // MEASURED_DOCUMENTS)
+    spread = train.select(range(0, len(train), step)[:MEASURED_DOCUMENTS])
+    documents = list(distinct_documents([spread]).values())[:MEASURED_DOCUMENTS]
     model.to(training.device).normalize_memories(documents, batch_size=training.per_device_eval_batch_size)
 
 
@@ -171,10 +172,18 @@ def prepare_trainer(
             "recipes/accelerate/ddp.yaml`, or set CUDA_VISIBLE_DEVICES=0."
         )
     model = prepare_model(model_arguments, training)
+    sizes = model.config.memory_sizes
+    if training.train_memory_sizes is not None and not 0 < len(training.train_memory_sizes) == len(
+        set(training.train_memory_sizes) & set(sizes)
+    ):
+        raise ValueError(
+            f"`train_memory_sizes` must name some of the model's `memory_sizes` {sizes}, each once, got "
+            f"{training.train_memory_sizes}. Correct it, or leave it out to draw from all."
+        )
     train, evaluation = read_data(model, data, training)
     if model_arguments.memory_normalization:
         normalize_memories(model, train, training)
-    processor, sizes = model.processor, model.config.memory_sizes
+    processor = model.processor
     keywords = {}
     if training.stage in ("contrastive", "joint"):
         datasets = [dataset for dataset in (train, evaluation) if dataset is not None]

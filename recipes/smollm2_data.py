@@ -6,13 +6,14 @@ unanswerable_*; what is written are rows that `data.py` reads. It knows nothing 
     pretrain_questions.jsonl   stage 1: passages with their questions
     pretrain_paraphrase.jsonl  passages and texts of corpora that are said again
     pretrain_cloze.jsonl       questions for words that are missing in sentences of corpora
+    curriculum.jsonl           pieces of passages, from single sentences to whole ones, in the order to train on
     instruct.jsonl             questions over five documents, some unanswerable
     retrieval.jsonl            questions over up to twenty candidates, the gold ones marked (contrastive, joint)
     dev/*.jsonl                a tenth of the titles of every passages file, and the multihop development files
     counts.json                the scale and the rows of every file, written last
 
-The samples it was written for give 31,644 rows for stage 1, 23,348 and 21,925, in 34, 95 and 355 MB: rows repeat their
-documents.
+The samples it was written for give 31,644 rows for stage 1, 3,560 pieces, 23,348 and 21,925 rows, in 34, 1, 95 and
+355 MB: rows repeat their documents.
 What is held back is in no training file: neither its title in a file that has titles, nor its text in any.
 """
 
@@ -28,10 +29,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from checkpoints import write_json
+from curriculum import curriculum_rows, sentences
 from data import read_documents, read_positives
 from evaluation.rankers import Bm25Ranker
 from evaluation.spans import Spans
+from json_files import write_json, write_jsonl
 
 PATTERNS = {
     "passages": "passages_*.jsonl.gz",
@@ -110,7 +112,7 @@ def cloze(title: str, text: str, n_questions: int = 2) -> dict | None:
     ['2,873,000']
     """
     pairs = []
-    for sentence in re.split(r"(?<=[.!?])\s+", text):
+    for sentence in sentences(text):
         if not 8 <= len(sentence.split()) <= 40:
             continue
         # numbers, and runs of capitalised words behind the first word
@@ -124,7 +126,8 @@ def cloze(title: str, text: str, n_questions: int = 2) -> dict | None:
 
 
 def pretraining_rows(passages: Sequence[Mapping], corpora: Sequence[Mapping], held: HeldBack) -> dict[str, list[dict]]:
-    """Stage 1, by kind: every passage with its questions, every text to be said again, cloze questions on corpora."""
+    """Stage 1, by file: every passage with its questions, every text to be said again, cloze questions on corpora, and
+    passages in pieces."""
     passages, corpora = (
         [row for row in rows if not held.has(row.get("title", ""), row["text"])] for rows in (passages, corpora)
     )
@@ -134,7 +137,8 @@ def pretraining_rows(passages: Sequence[Mapping], corpora: Sequence[Mapping], he
         "paraphrase": [said_again(*text) for text in texts],
         "cloze": [cloze(*text) for text in texts[len(passages) :]],
     }
-    return {kind: [row for row in rows if row] for kind, rows in made.items()}
+    made = {f"pretrain_{kind}": [row for row in rows if row] for kind, rows in made.items()}
+    return {**made, "curriculum": curriculum_rows(passages)}
 
 
 def question_rows(passages: Sequence[Mapping], held: HeldBack) -> list[dict]:
@@ -202,15 +206,6 @@ def unanswerable_rows(rows: Sequence[Mapping], held: HeldBack) -> Iterator[dict]
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def write_jsonl(path: Path, rows: Sequence[Mapping]) -> int:
-    """Write rows; how many."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return len(rows)
-
-
 def share_of(rows: Sequence[Mapping], share: float) -> list[Mapping]:
     """So many of the rows, evenly spaced, at least one of them.
 
@@ -250,7 +245,7 @@ def write_files(source: Path, output: Path, *, scale: float = 1.0, seed: int = S
     candidates = list(with_distractors(questions, NUM_CANDIDATES, generator))
     unanswerable = list(unanswerable_rows([row for rows in groups["unanswerable"].values() for row in rows], held))
     files = {
-        **{f"pretrain_{kind}": rows for kind, rows in pretraining_rows(texts, corpora, held).items()},
+        **pretraining_rows(texts, corpora, held),
         "instruct": [cut(row, NUM_READ, generator) for row in [*candidates, *multihop]] + unanswerable,
         "retrieval": [row for row in [*candidates, *multihop] if len(row["docs"]) >= NUM_READ],
     }

@@ -17,7 +17,7 @@ from publishing import link_code, read_curves, round_weights
 from modeling_clara import CLaRaForRAG
 from modeling_clara.smollm2 import HUB_ID, WHEEL
 
-STAGES = ("pretrain", "instruct", "contrastive", "joint", "joint-label-free", "text")
+STAGES = ("curriculum", "pretrain", "instruct", "contrastive", "joint", "joint-label-free", "text")
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation

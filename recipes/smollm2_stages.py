@@ -151,15 +151,16 @@ def backbone_option(call: Call) -> list:
 
 def train(call: Call, stage: str, name: str | None = None, *given: str) -> None:
     """A training run, or short ones of its variants."""
-    config = CONFIGS / "smollm2" / f"{stage}.yaml"
-    files = [CONFIGS / f"{stage}.yaml", CONFIGS / "backbones" / "smollm2-135m.yaml", config]
+    files = [CONFIGS / f"{stage}.yaml", CONFIGS / "backbones" / "smollm2-135m.yaml"]
+    files.append(CONFIGS / "smollm2" / f"{name if name == 'curriculum' else stage}.yaml")
     given = [*given]
     if stage in ("pretrain", "text") and (call.home / BACKBONE).is_dir():
         given.append(f"backbone={BACKBONE}")
     given += ON_CPU if call.on_cpu else ()
     runs = [(name or stage, [])]
     if call.variants:
-        runs = [(f"variants/{name or stage}/{variant}", read_variant(stage, variant)) for variant in call.variants]
+        section = files[-1].stem
+        runs = [(f"variants/{name or stage}/{variant}", read_variant(section, variant)) for variant in call.variants]
     for run, changes in runs:
         if is_finished(call.home / RUNS / run):
             check_finished(call, call.home / RUNS / run)
@@ -178,24 +179,30 @@ def check_finished(call: Call, run: Path) -> None:
         raise ValueError(f"{run} was trained {made} --cpu, and is asked for {asked} it. Delete it, or correct --cpu.")
 
 
-def read_variant(stage: str, name: str) -> list[str]:
+def read_variant(section: str, name: str) -> list[str]:
     """`key=value` of a variant, by `configs/smollm2/variants.yaml`.
 
     Raises:
-        ValueError: the stage has no such variant.
+        ValueError: the section has no such variant.
     """
     import yaml  # only where training is installed
 
     variants = yaml.safe_load((CONFIGS / "smollm2" / "variants.yaml").read_text(encoding="utf-8"))
-    known = variants.get(stage, {})
+    known = variants.get(section, {})
     if name not in known:
-        raise ValueError(f"--variants of {stage} must be of {sorted(known)}, got {name!r}. Correct it.")
+        raise ValueError(f"--variants of {section} must be of {sorted(known)}, got {name!r}. Correct it.")
     changes = {**variants["all"], **known[name]}
     return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
 
 
+def curriculum(call: Call) -> None:
+    """The beginning of stage 1: pieces of passages that grow longer."""
+    train(call, "pretrain", "curriculum")
+
+
 def pretrain(call: Call) -> None:
     """Stage 1: compressor and generator on questions, paraphrases and cloze questions."""
+    call.needs("curriculum", "curriculum")
     train(call, "pretrain")
 
 
@@ -335,6 +342,7 @@ def corpus(call: Call) -> None:
 
 LEGS: dict[str, Callable[[Call], None]] = {
     "prepare": prepare,
+    "curriculum": curriculum,
     "pretrain": pretrain,
     "instruct": instruct,
     "contrastive": contrastive,
@@ -351,7 +359,7 @@ def leg_name(word: str) -> str:
     """The leg of a number, from 1, or of a name.
 
     >>> leg_name("2")
-    'pretrain'
+    'curriculum'
     """
     names = list(LEGS)
     if word.isdecimal() and 1 <= int(word) <= len(names):

@@ -94,7 +94,8 @@ class CLaRaTrainer(Trainer):
         inputs = super()._prepare_inputs(dict(inputs))
         sizes = self.unwrapped.config.memory_sizes
         is_training = self.model.training
-        size = memory_size_of_step(sizes, self.args.seed, self.state.global_step) if is_training else sizes[-1]
+        drawn = self.args.train_memory_sizes or sizes
+        size = memory_size_of_step(drawn, self.args.seed, self.state.global_step) if is_training else sizes[-1]
         inputs["memory_size"] = size
         if "prompts" in inputs:
             inputs |= inputs.pop("prompts")[size]

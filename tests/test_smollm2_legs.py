@@ -83,7 +83,8 @@ def trained(prepared, tmp_path_factory) -> Path:
     """All training legs are finished."""
     home = tmp_path_factory.mktemp("home")
     shutil.copytree(prepared, home, dirs_exist_ok=True)
-    assert run(home, "pretrain", tiny=[*TINY, *FRESH]) == 0
+    assert run(home, "curriculum", tiny=[*TINY, *FRESH, "train_memory_sizes=null"]) == 0
+    assert run(home, "pretrain") == 0
     assert run(home, "instruct", tiny=[*TINY, *HELD_OUT]) == 0
     assert run(home, "contrastive", "joint", "joint-label-free") == 0
     assert run(home, "text", tiny=TEXT) == 0
@@ -92,7 +93,7 @@ def trained(prepared, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def published(trained) -> Path:
-    assert run(trained, "8", tiny=[]) == 0
+    assert run(trained, "9", tiny=[]) == 0
     return trained
 
 
@@ -106,6 +107,7 @@ def measured(published, source) -> Path:
 def test_every_leg_goes_on_from_the_one_before(trained):
     runs = trained / RUNS
     read = {"compressor", "generator", "memory_embeddings", "separator_embedding"}
+    assert changed(runs / "pretrain", runs / "curriculum") == read
     assert changed(runs / "instruct", runs / "pretrain") == read
     assert changed(runs / "contrastive", runs / "instruct") == {"reasoner"}
     for name, start in (("joint", "contrastive"), ("joint-label-free", "instruct")):
@@ -130,8 +132,8 @@ def test_finished_legs_are_not_run_again(published, no_command, capfd):
 
 def test_variants_stand_by_themselves(trained, forks, tmp_path, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in (trained / RUNS).glob("*")}
-    variant, results, back = RUNS / "variants" / "pretrain" / "rank-16", tmp_path / "results", tmp_path / "back"
-    assert run(trained, "pretrain", "--variants", "rank-16", "--results", results, tiny=[*TINY, *FRESH[2:]]) == 0
+    variant, results, back = RUNS / "variants" / "curriculum" / "rank-16", tmp_path / "results", tmp_path / "back"
+    assert run(trained, "curriculum", "--variants", "rank-16", "--results", results, tiny=[*TINY, *FRESH[2:]]) == 0
     assert load(trained / variant, trained).config.lora["generator"]["rank"] == 16
     assert {path: path.stat().st_mtime_ns for path in before} == before  # the run itself is finished
     assert smollm2_legs.main(["collect", str(results), "--home", str(back)]) == 0
@@ -139,7 +141,7 @@ def test_variants_stand_by_themselves(trained, forks, tmp_path, monkeypatch):
     assert not (back / variant / "generator").exists()  # curves alone
     lines = []
     monkeypatch.setattr(Call, "command", lambda call, *words: lines.append([str(word) for word in words]))
-    assert run(trained, "pretrain", "--variants", "rank-16", "base", "paraphrase-0") == 0
+    assert run(trained, "pretrain", "--variants", "base", "paraphrase-0") == 0
     for name, line in zip(("base", "paraphrase-0"), lines, strict=True):
         assert f"output_dir={RUNS}/variants/pretrain/{name}" in line
         assert line.index("max_steps=300") < line.index("max_steps=3")  # what is given last wins
@@ -161,7 +163,13 @@ def test_list_and_names():
     assert [leg_name(number) for number, _ in named] == [leg_name(name) for name in LEGS] == list(LEGS)
 
 
-NEEDED = {"instruct": "pretrain", "contrastive": "instruct", "joint": "contrastive", "joint-label-free": "instruct"}
+NEEDED = {
+    "pretrain": "curriculum",
+    "instruct": "pretrain",
+    "contrastive": "instruct",
+    "joint": "contrastive",
+    "joint-label-free": "instruct",
+}
 NEEDED |= {"publish": "joint", "evaluate": "publish", "corpus": "publish"}
 
 
@@ -172,8 +180,8 @@ def test_a_leg_names_the_one_it_needs(leg, tmp_path, no_command, capsys):
 
 def test_what_is_wrong_is_said_before_anything_runs(trained, tmp_path, no_command, capsys):
     home = ["--home", trained, "--cpu"]
-    for word in ("0", "11", "-1", "1.5", "train", "", "²"):
-        assert "from 1 to 10" in fails(capsys, "run", "pretrain", word, *home)
+    for word in ("0", "12", "-1", "1.5", "train", "", "²"):
+        assert "from 1 to 11" in fails(capsys, "run", "pretrain", word, *home)
     for minutes in ("0", "-1", "nan"):
         assert "--minutes" in fails(capsys, "run", "pretrain", *home, f"--minutes={minutes}")
     assert "'lr-3'" in fails(capsys, "run", "pretrain", *home, "--variants", "base", "lr-3")
@@ -262,7 +270,8 @@ def test_a_paused_joint_leg_goes_on_without_the_memories(trained, prepared, fork
 def test_results_are_packed_even_if_a_leg_fails(trained, tmp_path, no_command, capsys):
     """And come in whole: what other machines need of a finished run, and nothing else."""
     home, results = tmp_path / "home", tmp_path / "results"
-    shutil.copytree(trained / RUNS / "pretrain", home / RUNS / "pretrain")
+    for name in ("curriculum", "pretrain"):
+        shutil.copytree(trained / RUNS / name, home / RUNS / name)
     words = ["run", "pretrain", "publish", "--home", home, "--cpu", "--results", results]
     assert "Run the leg joint," in fails(capsys, *words)
     assert "new or empty folder" in fails(capsys, *words)

@@ -229,6 +229,19 @@ def test_k_is_drawn_from_seed_and_step(build):
     assert {float(samples) for _, samples in read} == {4.0}
 
 
+def test_k_can_be_held_to_some_sizes(build):
+    trainer = build(max_steps=6, train_memory_sizes=[4])
+    read = []
+    trainer.model.register_forward_pre_hook(
+        lambda model, args, kwargs: read.append(kwargs["memory_size"]), with_kwargs=True
+    )
+    trainer.train()
+    assert read == [4] * 6
+    for wrong in ([], [3], [4, 8], [4, 4]):
+        with pytest.raises(ValueError, match="`train_memory_sizes` must name some"):
+            build(max_steps=6, train_memory_sizes=wrong)
+
+
 def test_the_log_of_a_step(build):
     trainer = build("joint", max_steps=2, eval_strategy="steps", eval_steps=2)
     trainer.train()
