@@ -179,6 +179,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the training; wins over its files"
     )
     running.add_argument("--limit", type=int, help="questions of every evaluation (default: all)")
+    running.add_argument(
+        "--from", dest="start", metavar="RUN", help="start from this run, or publish it, to skip legs"
+    )
     running.add_argument("--variants", nargs="+", default=[], metavar="NAME", help="short runs with one thing changed")
     packing = commands.add_parser("pack", help="write what a machine without internet needs")
     packing.add_argument("source", type=Path, help="folder of the data")
@@ -217,6 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         legs = [leg_name(word) for word in arguments.legs]
         if any(word.startswith("max_minutes") for word in arguments.set):
             raise ValueError("--set must not have max_minutes, which follows from --minutes. Pass that.")
+        if arguments.start and len(legs) > 1:
+            raise ValueError(f"--from must be of a single leg, got {len(legs)}. Run them one by one.")
         call = Call(
             home=arguments.home.resolve(),
             deadline=start + 60 * arguments.minutes,
@@ -226,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             overrides=arguments.set,
             source=arguments.source,
             variants=arguments.variants,
+            start=arguments.start,
         )
         return run(call, legs, arguments.results, arguments.results_limit)
     except (OSError, ValueError, RuntimeError, ImportError, subprocess.CalledProcessError) as error:

@@ -1,8 +1,8 @@
 """clara-smollm2-135m as it is shipped: `python recipes/smollm2_publish.py RUNS FOLDER [--backbone PATH]`.
 
-RUNS has the training runs of `smollm2_legs.py`. FOLDER gets the checkpoint of the joint stage with bfloat16 adapters
-and without the backbone, the curves of all stages, and a card to which `update_card.py` adds the results. It measures
-nothing.
+RUNS has the training runs of `smollm2_legs.py`. FOLDER gets the checkpoint of the joint stage, or of `--run`, with
+bfloat16 adapters and without the backbone, the curves of all stages, and a card to which `update_card.py` adds the
+results. It measures nothing.
 """
 
 import argparse
@@ -79,18 +79,18 @@ def stage_rows(curves: dict[str, list[dict]]) -> str:
     return "\n".join(rows)
 
 
-def write(runs: Path, folder: Path, backbone: str | None) -> None:
-    """Write the checkpoint.
+def write(runs: Path, folder: Path, backbone: str | None, run: str = "joint") -> None:
+    """Write the checkpoint of a run.
 
     Raises:
         FileExistsError: the folder has a checkpoint.
-        OSError, ValueError: the joint stage is not finished, or its backbone is not to be had.
+        OSError, ValueError: the run is not finished, or its backbone is not to be had.
     """
     if (folder / "config.json").exists():
         raise FileExistsError(f"{folder} has a checkpoint already. Remove it, or name another folder.")
-    if not (runs / "joint" / "config.json").exists():
-        raise FileNotFoundError(f"{runs / 'joint'} must be a finished run. Run the legs before this one.")
-    model = CLaRaForRAG.from_pretrained(runs / "joint", backbone=backbone, dtype=torch.float32)
+    if not (runs / run / "config.json").exists():
+        raise FileNotFoundError(f"{runs / run} must be a finished run. Run the legs before this one.")
+    model = CLaRaForRAG.from_pretrained(runs / run, backbone=backbone, dtype=torch.float32)
     config = model.config
     round_weights(model, torch.bfloat16)
     for name, parameter in model.named_parameters():
@@ -121,9 +121,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", type=Path, help="folder with the runs pretrain, instruct, contrastive and joint")
     parser.add_argument("folder", type=Path, help="of the checkpoint; new")
     parser.add_argument("--backbone", help="where the backbone is (default: where the run had it)")
+    parser.add_argument("--run", default="joint", help="the run whose checkpoint it is (default: joint)")
     arguments = parser.parse_args(argv)
     try:
-        write(arguments.runs, arguments.folder, arguments.backbone)
+        write(arguments.runs, arguments.folder, arguments.backbone, arguments.run)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -49,6 +49,7 @@ class Call:
         overrides: `key=value` of the training legs, which win over everything else.
         source: folder of the data; None where `receive` has brought it.
         variants: names of `configs/smollm2/variants.yaml` that a training leg tries in place of its own run.
+        start: finished run that the leg starts from, or publishes, in place of the one before it.
     """
 
     home: Path
@@ -59,6 +60,7 @@ class Call:
     overrides: Sequence[str] = ()
     source: Path | None = None
     variants: Sequence[str] = ()
+    start: str | None = None
 
     def minutes_left(self) -> float:
         return (self.deadline - time.monotonic()) / 60
@@ -103,6 +105,16 @@ class Call:
             raise Paused
         if status:
             raise RuntimeError(f"{' '.join(line[1:3])} ended with status {status}")
+
+    def start_after(self, run: str) -> str:
+        """The name of the finished run to start from: the one that was asked for, else this one.
+
+        Raises:
+            ValueError: it is not finished.
+        """
+        start = self.start or run
+        self.needs(start, start)
+        return start
 
     def needs(self, run: str, leg: str) -> None:
         """Raise a ValueError unless the run that a leg starts from is finished."""
@@ -202,38 +214,38 @@ def curriculum(call: Call) -> None:
 
 def pretrain(call: Call) -> None:
     """Stage 1: compressor and generator on questions, paraphrases and cloze questions."""
-    call.needs("curriculum", "curriculum")
-    train(call, "pretrain")
+    train(call, "pretrain", None, checkpoint(call.start_after("curriculum")))
 
 
 def instruct(call: Call) -> None:
     """Stage 2: five documents, some questions without an answer."""
-    call.needs("pretrain", "pretrain")
-    train(call, "instruct")
+    train(call, "instruct", None, checkpoint(call.start_after("pretrain")))
 
 
 def contrastive(call: Call) -> None:
     """Warm-up of the reasoner with known gold documents."""
-    call.needs("instruct", "instruct")
-    train(call, "contrastive")
+    train(call, "contrastive", None, checkpoint(call.start_after("instruct")))
 
 
 def joint(call: Call) -> None:
     """Stage 3 behind the warm-up, on the memories that it stored."""
-    call.needs("contrastive", "contrastive")
-    train(call, "joint", None, *stored_memories(call))
+    train(call, "joint", None, checkpoint(call.start_after("contrastive")), *stored_memories(call))
 
 
 def joint_label_free(call: Call) -> None:
     """Stage 3 straight from stage 2: no label says which document is right."""
-    call.needs("instruct", "instruct")
-    train(call, "joint", "joint-label-free", f"checkpoint={RUNS / 'instruct'}", *stored_memories(call))
+    train(call, "joint", "joint-label-free", checkpoint(call.start_after("instruct")), *stored_memories(call))
+
+
+def checkpoint(run: str) -> str:
+    return f"checkpoint={RUNS / run}"
 
 
 def stored_memories(call: Call) -> list[str]:
-    """The contrastive leg's memories, where they are: the compressor is the same."""
+    """The contrastive leg's memories, where they are and of the same compressor."""
     memories = RUNS / "contrastive" / "memories"
-    return [f"corpus={memories}"] if (call.home / memories / "corpus.json").exists() else []
+    is_same = call.start in (None, "contrastive")
+    return [f"corpus={memories}"] if is_same and (call.home / memories / "corpus.json").exists() else []
 
 
 def text(call: Call) -> None:
@@ -243,12 +255,12 @@ def text(call: Call) -> None:
 
 def publish(call: Call) -> None:
     """The checkpoint as it is shipped: bfloat16 adapters and a card."""
-    call.needs("joint", "joint")
-    published, joint = (call.home / folder / "config.json" for folder in (PUBLISHED, RUNS / "joint"))
-    if published.exists() and published.stat().st_mtime < joint.stat().st_mtime:
-        raise ValueError(f"{published.parent} is older than {joint.parent}. Delete it to publish again.")
+    run = call.start_after("joint")
+    published, trained = (call.home / folder / "config.json" for folder in (PUBLISHED, RUNS / run))
+    if published.exists() and published.stat().st_mtime < trained.stat().st_mtime:
+        raise ValueError(f"{published.parent} is older than {trained.parent}. Delete it to publish again.")
     if not published.exists():
-        call.command("smollm2_publish.py", RUNS, PUBLISHED, *backbone_option(call))
+        call.command("smollm2_publish.py", RUNS, PUBLISHED, "--run", run, *backbone_option(call))
 
 
 def evaluate(call: Call) -> None:

@@ -173,6 +173,21 @@ NEEDED = {
 NEEDED |= {"publish": "joint", "evaluate": "publish", "corpus": "publish"}
 
 
+def test_legs_can_be_skipped(trained, prepared, forks, tmp_path, capsys):
+    """Another run to start from, and one of the first to publish."""
+    home = shutil.copytree(prepared, tmp_path / "home")
+    ignored = shutil.ignore_patterns("dataset_cache", "checkpoint-*")
+    shutil.copytree(trained / RUNS / "curriculum", home / RUNS / "curriculum", ignore=ignored)
+    assert run(home, "contrastive", "--from", "curriculum") == 0
+    assert changed(home / RUNS / "contrastive", home / RUNS / "curriculum") == {"reasoner"}
+    assert run(home, "publish", "--from", "contrastive", tiny=[]) == 0
+    assert "| contrastive | 3 |" in (home / PUBLISHED / "README.md").read_text(encoding="utf-8")
+    assert load(home / PUBLISHED, home).fingerprint  # it loads
+    before = ["--home", home, "--cpu"]
+    assert "pretrain, which is not finished" in fails(capsys, "run", "publish", "--from", "pretrain", *before)
+    assert "a single leg" in fails(capsys, "run", "instruct", "contrastive", "--from", "curriculum", *before)
+
+
 @pytest.mark.parametrize("leg", NEEDED)
 def test_a_leg_names_the_one_it_needs(leg, tmp_path, no_command, capsys):
     assert f"Run the leg {NEEDED[leg]}," in fails(capsys, "run", leg, "--home", tmp_path / "home", "--cpu")

@@ -1,0 +1,44 @@
+"""Texts to compress and what reading them should give, for the tests of the text-level calls."""
+
+import random
+
+import torch
+
+from modeling_clara import Answer
+
+WORDS = "Paris Rome Berlin Seine capital river France Italy Germany answer question the of is flows through".split()
+
+
+def random_texts(n: int, seed: int = 0, longest: int = 12) -> list[str]:
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(WORDS, k=generator.randint(1, longest))) for _ in range(n)]
+
+
+def read_stream(stream) -> tuple[list[str], Answer]:
+    pieces = []
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as stop:
+            return pieces, stop.value
+
+
+def texts(answers: list[Answer]) -> list[str]:
+    return [answer.text for answer in answers]
+
+
+def greedy_reference(model, question: str | None, memory: torch.Tensor, n_tokens: int) -> str:
+    """Argmax after argmax, the whole prompt again for every token, no `generate`."""
+    prompt = model.processor.build_prompt(question, len(memory), memory.shape[1])
+    inputs = model.processor.pad_prompts([prompt])
+    is_real = torch.ones(1, len(memory), dtype=torch.bool)
+    ids = []
+    with torch.no_grad(), model.roles.use("generator"):
+        embeds = model.prompt_embeddings(inputs["input_ids"], inputs["memory_mask"], memory[None], is_real)
+        for _ in range(n_tokens):
+            token = model.backbone(inputs_embeds=embeds).logits[0, -1].argmax()
+            if token in (model.processor.answer_end_id, model.processor.tokenizer.eos_token_id):
+                break
+            ids.append(int(token))
+            embeds = torch.cat([embeds, model.get_input_embeddings()(token)[None, None]], dim=1)
+    return model.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
