@@ -47,9 +47,9 @@ class ModelArguments:
         dtype: of the frozen backbone, for example bfloat16; what trains is float32 in any case.
         attn_implementation: as in transformers.
         memory_sizes, lora_rank, lora_alpha, lora_dropout, document_max_length, processor_kwargs: of fresh adapters;
-            a checkpoint has them in its config.
+            with a checkpoint what is given must be what it has.
         memory_normalization: of fresh adapters: the memories of 128 documents of the data are measured and
-            normalised, see `CLaRaForRAG.normalize_memories`; a checkpoint has the numbers with its rows.
+            normalised, see `CLaRaForRAG.normalize_memories`; a checkpoint keeps its numbers.
         retrieval_top_k, retrieval_temperature, retrieval_memory_size, alignment_weight, contrastive_weight: fields of
             `CLaRaConfig`; None keeps the checkpoint's, or its default.
         train_backbone: all weights train, for a backbone that is trained from scratch; checkpoints then include it.
@@ -78,15 +78,6 @@ class ModelArguments:
     train_backbone: bool = False
     reasoner_init: str | None = None
 
-    FRESH_ONLY = (
-        "memory_sizes",
-        "lora_rank",
-        "lora_alpha",
-        "lora_dropout",
-        "document_max_length",
-        "processor_kwargs",
-        "memory_normalization",
-    )
     CONFIG_FIELDS = (
         "retrieval_top_k",
         "retrieval_temperature",
@@ -100,12 +91,6 @@ class ModelArguments:
             raise ValueError(
                 "`backbone` or `checkpoint` must be given, got neither. Name the language model to put fresh adapters "
                 "on, or the checkpoint of an earlier stage."
-            )
-        given = [name for name in self.FRESH_ONLY if getattr(self, name) is not None]
-        if self.checkpoint is not None and given:
-            raise ValueError(
-                f"{given} must not be given with `checkpoint`, whose config.json decides them. Leave them out, or "
-                "start from `backbone`."
             )
         if self.reasoner_init is not None:
             check_choice("reasoner_init", self.reasoner_init, ("compressor", "random", "keep"))

@@ -19,7 +19,7 @@ from trl.scripts.utils import DatasetConfig
 
 # Words of a level's pieces, from one bound to below the next, and its rows.
 BOUNDS = (6, 13, 19, 27, 37, 51, 71, 96, 131)
-ROWS = (320, 320, 320, 320, 320, 400, 560, 1000)
+ROWS = (320, 320, 320, 320, 320, 400, 560, 560)
 MAX_SENTENCES, MAX_QUESTIONS = 4, 4  # of a piece
 SAID_AGAIN = 16  # words: shorter pieces are all said again, longer ones ever more rarely
 SEED = 42

@@ -44,6 +44,7 @@ def prepare_model(arguments: ModelArguments, training: CLaRaTrainingArguments) -
         loader |= {"backbone": arguments.backbone} if arguments.backbone else {}
         model = CLaRaForRAG.from_pretrained(arguments.checkpoint, revision=arguments.revision, **loader)
         check_backbone(model, arguments)
+        check_settings(model, arguments)
         for name in arguments.CONFIG_FIELDS:
             if getattr(arguments, name) is not None:
                 setattr(model.config, name, getattr(arguments, name))
@@ -71,6 +72,21 @@ def _fresh_model(arguments: ModelArguments, loader: dict) -> CLaRaForRAG:
     return CLaRaForRAG.from_backbone(
         arguments.backbone, revision=arguments.revision, config_kwargs=config, **given, **loader
     )
+
+
+def check_settings(model: CLaRaForRAG, arguments: ModelArguments) -> None:
+    """Raise where a recipe says of a checkpoint what it is not: nothing would change, without a word."""
+    config, lora, processor = model.config, model.config.lora["compressor"], arguments.processor_kwargs or {}
+    has = {name: getattr(config, name) for name in ("memory_sizes", "document_max_length", "memory_normalization")}
+    has |= {f"lora_{name}": lora[name] for name in ("rank", "alpha", "dropout")}
+    has |= {f"processor_kwargs.{name}": getattr(model.processor, name, None) for name in processor}
+    given = vars(arguments) | {f"processor_kwargs.{name}": value for name, value in processor.items()}
+    wrong = {name: given[name] for name, value in has.items() if given[name] is not None and given[name] != value}
+    if wrong:
+        raise ValueError(
+            f"{wrong} must be what `checkpoint` has, { {name: has[name] for name in wrong} }. Leave them out, or start "
+            "from `backbone`."
+        )
 
 
 def check_backbone(model: CLaRaForRAG, arguments: ModelArguments) -> None:
@@ -181,7 +197,7 @@ def prepare_trainer(
             f"{training.train_memory_sizes}. Correct it, or leave it out to draw from all."
         )
     train, evaluation = read_data(model, data, training)
-    if model_arguments.memory_normalization:
+    if model_arguments.memory_normalization and model_arguments.checkpoint is None:
         normalize_memories(model, train, training)
     processor = model.processor
     keywords = {}

@@ -12,7 +12,7 @@ unanswerable_*; what is written are rows that `data.py` reads. It knows nothing 
     dev/*.jsonl                a tenth of the titles of every passages file, and the multihop development files
     counts.json                the scale and the rows of every file, written last
 
-The samples it was written for give 31,644 rows for stage 1, 3,560 pieces, 23,348 and 21,925 rows, in 34, 1, 95 and
+The samples it was written for give 31,644 rows for stage 1, 3,120 pieces, 23,348 and 21,925 rows, in 34, 1, 95 and
 355 MB: rows repeat their documents.
 What is held back is in no training file: neither its title in a file that has titles, nor its text in any.
 """

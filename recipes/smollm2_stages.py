@@ -164,7 +164,10 @@ def backbone_option(call: Call) -> list:
 def train(call: Call, stage: str, name: str | None = None, *given: str) -> None:
     """A training run, or short ones of its variants."""
     files = [CONFIGS / f"{stage}.yaml", CONFIGS / "backbones" / "smollm2-135m.yaml"]
-    files.append(CONFIGS / "smollm2" / f"{name if name == 'curriculum' else stage}.yaml")
+    if name == "curriculum":
+        files += [CONFIGS / "curriculum.yaml", CONFIGS / "smollm2" / "curriculum.yaml"]
+    else:
+        files.append(CONFIGS / "smollm2" / f"{stage}.yaml")
     given = [*given]
     if stage in ("pretrain", "text") and (call.home / BACKBONE).is_dir():
         given.append(f"backbone={BACKBONE}")

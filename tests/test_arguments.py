@@ -175,10 +175,6 @@ def test_values_become_what_the_dataclasses_ask_for(override, value):
     "overrides, message",
     [
         (["backbone=null"], "`backbone` or `checkpoint` must be given, got neither. Name"),
-        (
-            ["checkpoint=a", "lora_rank=4", "memory_sizes=[2]"],
-            r"\['memory_sizes', 'lora_rank'\] must not be given with `checkpoint`.*Leave them out",
-        ),
         (["reasoner_init=zero"], r"`reasoner_init` must be one of \['compressor', 'random', 'keep'\], got 'zero'"),
         (["datasets=[]"], r"`datasets` must name at least one source, got none. Add `datasets: \[\{path: ...\}\]`"),
         (["datasets=[a.jsonl]"], r"`datasets\[0\]` must be of type dict, got 'a.jsonl'"),

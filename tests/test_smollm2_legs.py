@@ -84,7 +84,7 @@ def trained(prepared, tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("home")
     shutil.copytree(prepared, home, dirs_exist_ok=True)
     assert run(home, "curriculum", tiny=[*TINY, *FRESH, "train_memory_sizes=null"]) == 0
-    assert run(home, "pretrain") == 0
+    assert run(home, "pretrain", tiny=[*TINY, *FRESH]) == 0
     assert run(home, "instruct", tiny=[*TINY, *HELD_OUT]) == 0
     assert run(home, "contrastive", "joint", "joint-label-free") == 0
     assert run(home, "text", tiny=TEXT) == 0

@@ -242,6 +242,19 @@ def test_k_can_be_held_to_some_sizes(build):
             build(max_steps=6, train_memory_sizes=wrong)
 
 
+def test_a_checkpoint_keeps_its_settings(build, shared_model):
+    """A recipe may say them again, and is refused where it says something else."""
+    config, overlap = shared_model.config, shared_model.processor.document_overlap
+    same = {"memory_sizes": config.memory_sizes, "lora_rank": config.lora["compressor"]["rank"]}
+    build(model_options={**same, "processor_kwargs": {"document_overlap": overlap}, "memory_normalization": False})
+    wrong = {"lora_dropout": 0.7, "processor_kwargs": {"document_overlap": overlap + 1}, "memory_normalization": True}
+    with pytest.raises(ValueError, match="must be what `checkpoint` has.*Leave them out") as error:
+        build(model_options={**same, **wrong})
+    for name in ("'lora_dropout': 0.7", "processor_kwargs.document_overlap", "'memory_normalization': True"):
+        assert name in str(error.value)
+    assert "lora_rank" not in str(error.value)
+
+
 def test_the_log_of_a_step(build):
     trainer = build("joint", max_steps=2, eval_strategy="steps", eval_steps=2)
     trainer.train()
