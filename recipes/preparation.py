@@ -83,10 +83,8 @@ def check_settings(model: CLaRaForRAG, arguments: ModelArguments) -> None:
     given = vars(arguments) | {f"processor_kwargs.{name}": value for name, value in processor.items()}
     wrong = {name: given[name] for name, value in has.items() if given[name] is not None and given[name] != value}
     if wrong:
-        raise ValueError(
-            f"{wrong} must be what `checkpoint` has, { {name: has[name] for name in wrong} }. Leave them out, or start "
-            "from `backbone`."
-        )
+        kept = {name: has[name] for name in wrong}
+        raise ValueError(f"{wrong} must be what `checkpoint` has, {kept}. Leave them out, or start from `backbone`.")
 
 
 def check_backbone(model: CLaRaForRAG, arguments: ModelArguments) -> None:
