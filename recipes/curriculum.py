@@ -6,6 +6,7 @@ finds it within some dozen steps, from whole passages not in hundreds (LOG.md).
 """
 
 import argparse
+import math
 import random
 import re
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from data import BadRow, read_rows, read_targets
+from data import BadRow, read_documents, read_rows, read_targets
 from json_files import write_jsonl
 from trl.scripts.utils import DatasetConfig
 
@@ -31,7 +32,7 @@ def sentences(text: str) -> list[str]:
     >>> sentences("It rained. Nobody came!")
     ['It rained.', 'Nobody came!']
     """
-    return re.split(r"(?<=[.!?])\s+", text)
+    return re.split(r"(?<=[.!?])\s+", text.strip())
 
 
 def pieces(text: str) -> list[str]:
@@ -50,50 +51,67 @@ def pieces(text: str) -> list[str]:
 
 
 def stands_in(answer: str, text: str) -> int:
-    """How often an answer stands in a text, as whole words.
+    """How often an answer stands in a text, as whole words and numbers.
 
     >>> stands_in("1 May", "From 1 May to 11 May."), stands_in("May", "From 1 May to 11 May.")
     (1, 2)
+    >>> stands_in("9", "For 9.5 or 9,000, or 1.9?"), stands_in("$5", "For $5.50, not $5."), stands_in("C", "C++ and C")
+    (0, 1, 1)
     """
-    return len(re.findall(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE))
+    pattern = rf"(?<!\w)(?<!\d[.,]){re.escape(answer)}(?!\w|[.,]\d|[+#])"
+    return len(re.findall(pattern, text, re.IGNORECASE))
 
 
-def questions_of(piece: str, text: str, pairs: Sequence[Mapping]) -> list[Mapping]:
-    """Questions of a text whose first answer stands in it once, and there in this piece."""
-    firsts = [(pair, pair["answers"][0]) for pair in pairs if pair["answers"]]
-    return [pair for pair, answer in firsts if stands_in(answer, text) == 1 and stands_in(answer, piece)]
+def to_passage(row: Mapping) -> dict:
+    """A passage as `curriculum_rows` takes it, of a row `{title?, text, qas}`.
+
+    Returns:
+        `{title, text, qas: [(question, answer)]}`, white space made single spaces, the first answer of each question.
+
+    Raises:
+        BadRow: naming the rule.
+    """
+    if "text" not in row or not isinstance(row.get("qas"), list):
+        raise BadRow("must have `text` and a list `qas`")
+    title = row.get("title")
+    (document,) = read_documents({"title": "" if title is None else title, "text": row["text"]})
+    pairs = read_targets({"qas": row["qas"]}, "pretrain") if row["qas"] else []
+    return {"title": document["title"], "text": " ".join(document["text"].split()), "qas": pairs}
 
 
 def curriculum_rows(
     passages: Iterable[Mapping], *, scale: float = 1.0, rows_of_step: int = 8, seed: int = SEED
 ) -> list[dict]:
-    """Rows of stage 1, level by level.
+    """Rows of stage 1, level by level. From the second level on, a piece has at least one question.
 
     Args:
-        passages: rows `{title, text, qas}`.
+        passages: of `to_passage`.
         scale: share of the rows of `ROWS`; a level that has fewer pieces takes all of them.
-        rows_of_step: rows next to each other that are alike in their number of targets, so that a step pads little.
+        rows_of_step: rows next to each other that are alike in their number of targets, so that a step pads little. A
+            level has a multiple of it, where it has as many.
         seed: of the choice and the order within a level.
 
     Returns:
-        Rows `{title, text, qas?, paraphrase?}`.
+        Rows `{title, text, qas?, paraphrase?}`, none twice.
     """
     generator = random.Random(seed)
-    levels = [[] for _ in ROWS]
+    levels = [{} for _ in ROWS]  # of (title, piece) -> its questions
     for passage in passages:
-        for piece in pieces(passage["text"]):
+        title, text, pairs = passage["title"], passage["text"], passage["qas"]
+        alone = [(question, answer) for question, answer in pairs if stands_in(answer, text) == 1]
+        for piece in pieces(text):
             n_words = len(piece.split())
             level = next((i for i, (low, high) in enumerate(pairwise(BOUNDS)) if low <= n_words < high), None)
-            if level is None:
-                continue
-            is_whole = piece == passage["text"]
-            pairs = passage["qas"] if is_whole else questions_of(piece, passage["text"], passage["qas"])
-            if pairs or level == 0:
-                levels[level].append((passage.get("title", ""), piece, pairs))
+            asked = pairs if piece == text else [pair for pair in alone if stands_in(pair[1], piece)]
+            if level is not None and (asked or level == 0):
+                levels[level].setdefault((title, piece), asked)
     rows = []
     for level, n_rows in zip(levels, ROWS, strict=True):
-        generator.shuffle(level)
-        chosen = [to_row(*piece, generator) for piece in level[: max(1, round(n_rows * scale))]]
+        found = list(level.items())
+        generator.shuffle(found)
+        n_rows = min(len(found), max(1, round(n_rows * scale)))
+        n_rows -= n_rows % rows_of_step if n_rows > rows_of_step else 0
+        chosen = [to_row(*key, pairs, generator) for key, pairs in found[:n_rows]]
         chosen.sort(key=lambda row: ("paraphrase" in row, len(row.get("qas", ()))))
         steps = [chosen[start : start + rows_of_step] for start in range(0, len(chosen), rows_of_step)]
         generator.shuffle(steps)
@@ -101,11 +119,12 @@ def curriculum_rows(
     return rows
 
 
-def to_row(title: str, piece: str, pairs: Sequence[Mapping], generator: random.Random) -> dict:
+def to_row(title: str, piece: str, pairs: Sequence[tuple[str, str]], generator: random.Random) -> dict:
     """A row with some of the questions, and with the piece itself as a target the more often the shorter it is."""
     row = {"title": title, "text": piece}
     if pairs:
-        row["qas"] = generator.sample(list(pairs), min(MAX_QUESTIONS, len(pairs)))
+        drawn = generator.sample(list(pairs), min(MAX_QUESTIONS, len(pairs)))
+        row["qas"] = [{"question": question, "answers": [answer]} for question, answer in drawn]
     if not pairs or generator.random() < SAID_AGAIN / len(piece.split()):
         row["paraphrase"] = piece
     return row
@@ -120,15 +139,23 @@ def read_passages(paths: Sequence[Path]) -> list[dict]:
     passages = []
     for path in paths:
         for place, row in read_rows(DatasetConfig(path=str(path))):
-            if not isinstance(row.get("text"), str) or "qas" not in row:
-                raise BadRow("must have `text` and `qas`", place)
             try:
-                targets = read_targets({"qas": row["qas"]}, "pretrain") if row["qas"] else []
+                passages.append(to_passage(row))
             except BadRow as error:
                 raise BadRow(str(error), place) from error
-            qas = [{"question": question, "answers": [answer]} for question, answer in targets]
-            passages.append({"title": row.get("title") or "", "text": row["text"].strip(), "qas": qas})
     return passages
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Raise a ValueError that names the option."""
+    if not (arguments.scale > 0 and math.isfinite(arguments.scale)):
+        raise ValueError(f"--scale must be above 0, got {arguments.scale}. Correct it.")
+    if arguments.rows_of_step < 1:
+        raise ValueError(f"--rows-of-step must be at least 1, got {arguments.rows_of_step}. Correct it.")
+    if arguments.output.suffix != ".jsonl":
+        raise ValueError(f"--output must be a .jsonl file, got {arguments.output}. Correct its name.")
+    if arguments.output.resolve() in [path.resolve() for path in arguments.files]:
+        raise ValueError(f"--output must not be one of the files, got {arguments.output}. Choose another name.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,15 +168,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=SEED)
     arguments = parser.parse_args(argv)
     try:
-        for name in ("scale", "rows_of_step"):
-            if not getattr(arguments, name) > 0:
-                option = "--" + name.replace("_", "-")
-                raise ValueError(f"{option} must be above 0, got {getattr(arguments, name)}. Correct it.")
-        passages = read_passages(arguments.files)
+        check_options(arguments)
         options = {"scale": arguments.scale, "rows_of_step": arguments.rows_of_step, "seed": arguments.seed}
-        rows = curriculum_rows(passages, **options)
+        rows = curriculum_rows(read_passages(arguments.files), **options)
         if not rows:
-            raise ValueError(f"the files must have passages of at least {BOUNDS[0]} words, got none. Name others.")
+            raise ValueError(
+                f"the files must have pieces of {BOUNDS[0]} to {BOUNDS[-1] - 1} words, with a question from "
+                f"{BOUNDS[1]} words on, got none. Name others."
+            )
         n_rows = write_jsonl(arguments.output, rows)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -113,9 +113,9 @@ def initialise_reasoner(model: CLaRaForRAG, choice: str | None, stage: str) -> N
 
 def normalize_memories(model: CLaRaForRAG, train: Dataset, training: CLaRaTrainingArguments) -> None:
     """Fix the space of memories by documents from all parts of the training data, the same ones on every process."""
-    step = max(1, len(train) // MEASURED_DOCUMENTS)
-    spread = train.select(range(0, len(train), step)[:MEASURED_DOCUMENTS])
-    documents = list(distinct_documents([spread]).values())[:MEASURED_DOCUMENTS]
+    documents = list(distinct_documents([train]).values())
+    number = min(MEASURED_DOCUMENTS, len(documents))
+    documents = [documents[place * len(documents) // number] for place in range(number)]
     model.to(training.device).normalize_memories(documents, batch_size=training.per_device_eval_batch_size)
 
 

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from curriculum import curriculum_rows, sentences
+from curriculum import curriculum_rows, sentences, to_passage
 from data import read_documents, read_positives
 from evaluation.rankers import Bm25Ranker
 from evaluation.spans import Spans
@@ -126,8 +126,7 @@ def cloze(title: str, text: str, n_questions: int = 2) -> dict | None:
 
 
 def pretraining_rows(passages: Sequence[Mapping], corpora: Sequence[Mapping], held: HeldBack) -> dict[str, list[dict]]:
-    """Stage 1, by file: every passage with its questions, every text to be said again, cloze questions on corpora, and
-    passages in pieces."""
+    """Stage 1, by file: every passage with its questions, every text to be said again, cloze questions on corpora."""
     passages, corpora = (
         [row for row in rows if not held.has(row.get("title", ""), row["text"])] for rows in (passages, corpora)
     )
@@ -137,8 +136,14 @@ def pretraining_rows(passages: Sequence[Mapping], corpora: Sequence[Mapping], he
         "paraphrase": [said_again(*text) for text in texts],
         "cloze": [cloze(*text) for text in texts[len(passages) :]],
     }
-    made = {f"pretrain_{kind}": [row for row in rows if row] for kind, rows in made.items()}
-    return {**made, "curriculum": curriculum_rows(passages)}
+    return {f"pretrain_{kind}": [row for row in rows if row] for kind, rows in made.items()}
+
+
+def piece_rows(passages: Sequence[Mapping], held: HeldBack, scale: float) -> list[dict]:
+    """The beginning of stage 1: passages in pieces, see `curriculum.py`."""
+    trained = [to_passage(row) for row in passages if not held.has(row.get("title", ""), row["text"])]
+    rows = curriculum_rows(trained, scale=scale)
+    return [row for row in rows if not held.has(row["title"], row["text"])]  # a piece may be what another file holds
 
 
 def question_rows(passages: Sequence[Mapping], held: HeldBack) -> list[dict]:
@@ -249,7 +254,7 @@ def write_files(source: Path, output: Path, *, scale: float = 1.0, seed: int = S
         "instruct": [cut(row, NUM_READ, generator) for row in [*candidates, *multihop]] + unanswerable,
         "retrieval": [row for row in [*candidates, *multihop] if len(row["docs"]) >= NUM_READ],
     }
-    counts = {}
+    counts = {"curriculum": write_jsonl(output / "curriculum.jsonl", piece_rows(texts, held, scale))}
     for name, rows in files.items():
         # neighbours share documents, so the files pack well; training draws its own order
         counts[name] = write_jsonl(output / f"{name}.jsonl", share_of(rows, scale))

@@ -1,14 +1,14 @@
 """clara-smollm2-135m from data to card, in legs of at most ten minutes on one GPU.
 
     python recipes/smollm2_legs.py list                                  what the legs are
-    python recipes/smollm2_legs.py run prepare pretrain --source DATA    here, where there are data and a GPU
-    python recipes/smollm2_legs.py run prepare pretrain --source DATA --cpu --scale 0.01 --minutes 60  a rehearsal
+    python recipes/smollm2_legs.py run prepare curriculum --source DATA  here, where there are data and a GPU
+    python recipes/smollm2_legs.py run prepare curriculum --source DATA --cpu --scale 0.01 --minutes 60  a rehearsal
 
 A machine with a GPU but without internet takes it in parts, and gives results back in parts:
 
     python recipes/smollm2_legs.py pack DATA parcels --there freeze.txt  here: parcels/1, parcels/2, ...
     python recipes/smollm2_legs.py receive parcels/1 --home HOME         there, once for each part
-    python recipes/smollm2_legs.py run pretrain --home HOME --results OUT
+    python recipes/smollm2_legs.py run curriculum --home HOME --results OUT
     python recipes/smollm2_legs.py collect OUT                           here again
 
 A leg that was stopped by its time or killed goes on with the same command. Needs nothing but Python until `receive`
@@ -25,19 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from parcels import MIB, pack, unpack
-from smollm2_stages import (
-    GGUF,
-    LEGS,
-    PAUSED,
-    PUBLISHED,
-    RUNS,
-    SITE,
-    SOURCE,
-    Call,
-    Paused,
-    is_finished,
-    leg_name,
-)
+from smollm2_call import GGUF, PAUSED, PUBLISHED, RUNS, SITE, SOURCE, STARTS, Call, Paused, is_finished
+from smollm2_stages import LEGS, leg_name
 
 RESULT_PART = 15 * MIB  # of what comes back
 PAUSED_RUN = 66  # MiB of a checkpoint with its optimizer, before it is packed
@@ -220,8 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         legs = [leg_name(word) for word in arguments.legs]
         if any(word.startswith("max_minutes") for word in arguments.set):
             raise ValueError("--set must not have max_minutes, which follows from --minutes. Pass that.")
-        if arguments.start and len(legs) > 1:
-            raise ValueError(f"--from must be of a single leg, got {len(legs)}. Run them one by one.")
+        if arguments.start and (len(legs) > 1 or legs[0] not in STARTS):
+            raise ValueError(f"--from must be of one leg of {', '.join(STARTS)}, got {', '.join(legs)}. Leave it out.")
         call = Call(
             home=arguments.home.resolve(),
             deadline=start + 60 * arguments.minutes,

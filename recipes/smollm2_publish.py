@@ -17,7 +17,6 @@ from publishing import link_code, read_curves, round_weights
 from modeling_clara import CLaRaForRAG
 from modeling_clara.smollm2 import HUB_ID, WHEEL
 
-STAGES = ("curriculum", "pretrain", "instruct", "contrastive", "joint", "joint-label-free", "text")
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -55,7 +54,7 @@ paragraphs of Wikipedia, the World Factbook and FOLDOC: thousands of texts, wher
 the titles of every file of passages and the multi-hop development files were held back. `training_log.json` has the
 curves.
 
-| stage | steps | last held-out loss |
+| run | steps | last held-out loss |
 | --- | --- | --- |
 {stages}
 
@@ -79,6 +78,17 @@ def stage_rows(curves: dict[str, list[dict]]) -> str:
     return "\n".join(rows)
 
 
+def lineage(run: Path) -> list[Path]:
+    """The runs that a run stands on, as far back as they are here, the run itself last."""
+    found = [run]
+    while (found[0] / "run.json").exists():
+        start = json.loads((found[0] / "run.json").read_text(encoding="utf-8"))["model"]["checkpoint"]
+        if start is None or not (run.parent / Path(start).name / "trainer_state.json").exists():
+            break
+        found.insert(0, run.parent / Path(start).name)
+    return found
+
+
 def write(runs: Path, folder: Path, backbone: str | None, run: str = "joint") -> None:
     """Write the checkpoint of a run.
 
@@ -98,7 +108,7 @@ def write(runs: Path, folder: Path, backbone: str | None, run: str = "joint") ->
             parameter.data = parameter.data.bfloat16()
     is_hub = config.backbone_revision is not None
     config.backbone_name_or_path = HUB_ID
-    curves = read_curves([runs / stage for stage in STAGES if (runs / stage / "trainer_state.json").exists()])
+    curves = read_curves(lineage(runs / run))
     weights = HUB_WEIGHTS.format(revision=config.backbone_revision) if is_hub else WHEEL_WEIGHTS.format(wheel=WHEEL)
     folder.mkdir(parents=True, exist_ok=True)
     card = CARD.format(
@@ -118,7 +128,7 @@ def write(runs: Path, folder: Path, backbone: str | None, run: str = "joint") ->
 def main(argv: Sequence[str] | None = None) -> int:
     """Write; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, help="folder with the runs pretrain, instruct, contrastive and joint")
+    parser.add_argument("runs", type=Path, help="folder with the runs, such as joint")
     parser.add_argument("folder", type=Path, help="of the checkpoint; new")
     parser.add_argument("--backbone", help="where the backbone is (default: where the run had it)")
     parser.add_argument("--run", default="joint", help="the run whose checkpoint it is (default: joint)")

@@ -5,24 +5,25 @@ nothing of models or of how files travel.
 """
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-RECIPES = Path(__file__).resolve().parent
-ROOT = RECIPES.parent
-CONFIGS = RECIPES / "configs"
-PAUSED = 3  # exit status: the same command goes on
-MARGIN = 1.0  # minutes for the step, the evaluation and the checkpoint that a stopped leg is at
-# Places below the home folder; the recipes name them in the same words, and run there.
-DATA, RUNS, SITE = Path("data/smollm2"), Path("runs/smollm2"), Path("site")
-SOURCE, BACKBONE, GGUF = DATA / "source", DATA / "backbone", DATA / "gguf"
-PUBLISHED, CORPUS = RUNS / "clara-smollm2-135m", RUNS / "corpus_wikipedia_2wiki"
+from smollm2_call import (
+    BACKBONE,
+    CONFIGS,
+    CORPUS,
+    DATA,
+    FILES,
+    GGUF,
+    MARGIN,
+    PUBLISHED,
+    RUNS,
+    SOURCE,
+    STARTS,
+    Call,
+    is_finished,
+)
+
 # What a CPU changes: float32, small steps, one epoch, no rounds of evaluation, and a checkpoint every few minutes.
 ON_CPU = (
     "use_cpu=true", "bf16=false", "dtype=float32", "num_train_epochs=1", "per_device_train_batch_size=4",
@@ -30,104 +31,6 @@ ON_CPU = (
     "dataloader_prefetch_factor=null", "eval_strategy=no", "eval_on_start=false", "eval_datasets=[]",
     "logging_steps=5", "save_steps=20",
 )  # fmt: skip
-
-
-class Paused(Exception):
-    """A leg's time is over; the same command goes on."""
-
-
-@dataclass
-class Call:
-    """What one call of `run` was told.
-
-    Attributes:
-        home: folder with data/ and runs/; every command runs in it.
-        deadline: `time.monotonic()` at which everything must be written.
-        on_cpu: train in float32 on a CPU.
-        scale: share of the training rows that `prepare` writes.
-        limit: questions of every evaluation; None asks all.
-        overrides: `key=value` of the training legs, which win over everything else.
-        source: folder of the data; None where `receive` has brought it.
-        variants: names of `configs/smollm2/variants.yaml` that a training leg tries in place of its own run.
-        start: finished run that the leg starts from, or publishes, in place of the one before it.
-    """
-
-    home: Path
-    deadline: float
-    on_cpu: bool = False
-    scale: float = 1.0
-    limit: int | None = None
-    overrides: Sequence[str] = ()
-    source: Path | None = None
-    variants: Sequence[str] = ()
-    start: str | None = None
-
-    def minutes_left(self) -> float:
-        return (self.deadline - time.monotonic()) / 60
-
-    def environment(self) -> dict[str, str]:
-        """Of every command: what `receive` installed comes first, then this project."""
-        paths = [str(self.home / SITE)] if (self.home / SITE).is_dir() else []
-        given = os.environ.get("PYTHONPATH")
-        offline = {"HF_HUB_OFFLINE": "1"} if (self.home / BACKBONE).is_dir() else {}
-        return {
-            **os.environ,
-            **offline,
-            "PYTHONPATH": os.pathsep.join([*paths, str(ROOT), *([given] if given else [])]),
-            "PYTHONUNBUFFERED": "1",
-        }
-
-    def command(self, script: str, *arguments: str | Path) -> None:
-        """Run a recipe, or a module after "-m", in the home folder, interrupted when the time is over.
-
-        Raises:
-            Paused: the time is over.
-            RuntimeError: it failed and has printed why.
-        """
-        if self.minutes_left() <= 0:
-            raise Paused
-        line = [sys.executable, script if script == "-m" else str(RECIPES / script), *map(str, arguments)]
-        process = subprocess.Popen(line, cwd=self.home, env=self.environment())
-        try:
-            status = process.wait(timeout=60 * self.minutes_left())
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # the recipes keep what they have
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            raise Paused from None
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-        if status == PAUSED:
-            raise Paused
-        if status:
-            raise RuntimeError(f"{' '.join(line[1:3])} ended with status {status}")
-
-    def start_after(self, run: str) -> str:
-        """The name of the finished run to start from: the one that was asked for, else this one.
-
-        Raises:
-            ValueError: it is not finished.
-        """
-        start = self.start or run
-        self.needs(start, start)
-        return start
-
-    def needs(self, run: str, leg: str) -> None:
-        """Raise a ValueError unless the run that a leg starts from is finished."""
-        if not is_finished(self.home / RUNS / run):
-            raise ValueError(
-                f"this leg needs {self.home / RUNS / run}, which is not finished. Run the leg {leg}, or bring the "
-                "run with `pack --runs`."
-            )
-
-
-def is_finished(run: Path) -> bool:
-    """Whether a training run wrote its last checkpoint."""
-    return (run / "config.json").exists()
 
 
 # --- the legs --------------------------------------------------------------------------------------------------------
@@ -142,7 +45,7 @@ def prepare(call: Call) -> None:
             f"{counts} is of another --scale than {call.scale}. Correct --scale, or delete that file "
             f"and the runs in {call.home / RUNS}, which have learned from it."
         )
-    if not counts.exists():
+    if not counts.exists() or not set(FILES) <= set(json.loads(counts.read_text(encoding="utf-8"))["rows"]):
         call.command("smollm2_data.py", source, "--output", DATA, "--scale", call.scale)
     if (call.home / GGUF).is_dir() and not (call.home / BACKBONE).is_dir():
         gguf = next((call.home / GGUF).glob("*.gguf"))
@@ -161,24 +64,34 @@ def backbone_option(call: Call) -> list:
     return ["--backbone", BACKBONE] if (call.home / BACKBONE).is_dir() else []
 
 
-def train(call: Call, stage: str, name: str | None = None, *given: str) -> None:
-    """A training run, or short ones of its variants."""
+def train(call: Call, stage: str, name: str | None = None) -> None:
+    """A training run, or short ones of its variants.
+
+    Args:
+        call: what is asked for.
+        stage: of `train.py`.
+        name: of the leg and its run, where that is not the stage's.
+    """
+    leg = name or stage
     files = [CONFIGS / f"{stage}.yaml", CONFIGS / "backbones" / "smollm2-135m.yaml"]
-    if name == "curriculum":
+    if leg == "curriculum":
         files += [CONFIGS / "curriculum.yaml", CONFIGS / "smollm2" / "curriculum.yaml"]
     else:
         files.append(CONFIGS / "smollm2" / f"{stage}.yaml")
-    given = [*given]
+    start = call.start_of(leg) if leg in STARTS else None
+    given = [f"checkpoint={RUNS / start}"] if start else []
+    if stage == "joint":
+        given += stored_memories(call, start)
     if stage in ("pretrain", "text") and (call.home / BACKBONE).is_dir():
         given.append(f"backbone={BACKBONE}")
     given += ON_CPU if call.on_cpu else ()
-    runs = [(name or stage, [])]
+    runs = [(leg, [])]
     if call.variants:
         section = files[-1].stem
-        runs = [(f"variants/{name or stage}/{variant}", read_variant(section, variant)) for variant in call.variants]
+        runs = [(f"variants/{leg}/{variant}", read_variant(section, variant)) for variant in call.variants]
     for run, changes in runs:
         if is_finished(call.home / RUNS / run):
-            check_finished(call, call.home / RUNS / run)
+            check_finished(call, call.home / RUNS / run, start)
             print(f"{run} is finished", flush=True)
             continue
         minutes = f"max_minutes={max(0.1, call.minutes_left() - MARGIN):.2f}"
@@ -186,8 +99,18 @@ def train(call: Call, stage: str, name: str | None = None, *given: str) -> None:
         call.command("train.py", "--config", *files, *given, *changes, *call.overrides, output, minutes)
 
 
-def check_finished(call: Call, run: Path) -> None:
-    """Raise a ValueError unless a finished run is of a GPU, or of a CPU, as it is asked for now."""
+def start_of_run(run: Path) -> str | None:
+    """The name of the run that a training run started from."""
+    checkpoint = json.loads((run / "run.json").read_text(encoding="utf-8"))["model"]["checkpoint"]
+    return checkpoint and Path(checkpoint).name
+
+
+def check_finished(call: Call, run: Path, start: str | None) -> None:
+    """Raise a ValueError unless a finished run is what is asked for now: of a GPU or a CPU, from this start."""
+    if start_of_run(run) != start:
+        raise ValueError(
+            f"{run} started from {start_of_run(run)}, and is asked for from {start}. Delete it, or correct --from."
+        )
     trained = json.loads((run / "run.json").read_text(encoding="utf-8"))["training"]
     if trained["use_cpu"] != call.on_cpu:
         made, asked = (("with" if flag else "without") for flag in (trained["use_cpu"], call.on_cpu))
@@ -204,9 +127,10 @@ def read_variant(section: str, name: str) -> list[str]:
 
     variants = yaml.safe_load((CONFIGS / "smollm2" / "variants.yaml").read_text(encoding="utf-8"))
     known = variants.get(section, {})
+    shared = known.pop("all", {})
     if name not in known:
         raise ValueError(f"--variants of {section} must be of {sorted(known)}, got {name!r}. Correct it.")
-    changes = {**variants["all"], **known[name]}
+    changes = {**variants["all"], **shared, **known[name]}
     return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
 
 
@@ -217,38 +141,35 @@ def curriculum(call: Call) -> None:
 
 def pretrain(call: Call) -> None:
     """Stage 1: compressor and generator on questions, paraphrases and cloze questions."""
-    train(call, "pretrain", None, checkpoint(call.start_after("curriculum")))
+    train(call, "pretrain")
 
 
 def instruct(call: Call) -> None:
     """Stage 2: five documents, some questions without an answer."""
-    train(call, "instruct", None, checkpoint(call.start_after("pretrain")))
+    train(call, "instruct")
 
 
 def contrastive(call: Call) -> None:
     """Warm-up of the reasoner with known gold documents."""
-    train(call, "contrastive", None, checkpoint(call.start_after("instruct")))
+    train(call, "contrastive")
 
 
 def joint(call: Call) -> None:
     """Stage 3 behind the warm-up, on the memories that it stored."""
-    train(call, "joint", None, checkpoint(call.start_after("contrastive")), *stored_memories(call))
+    train(call, "joint")
 
 
 def joint_label_free(call: Call) -> None:
     """Stage 3 straight from stage 2: no label says which document is right."""
-    train(call, "joint", "joint-label-free", checkpoint(call.start_after("instruct")), *stored_memories(call))
+    train(call, "joint", "joint-label-free")
 
 
-def checkpoint(run: str) -> str:
-    return f"checkpoint={RUNS / run}"
-
-
-def stored_memories(call: Call) -> list[str]:
-    """The contrastive leg's memories, where they are and of the same compressor."""
-    memories = RUNS / "contrastive" / "memories"
-    is_same = call.start in (None, "contrastive")
-    return [f"corpus={memories}"] if is_same and (call.home / memories / "corpus.json").exists() else []
+def stored_memories(call: Call, start: str) -> list[str]:
+    """The contrastive leg's memories, where they are and of this start's compressor, which that leg does not train."""
+    run = RUNS / "contrastive"
+    if not (call.home / run / "memories" / "corpus.json").exists():
+        return []
+    return [f"corpus={run / 'memories'}"] if start in ("contrastive", start_of_run(call.home / run)) else []
 
 
 def text(call: Call) -> None:
@@ -258,10 +179,15 @@ def text(call: Call) -> None:
 
 def publish(call: Call) -> None:
     """The checkpoint as it is shipped: bfloat16 adapters and a card."""
-    run = call.start_after("joint")
+    run = call.start_of("publish")
     published, trained = (call.home / folder / "config.json" for folder in (PUBLISHED, RUNS / run))
-    if published.exists() and published.stat().st_mtime < trained.stat().st_mtime:
-        raise ValueError(f"{published.parent} is older than {trained.parent}. Delete it to publish again.")
+    if published.exists():
+        log = json.loads((published.parent / "training_log.json").read_text(encoding="utf-8"))
+        if list(log)[-1] != run or published.stat().st_mtime < trained.stat().st_mtime:
+            raise ValueError(
+                f"{published.parent} is of {list(log)[-1]}, or older than {trained.parent}. Delete it to publish "
+                "again."
+            )
     if not published.exists():
         call.command("smollm2_publish.py", RUNS, PUBLISHED, "--run", run, *backbone_option(call))
 

@@ -2,9 +2,13 @@
 
 import doctest
 import json
+from itertools import pairwise
 
+import preparation
 import pytest
 import torch
+from arguments import CLaRaTrainingArguments
+from datasets import Dataset
 
 import modeling_clara.memory_clara as memory_clara
 from modeling_clara import CLaRaForRAG
@@ -111,3 +115,21 @@ def test_bad_documents_change_nothing(normalized, bad, error, text):
 def test_nothing_of_it_trains(normalized):
     normalized.set_trainable_roles(("compressor", "generator"))
     assert not normalized.memory_shift.requires_grad and not normalized.memory_scale.requires_grad
+
+
+def test_training_measures_documents_from_the_first_to_the_last(model, tmp_path):
+    """Each once, however many a record has: the data may be sorted."""
+    records = [{"documents": [{"title": "", "text": f"{n} word"} for n in range(90)]}]
+    records += [{"documents": [{"title": "", "text": f"{n} word"}]} for n in (*range(80, 200), *range(150, 200))]
+    measured = []
+    measure = model.normalize_memories
+    model.normalize_memories = lambda documents, **options: measured.extend(documents) or measure(documents, **options)
+    training = CLaRaTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    preparation.normalize_memories(model, Dataset.from_list(records), training)
+    numbers = [int(document["text"].split()[0]) for document in measured]
+    assert len(numbers) == 128 and numbers[0] == 0 and numbers[-1] >= 198
+    assert {later - earlier for earlier, later in pairwise(numbers)} == {1, 2}
+    assert model.config.memory_normalization
+    measured.clear()
+    preparation.normalize_memories(model, Dataset.from_list(records[-3:]), training)
+    assert [document["text"] for document in measured] == ["197 word", "198 word", "199 word"]

@@ -59,6 +59,9 @@ def test_nothing_held_back_is_trained_on(source, tmp_path):
     assert 0 < len(held) < N_PASSAGES / 3 and all(is_held_back(row["title"], row["text"]) for row in held)
     texts, titles = {words(row["text"]) for row in held}, {row["title"] for row in held}
     pretrain = [row for kind in KINDS for row in read(tmp_path / "out" / f"pretrain_{kind}.jsonl")]
+    pieces = read(tmp_path / "out" / "curriculum.jsonl")
+    assert len(pieces) == counts["curriculum"] > N_PASSAGES / 2
+    pretrain += pieces
     assert not [row for row in pretrain if words(row["text"]) in texts or row["title"] in titles]
     for name in ("instruct", "retrieval"):
         documents = [d for row in read(tmp_path / "out" / f"{name}.jsonl") for d in row["docs"]]
@@ -100,6 +103,17 @@ def test_the_same_twice_and_a_share_for_a_rehearsal(source, tmp_path):
         part["pretrain_paraphrase"] == -(-whole["pretrain_paraphrase"] // 10)
         and part["dev/passages_a.jsonl"] == whole["dev/passages_a.jsonl"]
     )
+
+
+def test_a_piece_that_is_held_back_elsewhere_is_left_out():
+    """A sentence of a passage can be a gold document of a development file."""
+    long = {"title": "Long", "text": " ".join(TEXT.format(year=1900, n=n) for n in range(3)), "qas": []}
+    long["qas"] = [{"question": f"Mayor of {n}?", "answers": [f"Otto Berg {n}"]} for n in range(3)]
+    gold = {**multihop("x", 7, 8), "docs": [f"Other\n{TEXT.format(year=1900, n=1)}", "Other\n Nothing."]}
+    held = data.HeldBack({}, [gold])
+    kept = {row["text"] for row in data.piece_rows([long], held, 1.0)}
+    assert {TEXT.format(year=1900, n=n) in kept for n in (0, 2)} == {True}
+    assert TEXT.format(year=1900, n=1) not in kept and long["text"] in kept
 
 
 def test_cut_keeps_the_gold_documents():

