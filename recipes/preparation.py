@@ -95,7 +95,7 @@ def check_backbone(model: CLaRaForRAG, arguments: ModelArguments) -> None:
     check_digests(model.backbone, model.config, str(arguments.backbone), is_explicit=False)
 
 
-def initialise_reasoner(model: CLaRaForRAG, choice: str | None, stage: str) -> None:
+def initialise_reasoner(model: CLaRaForRAG, choice: str | None, stage: str | None = None) -> None:
     """Copy the compressor into the reasoner where `ModelArguments.reasoner_init` says so."""
     state = get_peft_model_state_dict(model.backbone, adapter_name="reasoner", save_embedding_layers=False)
     is_untrained = not any(tensor.any() for name, tensor in state.items() if "lora_B" in name)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from preparation import initialise_reasoner
 from publishing import link_code, read_curves, round_weights
 
 from modeling_clara import CLaRaForRAG
@@ -48,16 +49,14 @@ model.answer(["How many people live in Oslo?"], documents=documents, top_k=1)
 
 ## Training
 
-`recipes/smollm2_legs.py` with the files of `recipes/configs/smollm2/`, on passages of SQuAD, Natural Questions,
-MCTest, Quoref, QED and CLaRa's own example, on multi-hop questions of HotpotQA, MuSiQue and 2WikiMultiHopQA, and on
-paragraphs of Wikipedia, the World Factbook and FOLDOC: thousands of texts, where the paper has two million. A tenth of
-the titles of every file of passages and the multi-hop development files were held back. `training_log.json` has the
-curves.
+`recipes/smollm2_legs.py` with the files of `recipes/configs/smollm2/`: thousands of texts, where the paper has two
+million. A tenth of the titles of every file of passages and the multi-hop development files were held back.
+`training_log.json` has the curves.
 
-| run | steps | last held-out loss |
-| --- | --- | --- |
+| run | learns from | steps | last held-out loss |
+| --- | --- | --- | --- |
 {stages}
-
+{reasoner}
 The data sets have licences of their own, some of which are for research alone (MCTest: Microsoft Research licence;
 CLaRa's example: Apple sample code licence); the others are CC BY-SA, CC BY, CC0, Apache-2.0 and GFDL.
 """
@@ -68,13 +67,28 @@ WHEEL_WEIGHTS = (
 )
 
 
+PASSAGES = "SQuAD, Natural Questions, MCTest, Quoref, QED and CLaRa's own example"
+LEARNS_FROM = {
+    "curriculum": f"pieces of passages of {PASSAGES}",
+    "pretrain": f"passages of {PASSAGES}; paragraphs of Wikipedia, the World Factbook and FOLDOC",
+    "instruct": "questions over five documents, of the passages, HotpotQA, MuSiQue and 2WikiMultiHopQA",
+    "contrastive": "the same questions over up to twenty candidates, the gold ones known",
+    "joint": "the same, no gold document known",
+    "joint-label-free": "the same, no gold document known",
+}
+UNTRAINED = (
+    "\nThe reasoner was not trained: it is a copy of the compressor, so `retrieve` finds texts that are alike.\n"
+)
+
+
 def stage_rows(curves: dict[str, list[dict]]) -> str:
     """Rows of the card's table of stages."""
     rows = []
     for stage, entries in curves.items():
         losses = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
         last = f"{losses[-1]:.3f}" if losses else ""
-        rows.append(f"| {stage} | {max((entry['step'] for entry in entries), default=0)} | {last} |")
+        steps = max((entry["step"] for entry in entries), default=0)
+        rows.append(f"| {stage} | {LEARNS_FROM.get(stage, '')} | {steps} | {last} |")
     return "\n".join(rows)
 
 
@@ -102,6 +116,9 @@ def write(runs: Path, folder: Path, backbone: str | None, run: str = "joint") ->
         raise FileNotFoundError(f"{runs / run} must be a finished run. Run the legs before this one.")
     model = CLaRaForRAG.from_pretrained(runs / run, backbone=backbone, dtype=torch.float32)
     config = model.config
+    has_reasoner = any(t.any() for name, t in model.named_parameters() if "lora_B.reasoner" in name)
+    if not has_reasoner:
+        initialise_reasoner(model, "compressor")
     round_weights(model, torch.bfloat16)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
@@ -118,6 +135,7 @@ def write(runs: Path, folder: Path, backbone: str | None, run: str = "joint") ->
         sizes=", ".join(map(str, config.memory_sizes[:-1])) + f" or {config.memory_sizes[-1]}",
         weights=weights,
         stages=stage_rows(curves),
+        reasoner="" if has_reasoner else UNTRAINED,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "training_log.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
