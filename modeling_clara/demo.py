@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
+from .configuration_clara import CLaRaConfig
 from .modeling_clara import CLaRaForRAG
 from .smollm2 import fetch_backbone
 from .sources_clara import TEXT_SUFFIXES, DocumentSource
@@ -17,6 +19,7 @@ from .sources_clara import TEXT_SUFFIXES, DocumentSource
 PASSAGES = Path(__file__).parent / "data" / "demo_passages.jsonl"
 # clara-pico, beside it, knows fact sheets only
 TRAINED_MODEL = Path(__file__).parent.parent / "model_cards" / "clara-smollm2-135m"
+SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 FOLDER_QUESTION = "What is this text about?"
 
 
@@ -24,15 +27,22 @@ def load_model(checkpoint: str | None, backbone: str | None) -> tuple[CLaRaForRA
     """A model for the demo, and whether its adapters are trained.
 
     Args:
-        checkpoint: folder or Hub id; default model_cards/clara-smollm2-135m where it is, else fresh adapters.
+        checkpoint: folder or Hub id; default model_cards/clara-smollm2-135m where it is and `backbone` is of its kind,
+            else fresh adapters.
         backbone: folder or Hub id; default SmolLM2-135M-Instruct.
     """
     if checkpoint is not None:
         return CLaRaForRAG.from_pretrained(checkpoint, backbone=backbone), True
-    if TRAINED_MODEL.is_dir():  # it has the adapters alone
+    if TRAINED_MODEL.is_dir() and (backbone is None or is_backbone_of(TRAINED_MODEL, backbone)):
         return CLaRaForRAG.from_pretrained(TRAINED_MODEL, backbone=backbone or fetch_backbone()), True
     torch.manual_seed(0)
     return CLaRaForRAG.from_backbone(backbone or fetch_backbone()), False
+
+
+def is_backbone_of(checkpoint: Path, backbone: str) -> bool:
+    """Whether a backbone has the shape of a checkpoint's own; loading tells whether the weights are the same."""
+    own, other = CLaRaConfig.from_pretrained(checkpoint).text_config, AutoConfig.from_pretrained(backbone)
+    return all(getattr(own, name) == getattr(other, name, None) for name in SHAPE)
 
 
 def read_passages(folder: str | None) -> tuple[list[dict], list[str], list[dict]]:

@@ -4,6 +4,7 @@ It knows nothing of answers.
 """
 
 import pytest
+from tiny import save_backbone
 
 from modeling_clara import CLaRaForRAG, demo
 
@@ -23,6 +24,13 @@ def test_a_trained_model_beside_the_package_gets_its_backbone(checkpoint, backbo
     demo.load_model(None, str(backbone_folder))
     demo.load_model(str(checkpoint), None)  # its config.json names the backbone
     assert fetched == [1]
+
+
+def test_another_backbone_gets_fresh_adapters(checkpoint, fetched, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "TRAINED_MODEL", checkpoint)
+    save_backbone(tmp_path, num_hidden_layers=3)
+    model, is_trained = demo.load_model(None, str(tmp_path))
+    assert not is_trained and model.config.text_config.num_hidden_layers == 3 and not fetched
 
 
 def test_without_one_the_adapters_are_fresh(tmp_path, fetched, monkeypatch):

@@ -1,0 +1,1 @@
+../../modeling_clara/backbone_clara.py

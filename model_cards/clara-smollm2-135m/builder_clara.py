@@ -1,0 +1,1 @@
+../../modeling_clara/builder_clara.py

@@ -1,0 +1,1 @@
+../../modeling_clara/candidates_clara.py

@@ -1,0 +1,1 @@
+../../modeling_clara/card_clara.py

@@ -1,0 +1,1 @@
+../../modeling_clara/checkpoint_clara.py

@@ -1,0 +1,1 @@
+../../modeling_clara/codecs_clara.py

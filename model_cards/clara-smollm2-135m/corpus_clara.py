@@ -1,0 +1,1 @@
+../../modeling_clara/corpus_clara.py

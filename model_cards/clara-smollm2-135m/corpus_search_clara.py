@@ -1,0 +1,1 @@
+../../modeling_clara/corpus_search_clara.py

@@ -1,0 +1,1 @@
+../../modeling_clara/corpus_writer_clara.py

@@ -1,0 +1,1 @@
+../../modeling_clara/digest_clara.py

@@ -1,0 +1,1 @@
+../../modeling_clara/files_clara.py

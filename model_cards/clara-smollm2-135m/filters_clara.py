@@ -1,0 +1,1 @@
+../../modeling_clara/filters_clara.py

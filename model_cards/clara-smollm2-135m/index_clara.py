@@ -1,0 +1,1 @@
+../../modeling_clara/index_clara.py

@@ -1,0 +1,1 @@
+../../modeling_clara/inference_clara.py

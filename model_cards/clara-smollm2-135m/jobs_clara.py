@@ -1,0 +1,1 @@
+../../modeling_clara/jobs_clara.py

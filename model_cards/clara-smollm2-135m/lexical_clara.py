@@ -1,0 +1,1 @@
+../../modeling_clara/lexical_clara.py

@@ -1,0 +1,1 @@
+../../modeling_clara/manifest_clara.py

@@ -1,0 +1,1 @@
+../../modeling_clara/memory_clara.py

@@ -1,0 +1,1 @@
+../../modeling_clara/milvus_clara.py

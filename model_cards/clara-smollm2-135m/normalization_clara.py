@@ -1,0 +1,1 @@
+../../modeling_clara/normalization_clara.py

@@ -1,0 +1,1 @@
+../../modeling_clara/packing_clara.py

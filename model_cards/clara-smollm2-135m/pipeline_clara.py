@@ -1,0 +1,1 @@
+../../modeling_clara/pipeline_clara.py

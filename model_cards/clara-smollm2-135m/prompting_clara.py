@@ -1,0 +1,1 @@
+../../modeling_clara/prompting_clara.py

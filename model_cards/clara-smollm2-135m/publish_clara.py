@@ -1,0 +1,1 @@
+../../modeling_clara/publish_clara.py

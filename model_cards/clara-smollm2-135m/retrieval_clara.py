@@ -1,0 +1,1 @@
+../../modeling_clara/retrieval_clara.py

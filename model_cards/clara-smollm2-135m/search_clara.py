@@ -1,0 +1,1 @@
+../../modeling_clara/search_clara.py

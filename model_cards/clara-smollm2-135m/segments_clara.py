@@ -1,0 +1,1 @@
+../../modeling_clara/segments_clara.py

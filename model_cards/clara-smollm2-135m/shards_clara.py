@@ -1,0 +1,1 @@
+../../modeling_clara/shards_clara.py

@@ -1,0 +1,1 @@
+../../modeling_clara/snapshot_clara.py

@@ -1,0 +1,1 @@
+../../modeling_clara/sources_clara.py

@@ -1,0 +1,1 @@
+../../modeling_clara/storage_clara.py

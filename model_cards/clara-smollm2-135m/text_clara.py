@@ -1,0 +1,1 @@
+../../modeling_clara/text_clara.py
