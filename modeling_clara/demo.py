@@ -41,7 +41,11 @@ def load_model(checkpoint: str | None, backbone: str | None) -> tuple[CLaRaForRA
 
 def is_backbone_of(checkpoint: Path, backbone: str) -> bool:
     """Whether a backbone has the shape of a checkpoint's own; loading tells whether the weights are the same."""
-    own, other = CLaRaConfig.from_pretrained(checkpoint).text_config, AutoConfig.from_pretrained(backbone)
+    own = CLaRaConfig.from_pretrained(checkpoint).text_config
+    try:
+        other = AutoConfig.from_pretrained(backbone)
+    except (OSError, ValueError):  # who loads it says what is wrong
+        return False
     return all(getattr(own, name) == getattr(other, name, None) for name in SHAPE)
 
 
