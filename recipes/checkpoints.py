@@ -7,19 +7,20 @@ import dataclasses
 import json
 import logging
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from json_files import write_json
 from transformers import AutoModelForCausalLM
 
 from modeling_clara import CLaRaForRAG
 from modeling_clara.checkpoint_clara import BACKBONE_FOLDER, load_weights
 from modeling_clara.files_clara import CheckpointFiles
+from modeling_clara.storage_clara import write_json
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE, PARTIAL = "run.json", ".run.json.partial"
+RUN_FILE, PARTIAL = "run.json", ".run.json.*"  # the second is what a kill leaves of the first
 CACHE_FOLDER, MEMORY_FOLDER = "dataset_cache", "memories"  # made before the first step, worth nothing by themselves
 STATE_FILE = "trainer_state.json"  # the Trainer writes it last: a checkpoint with it is complete
 # What may differ between the start and the continuation of a run without changing what it learns.
@@ -62,7 +63,9 @@ def check_folder(folder: str | Path, description: dict) -> Path | None:
     path = folder / RUN_FILE
     if not path.exists():
         content = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
-        foreign = [name for name in content if name not in (CACHE_FOLDER, MEMORY_FOLDER, PARTIAL)][:3]
+        foreign = [
+            name for name in content if name not in (CACHE_FOLDER, MEMORY_FOLDER) and not fnmatch(name, PARTIAL)
+        ][:3]
         if foreign:
             raise ValueError(
                 f"`output_dir` must be a new or empty folder, or one of this run, but {folder} holds {foreign}. "

@@ -1,22 +1,16 @@
-"""JSON and JSON lines on disk, for all recipes. It knows nothing of what is in them."""
+"""Rows of any kind into a file of JSON lines, for the recipes that make data. It knows nothing of what is in them."""
 
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-
-def write_json(path: Path, value) -> None:
-    """Write whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(path)
+from modeling_clara.storage_clara import replacing
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping]) -> int:
-    """Write rows; how many."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write rows one by one, in UTF-8, into a file that is whole or not there; how many."""
     n_rows = 0
-    with open(path, "w", encoding="utf-8") as file:
+    with replacing(path) as partial, open(partial, "w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             n_rows += 1

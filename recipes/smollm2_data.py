@@ -33,7 +33,9 @@ from curriculum import curriculum_rows, sentences, to_passage
 from data import read_documents, read_positives
 from evaluation.rankers import Bm25Ranker
 from evaluation.spans import Spans
-from json_files import write_json, write_jsonl
+from json_files import write_jsonl
+
+from modeling_clara.storage_clara import write_json
 
 PATTERNS = {
     "passages": "passages_*.jsonl.gz",
