@@ -95,12 +95,16 @@ def check_backbone(model: CLaRaForRAG, arguments: ModelArguments) -> None:
     check_digests(model.backbone, model.config, str(arguments.backbone), is_explicit=False)
 
 
+def is_untrained(model: CLaRaForRAG, role: str) -> bool:
+    """Whether a role's adapters change nothing, as fresh ones do."""
+    state = get_peft_model_state_dict(model.backbone, adapter_name=role, save_embedding_layers=False)
+    return not any(tensor.any() for name, tensor in state.items() if "lora_B" in name)
+
+
 def initialise_reasoner(model: CLaRaForRAG, choice: str | None, stage: str | None = None) -> None:
     """Copy the compressor into the reasoner where `ModelArguments.reasoner_init` says so."""
-    state = get_peft_model_state_dict(model.backbone, adapter_name="reasoner", save_embedding_layers=False)
-    is_untrained = not any(tensor.any() for name, tensor in state.items() if "lora_B" in name)
     if choice is None:
-        choice = "compressor" if stage in ("contrastive", "joint") and is_untrained else "keep"
+        choice = "compressor" if stage in ("contrastive", "joint") and is_untrained(model, "reasoner") else "keep"
     if choice == "compressor":
         own = get_peft_model_state_dict(model.backbone, adapter_name="compressor", save_embedding_layers=False)
         set_peft_model_state_dict(
@@ -172,6 +176,15 @@ def prepare_memories(
     return corpus or store, store
 
 
+def check_drawn_sizes(drawn: list[int] | None, sizes: list[int]) -> None:
+    """Raise a ValueError unless a run draws k from some of the model's sizes; None draws from all."""
+    if drawn is not None and not 0 < len(drawn) == len(set(drawn) & set(sizes)):
+        raise ValueError(
+            f"`train_memory_sizes` must name some of the model's `memory_sizes` {sizes}, each once, got {drawn}. "
+            "Correct it, or leave it out to draw from all."
+        )
+
+
 def prepare_trainer(
     model_arguments: ModelArguments, data: DataArguments, training: CLaRaTrainingArguments
 ) -> CLaRaTrainer:
@@ -187,13 +200,7 @@ def prepare_trainer(
         )
     model = prepare_model(model_arguments, training)
     sizes = model.config.memory_sizes
-    if training.train_memory_sizes is not None and not 0 < len(training.train_memory_sizes) == len(
-        set(training.train_memory_sizes) & set(sizes)
-    ):
-        raise ValueError(
-            f"`train_memory_sizes` must name some of the model's `memory_sizes` {sizes}, each once, got "
-            f"{training.train_memory_sizes}. Correct it, or leave it out to draw from all."
-        )
+    check_drawn_sizes(training.train_memory_sizes, sizes)
     train, evaluation = read_data(model, data, training)
     if model_arguments.memory_normalization and model_arguments.checkpoint is None:
         normalize_memories(model, train, training)

@@ -3,6 +3,7 @@
 Stands before the legs of `smollm2_stages.py`. Needs the standard library alone.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -22,7 +23,8 @@ DATA, RUNS, SITE = Path("data/smollm2"), Path("runs/smollm2"), Path("site")
 SOURCE, BACKBONE, GGUF = DATA / "source", DATA / "backbone", DATA / "gguf"
 PUBLISHED, CORPUS = RUNS / "clara-smollm2-135m", RUNS / "corpus_wikipedia_2wiki"
 # Training files that `prepare` must find, and the run that each leg starts from, or publishes.
-FILES = "curriculum instruct pretrain_cloze pretrain_paraphrase pretrain_questions retrieval".split()
+FILES = ["curriculum", "instruct", "pretrain_cloze", "pretrain_paraphrase", "pretrain_questions", "pretrain_small"]
+FILES += ["retrieval", "retrieval_small"]
 STARTS = {
     "pretrain": "curriculum", "instruct": "pretrain", "contrastive": "instruct", "joint": "contrastive",
     "joint-label-free": "instruct", "publish": "joint",
@@ -125,3 +127,9 @@ class Call:
 def is_finished(run: Path) -> bool:
     """Whether a training run wrote its last checkpoint."""
     return (run / "config.json").exists()
+
+
+def start_of_run(run: Path) -> str | None:
+    """The name of the run that a training run started from, by its run.json."""
+    checkpoint = json.loads((run / "run.json").read_text(encoding="utf-8"))["model"]["checkpoint"]
+    return checkpoint and Path(checkpoint).name

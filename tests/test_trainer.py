@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -125,8 +126,7 @@ def test_a_backbone_that_trains_is_saved_and_comes_back(build, tmp_path):
     assert_equal(state_of(trainer.model), state_of(loaded))
 
 
-@pytest.mark.parametrize("stage", PARTS)
-@pytest.mark.parametrize("order", ["random", "group_by_length"])
+@pytest.mark.parametrize("stage, order", [*product(PARTS, ("random", "group_by_length")), ("pretrain", "sequential")])
 def test_resuming_equals_not_stopping(build, stage, order):
     """Bit-equal, dropout and the draw of k included, wherever in the second epoch the run was killed."""
     options = {"save_strategy": "steps", "save_steps": 1, "train_sampling_strategy": order}

@@ -1,6 +1,6 @@
 """What tests of the legs of clara-smollm2-135m need: small data, what runs left, commands that start in no time.
 
-Stands beside tests/test_smollm2_legs.py.
+Stands beside the tests of this folder and its conftest.py.
 """
 
 import gzip
@@ -15,9 +15,10 @@ import zipfile
 from pathlib import Path
 
 import smollm2_legs
+import smollm2_stages as stages
 import torch
 from safetensors.torch import load_file
-from smollm2_stages import BACKBONE
+from smollm2_call import BACKBONE, DATA
 
 from modeling_clara import CLaRaForRAG
 from modeling_clara.configuration_clara import ROLES
@@ -28,7 +29,17 @@ TINY = [
     "warmup_steps=0", "learning_rate=1e-2",
 ]  # fmt: skip
 FRESH = ["lora_rank=2", "lora_alpha=4", "document_max_length=64", "processor_kwargs={document_overlap: 8}"]
-TOWN = "In {year} the town {n} had a harbour, and its mayor was Otto Berg {n}, who liked old boats very much."
+HELD_OUT = ["eval_strategy=steps", "eval_steps=3", f"eval_datasets=[{{path: {DATA}/dev/multihop_hotpotqa_dev.jsonl}}]"]
+TEXT = [*TINY, *FRESH, "max_steps=6"]
+ROOT = Path(smollm2_legs.__file__).parent.parent
+LINEAGE = ("curriculum", "pretrain", "instruct", "contrastive", "joint")
+ALL_EVALUATIONS = stages.evaluations
+EVALUATED = "passages_squad-k16 passages_nq-k16-int4 multihop_hotpotqa_dev-k16 multihop_musique_dev-k4".split()
+EVALUATED += ["multihop_2wiki_dev-label-free"]
+TOWN = (
+    "In {year} the town {n} had a harbour, and its mayor was Otto Berg {n}, who liked old boats very much. It had "
+    "a mill and a well, and a road led to it from the hills in the east, where sheep were kept."
+)
 
 
 def passage(n: int) -> dict:

@@ -25,6 +25,11 @@ def multihop(name: str, *numbers: int) -> dict:
     return {"id": name, "question": f"Which of {name}?", "answers": ["x"], "docs": docs, "pos_index": [0, 1]}
 
 
+def write_rows(folder: Path, name: str, rows: list[dict]) -> None:
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(content.encode()))
+
+
 @pytest.fixture
 def source(tmp_path) -> Path:
     passages = [passage(n) for n in range(N_PASSAGES)]
@@ -40,9 +45,31 @@ def source(tmp_path) -> Path:
     folder = tmp_path / "source"
     folder.mkdir()
     for name, rows in files.items():
-        content = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(content.encode()))
+        write_rows(folder, name, rows)
     return folder
+
+
+def test_small_files_have_short_passages_with_few_questions(source, tmp_path):
+    long = [passage(n) | {"text": f"{n} " * (30 + 2 * n), "title": f"Hill {n}"} for n in range(N_PASSAGES)]
+    for row in long:
+        row["qas"] = [{"question": f"{row['title']}, number {n}?", "answers": [str(n)]} for n in range(7)]
+    write_rows(source, "passages_squad", long)
+    counts = write_files(source, tmp_path / "out")
+    held = {row["title"] for row in read(tmp_path / "out" / "dev" / "passages_squad.jsonl")}
+    fit = {row["title"] for row in long if 40 <= len(row["text"].split()) <= 150} - held
+    stage1, retrieval = (read(tmp_path / "out" / f"{name}_small.jsonl") for name in ("pretrain", "retrieval"))
+    assert len(stage1) == counts["pretrain_small"] == len(fit) // 8 * 8
+    assert {row["title"] for row in stage1} < fit
+    lengths = [len(row["text"].split()) for row in stage1]
+    assert lengths != sorted(lengths)
+    for start in range(0, len(lengths), 8):  # those of a step are neighbours in length
+        assert max(lengths[start : start + 8]) - min(lengths[start : start + 8]) <= 2 * 8 + 2 * len(held)
+    assert len(retrieval) == counts["retrieval_small"] == 5 * len(fit)
+    for row in retrieval:
+        (gold,) = row["pos_index"]
+        assert row["question"].startswith(row["docs"][gold]["title"] + ",") and len(row["docs"]) == 20
+        assert {document["title"] for document in row["docs"]} <= fit
+    assert {len(row["qas"]) for row in stage1} == {5}
 
 
 def read(path: Path) -> list[dict]:
