@@ -188,8 +188,7 @@ def small_retrieval_rows(passages: Mapping[str, Sequence[Mapping]], held: HeldBa
         rows = [row for row in rows if not held.has(row.get("title", ""), row["text"])]
         chosen += generator.sample(rows, min(n_passages, len(rows)))
     chosen = [some_questions(row, generator) for row in chosen]
-    rows = list(with_distractors(question_rows(chosen, held), NUM_CANDIDATES, generator))
-    return [row for row in rows if len(row["docs"]) >= NUM_READ]
+    return list(with_distractors(question_rows(chosen, held), NUM_CANDIDATES, generator))
 
 
 def question_rows(passages: Sequence[Mapping], held: HeldBack) -> list[dict]:
@@ -299,10 +298,12 @@ def write_files(source: Path, output: Path, *, scale: float = 1.0, seed: int = S
     files = {
         **pretraining_rows(texts, corpora, held),
         "instruct": [cut(row, NUM_READ, generator) for row in [*candidates, *multihop]] + unanswerable,
-        "retrieval": [row for row in [*candidates, *multihop] if len(row["docs"]) >= NUM_READ],
+        "retrieval": [*candidates, *multihop],
+        "retrieval_small": [*small_retrieval_rows(passages, held), *by_file.get(SMALL_MULTIHOP, ())],
     }
+    for name in ("retrieval", "retrieval_small"):
+        files[name] = [row for row in files[name] if len(row["docs"]) >= NUM_READ]
     files["pretrain_small"] = small_pretraining_rows(files["pretrain_questions"])
-    files["retrieval_small"] = [*small_retrieval_rows(passages, held), *by_file.get(SMALL_MULTIHOP, ())]
     counts = {"curriculum": write_jsonl(output / "curriculum.jsonl", piece_rows(texts, held, scale))}
     for name, rows in files.items():
         # neighbours share documents, so the files pack well; training draws its own order
