@@ -107,7 +107,7 @@ def test_legs_can_be_skipped(trained, prepared, forks, tmp_path, capsys):
     assert load(home / PUBLISHED, home).fingerprint  # it loads
     card = (home / PUBLISHED / "README.md").read_text(encoding="utf-8")
     assert "| curriculum | pieces of passages" in card and "| joint |" not in card
-    assert "known | 3 |" in card and "not trained" not in card
+    assert "known | a CPU | 3 |" in card and "not trained" not in card
     given = ["--home", home, "--cpu", "--from"]
     assert "pretrain, which is not finished" in fails(capsys, "run", "publish", *given, "pretrain")
     for legs in (["instruct", "contrastive"], ["prepare"], ["text"], ["evaluate"], ["curriculum"]):
