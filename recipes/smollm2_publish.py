@@ -83,16 +83,20 @@ LEARNS_FROM = {  # by the file of the rows
         "of HotpotQA"
     ),
 }
-GOLD = {"contrastive": "; the gold ones known", "joint": "; no gold one known"}  # by stage
 UNTRAINED = (
     "\nThe reasoner was not trained: it is a copy of the compressor, so `retrieve` finds texts that are alike.\n"
 )
 
 
 def learns_from(description: Mapping) -> str:
-    """The data of a run, by what its run.json says."""
+    """The data of a run, by what its run.json says: its files, and whether gold documents are known."""
     names = [Path(dataset["path"]).stem for dataset in description["data"]["datasets"]]
-    return "; ".join(LEARNS_FROM.get(name, name) for name in names) + GOLD.get(description["training"]["stage"], "")
+    parts = [LEARNS_FROM.get(name, name) for name in names]
+    stage = description["training"]["stage"]
+    if stage in ("contrastive", "joint"):
+        has_gold = stage == "contrastive" or description["model"]["contrastive_weight"]
+        parts.append("the gold ones known" if has_gold else "no gold one known")
+    return "; ".join(parts)
 
 
 def stage_rows(runs: Sequence[Path], curves: dict[str, list[dict]]) -> str:
