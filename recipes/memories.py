@@ -66,14 +66,23 @@ def compress_documents(
     Raises:
         ValueError: a document has no usable memory.
     """
-    rows = [{"id": document_key(document), **document} for document in documents]
-    corpus = CompressedCorpus.build(model, rows, folder, codec="float16", batch_size=batch_size)
+    corpus = CompressedCorpus.build(model, to_rows(documents), folder, codec="float16", batch_size=batch_size)
+    return with_all(corpus, documents)
+
+
+def to_rows(documents: Sequence[Mapping]) -> list[dict]:
+    """Documents under the ids by which they are looked up."""
+    return [{"id": document_key(document), **document} for document in documents]
+
+
+def with_all(corpus: CompressedCorpus, documents: Sequence[Mapping]) -> DocumentMemories:
+    """The memories of a corpus; a ValueError if a document has none."""
     memories = DocumentMemories(corpus)
     missing = [document for document in documents if document_key(document) not in memories.rows]
     if missing:
         raise ValueError(
-            f"the memory of {missing[0]['text'][:60]!r} must fit into float16, see {folder}/rejected.jsonl. Train the "
-            "compressor longer, or set `compress_online`."
+            f"the memory of {missing[0]['text'][:60]!r} must fit into float16, see {corpus.folder}/rejected.jsonl. "
+            "Train the compressor longer, or set `compress_online`."
         )
     return memories
 
@@ -81,11 +90,18 @@ def compress_documents(
 def open_or_compress(
     model: CLaRaForRAG, documents: Sequence[Mapping], folder: Path, batch_size: int
 ) -> DocumentMemories:
-    """The stored memories of a run: opened where an earlier start has written them, else compressed and written."""
+    """The stored memories of a run: opened where an earlier start has written them, else compressed and written.
+
+    Documents that are not among the stored ones are added to them.
+    """
     try:
-        memories = DocumentMemories(CompressedCorpus.open(folder, model=model))
-        if all(document_key(document) in memories.rows for document in documents):
-            return memories
+        corpus = CompressedCorpus.open(folder, model=model)
+        memories = DocumentMemories(corpus)
+        needed = [document for document in documents if document_key(document) not in memories.rows]
+        if needed:
+            corpus.add(to_rows(needed), batch_size=batch_size)
+            memories = with_all(corpus, documents)
+        return memories
     except (FileNotFoundError, ValueError):
         pass  # none yet, not finished, damaged, or of an earlier compressor
     try:

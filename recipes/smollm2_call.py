@@ -24,7 +24,7 @@ SOURCE, BACKBONE, GGUF = DATA / "source", DATA / "backbone", DATA / "gguf"
 PUBLISHED, CORPUS = RUNS / "clara-smollm2-135m", RUNS / "corpus_wikipedia_2wiki"
 # Training files that `prepare` must find, and the run that each leg starts from, or publishes.
 FILES = ["curriculum", "instruct", "pretrain_cloze", "pretrain_paraphrase", "pretrain_questions", "pretrain_small"]
-FILES += ["retrieval", "retrieval_small"]
+FILES += ["retrieval", "retrieval_made", "retrieval_multihop", "retrieval_small"]
 STARTS = {
     "pretrain": "curriculum", "instruct": "pretrain", "contrastive": "instruct", "joint": "contrastive",
     "joint-label-free": "instruct", "publish": "joint",

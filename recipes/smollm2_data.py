@@ -9,6 +9,8 @@ unanswerable_*; what is written are rows that `data.py` reads. It knows nothing 
     curriculum.jsonl           pieces of passages, from single sentences to whole ones, in the order to train on
     instruct.jsonl             questions over five documents, some unanswerable
     retrieval.jsonl            questions over up to twenty candidates, the gold ones marked (contrastive, joint)
+    retrieval_multihop.jsonl   the same for multi-hop questions alone, of all files, among BM25's best
+    retrieval_made.jsonl       questions made from the titles and words of two documents
     *_small.jsonl              what two CPU cores can learn from pretrain_questions and retrieval in an hour each
     dev/*.jsonl                a tenth of the titles of every passages file, and the multihop development files
     counts.json                the scale and the rows of every file, written last
@@ -32,9 +34,8 @@ from pathlib import Path
 
 from curriculum import curriculum_rows, sentences, to_passage
 from data import read_documents, read_positives
-from evaluation.rankers import Bm25Ranker
-from evaluation.spans import Spans
 from json_files import write_jsonl
+from retrieval_rows import made_questions, with_distractors
 
 from modeling_clara.storage_clara import write_json
 
@@ -57,6 +58,8 @@ COUNTS_FILE = "counts.json"
 # both next to each other, and passages of each file among which questions search.
 SMALL_WORDS, SMALL_FEW, SMALL_MANY, SMALL_QUESTIONS, SMALL_STEP = range(40, 151), 256, 832, 5, 8
 SMALL_MULTIHOP = "multihop_hotpotqa_train.jsonl.gz"
+# Files whose candidates are all searched, questions made from the candidates of one row, and documents of a row.
+SMALL_CANDIDATES, SMALL_MADE, SMALL_DOCUMENTS = (SMALL_MULTIHOP, "multihop_musique_train.jsonl.gz"), 8, 10
 SMALL_PASSAGES = {"passages_squad": 420, "passages_nq": 320, "passages_scp_sample": 120}
 
 
@@ -192,37 +195,15 @@ def small_retrieval_rows(passages: Mapping[str, Sequence[Mapping]], held: HeldBa
 
 
 def question_rows(passages: Sequence[Mapping], held: HeldBack) -> list[dict]:
-    """One row a question of a passage: `{question, answers, document}`."""
+    """One row a question of a passage: `{question, answers, gold}`."""
     return [
-        {"question": pair["question"], "answers": pair["answers"], "document": {"title": title, "text": row["text"]}}
+        {"question": pair["question"], "answers": pair["answers"], "gold": [{"title": title, "text": row["text"]}]}
         for row in passages
         for title in [row.get("title", "")]
         if not held.has(title, row["text"])
         for pair in row["qas"]
         if words(pair["question"]) not in held.questions and pair["answers"]
     ]
-
-
-def with_distractors(rows: Sequence[Mapping], n_documents: int, generator: random.Random) -> Iterator[dict]:
-    """Rows of `question_rows` among the passages that BM25 takes for the best, the gold one at a random place."""
-    documents = {}
-    for row in rows:
-        documents.setdefault((row["document"]["title"], row["document"]["text"]), len(documents))
-    keys = list(documents)
-    spans = Spans([str(n) for n in range(len(keys))], [0] * len(keys), [k[0] for k in keys], [k[1] for k in keys])
-    ranked = Bm25Ranker(spans).rank([row["question"] for row in rows], [None] * len(rows), n_documents)
-    for row, hits in zip(rows, ranked, strict=True):
-        gold = documents[row["document"]["title"], row["document"]["text"]]
-        others = [number for number, _ in hits if number != gold][: n_documents - 1]
-        order = [gold, *others]
-        generator.shuffle(order)
-        docs = [{"title": keys[number][0], "text": keys[number][1]} for number in order]
-        yield {
-            "question": row["question"],
-            "answers": row["answers"],
-            "docs": docs,
-            "pos_index": [order.index(gold)],
-        }
 
 
 def multihop_rows(rows: Sequence[Mapping], held: HeldBack) -> Iterator[dict]:
@@ -234,6 +215,36 @@ def multihop_rows(rows: Sequence[Mapping], held: HeldBack) -> Iterator[dict]:
         if is_held or words(row["question"]) in held.questions:
             continue
         yield {"question": row["question"], "answers": row["answers"], "docs": documents, "pos_index": gold}
+
+
+def two_document_rows(by_file: Mapping[str, Sequence[Mapping]], seed: int = SEED) -> dict[str, list[dict]]:
+    """What the small contrastive run learns beside single passages: questions that two documents answer.
+
+    Args:
+        by_file: `multihop_rows` of the training files, by file name.
+        seed: of places, words and templates.
+
+    Returns:
+        `retrieval_multihop`, their questions among what BM25 takes for the best of all their documents, and
+        `retrieval_made`, questions made from documents that are candidates of one question, or gold ones together.
+    """
+    generator = random.Random(seed)
+    own = {name: rows for name, rows in by_file.items() if name in SMALL_CANDIDATES}
+    groups = [(row["docs"], SMALL_MADE) for rows in own.values() for row in rows]
+    rows = []
+    for name, file_rows in by_file.items():
+        for row in file_rows:
+            gold = [row["docs"][index] for index in row["pos_index"]]
+            if name != SMALL_MULTIHOP:
+                rows.append({"question": row["question"], "answers": row["answers"], "gold": gold})
+            if name not in own:
+                groups.append((gold, 1))
+    others = [document for row_docs, _ in groups for document in row_docs]
+    made = [row for docs, n in groups for row in made_questions([docs], n, generator)]
+    return {
+        name: list(with_distractors(found, SMALL_DOCUMENTS, generator, others))
+        for name, found in (("retrieval_multihop", rows), ("retrieval_made", made))
+    }
 
 
 def cut(row: Mapping, n_documents: int, generator: random.Random) -> dict:
@@ -301,6 +312,7 @@ def write_files(source: Path, output: Path, *, scale: float = 1.0, seed: int = S
         "retrieval": [*candidates, *multihop],
         "retrieval_small": [*small_retrieval_rows(passages, held), *by_file.get(SMALL_MULTIHOP, ())],
     }
+    files |= two_document_rows(by_file)
     for name in ("retrieval", "retrieval_small"):
         files[name] = [row for row in files[name] if len(row["docs"]) >= NUM_READ]
     files["pretrain_small"] = small_pretraining_rows(files["pretrain_questions"])

@@ -82,6 +82,8 @@ LEARNS_FROM = {  # by the file of the rows
         "questions over up to twenty documents: on passages of SQuAD, Natural Questions and CLaRa's own example, and "
         "of HotpotQA"
     ),
+    "retrieval_multihop": f"multi-hop questions {MULTIHOP}, over ten documents of these",
+    "retrieval_made": "questions made from titles and words of two of these",
 }
 UNTRAINED = (
     "\nThe reasoner was not trained: it is a copy of the compressor, so `retrieve` finds texts that are alike.\n"

@@ -92,11 +92,20 @@ def test_what_is_damaged_is_made_anew(shared_model, tmp_path, damage):
     assert CompressedCorpus.open(folder).verify() == []
 
 
-def test_new_documents_and_another_compressor_are_compressed(model, tmp_path):
+def test_new_documents_join_those_that_are_there(shared_model, tmp_path):
     folder = tmp_path / "memories"
-    open_or_compress(model, DOCUMENTS[:2], folder, 2)
-    more = open_or_compress(model, DOCUMENTS, folder, 2)
-    before = more.lookup(DOCUMENTS)
+    first = open_or_compress(shared_model, DOCUMENTS[:2], folder, 2).lookup(DOCUMENTS[:2])
+    shards = {path.name: path.stat().st_mtime_ns for path in (folder / "data").iterdir()}
+    more = open_or_compress(shared_model, DOCUMENTS, folder, 2)
+    assert len(more) == len(DOCUMENTS) and torch.equal(more.lookup(DOCUMENTS[:2]), first)
+    kept = {path.name: path.stat().st_mtime_ns for path in (folder / "data").iterdir()}
+    assert shards.items() < kept.items()
+    torch.testing.assert_close(more.lookup(DOCUMENTS), shared_model.compress(DOCUMENTS), rtol=1e-3, atol=1e-3)
+
+
+def test_another_compressor_compresses_anew(model, tmp_path):
+    folder = tmp_path / "memories"
+    before = open_or_compress(model, DOCUMENTS, folder, 2).lookup(DOCUMENTS)
     with torch.no_grad():
         model.memory_embeddings += 0.5
     after = open_or_compress(model, DOCUMENTS, folder, 2).lookup(DOCUMENTS)

@@ -68,6 +68,10 @@ def write_source(folder: Path) -> Path:
         "passages_nq": [passage(n) for n in range(40, 80)],
         "corpus_wikipedia_2wiki": texts,
         "multihop_hotpotqa_train": multihop("hotpot", 100),
+        "multihop_musique_train": multihop("musique", 120),
+        "multihop_hotpotqa_train_gold_only": [
+            {**row, "docs": row["docs"][:2]} for row in multihop("hotpot-gold", 140)
+        ],
         "multihop_hotpotqa_dev": multihop("hotpot-dev", 200),
         "multihop_musique_dev": multihop("musique-dev", 220),
         "multihop_2wiki_dev": multihop("wiki-dev", 300),

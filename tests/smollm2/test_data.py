@@ -72,6 +72,26 @@ def test_small_files_have_short_passages_with_few_questions(source, tmp_path):
     assert {len(row["qas"]) for row in stage1} == {5}
 
 
+def test_questions_over_two_documents_have_candidates_from_all_multi_hop_files(source, tmp_path):
+    two = [{**multihop(f"gold {n}", n, n + 1), "pos_index": [0, 1]} for n in (120, 130, 200)]
+    write_rows(source, "multihop_d_train_gold_only", two)
+    write_rows(source, "multihop_musique_train", [multihop("own", 150, 151, 152, 153, 154)])
+    counts = write_files(source, tmp_path / "out")
+    known = {f"Town {n}" for n in (100, 101, 120, 121, 130, 131, *range(150, 155))}
+    found = {name: read(tmp_path / "out" / f"retrieval_{name}.jsonl") for name in ("multihop", "made")}
+    assert [row["question"] for row in found["multihop"]] == [
+        f"Which of {n}?" for n in ("one", "gold 120", "gold 130", "own")
+    ]
+    for row in [*found["multihop"], *found["made"]]:
+        titles = [document["title"] for document in row["docs"]]
+        assert len(titles) == len(set(titles)) == 10 and len(row["pos_index"]) == 2 and set(titles) <= known
+    assert (
+        counts["retrieval_made"] == len(found["made"]) == 8 + 3
+    )  # of the own candidates of one row, of gold documents
+    made = {document["title"] for row in found["made"] for document in (row["docs"][n] for n in row["pos_index"])}
+    assert made & {f"Town {n}" for n in range(152, 155)} and not made & {"Town 200", "Town 201"}
+
+
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
