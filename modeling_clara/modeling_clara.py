@@ -251,6 +251,7 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
         document_mask: torch.BoolTensor | None = None,
         query_input_ids: torch.LongTensor | None = None,
         query_attention_mask: torch.LongTensor | None = None,
+        query_memory: torch.FloatTensor | None = None,
         positive_mask: torch.BoolTensor | None = None,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.LongTensor | None = None,
@@ -273,6 +274,7 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
             document_mask: (batch, documents) bool, False where there is no document; for `memory` only.
             query_input_ids: (batch, length) int64, the question.
             query_attention_mask: (batch, length), 1 at real tokens.
+            query_memory: (batch, n, hidden), what the reasoner made of the question before; it is not asked again.
             positive_mask: (batch, documents) bool, the gold documents, for the contrastive term.
             input_ids: (prompts, length) int64, the generator's prompts with pad ids at slots.
             attention_mask: (prompts, length), 1 at prompt tokens and slots; either padding side.
@@ -297,20 +299,27 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
         alignment = contrastive = scores = selected = None
         if (document_input_ids is None) == (memory is None):
             raise ValueError("`document_input_ids` or `memory` must be given, not both and not neither. Pass one.")
-        needed = k_read if query_input_ids is None else max(k_read, k_score)
+        has_query = query_input_ids is not None or query_memory is not None
+        needed = max(k_read, k_score) if has_query else k_read
         if memory is None:
             document_mask = document_attention_mask.any(-1)
             with self._frozen_compressor():
                 memory, alignment = self._compress_step(document_input_ids, document_attention_mask, needed)
         elif memory.shape[2] < needed:
             raise ValueError(f"`memory` must have at least {needed} vectors, got {memory.shape[2]}. Pass larger ones.")
+        if query_memory is not None and query_memory.shape[1] < k_score:
+            raise ValueError(
+                f"`query_memory` must have at least {k_score} vectors, got {query_memory.shape[1]}. Pass larger ones."
+            )
         if document_mask is None:
             document_mask = torch.ones(memory.shape[:2], dtype=torch.bool, device=memory.device)
 
         read, read_mask = memory[:, :, :k_read], document_mask
-        if query_input_ids is not None:
-            query, _ = self.encode("reasoner", *_right_padded(query_input_ids, query_attention_mask), k_score)
-            scores = cosine_scores(query, memory, k_score)
+        if has_query:
+            if query_memory is None:
+                query = _right_padded(query_input_ids, query_attention_mask)
+                query_memory, _ = self.encode("reasoner", *query, k_score)
+            scores = cosine_scores(query_memory, memory, k_score)
             top_k = min(self.config.retrieval_top_k, memory.shape[1])
             selection, selected = straight_through_topk(
                 scores, top_k, self.config.retrieval_temperature, document_mask

@@ -16,7 +16,8 @@ from datasets import Dataset
 from memories import DocumentMemories, open_or_compress
 from mixtures import distinct_documents, load_records
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from trainer import TRAINERS, CLaRaTrainer, data_seed, part_of
+from samplers import data_seed
+from trainer import TRAINERS, CLaRaTrainer, part_of
 
 from modeling_clara import CLaRaForRAG
 from modeling_clara.backbone_clara import check_digests

@@ -4,6 +4,7 @@ Stand between the collators' batches and `CLaRaForRAG.forward`, which holds ever
 records, of YAML or of text, but for the samples that are generated at an evaluation.
 """
 
+import contextlib
 import json
 import logging
 import random
@@ -14,11 +15,11 @@ import torch
 from arguments import CLaRaTrainingArguments
 from checkpoints import STATE_FILE, load_trained
 from data import document_key
+from samplers import EpochLengthSampler, data_seed
 from time_limit import TimeLimit
 from torch.nn.utils import get_total_norm
 from training_metrics import MetricSums, exact_matches, ranking_metrics
 from transformers import Trainer, TrainerState
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from modeling_clara import CLaRaForRAG
 from modeling_clara.backbone_clara import backbone_digests
@@ -274,20 +275,30 @@ class SelectingTrainer(CLaRaTrainer):
         gold = inputs.pop("gold_documents", None)
         inputs = super()._prepare_inputs(inputs)
         if gold is not None:
-            inputs |= self._search(inputs, gold)
+            query = self._encode_questions(inputs)
+            if query.requires_grad:
+                inputs["query_memory"] = query  # the step goes on from here
+            inputs |= self._search(query.detach(), gold)
         return inputs
 
+    def _encode_questions(self, inputs: dict) -> torch.Tensor:
+        """(rows, k, hidden) questions as the reasoner sees them; with their graph where the step can go on from it."""
+        model = self.unwrapped
+        lengths, size = inputs["query_attention_mask"].sum(-1), model.config.retrieval_memory_size
+        # Dropout would search for another question than the one that is asked, and what wraps a model that several
+        # processes train expects its whole pass in `forward`.
+        is_one_pass = model.training and self.accelerator.num_processes == 1 and not has_dropout(model)
+        mode = contextlib.nullcontext() if is_one_pass else eval_mode(model)
+        with mode, torch.set_grad_enabled(is_one_pass), self.accelerator.autocast():
+            return model.encode("reasoner", inputs["query_input_ids"], lengths, size)[0]
+
     @torch.no_grad()
-    def _search(self, inputs: dict, gold: list[list[dict]]) -> dict[str, torch.Tensor]:
-        """The corpus's best documents.
+    def _search(self, query: torch.Tensor, gold: list[list[dict]]) -> dict[str, torch.Tensor]:
+        """The corpus's best documents for (rows, k, hidden) questions.
 
         Returns:
             `memory` (rows, candidates, n, hidden) float32; `document_mask`, `positive_mask` (rows, candidates) bool.
         """
-        model = self.unwrapped
-        lengths, size = inputs["query_attention_mask"].sum(-1), model.config.retrieval_memory_size
-        with eval_mode(model):  # dropout would search for another question than the one that is asked
-            query, _ = model.encode("reasoner", inputs["query_input_ids"], lengths, size)
         found = self.corpus.search(query, self.num_candidates)
         memories, positives = [], []
         for hits, documents in zip(found, gold, strict=True):
@@ -302,7 +313,7 @@ class SelectingTrainer(CLaRaTrainer):
                 rows = rows[:keep] + list(stored)
             memories.append(torch.stack(rows).float())
             positives.append(torch.tensor([key in gold_keys for key in keys]))
-        device = lengths.device
+        device = query.device
         padded = torch.nn.utils.rnn.pad_sequence(memories, batch_first=True).to(device)
         mask = torch.nn.utils.rnn.pad_sequence(
             [torch.ones(len(m), dtype=torch.bool) for m in memories], batch_first=True
@@ -340,35 +351,6 @@ TRAINERS = {
 }
 
 
-class EpochLengthSampler(LengthGroupedSampler):
-    """Rows of similar length together, in an order that follows from seed and epoch alone.
-
-    transformers' own draws from the global random state, so a run that goes on within its second epoch would see other
-    rows than one that was not interrupted, and a step of two processes other rows than a step of one.
-
-    Args:
-        rows_of_step: rows of an optimizer step, over all processes.
-        lengths: of every row.
-        seed: of the order.
-    """
-
-    def __init__(self, rows_of_step: int, lengths: list[int], seed: int):
-        super().__init__(rows_of_step, lengths=list(lengths))
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self):
-        self.generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
-        return super().__iter__()
-
-
-def data_seed(args: CLaRaTrainingArguments) -> int:
-    """The seed of the order and the choice of rows."""
-    return args.seed if args.data_seed is None else args.data_seed
-
-
 def part_of(parameter_name: str) -> str:
     """The role that a parameter belongs to, "rows" for the special rows, else "backbone"."""
     names = parameter_name.split(".")
@@ -377,6 +359,15 @@ def part_of(parameter_name: str) -> str:
             return role
     rows = ("memory_embeddings", "separator_embedding", *MEMORY_STATISTICS)
     return "rows" if names[-1] in rows else "backbone"
+
+
+def has_dropout(model: CLaRaForRAG) -> bool:
+    """Whether a pass of the reasoner in training differs from one without."""
+    settings, attention = model.config.lora["reasoner"], getattr(model.config.text_config, "attention_dropout", 0.0)
+    modules = model.backbone.modules()
+    return bool(settings["dropout"] or attention) or any(
+        isinstance(one, torch.nn.Dropout) and one.p for one in modules
+    )
 
 
 def _n_rows(batch: dict) -> int:

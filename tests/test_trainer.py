@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import trainer as trainer_module
 from arguments import CLaRaTrainingArguments, DataArguments, ModelArguments
 from checkpoints import last_checkpoint
 from preparation import prepare_trainer, seed_everything
-from trainer import memory_size_of_step, part_of
+from trainer import has_dropout, memory_size_of_step, part_of
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus
 
@@ -320,6 +321,38 @@ def test_candidates_from_a_corpus(build):
         inputs = added._prepare_inputs(batch)
         assert inputs["positive_mask"].any(-1).all()
     assert len(queries) == 8
+
+
+@pytest.mark.parametrize("stage", ["contrastive", "joint"])
+def test_a_search_and_its_step_read_the_question_once(build, monkeypatch, stage):
+    """Without dropout; with it the search reads the question that is asked. Both learn the same where it is 0."""
+    options = {"data_options": {"candidates": "corpus", "num_candidates": 3, "add_gold": True}}
+    curves, passes = [], []
+    for name, dropout in (("once", False), ("twice", True)):
+        trainer = build(stage, name, **options)
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        monkeypatch.setattr(trainer_module, "has_dropout", lambda model, dropout=dropout: dropout)
+        counts = count_roles(trainer.model)
+        trainer.train()
+        curves.append(
+            [*loss_curve(trainer), *(entry["grad_norm/reasoner"] for entry in trainer.state.log_history[:4])]
+        )
+        passes.append(counts["reasoner"])
+    assert passes == [4, 8] and curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_dropout_is_seen_wherever_it_is(build):
+    model = build("contrastive").model
+    assert has_dropout(model) == bool(model.config.lora["reasoner"]["dropout"])
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.config.lora["reasoner"] = {**model.config.lora["reasoner"], "dropout": 0.0}
+    assert not has_dropout(model)
+    model.config.text_config.attention_dropout = 0.1
+    assert has_dropout(model)
 
 
 @pytest.mark.parametrize("candidates", ["corpus", "given"])

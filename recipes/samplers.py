@@ -1,0 +1,37 @@
+"""The order in which a trainer takes its rows.
+
+Stands beside the trainers. It knows nothing of models.
+"""
+
+import torch
+from arguments import CLaRaTrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+
+class EpochLengthSampler(LengthGroupedSampler):
+    """Rows of similar length together, in an order that follows from seed and epoch alone.
+
+    transformers' own draws from the global random state, so a run that goes on within its second epoch would see other
+    rows than one that was not interrupted, and a step of two processes other rows than a step of one.
+
+    Args:
+        rows_of_step: rows of an optimizer step, over all processes.
+        lengths: of every row.
+        seed: of the order.
+    """
+
+    def __init__(self, rows_of_step: int, lengths: list[int], seed: int):
+        super().__init__(rows_of_step, lengths=list(lengths))
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        return super().__iter__()
+
+
+def data_seed(args: CLaRaTrainingArguments) -> int:
+    """The seed of the order and the choice of rows."""
+    return args.seed if args.data_seed is None else args.data_seed
