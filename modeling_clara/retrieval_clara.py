@@ -98,10 +98,7 @@ def select_memory(selection: torch.Tensor, memory: torch.Tensor) -> torch.Tensor
 def contrastive_loss(
     scores: torch.Tensor, positive_mask: torch.Tensor, temperature: float, candidate_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """InfoNCE over the candidates of each question; with several positives the mean over them.
-
-    Each positive stands against the negatives alone, as if the question had only this one: the log of their summed
-    probability would be content with the best of them.
+    """InfoNCE over the candidates of each question; with several positives, the log of their summed probability.
 
     Args:
         scores: (batch, candidates) float.
@@ -114,10 +111,8 @@ def contrastive_loss(
     """
     if candidate_mask is None:
         candidate_mask = torch.ones_like(positive_mask)
-    logits = scores.float() / temperature
-    positives, negatives = positive_mask & candidate_mask, ~positive_mask & candidate_mask
-    has_negative = negatives.any(-1, keepdim=True)
-    # Rows without a negative get finite logits and weight zero: the gradient through a sum over -inf only is NaN.
-    others = logits.masked_fill(~negatives & has_negative, -torch.inf).logsumexp(-1, keepdim=True)
-    losses = F.softplus(others - logits) * (positives & has_negative)
-    return losses.sum(-1) / positives.sum(-1).clamp(min=1)
+    logits = (scores.float() / temperature).masked_fill(~candidate_mask, -torch.inf)
+    positive_mask = positive_mask & candidate_mask
+    has_positive = positive_mask.any(-1)
+    positives = logits.masked_fill(~positive_mask & has_positive[:, None], -torch.inf)
+    return (logits.logsumexp(-1) - positives.logsumexp(-1)) * has_positive
