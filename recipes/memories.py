@@ -95,15 +95,15 @@ def open_or_compress(
     Documents that are not among the stored ones are added to them.
     """
     try:
-        corpus = CompressedCorpus.open(folder, model=model)
-        memories = DocumentMemories(corpus)
-        needed = [document for document in documents if document_key(document) not in memories.rows]
-        if needed:
-            corpus.add(to_rows(needed), batch_size=batch_size)
-            memories = with_all(corpus, documents)
-        return memories
+        memories = DocumentMemories(CompressedCorpus.open(folder, model=model))
     except (FileNotFoundError, ValueError):
-        pass  # none yet, not finished, damaged, or of an earlier compressor
+        memories = None  # none yet, not finished, damaged, or of an earlier compressor
+    if memories is not None:
+        needed = [document for document in documents if document_key(document) not in memories.rows]
+        if not needed:
+            return memories
+        memories.corpus.add(to_rows(needed), batch_size=batch_size)
+        return with_all(memories.corpus, documents)
     try:
         if not (folder / MANIFEST_FILE).exists():
             return compress_documents(model, documents, folder, batch_size)  # goes on where it was killed

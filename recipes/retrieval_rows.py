@@ -13,6 +13,7 @@ from evaluation.rankers import Bm25Ranker
 from evaluation.spans import Spans
 
 FRAGMENT = range(5, 13)  # words of a document that a made question quotes
+SHARE_QUOTING = 0.6  # of made questions, where there is something to quote
 ABOUT_TWO = (
     "Which is older, {a} or {b}?",
     "Who was born first, {a} or {b}?",
@@ -61,29 +62,28 @@ def with_distractors(
         }
 
 
-def made_questions(groups: Iterable[Sequence[Mapping]], n_questions: int, generator: random.Random) -> Iterator[dict]:
-    """Questions that name or quote two documents of a group, which are their gold ones; they have no true answer.
+def made_questions(documents: Sequence[Mapping], n_questions: int, generator: random.Random) -> Iterator[dict]:
+    """Questions that name or quote two of the documents, which are their gold ones; they have no true answer.
 
     They teach a reasoner which words tell alike documents apart, from documents without any question.
 
     Args:
-        groups: documents `{title, text}` that are alike, such as the candidates of one question.
-        n_questions: of a group, at most.
+        documents: `{title, text}`, alike, such as the candidates of one question.
+        n_questions: none are made where fewer than two documents have a title.
         generator: of documents, words and templates.
 
     Yields:
         `{question, answers, gold}` for `with_distractors`; the answer is the first document's title.
     """
-    for group in groups:
-        named = [document for document in group if name_of(document)]
-        for _ in range(n_questions if len(named) > 1 else 0):
-            first, second = generator.sample(named, 2)
-            quoted = quote(first, generator)
-            if quoted and generator.random() < 0.6:
-                question = generator.choice(QUOTING).format(quote=quoted, b=name_of(second))
-            else:
-                question = generator.choice(ABOUT_TWO).format(a=name_of(first), b=name_of(second))
-            yield {"question": question, "answers": [name_of(first)], "gold": [first, second]}
+    named = [document for document in documents if name_of(document)]
+    for _ in range(n_questions if len(named) > 1 else 0):
+        first, second = generator.sample(named, 2)
+        quoted = quote(first, generator)
+        if quoted and generator.random() < SHARE_QUOTING:
+            question = generator.choice(QUOTING).format(quote=quoted, b=name_of(second))
+        else:
+            question = generator.choice(ABOUT_TWO).format(a=name_of(first), b=name_of(second))
+        yield {"question": question, "answers": [name_of(first)], "gold": [first, second]}
 
 
 def name_of(document: Mapping) -> str:

@@ -240,7 +240,7 @@ def two_document_rows(by_file: Mapping[str, Sequence[Mapping]], seed: int = SEED
             if name not in own:
                 groups.append((gold, 1))
     others = [document for row_docs, _ in groups for document in row_docs]
-    made = [row for docs, n in groups for row in made_questions([docs], n, generator)]
+    made = [row for docs, n in groups for row in made_questions(docs, n, generator)]
     return {
         name: list(with_distractors(found, SMALL_DOCUMENTS, generator, others))
         for name, found in (("retrieval_multihop", rows), ("retrieval_made", made))
@@ -313,7 +313,7 @@ def write_files(source: Path, output: Path, *, scale: float = 1.0, seed: int = S
         "retrieval_small": [*small_retrieval_rows(passages, held), *by_file.get(SMALL_MULTIHOP, ())],
     }
     files |= two_document_rows(by_file)
-    for name in ("retrieval", "retrieval_small"):
+    for name in ("retrieval", "retrieval_small", "retrieval_multihop", "retrieval_made"):
         files[name] = [row for row in files[name] if len(row["docs"]) >= NUM_READ]
     files["pretrain_small"] = small_pretraining_rows(files["pretrain_questions"])
     counts = {"curriculum": write_jsonl(output / "curriculum.jsonl", piece_rows(texts, held, scale))}

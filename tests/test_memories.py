@@ -103,6 +103,15 @@ def test_new_documents_join_those_that_are_there(shared_model, tmp_path):
     torch.testing.assert_close(more.lookup(DOCUMENTS), shared_model.compress(DOCUMENTS), rtol=1e-3, atol=1e-3)
 
 
+def test_a_new_document_that_cannot_be_stored_loses_no_other(shared_model, tmp_path, monkeypatch):
+    folder = tmp_path / "memories"
+    first = open_or_compress(shared_model, DOCUMENTS[:2], folder, 2).lookup(DOCUMENTS[:2])
+    monkeypatch.setattr(CompressedCorpus, "add", lambda *arguments, **options: None)  # as where every row is rejected
+    with pytest.raises(ValueError, match="must fit into float16"):
+        open_or_compress(shared_model, DOCUMENTS, folder, 2)
+    assert torch.equal(open_or_compress(shared_model, DOCUMENTS[:2], folder, 2).lookup(DOCUMENTS[:2]), first)
+
+
 def test_another_compressor_compresses_anew(model, tmp_path):
     folder = tmp_path / "memories"
     before = open_or_compress(model, DOCUMENTS, folder, 2).lookup(DOCUMENTS)

@@ -46,7 +46,7 @@ def test_the_best_of_bm25_are_the_distractors():
 
 
 def test_made_questions_name_or_quote_their_two_documents():
-    made = list(made_questions([DOCUMENTS], 40, random.Random(0)))
+    made = list(made_questions(DOCUMENTS, 40, random.Random(0)))
     assert len(made) == 40 and len({row["question"] for row in made}) > 20
     plain = 0
     for row in made:
@@ -63,13 +63,13 @@ def test_made_questions_name_or_quote_their_two_documents():
 
 @pytest.mark.parametrize("group", [[], DOCUMENTS[:1], [{"title": "", "text": "Nothing has a name here."}] * 3])
 def test_nothing_is_made_of_fewer_than_two_named_documents(group):
-    assert list(made_questions([group], 3, random.Random(0))) == []
+    assert list(made_questions(group, 3, random.Random(0))) == []
 
 
 def test_documents_without_a_sentence_to_quote_are_named():
     group = [{"title": "Oslo", "text": "Oslo is a town."}, {"title": "Rome", "text": "Short."}]
     assert [quote(document, random.Random(0)) for document in group] == ["", ""]
-    for row in made_questions([group], 10, random.Random(0)):
+    for row in made_questions(group, 10, random.Random(0)):
         assert row["question"] in {
             t.format(a=a, b=b) for t in ABOUT_TWO for a, b in (("Oslo", "Rome"), ("Rome", "Oslo"))
         }
