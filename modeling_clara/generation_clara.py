@@ -224,3 +224,19 @@ def returning(answer: Answer) -> Generator[str, None, Answer]:
     """An empty stream with a return value."""
     return answer
     yield
+
+
+@contextlib.contextmanager
+def head_at(head: torch.nn.Module, positions: tuple[torch.Tensor, torch.Tensor] | None) -> Iterator[None]:
+    """Context: the LM head sees only the states at `positions` (rows, columns), as one row; everywhere for None.
+
+    A hook, because what an architecture does with its logits behind the head (scaling, soft capping) stays in force.
+    """
+    if positions is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions][None], *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()

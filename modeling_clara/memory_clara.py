@@ -7,6 +7,12 @@ import torch
 from torch.nn import functional as F
 
 
+def right_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move real tokens to the front: (rows, length) ids and (rows,) lengths, whatever the padding side was."""
+    order = attention_mask.long().argsort(dim=-1, descending=True, stable=True)
+    return input_ids.gather(-1, order), attention_mask.long().sum(-1)
+
+
 def place_memory_tokens(
     token_embeddings: torch.Tensor, lengths: torch.Tensor, memory_rows: torch.Tensor
 ) -> torch.Tensor:

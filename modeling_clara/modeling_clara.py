@@ -19,13 +19,20 @@ from transformers.utils import ModelOutput
 from .adapters_clara import CallLock, RoleSwitch, check_role, linear_module_names, lora_config
 from .checkpoint_clara import CheckpointMixin
 from .configuration_clara import MEMORY_STATISTICS, ROLES, CLaRaConfig
-from .generation_clara import eval_mode
+from .generation_clara import eval_mode, head_at
 from .inference_clara import InferenceMixin
-from .memory_clara import check_slots, memory_alignment_loss, place_memory_tokens, read_memory, write_memory
+from .memory_clara import (
+    check_slots,
+    memory_alignment_loss,
+    place_memory_tokens,
+    read_memory,
+    right_padded,
+    write_memory,
+)
 from .normalization_clara import NormalizationMixin
 from .packing_clara import packed
 from .processing_clara import IGNORE_INDEX
-from .retrieval_clara import contrastive_loss, cosine_scores, select_memory, straight_through_topk
+from .retrieval_clara import batch_scores, contrastive_loss, cosine_scores, select_memory, straight_through_topk
 
 
 @dataclass
@@ -253,6 +260,7 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
         query_attention_mask: torch.LongTensor | None = None,
         query_memory: torch.FloatTensor | None = None,
         positive_mask: torch.BoolTensor | None = None,
+        batch_positive_mask: torch.BoolTensor | None = None,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.LongTensor | None = None,
         memory_mask: torch.BoolTensor | None = None,
@@ -276,6 +284,8 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
             query_attention_mask: (batch, length), 1 at real tokens.
             query_memory: (batch, n, hidden), what the reasoner made of the question before; it is not asked again.
             positive_mask: (batch, documents) bool, the gold documents, for the contrastive term.
+            batch_positive_mask: (batch, batch * documents) bool in its place, gold among the documents of all rows:
+                those of the others are in-batch negatives.
             input_ids: (prompts, length) int64, the generator's prompts with pad ids at slots.
             attention_mask: (prompts, length), 1 at prompt tokens and slots; either padding side.
             memory_mask: (prompts, length) bool, True at slots: k + 1 of them for every document read.
@@ -317,7 +327,7 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
         read, read_mask = memory[:, :, :k_read], document_mask
         if has_query:
             if query_memory is None:
-                query = _right_padded(query_input_ids, query_attention_mask)
+                query = right_padded(query_input_ids, query_attention_mask)
                 query_memory, _ = self.encode("reasoner", *query, k_score)
             scores = cosine_scores(query_memory, memory, k_score)
             top_k = min(self.config.retrieval_top_k, memory.shape[1])
@@ -325,8 +335,12 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
                 scores, top_k, self.config.retrieval_temperature, document_mask
             )
             read, read_mask = select_memory(selection, read), selected >= 0
+            compared, mask = scores, document_mask
+            if batch_positive_mask is not None:
+                compared, positive_mask = batch_scores(query_memory, memory, k_score), batch_positive_mask
+                mask = document_mask.flatten().expand_as(positive_mask)
             if positive_mask is not None:
-                contrastive = contrastive_loss(scores, positive_mask, self.config.retrieval_temperature, document_mask)
+                contrastive = contrastive_loss(compared, positive_mask, self.config.retrieval_temperature, mask)
             scores = scores.masked_fill(~document_mask, -torch.inf)
 
         logits = loss = lm_loss = None
@@ -367,7 +381,7 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory (batch, documents, k, hidden) and L_MSE (batch,) of (batch, documents, length) ids."""
         batch, n_documents, length = input_ids.shape
-        flat_ids, lengths = _right_padded(input_ids.flatten(0, 1), attention_mask.flatten(0, 1))
+        flat_ids, lengths = right_padded(input_ids.flatten(0, 1), attention_mask.flatten(0, 1))
         memory, hidden_states = self.encode("compressor", flat_ids, lengths, memory_size)
         is_document_token = torch.arange(length, device=lengths.device) < lengths[:, None]
         document_states = self.as_memory(hidden_states[:, :length])  # compared in the space of memories
@@ -382,33 +396,11 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
         """Logits of the generator, see `CLaRaOutput`; positions count real tokens, so the padding side is free."""
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         positions = None if labels is None else (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
-        with self.roles.use("generator"), _head_at(self.get_output_embeddings(), positions):
+        with self.roles.use("generator"), head_at(self.get_output_embeddings(), positions):
             logits = self.backbone(
                 inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
             ).logits
         return logits if positions is None else logits[0]
-
-
-@contextlib.contextmanager
-def _head_at(head: nn.Module, positions: tuple[torch.Tensor, torch.Tensor] | None) -> Iterator[None]:
-    """Context: the LM head sees only the states at `positions` (rows, columns), as one row; everywhere for None.
-
-    A hook, because what an architecture does with its logits behind the head (scaling, soft capping) stays in force.
-    """
-    if positions is None:
-        yield
-        return
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions][None], *inputs[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _right_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move real tokens to the front: (rows, length) ids and (rows,) lengths, whatever the padding side was."""
-    order = attention_mask.long().argsort(dim=-1, descending=True, stable=True)
-    return input_ids.gather(-1, order), attention_mask.long().sum(-1)
 
 
 CLaRaForRAG.register_for_auto_class("AutoModel")

@@ -37,6 +37,21 @@ def cosine_scores(query: torch.Tensor, memory: torch.Tensor, memory_size: int) -
     return (queries * flatten_memory(memory, memory_size)).sum(-1)
 
 
+def batch_scores(query: torch.Tensor, memory: torch.Tensor, memory_size: int) -> torch.Tensor:
+    """Score of every question with the candidates of all rows, for in-batch negatives.
+
+    Args:
+        query: (batch, n, hidden), n >= k.
+        memory: (batch, candidates, n, hidden), n >= k.
+        memory_size: k, the same for both.
+
+    Returns:
+        (batch, batch * candidates) float32 in [-1, 1], row after row.
+    """
+    with torch.autocast(query.device.type, enabled=False):  # see cosine_scores
+        return flatten_memory(query, memory_size) @ flatten_memory(memory, memory_size).flatten(0, 1).T
+
+
 def straight_through_topk(
     scores: torch.Tensor, top_k: int, temperature: float, candidate_mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:

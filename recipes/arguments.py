@@ -111,6 +111,8 @@ class DataArguments:
         candidates: "given", the row's own documents, or "corpus", the live best ones among all documents of
             `corpus`, or of the data where there is none.
         add_gold: with "corpus": the row's gold documents join the candidates ("oracle").
+        in_batch_negatives: with "given": the documents of the other rows of a pass are candidates of the contrastive
+            term as well (rows of `per_device_train_batch_size`, of one process).
         corpus: folder of stored memories that this compressor made; others are compressed once before training.
         compress_online: run the compressor in every step, for comparison.
     """
@@ -122,6 +124,7 @@ class DataArguments:
     num_candidates: int = 20
     candidates: str = "given"
     add_gold: bool = False
+    in_batch_negatives: bool = False
     corpus: str | None = None
     compress_online: bool = False
 
@@ -135,6 +138,11 @@ class DataArguments:
                 raise ValueError(f"`{name}` must be >= 1, got {getattr(self, name)}. Correct it in the recipe.")
         check_choice("long_documents", self.long_documents, ("split", "first_span"))
         check_choice("candidates", self.candidates, ("given", "corpus"))
+        if self.in_batch_negatives and self.candidates == "corpus":
+            raise ValueError(
+                "`in_batch_negatives` must be false with `candidates: corpus`, which searches all documents anyway. "
+                "Raise `num_candidates` instead."
+            )
         if self.compress_online and self.candidates == "corpus":
             raise ValueError(
                 "`compress_online` must be false with `candidates: corpus`, which searches stored memories."

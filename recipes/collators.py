@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Sequence
 
 import torch
+from data import document_key
 from memories import DocumentMemories
 
 from modeling_clara import CLaRaProcessor
@@ -133,10 +134,12 @@ class SelectingCollator(ReadingCollator):
         from_corpus: the trainer searches the candidates; here are none.
         with_prompts: False for the contrastive stage, which does not generate.
         num_candidates: candidates of each row with `from_corpus`.
+        in_batch_negatives: the documents of the other rows are candidates of the contrastive term.
 
     Returns of a call with `rows` records, beside `prompts` and `labels` (see `ReadingCollator`):
         - `query_input_ids`, `query_attention_mask`: (rows, length) int64.
-        - `positive_mask`: (rows, documents) bool, the gold ones; and
+        - `positive_mask`: (rows, documents) bool, the gold ones, with `in_batch_negatives` also
+          `batch_positive_mask`: (rows, rows * documents) bool, the same among the documents of all rows; and
         - `memory` (rows, documents, n, hidden) float32 with `document_mask` (rows, documents) bool, or the two
           `document_` tensors without a store; or
         - with `from_corpus` only `gold_documents`: the gold documents of each row.
@@ -152,10 +155,12 @@ class SelectingCollator(ReadingCollator):
         from_corpus: bool = False,
         with_prompts: bool = True,
         num_candidates: int = 20,
+        in_batch_negatives: bool = False,
     ):
         super().__init__(processor, memory_sizes)
         self.top_k, self.store, self.from_corpus = top_k, store, from_corpus
         self.with_prompts, self.num_candidates = with_prompts, num_candidates
+        self.in_batch_negatives = in_batch_negatives
 
     def __call__(self, records: list[dict]) -> dict:
         questions = [record["questions"][0] for record in records]
@@ -169,6 +174,8 @@ class SelectingCollator(ReadingCollator):
             n_candidates = [len(record["documents"]) for record in records]
             positives = [[i in record["positives"] for i in range(max(n_candidates))] for record in records]
             batch["positive_mask"] = torch.tensor(positives)
+            if self.in_batch_negatives:
+                batch["batch_positive_mask"] = batch_positive_mask(records)
         if self.with_prompts:
             reads = [min(self.top_k, n) for n in n_candidates]
             batch |= self.layouts(
@@ -189,3 +196,15 @@ class SelectingCollator(ReadingCollator):
             memory[row, : len(record["documents"])] = self.store.lookup(record["documents"])
             mask[row, : len(record["documents"])] = True
         return {"memory": memory, "document_mask": mask}
+
+
+def batch_positive_mask(records: list[dict]) -> torch.Tensor:
+    """(rows, rows * documents) bool: gold documents of each row, in whichever row they stand.
+
+    What is gold for one question and stands among another's candidates would be its own negative otherwise.
+    """
+    n_documents = max(len(record["documents"]) for record in records)
+    keys = [[document_key(document) for document in record["documents"]] for record in records]
+    places = [key for row in keys for key in [*row, *[None] * (n_documents - len(row))]]
+    gold = [{row[place] for place in record["positives"]} for row, record in zip(keys, records, strict=True)]
+    return torch.tensor([[key in own for key in places] for own in gold])

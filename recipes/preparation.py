@@ -219,6 +219,7 @@ def prepare_trainer(
             from_corpus=from_corpus,
             with_prompts=training.stage == "joint",
             num_candidates=min(data.num_candidates, len(corpus)) if from_corpus else data.num_candidates,
+            in_batch_negatives=data.in_batch_negatives,
         )
         if from_corpus:
             if len(corpus) < model.config.retrieval_top_k:

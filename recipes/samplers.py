@@ -3,6 +3,8 @@
 Stands beside the trainers. It knows nothing of models.
 """
 
+import random
+
 import torch
 from arguments import CLaRaTrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -35,3 +37,15 @@ class EpochLengthSampler(LengthGroupedSampler):
 def data_seed(args: CLaRaTrainingArguments) -> int:
     """The seed of the order and the choice of rows."""
     return args.seed if args.data_seed is None else args.data_seed
+
+
+def in_steps(rows: list[dict], rows_of_step: int, generator: random.Random) -> list[dict]:
+    """Sorted rows in an order for sequential sampling: neighbours make a step, steps come in any order.
+
+    >>> in_steps([1, 2, 3, 4, 5], 2, random.Random(1))
+    [3, 4, 1, 2]
+    """
+    rows = rows[: len(rows) // rows_of_step * rows_of_step] or rows  # a smaller step would shift all behind it
+    steps = [rows[start : start + rows_of_step] for start in range(0, len(rows), rows_of_step)]
+    generator.shuffle(steps)
+    return [row for step in steps for row in step]

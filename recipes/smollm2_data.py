@@ -36,6 +36,7 @@ from curriculum import curriculum_rows, sentences, to_passage
 from data import read_documents, read_positives
 from json_files import write_jsonl
 from retrieval_rows import made_questions, with_distractors
+from samplers import in_steps
 
 from modeling_clara.storage_clara import write_json
 
@@ -171,10 +172,7 @@ def small_pretraining_rows(questions: Sequence[Mapping], seed: int = SEED) -> li
     chosen = generator.sample(many, min(SMALL_MANY, len(many))) + generator.sample(few, min(SMALL_FEW, len(few)))
     chosen = [some_questions(row, generator) for row in chosen]
     chosen.sort(key=lambda row: (len(row["qas"]) >= 3, len(row["text"].split())))
-    chosen = chosen[: len(chosen) // SMALL_STEP * SMALL_STEP] or chosen  # a smaller step would shift all behind it
-    steps = [chosen[start : start + SMALL_STEP] for start in range(0, len(chosen), SMALL_STEP)]
-    generator.shuffle(steps)
-    return [row for step in steps for row in step]
+    return in_steps(chosen, SMALL_STEP, generator)
 
 
 def small_retrieval_rows(passages: Mapping[str, Sequence[Mapping]], held: HeldBack, seed: int = SEED) -> list[dict]:

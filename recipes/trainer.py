@@ -114,7 +114,8 @@ class CLaRaTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         positive_mask = inputs.get("positive_mask")
         if self.args.stage != "contrastive" and not self.unwrapped.config.contrastive_weight:
-            inputs.pop("positive_mask", None)  # the language-modelling loss alone: gold is for the metrics
+            for name in ("positive_mask", "batch_positive_mask"):
+                inputs.pop(name, None)  # the language-modelling loss alone: gold is for the metrics
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         sums = self.train_sums if self.model.training else self.eval_sums
         self._record(sums, inputs, outputs, num_items_in_batch, positive_mask)

@@ -28,6 +28,7 @@ from transformers.utils import logging  # noqa: E402
 
 from modeling_clara import CLaRaForRAG  # noqa: E402
 
+pytest_plugins = ["training_runs"]
 torch.set_num_threads(1)
 logging.disable_progress_bar()
 

@@ -184,6 +184,7 @@ def test_values_become_what_the_dataclasses_ask_for(override, value):
         (["num_candidates=-1"], "`num_candidates` must be >= 1, got -1"),
         (["long_documents=cut"], r"`long_documents` must be one of \['split', 'first_span'\], got 'cut'"),
         (["candidates=all"], r"`candidates` must be one of \['given', 'corpus'\], got 'all'"),
+        (["candidates=corpus", "in_batch_negatives=true"], "`in_batch_negatives` must be false with `candidates: cor"),
         (["candidates=corpus", "compress_online=true"], "`compress_online` must be false with `candidates: corpus`"),
         (["stage=warmup"], rf"`stage` must be one of {re.escape(str(list(STAGES)))}, got 'warmup'"),
         (["trainable_roles=[reader]"], "`trainable_roles` must be one of .*'generator'.*, got 'reader'"),

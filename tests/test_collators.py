@@ -152,6 +152,20 @@ def test_the_contrastive_stage_has_no_prompts(processor):
     assert set(batch) == documents | {"query_input_ids", "query_attention_mask", "positive_mask"}
 
 
+def test_in_batch_negatives_are_never_gold(processor):
+    """`a` is gold for two questions and stands in both rows, `c` is gold where it does not stand in its own row."""
+    records = [
+        record([plain("a"), plain("b"), plain("c")], ("q", "u"), positives=[0]),
+        record([plain("c"), plain("a")], ("r", "w"), positives=[0, 1]),
+    ]
+    batch = SelectingCollator(processor, [1], top_k=2, store=None, in_batch_negatives=True)(records)
+    assert batch["positive_mask"].tolist() == [[True, False, False], [True, True, False]]
+    assert batch["batch_positive_mask"].tolist() == [
+        [True, False, False, False, True, False],
+        [True, False, True, True, True, False],
+    ]
+
+
 # --- layouts ---------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from tiny import ARCHITECTURES, TEMPLATES, randomize_adapters, save_backbone
 import modeling_clara
 from modeling_clara import CLaRaConfig, CLaRaForRAG
 from modeling_clara.packing_clara import can_pack
+from modeling_clara.retrieval_clara import cosine_scores
 
 CASES = [
     ("llama", "system", False, True),
@@ -198,6 +199,24 @@ def test_without_a_prompt_the_loss_is_the_contrastive_one(shared_model):
     logits = output.scores / shared_model.config.retrieval_temperature
     torch.testing.assert_close(output.loss, logits.logsumexp(-1)[0] - logits[0, 1])
     assert output.logits is None and shared_model(**inputs).loss is None
+
+
+def test_in_batch_negatives_are_the_documents_of_the_other_rows(shared_model):
+    documents = [["Paris", "Rome is old", "Oslo"], ["Bern"]]  # the second row is padded with two
+    batch = shared_model.processor(["Where is Rome?", "And Bern?"], documents, memory_size=4, top_k=1)
+    inputs = {name: value for name, value in batch.items() if name.startswith(("document_", "query_"))}
+    positive = torch.tensor([[False, True, False, False, False, False], [False, False, False, True, False, False]])
+    output = shared_model(**inputs, batch_positive_mask=positive, memory_size=4)
+    query = shared_model(**inputs, positive_mask=positive[:, :3], memory_size=4)
+    everything = output.memory.flatten(0, 1)[:4].expand(2, 4, *output.memory.shape[2:])
+    size = shared_model.config.retrieval_memory_size
+    lengths = inputs["query_attention_mask"].sum(-1)
+    question, _ = shared_model.encode("reasoner", inputs["query_input_ids"], lengths, size)
+    logits = cosine_scores(question, everything, size) / shared_model.config.retrieval_temperature
+    expected = logits.logsumexp(-1) - torch.stack([logits[0, 1], logits[1, 3]])
+    torch.testing.assert_close(output.loss, expected.mean())
+    torch.testing.assert_close(output.scores, query.scores)  # what is selected and logged stays the row's own
+    assert output.loss > query.loss
 
 
 def test_a_frozen_compressor_runs_without_dropout(model):

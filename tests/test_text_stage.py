@@ -16,9 +16,9 @@ from peft.tuners.lora import LoraLayer
 from preparation import prepare_trainer, seed_everything
 from test_collators import TEMPLATE, inputs, plain, record, spelt
 from test_data import LONG, without, write
-from test_trainer import CITIES, NAMES, assert_equal, count_roles, loss_curve, state_of, without_dropout
 from tiny import build_tokenizer
 from trainer import part_of
+from training_runs import CITIES, NAMES, assert_equal, count_roles, loss_curve, state_of, without_dropout
 from transformers import AutoModelForCausalLM
 from trl.scripts.utils import DatasetConfig
 

@@ -14,8 +14,8 @@ from arguments import parse_arguments
 from checkpoints import describe_run
 from test_text_stage import write_rows
 from test_train_script import COMMON, CONFIGS, ROOT
-from test_trainer import assert_equal
 from train import PAUSED, main
+from training_runs import assert_equal
 
 from modeling_clara import CLaRaForRAG
 

@@ -4,100 +4,25 @@ Every test trains a tiny real model for a few steps on rows written to disk, thr
 `train.py`.
 """
 
-import copy
 import json
-import math
 import shutil
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-import trainer as trainer_module
-from arguments import CLaRaTrainingArguments, DataArguments, ModelArguments
 from checkpoints import last_checkpoint
-from preparation import prepare_trainer, seed_everything
-from trainer import has_dropout, memory_size_of_step, part_of
+from trainer import memory_size_of_step, part_of
+from training_runs import CITIES, assert_equal, loss_curve, state_of, without_dropout
 
-from modeling_clara import CLaRaForRAG, CompressedCorpus
+from modeling_clara import CLaRaForRAG
 
-NAMES = ["Mira", "Anton", "Clara", "Boris", "Dora", "Emil", "Flora", "Gustav"]
-CITIES = ["Paris", "Rome", "Berlin", "Lima", "Oslo", "Cairo", "Prague", "Vienna in the snow"]
 PARTS = {
     "pretrain": {"compressor", "generator", "rows"},
     "instruct": {"compressor", "generator", "rows"},
     "contrastive": {"reasoner"},
     "joint": {"reasoner", "generator"},
 }
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """One file for stage 1 and one for the others; answers, documents and lists differ in length."""
-    folder = tmp_path_factory.mktemp("rows")
-    with open(folder / "pretrain.jsonl", "w") as file:
-        for name, city in zip(NAMES, CITIES, strict=True):
-            pairs = [{"question": f"Where does {name} live?", "answers": [city]}] * (1 + len(name) % 2)
-            row = {
-                "title": name,
-                "text": f"{name} lives in {city}.",
-                "qas": pairs,
-                "paraphrase": f"In {city} lives {name}.",
-            }
-            file.write(json.dumps(row) + "\n")
-    with open(folder / "select.jsonl", "w") as file:
-        for index, (name, city) in enumerate(zip(NAMES, CITIES, strict=True)):
-            others = [(index + step) % 8 for step in range(3 + index % 2)]
-            docs = [f"{NAMES[other]}\n{NAMES[other]} lives in {CITIES[other]}." for other in sorted(others)]
-            row = {"question": f"Where does {name} live?", "answer": city, "docs": docs}
-            file.write(json.dumps({**row, "pos_index": [sorted(others).index(index)]}) + "\n")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(shared_model, tmp_path_factory):
-    """A checkpoint whose adapters matter, its reasoner untrained: what stage 2 leaves behind."""
-    folder = tmp_path_factory.mktemp("trained")
-    shared_model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def build(files, trained, tmp_path):
-    """`build(stage, name, **options)`: a trainer in a folder of its own."""
-
-    def make(stage="pretrain", name="run", model_options=None, data_options=None, **options):
-        path = str(files / ("pretrain.jsonl" if stage == "pretrain" else "select.jsonl"))
-        model_arguments = ModelArguments(**{"checkpoint": str(trained), **(model_options or {})})
-        data = DataArguments(datasets=[{"path": path}], eval_datasets=[{"path": path}], **(data_options or {}))
-        defaults = {
-            "per_device_train_batch_size": 2,
-            "max_steps": 4,
-            "learning_rate": 1e-2,
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "num_samples": 1,
-        }
-        training = CLaRaTrainingArguments(output_dir=str(tmp_path / name), stage=stage, **{**defaults, **options})
-        seed_everything(training)
-        return prepare_trainer(model_arguments, data, training)
-
-    return make
-
-
-def state_of(model: CLaRaForRAG) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_equal(left: dict, right: dict, **tolerance) -> None:
-    for name, tensor in left.items():
-        if tolerance:
-            torch.testing.assert_close(tensor, right[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
-        else:
-            assert torch.equal(tensor, right[name]), name
 
 
 @pytest.mark.parametrize("stage", PARTS)
@@ -147,10 +72,6 @@ def test_resuming_equals_not_stopping(build, stage, order):
     assert loss_curve(whole) == loss_curve(resumed)
 
 
-def loss_curve(trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
 def test_resuming_a_trained_backbone_equals_not_stopping(build):
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "model_options": {"train_backbone": True}}
     whole = build(name="whole", **options)
@@ -183,12 +104,6 @@ def test_accumulating_micro_batches_equals_one_batch(build, stage):
     for one, four in zip(*(trainer.state.log_history[:2] for trainer in runs), strict=True):
         for name in set(one) - {"epoch", "tokens_per_second", "step"}:
             assert one[name] == pytest.approx(four[name], rel=1e-4, abs=1e-6), name
-
-
-def without_dropout(model) -> None:
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
 
 
 @pytest.mark.parametrize("stage", PARTS)
@@ -281,136 +196,3 @@ def test_evaluation_is_the_same_for_any_batch(build):
     for name in ("eval_ce", "eval_recall@1", "eval_mrr", "eval_margin", "eval_exact_match"):
         assert results[0][name] == pytest.approx(results[1][name], rel=1e-4)
         assert results[0][name] == pytest.approx(results[2][name], rel=1e-4)
-
-
-def count_roles(model) -> dict[str, int]:
-    """How often the backbone's base model runs in each role from now on."""
-    counts = {}
-    model.backbone.base_model.register_forward_pre_hook(
-        lambda *_: counts.__setitem__(model.roles.active, counts.get(model.roles.active, 0) + 1)
-    )
-    return counts
-
-
-def test_the_joint_step_never_runs_the_compressor(build):
-    stored = build("joint", "stored")
-    counts = count_roles(stored.model)
-    stored.train()
-    assert counts == {"reasoner": 4, "generator": 4}
-    online = build("joint", "online", data_options={"compress_online": True})
-    counts = count_roles(online.model)
-    online.train()
-    assert counts == {"compressor": 4, "reasoner": 4, "generator": 4}
-    for a, b in zip(loss_curve(stored), loss_curve(online), strict=True):
-        assert a == pytest.approx(b, rel=1e-4)  # stored memories are float16
-
-
-def test_candidates_from_a_corpus(build):
-    """The live best documents of all; with the gold one added its recall among the candidates is complete."""
-    options = {"candidates": "corpus", "num_candidates": 3}
-    trainer = build("joint", data_options=options)
-    trainer.train()
-    batch = next(iter(trainer.get_train_dataloader()))
-    trainer.model.eval()
-    inputs = trainer._prepare_inputs(batch)
-    assert inputs["memory"].shape[:2] == (2, 3)
-    queries = [record["questions"][0] for record in trainer.train_dataset]
-    added = build("joint", "added", data_options={**options, "num_candidates": 2, "add_gold": True})
-    added.model.eval()
-    for batch in added.get_train_dataloader():
-        inputs = added._prepare_inputs(batch)
-        assert inputs["positive_mask"].any(-1).all()
-    assert len(queries) == 8
-
-
-@pytest.mark.parametrize("stage", ["contrastive", "joint"])
-def test_a_search_and_its_step_read_the_question_once(build, monkeypatch, stage):
-    """Without dropout; with it the search reads the question that is asked. Both learn the same where it is 0."""
-    options = {"data_options": {"candidates": "corpus", "num_candidates": 3, "add_gold": True}}
-    curves, passes = [], []
-    for name, dropout in (("once", False), ("twice", True)):
-        trainer = build(stage, name, **options)
-        for module in trainer.model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        monkeypatch.setattr(trainer_module, "has_dropout", lambda model, dropout=dropout: dropout)
-        counts = count_roles(trainer.model)
-        trainer.train()
-        curves.append(
-            [*loss_curve(trainer), *(entry["grad_norm/reasoner"] for entry in trainer.state.log_history[:4])]
-        )
-        passes.append(counts["reasoner"])
-    assert passes == [4, 8] and curves[0] == pytest.approx(curves[1], rel=1e-4)
-
-
-def test_dropout_is_seen_wherever_it_is(build):
-    model = build("contrastive").model
-    assert has_dropout(model) == bool(model.config.lora["reasoner"]["dropout"])
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    model.config.lora["reasoner"] = {**model.config.lora["reasoner"], "dropout": 0.0}
-    assert not has_dropout(model)
-    model.config.text_config.attention_dropout = 0.1
-    assert has_dropout(model)
-
-
-@pytest.mark.parametrize("candidates", ["corpus", "given"])
-def test_a_users_corpus_serves_the_joint_stage(build, trained, tmp_path, candidates):
-    """Any corpus of the compressor: its own ids, codec and shards; what it lacks is compressed beside it."""
-    documents = [
-        {"id": f"mine-{name}", "title": name, "text": f"{name} lives in {city}."}
-        for name, city in zip(NAMES, CITIES, strict=True)
-    ]
-    kept = documents if candidates == "corpus" else documents[1:]
-    model = CLaRaForRAG.from_pretrained(trained)
-    CompressedCorpus.build(model, kept, tmp_path / "mine", codec="int8", shard_size=3)
-    options = {"candidates": candidates, "corpus": str(tmp_path / "mine"), "num_candidates": 3}
-    trainer = build("joint", data_options=options)
-    trainer.train()
-    assert all(math.isfinite(loss) for loss in loss_curve(trainer))
-    is_there = (Path(trainer.args.output_dir) / "memories" / "corpus.json").exists()
-    assert is_there == (candidates == "given")
-    if candidates == "corpus":
-        (hits,) = trainer.corpus.search(model.encode_queries(["Which?"]), 1)
-        assert hits[0]["document_id"].startswith("mine-")
-
-
-def test_the_contrastive_term_needs_its_weight(build):
-    """Without a weight, gold documents change nothing in the joint stage; with one they do."""
-    plain, weighted = build("joint", "plain"), build("joint", "weighted", model_options={"contrastive_weight": 1.0})
-    plain.train()
-    weighted.train()
-    assert "contrastive" not in plain.state.log_history[0]
-    first = weighted.state.log_history[0]
-    assert first["loss"] == pytest.approx(first["ce"] + first["contrastive"], rel=1e-5)
-    contrastive = build("contrastive", "alone", max_steps=1)
-    contrastive.train()
-    step = contrastive.state.log_history[0]
-    assert step["loss"] == pytest.approx(step["contrastive"], rel=1e-5) and "ce" not in step
-
-
-def test_the_reasoner_starts_from_the_compressor(build, trained):
-    def adapters(model, role):
-        return {n.replace(role, "role"): t for n, t in model.state_dict().items() if f".{role}." in n}
-
-    kept = build("joint", "kept").model  # its reasoner is trained already
-    copied = build("joint", "copied", model_options={"reasoner_init": "compressor"}).model
-    fresh = build("joint", "fresh", model_options={"reasoner_init": "random"}).model
-    assert_equal(adapters(copied, "reasoner"), adapters(copied, "compressor"))
-    assert_equal(adapters(kept, "reasoner"), adapters(CLaRaForRAG.from_pretrained(trained), "reasoner"))
-    assert not any(tensor.any() for name, tensor in adapters(fresh, "reasoner").items() if "lora_B" in name)
-
-
-def test_an_untrained_reasoner_is_initialised_by_itself(build, shared_model, tmp_path):
-    model = copy.deepcopy(shared_model)
-    for name, parameter in model.named_parameters():
-        if ".reasoner." in name and "lora_B" in name:
-            parameter.data.zero_()
-    model.save_pretrained(tmp_path / "stage2")
-    joint = build("joint", model_options={"checkpoint": str(tmp_path / "stage2")}).model
-    names = [name for name in joint.state_dict() if ".reasoner." in name]
-    assert all(
-        torch.equal(joint.state_dict()[name], joint.state_dict()[name.replace("reasoner", "compressor")])
-        for name in names
-    )
