@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = list(read_questions(arguments.rows))
         backbone = {"backbone": arguments.backbone} if arguments.backbone else {}
         model = CLaRaForRAG.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype), **backbone)
-        model.eval()
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         mined = mine(
             model,
             rows,

@@ -83,6 +83,7 @@ LEARNS_FROM = {  # by the file of the rows
         "of HotpotQA"
     ),
     "retrieval_multihop": f"multi-hop questions {MULTIHOP}, over ten documents of these",
+    "retrieval_hard": "such questions over five short documents, what the reasoner took for the best among them",
     "retrieval_made": "questions made from titles and words of two of these",
 }
 UNTRAINED = (

@@ -69,16 +69,18 @@ def train(call: Call, stage: str, name: str | None = None) -> None:
     if leg == "curriculum":
         files += [CONFIGS / "curriculum.yaml", CONFIGS / "smollm2" / "curriculum.yaml"]
     else:
-        files.append(CONFIGS / "smollm2" / f"{stage}.yaml")
+        files.append(CONFIGS / "smollm2" / f"{leg}.yaml")
     section = files[-1].stem
     if call.on_cpu:
         files.append(CONFIGS / "smollm2" / "cpu.yaml")
-        files += [CONFIGS / "smollm2" / "small.yaml"] if leg != "curriculum" else []  # its rows have an order
+        small = CONFIGS / "smollm2" / f"small-{leg}.yaml"
+        small = small if small.exists() else CONFIGS / "smollm2" / "small.yaml"
+        files += [small] if leg != "curriculum" else []  # its rows have an order
     start = call.start_of(leg) if leg in STARTS else None
     given = [f"checkpoint={RUNS / start}"] if start else []
-    if stage == "joint":
+    if leg == "joint-label-free":
         given += stored_memories(call, start)
-    if stage in ("pretrain", "text") and (call.home / BACKBONE).is_dir():
+    if (call.home / BACKBONE).is_dir():
         given.append(f"backbone={BACKBONE}")
     runs = [(leg, [])]
     if call.variants:
@@ -143,12 +145,20 @@ def contrastive(call: Call) -> None:
 
 
 def joint(call: Call) -> None:
-    """Stage 3 behind the warm-up, on the memories that it stored."""
+    """All three roles with known gold documents, among hard negatives that the warmed-up reasoner chose."""
+    hard, start = DATA / "retrieval_hard.jsonl", call.start_of("joint")
+    if not (call.home / hard).exists():
+        names = ("retrieval_multihop", "retrieval_small" if call.on_cpu else "retrieval")
+        rows = [DATA / f"{name}.jsonl" for name in names]
+        places = ["--memories", RUNS / "mining", "--output", hard, *backbone_option(call)]
+        call.command(
+            "mine_negatives.py", *rows, "--model", RUNS / start, *places, "--rows-of-step", 8 if call.on_cpu else 32
+        )
     train(call, "joint")
 
 
 def joint_label_free(call: Call) -> None:
-    """Stage 3 straight from stage 2: no label says which document is right."""
+    """Stage 3 as the paper has it: a frozen compressor, and no label says which document is right."""
     train(call, "joint", "joint-label-free")
 
 

@@ -40,11 +40,12 @@ def test_every_leg_goes_on_from_the_one_before(trained):
     assert changed(runs / "pretrain", runs / "curriculum") == read
     assert changed(runs / "instruct", runs / "pretrain") == read
     assert changed(runs / "contrastive", runs / "instruct") == {"reasoner"}
+    assert changed(runs / "joint", runs / "contrastive") == {*read, "reasoner"}
+    assert changed(runs / "joint-label-free", runs / "instruct") == {"reasoner", "generator"}
     for name, start in (("joint", "contrastive"), ("joint-label-free", "instruct")):
-        assert changed(runs / name, runs / start) == {"reasoner", "generator"}
         given = json.loads((runs / name / "run.json").read_text())
         assert given["model"]["checkpoint"] == str(RUNS / start)
-        assert not (runs / name / "memories").exists()  # the documents were compressed once
+        assert not (runs / name / "memories").exists()  # of the first they move, the second has those of contrastive
     text = weights(runs / "text")
     assert not any(tensor.any() for name, tensor in text.items() if "lora_B" in name and "generator" not in name)
     assert (runs / "instruct" / "samples.jsonl").read_text().count("\n") > 0
@@ -214,12 +215,15 @@ def test_killed_paused_carried_and_gone_on(trained, prepared, forks, tmp_path, m
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
-def test_a_paused_joint_leg_goes_on_without_the_memories(trained, prepared, forks, tmp_path):
-    """They do not travel, and are made again."""
+@pytest.mark.parametrize("leg", ["joint", "joint-label-free"])
+def test_a_paused_leg_goes_on_without_the_memories(trained, prepared, forks, tmp_path, leg):
+    """They do not travel, nor does what was mined with them, and are made again."""
     home = shutil.copytree(prepared, tmp_path / "home")
-    for name in ("contrastive", "joint"):
+    for name in (STARTS[leg], "contrastive", leg):
         ignored = shutil.ignore_patterns("memories", "dataset_cache")
-        shutil.copytree(trained / RUNS / name, home / RUNS / name, ignore=ignored)
-    (home / RUNS / "joint" / "config.json").unlink()  # paused at its last step
-    assert run(home, "joint") == 0
-    assert changed(home / RUNS / "joint", trained / RUNS / "joint") == set()
+        shutil.copytree(trained / RUNS / name, home / RUNS / name, ignore=ignored, dirs_exist_ok=True)
+    (home / RUNS / leg / "config.json").unlink()  # paused at its last step
+    assert run(home, leg) == 0
+    assert changed(home / RUNS / leg, trained / RUNS / leg) == set()
+    mined = [(place / DATA / "retrieval_hard.jsonl") for place in (home, trained)]
+    assert leg != "joint" or mined[0].read_bytes() == mined[1].read_bytes()
