@@ -49,14 +49,20 @@ def read_questions(paths: Sequence[str]) -> Iterator[dict]:
             }  # fmt: skip
 
 
-def short_documents(model: CLaRaForRAG, rows: Sequence[Mapping], max_words: int) -> dict[str, dict]:
-    """The documents of all rows that are one span of at most so many words, by their key."""
+def short_documents(rows: Sequence[Mapping], max_words: int) -> dict[str, dict]:
+    """The documents of all rows that have at most so many words, by their key."""
     found = {}
     for row in rows:
         for document in row["docs"]:
             if len(document["text"].split()) <= max_words:
                 found.setdefault(document_key(document), document)
-    return {key: one for key, one in found.items() if len(model.processor.split_document(one)) == 1}
+    return found
+
+
+def first_span(model: CLaRaForRAG, document: Mapping) -> dict:
+    """What the stages read of a document with `long_documents: first_span`."""
+    span = model.processor.split_document(document)[0]
+    return {"title": span["title"], "text": span["text"]}
 
 
 def mine(
@@ -81,10 +87,12 @@ def mine(
         seed: of the places.
     """
     generator, mined = random.Random(seed), []
-    documents = short_documents(model, rows, max_words)
+    documents = short_documents(rows, max_words)
     if len(documents) < num_documents:
         return []
-    memories = open_or_compress(model, list(documents.values()), folder, batch_size)
+    spans = {key: first_span(model, document) for key, document in documents.items()}
+    keys = {document_key(span): key for key, span in spans.items()}
+    memories = open_or_compress(model, list(spans.values()), folder, batch_size)
     for start in range(0, len(rows), QUESTIONS_AT_A_TIME):
         block = rows[start : start + QUESTIONS_AT_A_TIME]
         questions = model.encode_queries(
@@ -94,8 +102,8 @@ def mine(
             gold = {document_key(row["docs"][index]) for index in row["pos_index"]}
             negatives = [
                 key
-                for key in map(document_key, hits)
-                if key in documents and key not in gold and not has_answer(documents[key], row["answers"])
+                for key in (keys.get(document_key(hit)) for hit in hits)
+                if key is not None and key not in gold and not has_answer(documents[key], row["answers"])
             ]
             if not gold <= set(documents) or len(gold) + len(negatives) < num_documents or len(gold) >= num_documents:
                 continue
@@ -122,7 +130,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("rows", nargs="+", help="files or data sets with gold documents")
     parser.add_argument("--model", required=True, help="checkpoint with a trained reasoner")
     parser.add_argument("--backbone", help="where its backbone is")
-    parser.add_argument("--dtype", default="float32", help="bfloat16 is faster where the machine has it")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="bfloat16 is faster where the machine has it",
+    )
     parser.add_argument("--memories", type=Path, required=True, help="folder of the documents' memories")
     parser.add_argument("--output", type=Path, required=True, help="file of rows")
     parser.add_argument("--num-documents", type=int, default=5, help="of a row, the gold ones with them")

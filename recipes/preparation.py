@@ -200,6 +200,11 @@ def prepare_trainer(
             "recipes/accelerate/ddp.yaml`, or set CUDA_VISIBLE_DEVICES=0."
         )
     model = prepare_model(model_arguments, training)
+    if data.in_batch_negatives and training.stage == "joint" and not model.config.contrastive_weight:
+        raise ValueError(
+            "`in_batch_negatives` must be false where `contrastive_weight` is 0, since no term has negatives. Raise "
+            "the weight, or leave it out."
+        )
     sizes = model.config.memory_sizes
     check_drawn_sizes(training.train_memory_sizes, sizes)
     train, evaluation = read_data(model, data, training)
