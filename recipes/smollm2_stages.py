@@ -147,13 +147,14 @@ def contrastive(call: Call) -> None:
 def joint(call: Call) -> None:
     """All three roles with known gold documents, among hard negatives that the warmed-up reasoner chose."""
     hard, start = DATA / "retrieval_hard.jsonl", call.start_of("joint")
-    if not (call.home / hard).exists():
+    mined, chooser = call.home / hard, call.home / RUNS / start / "config.json"
+    if not mined.exists() or mined.stat().st_mtime < chooser.stat().st_mtime:
         names = ("retrieval_multihop", "retrieval_small" if call.on_cpu else "retrieval")
         rows = [DATA / f"{name}.jsonl" for name in names]
         places = ["--memories", RUNS / "mining", "--output", hard, *backbone_option(call)]
-        call.command(
-            "mine_negatives.py", *rows, "--model", RUNS / start, *places, "--rows-of-step", 8 if call.on_cpu else 32
-        )
+        dtype = "bfloat16" if not call.on_cpu or "dtype=bfloat16" in call.overrides else "float32"
+        options = ["--dtype", dtype, "--rows-of-step", 8 if call.on_cpu else 32]
+        call.command("mine_negatives.py", *rows, "--model", RUNS / start, *places, *options)
     train(call, "joint")
 
 

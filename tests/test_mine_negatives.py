@@ -77,6 +77,12 @@ def test_the_command_writes_rows_that_training_reads(shared_model, rows_file, tm
     mined = list(read_questions([str(output)]))
     assert {document_key(d) for one in mined for d in one["docs"]} <= {document_key(d) for d in DOCUMENTS}
     assert all(len(one["docs"]) == 3 for one in mined)
+    assert sorted(len(one["pos_index"]) for one in mined) == [1, 2]
+    assert main([str(rows_file), *options, "--num-documents", "3", "--single-share", "0.3"]) == 0
+    assert [len(one["pos_index"]) for one in read_questions([str(output)])] == [2]
+    with pytest.raises(SystemExit):
+        main([str(rows_file), *options, "--single-share", "1"])
+    assert "--single-share must be from 0 to below 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -227,3 +227,14 @@ def test_a_paused_leg_goes_on_without_the_memories(trained, prepared, forks, tmp
     assert changed(home / RUNS / leg, trained / RUNS / leg) == set()
     mined = [(place / DATA / "retrieval_hard.jsonl") for place in (home, trained)]
     assert leg != "joint" or mined[0].read_bytes() == mined[1].read_bytes()
+
+
+def test_what_an_earlier_start_chose_is_mined_again(trained, forks, tmp_path):
+    home = shutil.copytree(trained, tmp_path / "home", symlinks=True)
+    hard = home / DATA / "retrieval_hard.jsonl"
+    before = hard.read_bytes()
+    hard.write_text("{}\n")
+    os.utime(hard, (0, 0))  # older than the checkpoint whose choice it should be
+    shutil.rmtree(home / RUNS / "joint")
+    assert run(home, "joint") == 0
+    assert hard.read_bytes() == before and changed(home / RUNS / "joint", trained / RUNS / "joint") == set()

@@ -74,6 +74,24 @@ def test_no_path_of_this_machine_is_published(measured):
     assert not [path for path in paths if path.is_file() for word in words if word in path.read_bytes()]
 
 
+def test_a_run_from_a_published_checkpoint_keeps_its_history(published, tmp_path):
+    """More of the same: the joint leg once more, from what was published behind the first one."""
+    runs = tmp_path / "runs"
+    shutil.copytree(published / PUBLISHED, runs / "contrastive")
+    ignored = shutil.ignore_patterns("checkpoint-*", "dataset_cache")
+    shutil.copytree(published / RUNS / "joint", runs / "joint", ignore=ignored)
+    smollm2_publish.write(runs, tmp_path / "new", str(published / BACKBONE))
+    folders = (runs / "contrastive", tmp_path / "new")
+    before, after = (json.loads((folder / "training_log.json").read_text()) for folder in folders)
+    assert [*after] == [*LINEAGE[:-1], "joint-1", "joint"]
+    assert after["joint-1"] == before["joint"] == after["joint"] and after["instruct"] == before["instruct"]
+    cards = [(folder / "README.md").read_text() for folder in folders]
+    for name in LINEAGE:
+        (old,) = (line for line in cards[0].splitlines() if line.startswith(f"| {name} | "))
+        assert cards[1].count(old) == 1
+        assert name != "joint" or cards[1].count(old.replace("joint", "joint-1", 1)) == 1
+
+
 def test_publishing_refuses(published, tmp_path, capsys):
     runs, shipped = published / RUNS, published / PUBLISHED
     before = {path: path.stat().st_mtime_ns for path in shipped.rglob("*")}
