@@ -6,6 +6,7 @@ machine.
 
 import copy
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -76,10 +77,16 @@ def model(shared_model) -> CLaRaForRAG:
 
 @pytest.fixture(scope="session")
 def checkpoint(shared_model, tmp_path_factory) -> Path:
-    """`shared_model` saved; copy the folder before damaging it."""
+    """`shared_model` saved."""
     folder = tmp_path_factory.mktemp("checkpoint")
     shared_model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def checkpoint_copy(checkpoint, tmp_path) -> Path:
+    """A copy of it to damage."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
 
 
 @pytest.fixture

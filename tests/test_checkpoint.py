@@ -1,5 +1,5 @@
-"""Checkpoints in local folders: what is written, that it comes back bit for bit, that what does not fit is an error.
-Every error is held to naming the file and the remedy. It does not know the Hub, see test_hub_loading.py.
+"""Checkpoints in local folders: what is written, and that it comes back bit for bit. It does not know the Hub, see
+test_hub_loading.py, nor what is wrong with a folder, see test_checkpoint_faults.py.
 """
 
 import ast
@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from test_hub_loading import contents, edit_json, observe, observe_clean_process
-from tiny import build_backbone, randomize_adapters, save_backbone
+from safetensors.torch import load_file
+from test_hub_loading import contents, observe, observe_clean_process
+from tiny import randomize_adapters, save_backbone
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 
 import modeling_clara
@@ -37,19 +37,6 @@ JSON = {"config.json", "processor_config.json", "tokenizer.json", "tokenizer_con
 @pytest.fixture
 def texts(documents, questions) -> dict:
     return {"documents": documents, "questions": questions}
-
-
-@pytest.fixture
-def folder(checkpoint, tmp_path) -> Path:
-    """A copy of the checkpoint to damage."""
-    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
-
-
-def edit_tensors(path: Path, change) -> None:
-    """Rewrite a safetensors file; `change` takes its tensors and the name of the first."""
-    tensors = load_file(path)
-    change(tensors, min(tensors))
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
@@ -107,22 +94,22 @@ def test_save_load_save_is_equal_byte_for_byte(checkpoint, tmp_path, dtype):
     assert contents(tmp_path) == contents(checkpoint)
 
 
-def test_saving_over_a_checkpoint_keeps_its_card_and_removes_what_is_stale(model, folder, tmp_path):
-    model.save_pretrained(folder, include_backbone=True, max_shard_size="20KB")
-    assert len(list(folder.glob("backbone/*.safetensors"))) > 2
-    (folder / "README.md").write_text("mine")
-    (folder / "notes.txt").write_text("mine")
+def test_saving_over_a_checkpoint_keeps_its_card_and_removes_what_is_stale(model, checkpoint_copy, tmp_path):
+    model.save_pretrained(checkpoint_copy, include_backbone=True, max_shard_size="20KB")
+    assert len(list(checkpoint_copy.glob("backbone/*.safetensors"))) > 2
+    (checkpoint_copy / "README.md").write_text("mine")
+    (checkpoint_copy / "notes.txt").write_text("mine")
     model.processor.tokenizer.chat_template = model.processor.chat_template = None
-    for target in (folder, tmp_path / "new"):
+    for target in (checkpoint_copy, tmp_path / "new"):
         model.save_pretrained(target, include_backbone=True)
-    old, new = contents(folder), contents(tmp_path / "new")
+    old, new = contents(checkpoint_copy), contents(tmp_path / "new")
     assert old.pop("README.md") == old.pop("notes.txt") == b"mine" != new.pop("README.md")
     assert old == new and "chat_template.jinja" not in new
 
 
-def test_a_lost_chat_template_file_changes_no_prompt(folder, shared_model, texts):
-    (folder / "chat_template.jinja").unlink()
-    assert observe(CLaRaForRAG.from_pretrained(folder), texts) == observe(shared_model, texts)
+def test_a_lost_chat_template_file_changes_no_prompt(checkpoint_copy, shared_model, texts):
+    (checkpoint_copy / "chat_template.jinja").unlink()
+    assert observe(CLaRaForRAG.from_pretrained(checkpoint_copy), texts) == observe(shared_model, texts)
 
 
 def test_the_fingerprint_ignores_dtype_merging_and_random_state(checkpoint, shared_model):
@@ -183,144 +170,6 @@ def test_an_included_backbone_needs_no_other_folder(tmp_path, texts, tied):
         CLaRaForRAG.from_pretrained(tmp_path / "small")
     small = CLaRaForRAG.from_pretrained(tmp_path / "small", backbone=tmp_path / "whole/backbone")
     assert observe(small, texts) == observe(model, texts)
-
-
-# --- what does not fit -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", sorted(WEIGHTS | JSON))
-def test_a_missing_file_is_named(folder, name):
-    (folder / name).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"(?s)`{name}` must be in .*copy or save it again"):
-        CLaRaForRAG.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("text", ['{"a": ', "[1]"])
-@pytest.mark.parametrize("name", sorted(JSON))
-def test_damaged_json_is_named(folder, name, text):
-    (folder / name).write_text(text)
-    with pytest.raises(ValueError, match=rf"`{name}` of .* must be JSON.*copy or download it again"):
-        CLaRaForRAG.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("share", [0, 0.9])
-@pytest.mark.parametrize("name", ["clara.safetensors", "generator/adapter_model.safetensors"])
-def test_truncated_weights_are_named(folder, name, share):
-    content = (folder / name).read_bytes()
-    (folder / name).write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(ValueError, match=rf"`{name}` of .* must be a complete safetensors file.*download it again"):
-        CLaRaForRAG.from_pretrained(folder)
-
-
-@pytest.mark.parametrize(
-    "change, match",
-    [
-        (lambda t, name: t.update({name: t[name][:, 1:].clone()}), r"must have the shape \(.*\), got \(.*\)\. Rank"),
-        (lambda t, name: t.pop(name), r"must .*; missing: \['.*'\] \(1\), unexpected: \[\] \(0\).*`save_pretrained`"),
-        (lambda t, _: t.update(x=torch.ones(1)), r"must .*; missing: \[\] \(0\), unexpected: \['x'\] \(1\).*`save_pr"),
-        (lambda t, name: t[name][0].fill_(float("nan")), r"must be finite, got NaN or infinity\. Use an earlier"),
-        (lambda t, name: t[name][-1].fill_(float("-inf")), r"must be finite, got NaN or infinity\. Use an earlier"),
-    ],
-    ids=["shape", "missing", "extra", "nan", "inf"],
-)
-@pytest.mark.parametrize("name", ["clara.safetensors", "compressor/adapter_model.safetensors"])
-def test_wrong_tensors_are_named(folder, name, change, match):
-    edit_tensors(folder / name, change)
-    with pytest.raises(ValueError, match=rf"`{name}` {match}"):
-        CLaRaForRAG.from_pretrained(folder)
-
-
-def test_an_adapter_of_another_rank_is_named(backbone_folder, folder, tmp_path):
-    CLaRaForRAG.from_backbone(backbone_folder, memory_sizes=(2, 4), lora_rank=8).save_pretrained(tmp_path / "other")
-    shutil.copy(tmp_path / "other/reasoner/adapter_model.safetensors", folder / "reasoner")
-    match = r"lora_A\.weight` in `reasoner/adapter_model.safetensors` must have the shape \(4, \d+\), got \(8, \d+\)"
-    with pytest.raises(ValueError, match=match):
-        CLaRaForRAG.from_pretrained(folder)
-
-
-@pytest.mark.parametrize(
-    "name, fields, match",
-    [
-        ("compressor/adapter_config", {"r": 8}, r"`r` in `compressor/.*` must be 4 as in config.json, got 8\."),
-        ("generator/adapter_config", {"lora_alpha": 64}, r"`lora_alpha` in `generator/.*` must be 8 .*got 64\. Use"),
-        ("reasoner/adapter_config", {"target_modules": ["q_proj"]}, r"`target_modules` in `reasoner/.*\['q_proj'\]\."),
-        ("config", {"format_version": 2}, r"`format_version` of config.json must be 1, got 2\. Update the package"),
-        ("config", {"model_type": "llama"}, r"`model_type` in `config.json` .* got 'llama'\. .*`from_backbone`"),
-        ("config", {"memory_sizes": [2, 4, 8]}, r"`memory_embeddings` in `clara.safetensors` must .* \(8, 32\), got"),
-        ("config", {"document_max_length": 96}, r"`document_max_length` in `processor_config.json` must be 96 as in"),
-        ("processor_config", {"document_max_length": 96}, r"must be 64 as in config.json, got 96\. Use the files"),
-    ],
-)
-def test_settings_that_contradict_are_named(folder, name, fields, match):
-    edit_json(folder / f"{name}.json", **fields)
-    with pytest.raises(ValueError, match=match):
-        CLaRaForRAG.from_pretrained(folder)
-
-
-@pytest.mark.parametrize(
-    "field, fields",
-    [
-        ("hidden_size", {"hidden_size": 64}),
-        ("vocab_size", {"vocabulary": 400}),
-        ("num_hidden_layers", {"num_hidden_layers": 3}),
-        ("model_type", {"architecture": "mistral"}),
-    ],
-)
-@pytest.mark.parametrize("is_explicit", [True, False])
-def test_a_backbone_of_another_structure_is_an_error(folder, tmp_path, field, fields, is_explicit):
-    build_backbone(**{"vocabulary": 343, **fields}).save_pretrained(tmp_path / "other")
-    if not is_explicit:
-        edit_json(folder / "config.json", backbone_name_or_path=str(tmp_path / "other"))
-    with pytest.raises(ValueError, match=rf"`.*other` must have {field} .* as in `text_config`.*Pass `backbone=PATH`"):
-        CLaRaForRAG.from_pretrained(folder, backbone=tmp_path / "other" if is_explicit else None)
-
-
-def test_other_backbone_weights_are_an_error_and_a_warning_where_asked_for(folder, tmp_path, caplog):
-    other = save_backbone(tmp_path / "other", seed=1)
-    remedy = r"(?s)`.*other` must be those the adapters were trained on.*differ in \['embedding_signs', .*backbone="
-    model = CLaRaForRAG.from_pretrained(folder, backbone=other)
-    assert re.search(remedy, caplog.text)
-    embeddings = AutoModelForCausalLM.from_pretrained(other).get_input_embeddings().weight
-    assert torch.equal(model.get_input_embeddings().weight, embeddings)
-    caplog.clear()
-    CLaRaForRAG.from_pretrained(folder)
-    assert not caplog.text
-    edit_json(folder / "config.json", backbone_name_or_path=str(other))
-    with pytest.raises(ValueError, match=remedy):
-        CLaRaForRAG.from_pretrained(folder)
-
-
-@pytest.mark.parametrize(
-    "damage, error, match",
-    [
-        (lambda path: edit_tensors(path, lambda t, _: t.pop("model.norm.weight")), ValueError, r"missing: \['model.n"),
-        (lambda path: edit_tensors(path, lambda t, n: t.update({n: t[n][1:].clone()})), ValueError, r"shape: \['lm_h"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-5000]), OSError, "could not be loaded"),
-        (lambda path: path.unlink(), OSError, "could not be loaded"),
-    ],
-    ids=["tensor missing", "wrong shape", "truncated", "file missing"],
-)
-def test_incomplete_backbone_weights_are_an_error(backbone_folder, checkpoint, tmp_path, damage, error, match):
-    backbone = shutil.copytree(backbone_folder, tmp_path / "damaged")
-    damage(backbone / "model.safetensors")
-    with pytest.raises(error, match=rf"(?s)the backbone `.*damaged` .*{match}.*[Pp]ass `backbone=PATH`"):
-        CLaRaForRAG.from_pretrained(checkpoint, backbone=backbone)
-
-
-@pytest.mark.parametrize(
-    "prepare, match",
-    [
-        (lambda model, target: setattr(model, "processor", None), "`model.processor` must be set to save"),
-        (lambda model, target: setattr(model.config, "document_max_length", 96), r"must be 96 .* got 64\. Set both"),
-        (lambda model, target: target.write_text(""), "`save_directory` must be a folder, got the file"),
-    ],
-)
-def test_what_could_not_be_loaded_is_not_saved(model, tmp_path, prepare, match):
-    prepare(model, tmp_path / "target")
-    before = contents(tmp_path)
-    with pytest.raises(ValueError, match=match):
-        model.save_pretrained(tmp_path / "target")
-    assert contents(tmp_path) == before
 
 
 # --- keywords --------------------------------------------------------------------------------------------------------
@@ -386,10 +235,10 @@ def test_a_checkpoint_loads_from_a_subfolder(shared_model, tmp_path, texts, incl
         CLaRaForRAG.from_pretrained(tmp_path)
 
 
-def test_a_given_config_takes_the_place_of_the_file(folder, shared_model, texts):
-    config = CLaRaConfig.from_pretrained(folder, retrieval_top_k=1)
-    (folder / "config.json").unlink()
-    model = CLaRaForRAG.from_pretrained(folder, config=config)
+def test_a_given_config_takes_the_place_of_the_file(checkpoint_copy, shared_model, texts):
+    config = CLaRaConfig.from_pretrained(checkpoint_copy, retrieval_top_k=1)
+    (checkpoint_copy / "config.json").unlink()
+    model = CLaRaForRAG.from_pretrained(checkpoint_copy, config=config)
     assert torch.equal(model.compress(texts["documents"]), shared_model.compress(texts["documents"]))
     assert [len(row) for row in model.retrieve(texts["questions"], documents=texts["documents"])] == [1, 1]
     model.config.retrieval_top_k = 3

@@ -1,0 +1,159 @@
+"""Checkpoints in local folders that are damaged, or contradict themselves or their backbone: each is an error.
+Every error is held to naming the file and the remedy.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_checkpoint import JSON, WEIGHTS
+from test_hub_loading import contents, edit_json
+from tiny import build_backbone, save_backbone
+from transformers import AutoModelForCausalLM
+
+from modeling_clara import CLaRaForRAG
+
+
+def edit_tensors(path: Path, change) -> None:
+    """Rewrite a safetensors file; `change` takes its tensors and the name of the first."""
+    tensors = load_file(path)
+    change(tensors, min(tensors))
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", sorted(WEIGHTS | JSON))
+def test_a_missing_file_is_named(checkpoint_copy, name):
+    (checkpoint_copy / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"(?s)`{name}` must be in .*copy or save it again"):
+        CLaRaForRAG.from_pretrained(checkpoint_copy)
+
+
+@pytest.mark.parametrize("text", ['{"a": ', "[1]"])
+@pytest.mark.parametrize("name", sorted(JSON))
+def test_damaged_json_is_named(checkpoint_copy, name, text):
+    (checkpoint_copy / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"`{name}` of .* must be JSON.*copy or download it again"):
+        CLaRaForRAG.from_pretrained(checkpoint_copy)
+
+
+@pytest.mark.parametrize("share", [0, 0.9])
+@pytest.mark.parametrize("name", ["clara.safetensors", "generator/adapter_model.safetensors"])
+def test_truncated_weights_are_named(checkpoint_copy, name, share):
+    content = (checkpoint_copy / name).read_bytes()
+    (checkpoint_copy / name).write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ValueError, match=rf"`{name}` of .* must be a complete safetensors file.*download it again"):
+        CLaRaForRAG.from_pretrained(checkpoint_copy)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda t, name: t.update({name: t[name][:, 1:].clone()}), r"must have the shape \(.*\), got \(.*\)\. Rank"),
+        (lambda t, name: t.pop(name), r"must .*; missing: \['.*'\] \(1\), unexpected: \[\] \(0\).*`save_pretrained`"),
+        (lambda t, _: t.update(x=torch.ones(1)), r"must .*; missing: \[\] \(0\), unexpected: \['x'\] \(1\).*`save_pr"),
+        (lambda t, name: t[name][0].fill_(float("nan")), r"must be finite, got NaN or infinity\. Use an earlier"),
+        (lambda t, name: t[name][-1].fill_(float("-inf")), r"must be finite, got NaN or infinity\. Use an earlier"),
+    ],
+    ids=["shape", "missing", "extra", "nan", "inf"],
+)
+@pytest.mark.parametrize("name", ["clara.safetensors", "compressor/adapter_model.safetensors"])
+def test_wrong_tensors_are_named(checkpoint_copy, name, change, match):
+    edit_tensors(checkpoint_copy / name, change)
+    with pytest.raises(ValueError, match=rf"`{name}` {match}"):
+        CLaRaForRAG.from_pretrained(checkpoint_copy)
+
+
+def test_an_adapter_of_another_rank_is_named(backbone_folder, checkpoint_copy, tmp_path):
+    CLaRaForRAG.from_backbone(backbone_folder, memory_sizes=(2, 4), lora_rank=8).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other/reasoner/adapter_model.safetensors", checkpoint_copy / "reasoner")
+    match = r"lora_A\.weight` in `reasoner/adapter_model.safetensors` must have the shape \(4, \d+\), got \(8, \d+\)"
+    with pytest.raises(ValueError, match=match):
+        CLaRaForRAG.from_pretrained(checkpoint_copy)
+
+
+@pytest.mark.parametrize(
+    "name, fields, match",
+    [
+        ("compressor/adapter_config", {"r": 8}, r"`r` in `compressor/.*` must be 4 as in config.json, got 8\."),
+        ("generator/adapter_config", {"lora_alpha": 64}, r"`lora_alpha` in `generator/.*` must be 8 .*got 64\. Use"),
+        ("reasoner/adapter_config", {"target_modules": ["q_proj"]}, r"`target_modules` in `reasoner/.*\['q_proj'\]\."),
+        ("config", {"format_version": 2}, r"`format_version` of config.json must be 1, got 2\. Update the package"),
+        ("config", {"model_type": "llama"}, r"`model_type` in `config.json` .* got 'llama'\. .*`from_backbone`"),
+        ("config", {"memory_sizes": [2, 4, 8]}, r"`memory_embeddings` in `clara.safetensors` must .* \(8, 32\), got"),
+        ("config", {"document_max_length": 96}, r"`document_max_length` in `processor_config.json` must be 96 as in"),
+        ("processor_config", {"document_max_length": 96}, r"must be 64 as in config.json, got 96\. Use the files"),
+    ],
+)
+def test_settings_that_contradict_are_named(checkpoint_copy, name, fields, match):
+    edit_json(checkpoint_copy / f"{name}.json", **fields)
+    with pytest.raises(ValueError, match=match):
+        CLaRaForRAG.from_pretrained(checkpoint_copy)
+
+
+@pytest.mark.parametrize(
+    "field, fields",
+    [
+        ("hidden_size", {"hidden_size": 64}),
+        ("vocab_size", {"vocabulary": 400}),
+        ("num_hidden_layers", {"num_hidden_layers": 3}),
+        ("model_type", {"architecture": "mistral"}),
+    ],
+)
+@pytest.mark.parametrize("is_explicit", [True, False])
+def test_a_backbone_of_another_structure_is_an_error(checkpoint_copy, tmp_path, field, fields, is_explicit):
+    build_backbone(**{"vocabulary": 343, **fields}).save_pretrained(tmp_path / "other")
+    if not is_explicit:
+        edit_json(checkpoint_copy / "config.json", backbone_name_or_path=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=rf"`.*other` must have {field} .* as in `text_config`.*Pass `backbone=PATH`"):
+        CLaRaForRAG.from_pretrained(checkpoint_copy, backbone=tmp_path / "other" if is_explicit else None)
+
+
+def test_other_backbone_weights_are_an_error_and_a_warning_where_asked_for(checkpoint_copy, tmp_path, caplog):
+    other = save_backbone(tmp_path / "other", seed=1)
+    remedy = r"(?s)`.*other` must be those the adapters were trained on.*differ in \['embedding_signs', .*backbone="
+    model = CLaRaForRAG.from_pretrained(checkpoint_copy, backbone=other)
+    assert re.search(remedy, caplog.text)
+    embeddings = AutoModelForCausalLM.from_pretrained(other).get_input_embeddings().weight
+    assert torch.equal(model.get_input_embeddings().weight, embeddings)
+    caplog.clear()
+    CLaRaForRAG.from_pretrained(checkpoint_copy)
+    assert not caplog.text
+    edit_json(checkpoint_copy / "config.json", backbone_name_or_path=str(other))
+    with pytest.raises(ValueError, match=remedy):
+        CLaRaForRAG.from_pretrained(checkpoint_copy)
+
+
+@pytest.mark.parametrize(
+    "damage, error, match",
+    [
+        (lambda path: edit_tensors(path, lambda t, _: t.pop("model.norm.weight")), ValueError, r"missing: \['model.n"),
+        (lambda path: edit_tensors(path, lambda t, n: t.update({n: t[n][1:].clone()})), ValueError, r"shape: \['lm_h"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-5000]), OSError, "could not be loaded"),
+        (lambda path: path.unlink(), OSError, "could not be loaded"),
+    ],
+    ids=["tensor missing", "wrong shape", "truncated", "file missing"],
+)
+def test_incomplete_backbone_weights_are_an_error(backbone_folder, checkpoint, tmp_path, damage, error, match):
+    backbone = shutil.copytree(backbone_folder, tmp_path / "damaged")
+    damage(backbone / "model.safetensors")
+    with pytest.raises(error, match=rf"(?s)the backbone `.*damaged` .*{match}.*[Pp]ass `backbone=PATH`"):
+        CLaRaForRAG.from_pretrained(checkpoint, backbone=backbone)
+
+
+@pytest.mark.parametrize(
+    "prepare, match",
+    [
+        (lambda model, target: setattr(model, "processor", None), "`model.processor` must be set to save"),
+        (lambda model, target: setattr(model.config, "document_max_length", 96), r"must be 96 .* got 64\. Set both"),
+        (lambda model, target: target.write_text(""), "`save_directory` must be a folder, got the file"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(model, tmp_path, prepare, match):
+    prepare(model, tmp_path / "target")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=match):
+        model.save_pretrained(tmp_path / "target")
+    assert contents(tmp_path) == before
