@@ -3,7 +3,7 @@
     python recipes/mine_negatives.py rows.jsonl --model CHECKPOINT --memories FOLDER --output hard.jsonl
 
 Stands between rows `{question, answers, docs, pos_index}` and a stage that compresses its candidates in every step,
-which has time for a few documents a row. All short documents of all rows are searched. A document that has one of the
+which has time for a few documents a row. All short documents of the rows are searched. A document that has one of the
 answers word for word is taken for no negative, since it may well be right.
 """
 
@@ -49,12 +49,20 @@ def read_questions(paths: Sequence[str]) -> Iterator[dict]:
             }  # fmt: skip
 
 
+def is_short(document: Mapping, max_words: int) -> bool:
+    return len(document["text"].split()) <= max_words
+
+
+def has_short_gold(row: Mapping, max_words: int) -> bool:
+    return all(is_short(row["docs"][index], max_words) for index in row["pos_index"])
+
+
 def short_documents(rows: Sequence[Mapping], max_words: int) -> dict[str, dict]:
     """The documents of all rows that have at most so many words, by their key."""
     found = {}
     for row in rows:
         for document in row["docs"]:
-            if len(document["text"].split()) <= max_words:
+            if is_short(document, max_words):
                 found.setdefault(document_key(document), document)
     return found
 
@@ -72,6 +80,7 @@ def mine(
     *,
     num_documents: int,
     max_words: int,
+    single_share: float | None = None,
     batch_size: int = 16,
     seed: int = SEED,
 ) -> list[dict]:
@@ -79,14 +88,23 @@ def mine(
 
     Args:
         model: whose compressor and reasoner choose.
-        rows: as `read_questions` yields them; those with a long gold document, or with too many, are left out.
+        rows: as `read_questions` yields them; those with a long gold document, or with too many, are left out, and a
+            question that stands there twice is taken once.
         folder: of the memories, which a second run finds there.
         num_documents: of a row that comes out.
         max_words: of a document.
+        single_share: rows with one gold document are thinned out to this share, of what is mined from; None keeps all.
         batch_size: documents in one pass.
-        seed: of the places.
+        seed: of the places, and of the rows that are left out.
     """
     generator, mined = random.Random(seed), []
+    first: dict[str, Mapping] = {}
+    for row in rows:
+        if has_short_gold(row, max_words) and len(row["pos_index"]) < num_documents:
+            first.setdefault(row["question"], row)
+    rows = list(first.values())
+    if single_share is not None:
+        rows = with_singles(rows, single_share, seed)
     documents = short_documents(rows, max_words)
     if len(documents) < num_documents:
         return []
@@ -105,7 +123,7 @@ def mine(
                 for key in (keys.get(document_key(hit)) for hit in hits)
                 if key is not None and key not in gold and not has_answer(documents[key], row["answers"])
             ]
-            if not gold <= set(documents) or len(gold) + len(negatives) < num_documents or len(gold) >= num_documents:
+            if len(gold) + len(negatives) < num_documents:
                 continue
             chosen = [*sorted(gold), *negatives[: num_documents - len(gold)]]
             generator.shuffle(chosen)
@@ -172,12 +190,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.memories,
             num_documents=arguments.num_documents,
             max_words=arguments.max_words,
+            single_share=arguments.single_share,
             batch_size=arguments.batch_size,
         )
         if not mined:
             raise ValueError("no row has short gold documents and enough negatives. Raise --max-words.")
-        if arguments.single_share is not None:
-            mined = with_singles(mined, arguments.single_share)
         if arguments.rows_of_step:
             mined.sort(key=lambda row: max(len(document["text"]) for document in row["docs"]))
             mined = in_steps(mined, arguments.rows_of_step, random.Random(SEED))

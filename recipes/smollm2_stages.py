@@ -149,11 +149,11 @@ def joint(call: Call) -> None:
     hard, start = DATA / "retrieval_hard.jsonl", call.start_of("joint")
     mined, chooser = call.home / hard, call.home / RUNS / start / "config.json"
     if not mined.exists() or mined.stat().st_mtime < chooser.stat().st_mtime:
-        names = ("retrieval_multihop", "retrieval_small" if call.on_cpu else "retrieval")
-        rows = [DATA / f"{name}.jsonl" for name in names]
+        rows = [DATA / f"{name}.jsonl" for name in ("retrieval_multihop", "retrieval")]
         places = ["--memories", RUNS / "mining", "--output", hard, *backbone_option(call)]
         dtype = "bfloat16" if not call.on_cpu or "dtype=bfloat16" in call.overrides else "float32"
         options = ["--dtype", dtype, "--rows-of-step", 8 if call.on_cpu else 32]
+        options += ["--single-share", 0.5] if call.on_cpu else []
         call.command("mine_negatives.py", *rows, "--model", RUNS / start, *places, *options)
     train(call, "joint")
 
