@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             batch_size=arguments.batch_size,
         )
         if not mined:
-            raise ValueError("no row has short gold documents and enough negatives. Raise --max-words.")
+            raise ValueError("no row has short gold documents and negatives. Raise --max-words, or --single-share.")
         if arguments.rows_of_step:
             mined.sort(key=lambda row: max(len(document["text"]) for document in row["docs"]))
             mined = in_steps(mined, arguments.rows_of_step, random.Random(SEED))
