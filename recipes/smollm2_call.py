@@ -21,9 +21,9 @@ MARGIN = 1.0  # minutes for the step, the evaluation and the checkpoint that a s
 # Places below the home folder; the recipes name them in the same words, and run there.
 DATA, RUNS, SITE = Path("data/smollm2"), Path("runs/smollm2"), Path("site")
 SOURCE, BACKBONE, GGUF = DATA / "source", DATA / "backbone", DATA / "gguf"
-PUBLISHED, CORPUS = RUNS / "clara-smollm2-135m", RUNS / "corpus_wikipedia_2wiki"
-# Training files that `prepare` must find, and the run that each leg starts from, or publishes.
-FILES = ["curriculum", "instruct", "pretrain_cloze", "pretrain_paraphrase", "pretrain_questions", "pretrain_small"]
+PUBLISHED, CORPUS = RUNS / "clara-smollm2-135m", RUNS / "corpus"
+# Files that `prepare` must find, and the run that each leg starts from, or publishes.
+FILES = ["corpus", "curriculum", "instruct", "pretrain_cloze", "pretrain_paraphrase", "pretrain_questions", "pretrain_small"]
 FILES += ["retrieval", "retrieval_made", "retrieval_multihop", "retrieval_small"]
 STARTS = {
     "pretrain": "curriculum", "instruct": "pretrain", "contrastive": "instruct", "joint": "contrastive",

@@ -13,6 +13,7 @@ unanswerable_*; what is written are rows that `data.py` reads. It knows nothing 
     retrieval_made.jsonl       questions made from the titles and words of two documents
     *_small.jsonl              what two CPU cores can learn from pretrain_questions and retrieval in an hour each
     dev/*.jsonl                a tenth of the titles of every passages file, and the multihop development files
+    corpus.jsonl               documents to search: corpus_wikipedia_2wiki and all of the multihop development files
     counts.json                the scale and the rows of every file, written last
 
 The samples it was written for give 31,644 rows for stage 1, 3,120 pieces, 23,348 and 21,925 rows, in 34, 1, 95 and
@@ -61,6 +62,7 @@ SMALL_WORDS, SMALL_FEW, SMALL_MANY, SMALL_QUESTIONS, SMALL_STEP = range(40, 151)
 SMALL_MULTIHOP = "multihop_hotpotqa_train.jsonl.gz"
 # Files whose candidates are all searched, questions made from the candidates of one row, and documents of a row.
 SMALL_CANDIDATES, SMALL_MADE, SMALL_DOCUMENTS = (SMALL_MULTIHOP, "multihop_musique_train.jsonl.gz"), 8, 10
+SEARCHED = "corpus_wikipedia_2wiki.jsonl.gz"  # to which the documents of the development questions are added
 SMALL_PASSAGES = {"passages_squad": 420, "passages_nq": 320, "passages_scp_sample": 120}
 
 
@@ -254,6 +256,24 @@ def cut(row: Mapping, n_documents: int, generator: random.Random) -> dict:
     return {**row, "docs": [row["docs"][index] for index in kept], "pos_index": gold}
 
 
+def searched_rows(corpus: Sequence[Mapping], development: Mapping[str, Sequence[Mapping]]) -> list[dict]:
+    """Documents of a corpus in which every development question finds its own: `{id, title, text}`, each once.
+
+    Args:
+        corpus: rows `{id, title?, text}`.
+        development: rows of the multihop development files, by file name.
+    """
+    found = {}
+    for row in corpus:
+        document = {"id": str(row["id"]), "title": row.get("title", ""), "text": row["text"]}
+        found.setdefault((words(document["title"]), words(document["text"])), document)
+    for name, rows in development.items():
+        for number, document in enumerate(document for row in rows for document in read_documents(row)):
+            key = words(document["title"]), words(document["text"])
+            found.setdefault(key, {"id": f"{name.split('.')[0]}-{number}", **document})
+    return list(found.values())
+
+
 def unanswerable_rows(rows: Sequence[Mapping], held: HeldBack) -> Iterator[dict]:
     """Rows whose documents do not answer them, with the words that say so."""
     for row in rows:
@@ -321,6 +341,8 @@ def write_files(source: Path, output: Path, *, scale: float = 1.0, seed: int = S
     for name, rows in {**held.passages, **development}.items():
         name = f"dev/{name.removesuffix('.gz')}"
         counts[name] = write_jsonl(output / name, rows)
+    searched = searched_rows(groups["corpora"].get(SEARCHED, ()), development)
+    counts["corpus"] = write_jsonl(output / "corpus.jsonl", searched)
     write_json(output / COUNTS_FILE, {"scale": scale, "rows": counts})
     return counts
 

@@ -25,6 +25,8 @@ from smollm2_call import (
     start_of_run,
 )
 
+MULTIHOP = ("multihop_hotpotqa_dev", "multihop_musique_dev", "multihop_2wiki_dev")  # development questions
+
 # --- the legs --------------------------------------------------------------------------------------------------------
 
 
@@ -241,7 +243,7 @@ def evaluations(has_text: bool, has_label_free: bool) -> Iterator[tuple[str, lis
     }
     found = {
         name: ["--data", DATA / "dev" / f"{name}.jsonl"]
-        for name in ("multihop_hotpotqa_dev", "multihop_musique_dev", "multihop_2wiki_dev")
+        for name in MULTIHOP
     }
     for name, data in read.items():
         systems = ["clara", "text", "closed_book", "wrong_memory", *(["tuned_text"] if has_text else [])]
@@ -264,20 +266,20 @@ def evaluations(has_text: bool, has_label_free: bool) -> Iterator[tuple[str, lis
 
 
 def corpus(call: Call) -> None:
-    """A compressed corpus of 6,119 real paragraphs, built, checked and searched; it stays where it is built."""
+    """A compressed corpus of real paragraphs, built, checked and searched; it stays where it is built."""
     call.needs(PUBLISHED.name, "publish")
-    source = call.source.resolve() if call.source else call.home / SOURCE
     model = ["--model", PUBLISHED, *backbone_option(call)]
-    documents = source / "corpus_wikipedia_2wiki.jsonl.gz"
     if not (call.home / CORPUS / "corpus.json").exists():
+        documents = DATA / "corpus.jsonl"
         call.command("-m", "modeling_clara.cli", "compress", documents, "-o", CORPUS, *model, "--codec", "int8")
     call.command("-m", "modeling_clara.cli", "info", CORPUS, "--verify")
-    questions = DATA / "dev" / "multihop_2wiki_dev.jsonl"
-    output = RUNS / "evaluation" / "corpus_wikipedia_2wiki"
-    search = ["--data", questions, "--setting", "corpus", "--corpus", CORPUS, "--output", output]
-    if not is_evaluated(call, output, model):
-        call.command("evaluate.py", *model, *search, *limit_option(call))
-    update_card(call)
+    for name in MULTIHOP:
+        output = RUNS / "evaluation" / f"{name}-corpus"
+        search = ["--data", DATA / "dev" / f"{name}.jsonl", "--setting", "corpus", "--corpus", CORPUS]
+        systems = ["--systems", "clara", "bm25_memory"]
+        if not is_evaluated(call, output, [*model, *systems]):
+            call.command("evaluate.py", *model, *search, *systems, "--output", output, *limit_option(call))
+        update_card(call)
 
 
 LEGS: dict[str, Callable[[Call], None]] = {

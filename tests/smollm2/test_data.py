@@ -96,6 +96,17 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_every_development_question_finds_its_documents_in_the_corpus(source, tmp_path):
+    texts = [{"id": 7, "title": "TOWN 201", "text": passage(201)["text"]}, {"id": "8", "text": "No title has this."}]
+    write_rows(source, "corpus_wikipedia_2wiki", texts)
+    counts = write_files(source, tmp_path / "out")
+    rows = read(tmp_path / "out" / "corpus.jsonl")
+    assert counts["corpus"] == len(rows) == len({row["id"] for row in rows}) == 6
+    assert rows[:2] == [{**texts[0], "id": "7"}, {**texts[1], "title": ""}]  # the corpus's own, and each once
+    assert {row["title"].title() for row in rows[:1] + rows[2:]} == {f"Town {n}" for n in (200, 201, 202, 203, 204)}
+    assert "multihop_c_dev" in rows[2]["id"]
+
+
 def test_examples():
     assert doctest.testmod(data).failed == 0
 

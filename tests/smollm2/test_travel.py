@@ -36,7 +36,7 @@ def test_results_of_evaluations(measured, tmp_path):
     assert smollm2_legs.main(["collect", str(measured / "results"), "--home", str(tmp_path)]) == 0
     names = {path.relative_to(tmp_path / RUNS).parts[0] for path in (tmp_path / RUNS).rglob("*") if path.is_file()}
     assert names == {"clara-smollm2-135m", "evaluation"}
-    for name in (*EVALUATED, "corpus_wikipedia_2wiki"):
+    for name in (*EVALUATED, "multihop_hotpotqa_dev-corpus"):
         results = json.loads((tmp_path / RUNS / "evaluation" / name / "results.json").read_text())
         assert results == json.loads((measured / RUNS / "evaluation" / name / "results.json").read_text())
     assert not (tmp_path / RUNS / "evaluation" / "memories").exists()
