@@ -27,7 +27,7 @@ FILES = ["corpus", "curriculum", "instruct", "pretrain_cloze", "pretrain_paraphr
 FILES += ["retrieval", "retrieval_made", "retrieval_multihop", "retrieval_small"]
 STARTS = {
     "pretrain": "curriculum", "instruct": "pretrain", "contrastive": "instruct", "joint": "contrastive",
-    "joint-label-free": "instruct", "publish": "joint",
+    "joint-search": "joint", "joint-label-free": "instruct", "publish": "joint-search",
 }  # fmt: skip
 
 

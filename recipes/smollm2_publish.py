@@ -1,6 +1,6 @@
 """clara-smollm2-135m as it is shipped: `python recipes/smollm2_publish.py RUNS FOLDER [--backbone PATH]`.
 
-RUNS has the training runs of `smollm2_legs.py`. FOLDER gets the checkpoint of the joint stage, or of `--run`, with
+RUNS has the training runs of `smollm2_legs.py`. FOLDER gets the checkpoint of the last run, or of `--run`, with
 bfloat16 adapters and without the backbone, the curves of all stages, and a card to which `update_card.py` adds the
 results. It measures nothing.
 """
@@ -146,7 +146,7 @@ def published_stages(start: Path, taken: Collection[str]) -> tuple[dict[str, lis
     return curves, rows
 
 
-def write(runs: Path, folder: Path, backbone: str | None, run: str = "joint") -> None:
+def write(runs: Path, folder: Path, backbone: str | None, run: str = "joint-search") -> None:
     """Write the checkpoint of a run.
 
     Raises:
@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", type=Path, help="folder with the runs, such as joint")
     parser.add_argument("folder", type=Path, help="of the checkpoint; new")
     parser.add_argument("--backbone", help="where the backbone is (default: where the run had it)")
-    parser.add_argument("--run", default="joint", help="the run whose checkpoint it is (default: joint)")
+    parser.add_argument("--run", default="joint-search", help="the run whose checkpoint it is (default: joint-search)")
     arguments = parser.parse_args(argv)
     try:
         write(arguments.runs, arguments.folder, arguments.backbone, arguments.run)

@@ -160,6 +160,11 @@ def joint(call: Call) -> None:
     train(call, "joint")
 
 
+def joint_search(call: Call) -> None:
+    """Reasoner and generator go on among the hardest of all documents, whose memories stay as they are."""
+    train(call, "joint", "joint-search")
+
+
 def joint_label_free(call: Call) -> None:
     """Stage 3 as the paper has it: a frozen compressor, and no label says which document is right."""
     train(call, "joint", "joint-label-free")
@@ -289,6 +294,7 @@ LEGS: dict[str, Callable[[Call], None]] = {
     "instruct": instruct,
     "contrastive": contrastive,
     "joint": joint,
+    "joint-search": joint_search,
     "joint-label-free": joint_label_free,
     "text": text,
     "publish": publish,

@@ -66,14 +66,14 @@ def trained(prepared, tmp_path_factory) -> Path:
     assert run(home, "curriculum", tiny=[*TINY, *FRESH, "train_memory_sizes=null"]) == 0
     assert run(home, "pretrain", tiny=[*TINY, *FRESH]) == 0
     assert run(home, "instruct", tiny=[*TINY, *HELD_OUT]) == 0
-    assert run(home, "contrastive", "joint", "joint-label-free") == 0
+    assert run(home, "contrastive", "joint", "joint-search", "joint-label-free") == 0
     assert run(home, "text", tiny=TEXT) == 0
     return home
 
 
 @pytest.fixture(scope="package")
 def published(trained) -> Path:
-    assert run(trained, "9", tiny=[]) == 0
+    assert run(trained, "10", tiny=[]) == 0
     return trained
 
 

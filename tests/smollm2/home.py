@@ -32,7 +32,7 @@ FRESH = ["lora_rank=2", "lora_alpha=4", "document_max_length=64", "processor_kwa
 HELD_OUT = ["eval_strategy=steps", "eval_steps=3", f"eval_datasets=[{{path: {DATA}/dev/multihop_hotpotqa_dev.jsonl}}]"]
 TEXT = [*TINY, *FRESH, "max_steps=6"]
 ROOT = Path(smollm2_legs.__file__).parent.parent
-LINEAGE = ("curriculum", "pretrain", "instruct", "contrastive", "joint")
+LINEAGE = ("curriculum", "pretrain", "instruct", "contrastive", "joint", "joint-search")
 ALL_EVALUATIONS = stages.evaluations
 EVALUATED = "passages_squad-k16 passages_nq-k16-int4 multihop_hotpotqa_dev-k16 multihop_musique_dev-k4".split()
 EVALUATED += ["multihop_2wiki_dev-label-free"]

@@ -41,6 +41,7 @@ def test_every_leg_goes_on_from_the_one_before(trained):
     assert changed(runs / "instruct", runs / "pretrain") == read
     assert changed(runs / "contrastive", runs / "instruct") == {"reasoner"}
     assert changed(runs / "joint", runs / "contrastive") == {*read, "reasoner"}
+    assert changed(runs / "joint-search", runs / "joint") == {"reasoner", "generator"}
     assert changed(runs / "joint-label-free", runs / "instruct") == {"reasoner", "generator"}
     for name, start in (("joint", "contrastive"), ("joint-label-free", "instruct")):
         given = json.loads((runs / name / "run.json").read_text())

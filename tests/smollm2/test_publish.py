@@ -16,21 +16,21 @@ from smollm2.home import ADAPTER, EVALUATED, LINEAGE, ROOT, load, log
 
 
 def test_adapters_are_bfloat16_and_nothing_else_changed(published):
-    joint, shipped = published / RUNS / "joint", published / PUBLISHED
+    last, shipped = published / RUNS / LINEAGE[-1], published / PUBLISHED
     for role in ROLES:
-        ours, theirs = load_file(shipped / role / ADAPTER), load_file(joint / role / ADAPTER)
+        ours, theirs = load_file(shipped / role / ADAPTER), load_file(last / role / ADAPTER)
         assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():
             assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, theirs[name].bfloat16())
-    assert (shipped / "clara.safetensors").read_bytes() == (joint / "clara.safetensors").read_bytes()
+    assert (shipped / "clara.safetensors").read_bytes() == (last / "clara.safetensors").read_bytes()
     assert not (shipped / "backbone").exists() and len(list(shipped.glob("*_clara.py"))) > 20
-    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (shipped, joint))
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (shipped, last))
     assert ours.pop("backbone_name_or_path") == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert theirs.pop("backbone_name_or_path") and ours == {n: v for n, v in theirs.items() if n != "use_cache"}
 
 
 def test_the_shipped_checkpoint_is_the_model_rounded_in_memory(published, documents, questions):
-    shipped, rounded = (load(published / folder, published) for folder in (PUBLISHED, RUNS / "joint"))
+    shipped, rounded = (load(published / folder, published) for folder in (PUBLISHED, RUNS / LINEAGE[-1]))
     before = {name: tensor.clone() for name, tensor in rounded.state_dict().items()}
     round_weights(rounded, torch.bfloat16)
     for name, tensor in shipped.state_dict().items():
@@ -61,7 +61,7 @@ def test_the_card_has_the_steps_of_every_stage(published):
     for name in LINEAGE:
         (line,) = (line for line in card.splitlines() if line.startswith(f"| {name} |"))
         assert line.split(" | ")[3] == str(log(published / RUNS / name)["global_step"]) and " | a CPU | " in line
-        assert ("the gold ones known" in line) == (name in ("contrastive", "joint"))
+        assert ("the gold ones known" in line) == (name in ("contrastive", "joint", "joint-search"))
 
 
 def test_the_card_has_the_figures_of_the_corpus(measured):
@@ -80,10 +80,10 @@ def test_a_run_from_a_published_checkpoint_keeps_its_history(published, tmp_path
     shutil.copytree(published / PUBLISHED, runs / "contrastive")
     ignored = shutil.ignore_patterns("checkpoint-*", "dataset_cache")
     shutil.copytree(published / RUNS / "joint", runs / "joint", ignore=ignored)
-    smollm2_publish.write(runs, tmp_path / "new", str(published / BACKBONE))
+    smollm2_publish.write(runs, tmp_path / "new", str(published / BACKBONE), "joint")
     folders = (runs / "contrastive", tmp_path / "new")
     before, after = (json.loads((folder / "training_log.json").read_text()) for folder in folders)
-    assert [*after] == [*LINEAGE[:-1], "joint-1", "joint"]
+    assert [*after] == [*LINEAGE[:-2], "joint-1", "joint-search", "joint"]
     assert after["joint-1"] == before["joint"] == after["joint"] and after["instruct"] == before["instruct"]
     cards = [(folder / "README.md").read_text() for folder in folders]
     for name in LINEAGE:

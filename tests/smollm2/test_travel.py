@@ -21,7 +21,7 @@ def test_results_are_packed_even_if_a_leg_fails(trained, tmp_path, no_command, c
     for name in ("curriculum", "pretrain"):
         shutil.copytree(trained / RUNS / name, home / RUNS / name)
     words = ["run", "pretrain", "publish", "--home", home, "--cpu", "--results", results]
-    assert "Run the leg joint," in fails(capsys, *words)
+    assert "Run the leg joint-search," in fails(capsys, *words)
     assert "new or empty folder" in fails(capsys, *words)
     assert smollm2_legs.main(["collect", str(results), "--home", str(tmp_path / "back")]) == 0
     back = tmp_path / "back" / RUNS / "pretrain"
