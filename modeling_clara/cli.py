@@ -13,6 +13,8 @@ from dataclasses import asdict
 
 from transformers.utils import logging as transformers_logging
 
+DTYPES = ("float32", "bfloat16")
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
@@ -61,6 +63,11 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, help="folder of the corpus")
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
     parser.add_argument("--backbone", help="backbone folder or Hub id (default: the checkpoint's)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="to compute in; bfloat16 is faster on some machines (default: float32 on CPU, else the backbone's)",
+    )
     parser.add_argument("--codec", default="int8", help="float16, int8 or int4 (default: int8)")
     parser.add_argument("--memory-size", type=int, help="memory vectors that are stored (default: the largest)")
     parser.add_argument("--shard-size", type=int, default=1024, help="spans of a shard (default: 1024)")
@@ -123,12 +130,20 @@ def parse_job(text: str) -> tuple[int, int]:
     return int(number), int(total)
 
 
+def load_model(name: str, **kwargs):
+    """A checkpoint, on a GPU where there is one."""
+    import torch
+
+    from .modeling_clara import CLaRaForRAG
+
+    return CLaRaForRAG.from_pretrained(name, device_map="cuda" if torch.cuda.is_available() else None, **kwargs)
+
+
 def run_compress(arguments: argparse.Namespace) -> int:
     """`clara compress`; returns the exit status."""
     from .corpus_clara import CompressedCorpus
-    from .modeling_clara import CLaRaForRAG
 
-    model = CLaRaForRAG.from_pretrained(arguments.model, backbone=arguments.backbone)
+    model = load_model(arguments.model, backbone=arguments.backbone, dtype=arguments.dtype)
     transformers_logging.enable_progress_bar()
     options = build_options(arguments)
     corpus = CompressedCorpus.build(model, arguments.input, arguments.output, job=arguments.shard, **options)
@@ -154,7 +169,6 @@ def run_compress(arguments: argparse.Namespace) -> int:
 def run_ask(arguments: argparse.Namespace) -> int:
     """`clara ask`; returns the exit status."""
     from .corpus_clara import CompressedCorpus
-    from .modeling_clara import CLaRaForRAG
 
     corpus = CompressedCorpus.open(arguments.corpus, arguments.revision)
     compressor = corpus.manifest.compressor
@@ -162,7 +176,7 @@ def run_ask(arguments: argparse.Namespace) -> int:
     if not name:
         raise ValueError("`--model` must be given, because corpus.json does not name the compressor. Add it.")
     revision = None if arguments.model else compressor.get("revision")
-    model = CLaRaForRAG.from_pretrained(name, revision=revision, backbone=arguments.backbone)
+    model = load_model(name, revision=revision, backbone=arguments.backbone)
     answers = model.answer(
         arguments.question,
         corpus=corpus.attach(model).with_options(where=arguments.where, hybrid=arguments.hybrid),

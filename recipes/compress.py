@@ -29,6 +29,7 @@ class CompressDocuments(PipelineStep):
         documents: path or id of the input.
         output: folder of the corpus.
         model, backbone: of the compressor.
+        dtype: that it computes in; None is the default of `from_pretrained`.
         options: keywords of `CompressedCorpus.build`.
         threads: of each task on a CPU; 0 leaves torch's default.
     """
@@ -36,16 +37,25 @@ class CompressDocuments(PipelineStep):
     name = "CLaRa compressor"
     type = "Model call"
 
-    def __init__(self, documents: str, output: str, model: str, backbone: str | None, options: dict, threads: int):
+    def __init__(
+        self,
+        documents: str,
+        output: str,
+        model: str,
+        backbone: str | None,
+        dtype: str | None,
+        options: dict,
+        threads: int,
+    ):
         super().__init__()
         self.documents, self.output, self.model, self.backbone = documents, output, model, backbone
-        self.options, self.threads = options, threads
+        self.dtype, self.options, self.threads = dtype, options, threads
 
     def run(self, data=None, rank: int = 0, world_size: int = 1):
         """Do job `rank` of `world_size`."""
         if self.threads:
             torch.set_num_threads(self.threads)
-        model = CLaRaForRAG.from_pretrained(self.model, backbone=self.backbone)
+        model = CLaRaForRAG.from_pretrained(self.model, backbone=self.backbone, dtype=self.dtype)
         if torch.cuda.is_available():
             model = model.to(f"cuda:{rank % torch.cuda.device_count()}")
         with self.track_time("job"):
@@ -101,7 +111,8 @@ def main() -> int:
     if not threads and arguments.executor == "local":
         threads = max(1, (os.cpu_count() or 1) // (arguments.workers or arguments.tasks))
     options = build_options(arguments)
-    step = CompressDocuments(arguments.input, arguments.output, arguments.model, arguments.backbone, options, threads)
+    model = (arguments.model, arguments.backbone, arguments.dtype)
+    step = CompressDocuments(arguments.input, arguments.output, *model, options, threads)
     build_executor(arguments, [step]).run()
     if arguments.executor == "slurm":
         print("submitted; the corpus is complete when its corpus.json is there")

@@ -58,6 +58,11 @@ def backbone_option(call: Call) -> list:
     return ["--backbone", BACKBONE] if (call.home / BACKBONE).is_dir() else []
 
 
+def dtype_of(call: Call) -> str:
+    """What a model computes in where nothing trains: as the training legs do."""
+    return "bfloat16" if not call.on_cpu or "dtype=bfloat16" in call.overrides else "float32"
+
+
 def train(call: Call, stage: str, name: str | None = None) -> None:
     """A training run, or short ones of its variants.
 
@@ -153,8 +158,7 @@ def joint(call: Call) -> None:
     if not mined.exists() or mined.stat().st_mtime < chooser.stat().st_mtime:
         rows = [DATA / f"{name}.jsonl" for name in ("retrieval_multihop", "retrieval")]
         places = ["--memories", RUNS / "mining", "--output", hard, *backbone_option(call)]
-        dtype = "bfloat16" if not call.on_cpu or "dtype=bfloat16" in call.overrides else "float32"
-        options = ["--dtype", dtype, "--rows-of-step", 8 if call.on_cpu else 32]
+        options = ["--dtype", dtype_of(call), "--rows-of-step", 8 if call.on_cpu else 32]
         options += ["--single-share", 0.5] if call.on_cpu else []
         call.command("mine_negatives.py", *rows, "--model", RUNS / start, *places, *options)
     train(call, "joint")
@@ -246,10 +250,7 @@ def evaluations(has_text: bool, has_label_free: bool) -> Iterator[tuple[str, lis
         name: ["--data", DATA / "dev" / f"{name}.jsonl", "--setting", "gold_only"]
         for name in ("passages_squad", "passages_nq")
     }
-    found = {
-        name: ["--data", DATA / "dev" / f"{name}.jsonl"]
-        for name in MULTIHOP
-    }
+    found = {name: ["--data", DATA / "dev" / f"{name}.jsonl"] for name in MULTIHOP}
     for name, data in read.items():
         systems = ["clara", "text", "closed_book", "wrong_memory", *(["tuned_text"] if has_text else [])]
         yield f"{name}-k16", [*model, *data, "--systems", *systems, *tuned]
@@ -276,7 +277,8 @@ def corpus(call: Call) -> None:
     model = ["--model", PUBLISHED, *backbone_option(call)]
     if not (call.home / CORPUS / "corpus.json").exists():
         documents = DATA / "corpus.jsonl"
-        call.command("-m", "modeling_clara.cli", "compress", documents, "-o", CORPUS, *model, "--codec", "int8")
+        options = ["-o", CORPUS, *model, "--codec", "int8", "--dtype", dtype_of(call)]
+        call.command("-m", "modeling_clara.cli", "compress", documents, *options)
     call.command("-m", "modeling_clara.cli", "info", CORPUS, "--verify")
     for name in MULTIHOP:
         output = RUNS / "evaluation" / f"{name}-corpus"

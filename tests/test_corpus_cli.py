@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from modeling_clara import CompressedCorpus, cli
 
@@ -45,6 +46,18 @@ def test_compress_says_what_it_made_and_again_does_nothing(texts, checkpoint, tm
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
     assert "2 documents, 2 spans" in out and "1 rows were left out: see" in out
+
+
+def test_memories_are_computed_in_another_dtype(texts, built, checkpoint, tmp_path, capsys):
+    folder = tmp_path / "c"
+    run(capsys, "compress", str(texts), "-o", str(folder), "--model", str(checkpoint), "--dtype", "bfloat16")
+    exact, rounded = (CompressedCorpus.open(place) for place in (built, folder))
+    assert rounded.manifest.fingerprint == exact.manifest.fingerprint
+    ours, theirs = (corpus.get(["rome.txt"])[0]["memory"] for corpus in (rounded, exact))
+    assert not torch.equal(ours, theirs) and torch.cosine_similarity(ours.flatten(), theirs.flatten(), 0) > 0.99
+    with pytest.raises(SystemExit):
+        cli.main(["compress", str(texts), "-o", str(folder), "--model", str(checkpoint), "--dtype", "float8"])
+    assert "--dtype" in capsys.readouterr().err
 
 
 def test_jobs_by_hand_make_one_corpus(texts, checkpoint, tmp_path, capsys):
