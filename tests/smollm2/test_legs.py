@@ -143,8 +143,8 @@ def test_a_leg_names_the_one_it_needs(leg, tmp_path, no_command, capsys):
 
 def test_what_is_wrong_is_said_before_anything_runs(trained, tmp_path, no_command, capsys):
     home = ["--home", trained, "--cpu"]
-    for word in ("0", "12", "-1", "1.5", "train", "", "²"):
-        assert "from 1 to 11" in fails(capsys, "run", "pretrain", word, *home)
+    for word in ("0", "13", "-1", "1.5", "train", "", "²"):
+        assert "from 1 to 12" in fails(capsys, "run", "pretrain", word, *home)
     for minutes in ("0", "-1", "nan"):
         assert "--minutes" in fails(capsys, "run", "pretrain", *home, f"--minutes={minutes}")
     assert "'lr-3'" in fails(capsys, "run", "pretrain", *home, "--variants", "base", "lr-3")
