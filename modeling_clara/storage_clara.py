@@ -59,7 +59,9 @@ def writer_lock(path: Path, what: str, timeout: float = 0.0):
     try:
         lock.acquire(timeout=timeout)
     except Timeout:
-        pid = holder.read_text(encoding="utf-8").strip() if holder.exists() else "unknown"
+        pid = "unknown"
+        with contextlib.suppress(FileNotFoundError):  # the holder may be done by now
+            pid = holder.read_text(encoding="utf-8").strip()
         raise RuntimeError(
             f"{what} must have one writer at a time, but process {pid} writes to it. Wait until it is done, or end it."
         ) from None

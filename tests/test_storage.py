@@ -104,6 +104,10 @@ def test_a_second_process_is_told_who_writes_and_a_killed_one_lets_go(tmp_path):
     with writer_lock(path, "the folder", timeout=10):
         with pytest.raises(RuntimeError, match=f"process {os.getpid()} "), writer_lock(path, "the folder"):
             pass
+    with writer_lock(path, "the folder"):
+        path.with_name(path.name + ".pid").unlink()  # as a holder does that is about to release it
+        with pytest.raises(RuntimeError, match="process unknown "), writer_lock(path, "the folder"):
+            pass
     with pytest.raises(KeyError), writer_lock(path, "the folder"):
         raise KeyError
     with writer_lock(path, "the folder"):
