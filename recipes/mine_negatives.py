@@ -22,6 +22,7 @@ from samplers import in_steps
 from trl.scripts.utils import DatasetConfig
 
 from modeling_clara import CLaRaForRAG
+from modeling_clara.cli import DTYPES
 
 SEED = 42
 QUESTIONS_AT_A_TIME = 64
@@ -164,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dtype",
         default="float32",
-        choices=["float32", "bfloat16"],
+        choices=DTYPES,
         help="bfloat16 is faster where the machine has it",
     )
     parser.add_argument("--memories", type=Path, required=True, help="folder of the documents' memories")

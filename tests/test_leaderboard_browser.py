@@ -155,6 +155,7 @@ def test_the_page(tmp_path, hub):
         assert card.get_attribute("target") == "_blank" and card.get_attribute("href").endswith("/README.md")
         for name in ("size", "time"):  # drawn behind the table
             page.wait_for_selector(f"#{name}-normal .js-plotly-plot", state="attached")
+        assert len(page.query_selector_all("#size-normal .js-plotly-plot, #time-normal .js-plotly-plot")) == 2
 
         sizes = numbers(sort_by(page, "normal", "Bytes/span", "▲"))
         assert sizes == sorted(sizes) and [str(int(size)) for size in sizes] != sorted(
