@@ -4,6 +4,7 @@ Stands between the model and PEFT. It knows nothing of text, memories or losses.
 """
 
 import contextlib
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -63,6 +64,56 @@ def lora_config(config: CLaRaConfig, role: str) -> LoraConfig:
     peft_config.base_model_name_or_path = config.backbone_name_or_path
     peft_config.revision = config.backbone_revision
     return peft_config
+
+
+class _FusedLora(torch.autograd.Function):
+    """x W^T + scaling x A^T B^T for a frozen W."""
+
+    @staticmethod
+    def forward(ctx, states, weight, lora_a, lora_b, scaling):
+        shape, states = states.shape, states.reshape(-1, states.shape[-1])
+        lora_a, lora_b = lora_a.to(states.dtype), lora_b.to(states.dtype)
+        low = states @ lora_a.T  # (tokens, rank)
+        output = (states @ weight.T).addmm_(low, lora_b.T, alpha=scaling)
+        ctx.save_for_backward(states, weight, lora_a, lora_b, low)
+        ctx.scaling, ctx.shape = scaling, shape
+        return output.view(*shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        states, weight, lora_a, lora_b, low = ctx.saved_tensors
+        gradient = gradient.reshape(-1, gradient.shape[-1])
+        low_gradient = gradient @ lora_b
+        of_a = (low_gradient.T @ states).float() * ctx.scaling if ctx.needs_input_grad[2] else None
+        of_b = (gradient.T @ low).float() * ctx.scaling if ctx.needs_input_grad[3] else None
+        of_states = None
+        if ctx.needs_input_grad[0]:
+            of_states = (gradient @ weight).addmm_(low_gradient, lora_a, alpha=ctx.scaling).view(ctx.shape)
+        return of_states, None, of_a, of_b, None
+
+
+def _fused_forward(layer: LoraLayer, role: str, states: torch.Tensor) -> torch.Tensor:
+    weight = layer.get_base_layer().weight
+    lora_a, lora_b = layer.lora_A[role].weight, layer.lora_B[role].weight
+    return _FusedLora.apply(states.to(weight.dtype), weight, lora_a, lora_b, layer.scaling[role])
+
+
+def _can_fuse(layer: LoraLayer, role: str | None) -> bool:
+    """Whether a layer is plain: no bias, no dropout, no gradient of its own weight, nothing to cast it to."""
+    base = layer.get_base_layer()
+    has_dropout = layer.training and role and not isinstance(layer.lora_dropout[role], nn.Identity)
+    dtype = torch.get_autocast_dtype(base.weight.device.type)
+    is_cast = torch.is_autocast_enabled(base.weight.device.type) and dtype != base.weight.dtype
+    return bool(
+        role
+        and torch.is_grad_enabled()
+        and type(base) is nn.Linear
+        and base.bias is None
+        and not base.weight.requires_grad
+        and layer.lora_A[role].weight.dtype == torch.float32
+        and not has_dropout
+        and not is_cast
+    )
 
 
 class RoleSwitch:
@@ -130,6 +181,21 @@ class RoleSwitch:
             yield
         finally:
             self._activate(before)
+
+    @contextlib.contextmanager
+    def fused(self) -> Iterator[None]:
+        """Context: layers add the LoRA product in place, where that gives the same; for training on a CPU.
+
+        PEFT's own forward casts, scales and adds whole activations, which takes a tenth of a training step.
+        """
+        layers = [layer for layer in self.layers if _can_fuse(layer, self.active)]
+        for layer in layers:
+            layer.forward = functools.partial(_fused_forward, layer, self.active)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
 
     def checkpoint_context(self, inner: Callable | None = None) -> Callable:
         """A `context_fn` for `torch.utils.checkpoint` that recomputes a layer in the role of its forward pass.

@@ -30,7 +30,7 @@ from .backbone_clara import (
     load_backbone,
     write_backbone,
 )
-from .configuration_clara import MEMORY_STATISTICS, ROLES, CLaRaConfig
+from .configuration_clara import MEMORY_STATISTICS, ROLES, TRAINED_ROWS, CLaRaConfig
 from .digest_clara import backbone_digests, compressor_fingerprint
 from .files_clara import HUB_KEYWORDS, CheckpointFiles, check_tensors, complete_tokenizer_config, move_files
 from .processing_clara import CLaRaProcessor
@@ -79,9 +79,9 @@ def adapter_tensors(model, role: str, state_dict: dict | None = None) -> dict[st
 def special_rows(model, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
     """memory_embeddings (max(memory_sizes), hidden) and separator_embedding (1, hidden).
 
-    Where memories are normalised also memory_shift and memory_scale, (hidden,) each.
+    With windows also residual_scale, and where memories are normalised memory_shift and memory_scale, (hidden,) each.
     """
-    names = ["memory_embeddings", "separator_embedding"]
+    names = [name for name in TRAINED_ROWS if name != "residual_scale" or model.config.memory_layout == "windows"]
     names += MEMORY_STATISTICS if model.config.memory_normalization else ()
     return {name: getattr(model, name) if state_dict is None else state_dict[name] for name in names}
 

@@ -8,8 +8,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 FORMAT_VERSION = 1
+MEMORY_LAYOUTS = ("tokens", "windows")
 ROLES = ("compressor", "reasoner", "generator")
 MEMORY_STATISTICS = ("memory_shift", "memory_scale")  # (hidden,) each, where `memory_normalization` is set
+TRAINED_ROWS = ("memory_embeddings", "separator_embedding", "residual_scale")  # the last with windows only
 LORA_SETTINGS = ("rank", "alpha", "dropout", "target_modules")
 
 
@@ -26,6 +28,9 @@ class CLaRaConfig(PreTrainedConfig):
         backbone_included (`bool`): whether the checkpoint carries the backbone in its folder `backbone/`.
         memory_sizes (`list[int]`): memory vectors per document the compressor is trained for, ascending. The first
             k vectors of a memory are the memory of size k (nested memory).
+        memory_layout (`str`): "tokens", the states of learned memory tokens behind the document (paper), or "windows",
+            the means of the document's states and token embeddings over k equal windows; then every size of
+            `memory_sizes` must be a power of two times the smallest.
         retrieval_memory_size (`int`): memory vectors compared by `retrieve`; None means `max(memory_sizes)`.
         memory_normalization (`bool`): memories are final-layer states with every channel shifted and scaled to the
             spread of the token embeddings, by rows that `normalize_memories` measured once; False is the paper.
@@ -51,6 +56,7 @@ class CLaRaConfig(PreTrainedConfig):
     backbone_digests: dict | None = None
     backbone_included: bool = False
     memory_sizes: list[int] | tuple[int, ...] = (4, 8, 16)
+    memory_layout: str = "tokens"
     retrieval_memory_size: int | None = None
     memory_normalization: bool = False
     document_max_length: int = 256
@@ -101,6 +107,16 @@ class CLaRaConfig(PreTrainedConfig):
         if not sizes or any(size < 1 for size in sizes) or sizes != sorted(set(sizes)):
             raise ValueError(
                 f"`memory_sizes` must be ascending, distinct and >= 1, got {sizes}. Pass for example (4, 8, 16)."
+            )
+        if self.memory_layout not in MEMORY_LAYOUTS:
+            raise ValueError(
+                f"`memory_layout` must be one of {list(MEMORY_LAYOUTS)}, got {self.memory_layout!r}. Choose one."
+            )
+        doubled = [sizes[0] * 2**number for number in range(16)]
+        if self.memory_layout == "windows" and not set(sizes) <= set(doubled):
+            raise ValueError(
+                f"`memory_sizes` must be the smallest times powers of two where `memory_layout` is 'windows', got "
+                f"{sizes}. Pass for example (4, 8, 16)."
             )
 
     def _check_numbers(self) -> None:

@@ -49,8 +49,7 @@ def compressor_fingerprint(tensors: Mapping[str, torch.Tensor], processor, confi
     scaling. Device, compute dtype and merging do not enter.
 
     Args:
-        tensors: adapter tensors under PEFT names, `memory_embeddings`, `separator_embedding`, and where memories are
-            normalised `memory_shift` and `memory_scale`.
+        tensors: adapter tensors under PEFT names and the special rows.
         processor: `CLaRaProcessor`.
         config: `CLaRaConfig`.
     """
@@ -64,6 +63,8 @@ def compressor_fingerprint(tensors: Mapping[str, torch.Tensor], processor, confi
         "backbone": {name: value for name, value in (config.backbone_digests or {}).items() if "signs" in name},
         "scaling": config.lora["compressor"]["alpha"] / config.lora["compressor"]["rank"],
     }
+    if config.memory_layout != "tokens":  # fingerprints from before there were layouts stay what they are
+        text_to_ids["memory_layout"] = [config.memory_layout, config.memory_sizes[0]]
     digest.update(json.dumps(text_to_ids, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

@@ -13,6 +13,24 @@ def right_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple
     return input_ids.gather(-1, order), attention_mask.long().sum(-1)
 
 
+def segment_mask(segments: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """What the tokens of rows with several prompts may attend to.
+
+    Args:
+        segments: (rows, length) int64, 0 in the common beginning of a row's prompts, i in the rest of prompt i.
+        attention_mask: (rows, length), 1 at real tokens.
+
+    Returns:
+        (rows, 1, length, length) bool, True where the query (first length) sees the key. Padding sees itself, because
+        a softmax over nothing is NaN.
+    """
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    keys, queries = segments[:, None, :], segments[:, :, None]
+    seen = causal & ((keys == 0) | (keys == queries)) & attention_mask[:, None, :].bool()
+    return (seen | torch.eye(length, dtype=torch.bool, device=segments.device))[:, None]
+
+
 def place_memory_tokens(
     token_embeddings: torch.Tensor, lengths: torch.Tensor, memory_rows: torch.Tensor
 ) -> torch.Tensor:
@@ -49,6 +67,65 @@ def read_memory(hidden_states: torch.Tensor, lengths: torch.Tensor, memory_size:
     """
     positions = lengths[:, None] + torch.arange(memory_size, device=lengths.device)  # (batch, k)
     return hidden_states.gather(1, positions[..., None].expand(-1, -1, hidden_states.shape[-1]))
+
+
+def window_means(states: torch.Tensor, lengths: torch.Tensor, n_windows: int) -> torch.Tensor:
+    """Means of the states in equal windows of each text; a state on a border counts in both by its share.
+
+    Args:
+        states: (batch, length, hidden), the text right-padded.
+        lengths: (batch,) int64, real tokens of each text.
+        n_windows: windows, more or fewer than tokens.
+
+    Returns:
+        (batch, n_windows, hidden) in the dtype of `states`, summed in float32.
+
+    >>> window_means(torch.tensor([[[1.0], [2.0], [6.0], [9.0]]]), torch.tensor([3]), 2).flatten()
+    tensor([1.3333, 4.6667])
+    """
+    borders = torch.arange(n_windows + 1, device=states.device) * (lengths[:, None] / n_windows)  # in tokens
+    first = torch.arange(states.shape[1], device=states.device)
+    shares = torch.minimum(borders[:, 1:, None], first + 1) - torch.maximum(borders[:, :-1, None], first)
+    shares = shares.clamp(min=0)  # (batch, n_windows, length), of a token in a window
+    weights = shares / shares.sum(-1, keepdim=True).clamp(min=1e-6)
+    with torch.autocast(states.device.type, enabled=False):
+        return (weights @ states.float()).to(states.dtype)
+
+
+def nest_windows(windows: torch.Tensor, n_base: int) -> torch.Tensor:
+    """Windows as a nested memory: its first k vectors give the windows of size k (a Haar transform).
+
+    First the means of the `n_base` widest windows, then for each doubling half the difference of every window's two
+    halves. Those of doubling i are divided by sqrt(2)^(i - 1), which makes a cosine of the first k vectors the cosine
+    of the k windows.
+
+    Args:
+        windows: (..., n, hidden), n = n_base * 2^i.
+        n_base: size of the smallest memory.
+
+    Returns:
+        (..., n, hidden)
+
+    >>> nest_windows(torch.tensor([[1.0], [3.0], [4.0], [8.0]]), 2).flatten()
+    tensor([ 2.,  6., -1., -2.])
+    """
+    n_doublings = (windows.shape[-2] // n_base).bit_length() - 1
+    parts = []
+    for doubling in range(n_doublings, 0, -1):
+        first, second = windows[..., 0::2, :], windows[..., 1::2, :]
+        parts.append((first - second) / 2 / 2 ** ((doubling - 1) / 2))
+        windows = (first + second) / 2
+    return torch.cat([windows, *reversed(parts)], dim=-2)
+
+
+def read_windows(memory: torch.Tensor, n_base: int) -> torch.Tensor:
+    """The windows (..., k, hidden) that `nest_windows` made the first k vectors of a memory of."""
+    windows, n_doublings = memory[..., :n_base, :], (memory.shape[-2] // n_base).bit_length() - 1
+    for doubling in range(1, n_doublings + 1):
+        size = windows.shape[-2]
+        half = memory[..., size : 2 * size, :] * 2 ** ((doubling - 1) / 2)
+        windows = torch.stack([windows + half, windows - half], dim=-2).flatten(-3, -2)
+    return windows
 
 
 def normalize_memory(states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

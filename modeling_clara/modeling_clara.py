@@ -18,19 +18,22 @@ from transformers.utils import ModelOutput
 
 from .adapters_clara import CallLock, RoleSwitch, check_role, linear_module_names, lora_config
 from .checkpoint_clara import CheckpointMixin
-from .configuration_clara import MEMORY_STATISTICS, ROLES, CLaRaConfig
+from .configuration_clara import MEMORY_STATISTICS, ROLES, TRAINED_ROWS, CLaRaConfig
 from .generation_clara import eval_mode, head_at
 from .inference_clara import InferenceMixin
 from .memory_clara import (
     check_slots,
     memory_alignment_loss,
+    nest_windows,
     place_memory_tokens,
     read_memory,
     right_padded,
+    segment_mask,
+    window_means,
     write_memory,
 )
 from .normalization_clara import NormalizationMixin
-from .packing_clara import packed
+from .packing_clara import PackedRows, can_pack, packed
 from .processing_clara import IGNORE_INDEX
 from .retrieval_clara import batch_scores, contrastive_loss, cosine_scores, select_memory, straight_through_topk
 
@@ -48,7 +51,8 @@ class CLaRaOutput(ModelOutput):
         logits: (prompts, length, vocabulary) of the generator; with labels (targets, vocabulary), those of the target
             positions only, row after row.
         memory: (batch, candidates, n, hidden), what was compressed here or given.
-        scores: (batch, candidates) float32 cosines, -inf where there is no candidate; None without a query.
+        scores: (batch, candidates) float32 cosines, -inf where there is no candidate; None without a query. With
+            `query_rows` (questions, batch * candidates).
         selected: (batch, k) int64, index of the document read in each slot, -1 for none; None without a query.
     """
 
@@ -88,6 +92,8 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
         hidden_size = config.text_config.hidden_size
         self.memory_embeddings = nn.Parameter(torch.empty(config.max_memory_size, hidden_size))
         self.separator_embedding = nn.Parameter(torch.empty(1, hidden_size))
+        if config.memory_layout == "windows":
+            self.residual_scale = nn.Parameter(torch.empty(hidden_size))
         for name in MEMORY_STATISTICS:  # fixed numbers: they never train
             row = nn.Parameter(torch.empty(hidden_size), requires_grad=False) if config.memory_normalization else None
             self.register_parameter(name, row)
@@ -110,6 +116,8 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
             std = self.config.text_config.initializer_range
             init.normal_(self.memory_embeddings, mean=0.0, std=std)
             init.normal_(self.separator_embedding, mean=0.0, std=std)
+            if self.config.memory_layout == "windows":
+                init.ones_(self.residual_scale)
             if self.config.memory_normalization:
                 init.zeros_(self.memory_shift)
                 init.ones_(self.memory_scale)
@@ -131,8 +139,9 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
         """
         roles = {check_role(role) for role in roles}
         self.roles.set_trainable(roles)
-        for rows in (self.memory_embeddings, self.separator_embedding):
-            rows.requires_grad_("compressor" in roles)
+        for name in TRAINED_ROWS:
+            if hasattr(self, name):
+                getattr(self, name).requires_grad_("compressor" in roles)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         """Recompute activations in the backward pass, each layer in the role of its forward pass.
@@ -193,11 +202,34 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
             hidden_states: (batch, length + k, hidden), final-layer states of texts and memory tokens.
         """
         token_embeddings = self.get_input_embeddings()(input_ids)
+        if self.config.memory_layout == "windows" and role == "compressor":
+            hidden_states = self._states(role, token_embeddings, lengths)
+            memory = self.as_memory(window_means(hidden_states, lengths, memory_size))
+            memory = memory + self.residual_scale * window_means(token_embeddings, lengths, memory_size)
+            return nest_windows(memory, self.config.memory_sizes[0]), hidden_states
         inputs_embeds = place_memory_tokens(token_embeddings, lengths, self.memory_embeddings[:memory_size])
+        hidden_states = self._states(role, inputs_embeds, lengths + memory_size)
+        memory = self.as_memory(read_memory(hidden_states, lengths, memory_size))
+        if self.config.memory_layout == "windows":  # a question is one window
+            memory = memory + self.residual_scale * window_means(token_embeddings, lengths, 1)
+        return memory, hidden_states
+
+    def _states(self, role: str, inputs_embeds: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Final-layer states (batch, length, hidden) of right-padded texts."""
+        length = inputs_embeds.shape[1]
+        if can_pack(self.backbone, length):
+            rows = PackedRows(torch.arange(length) < lengths[:, None])
+            with self.roles.use(role), self.roles.fused(), packed(self.backbone):
+                states = self.backbone.base_model(
+                    inputs_embeds=rows.pack(inputs_embeds),
+                    position_ids=rows.pack(torch.arange(length).expand(len(lengths), -1)),
+                    packed_rows=rows,
+                    use_cache=False,
+                ).last_hidden_state
+            return rows.unpack(states)
         with self.roles.use(role):
             # Right padding behind causal attention needs no mask, which leaves the fast attention kernels open.
-            hidden_states = self.backbone.base_model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
-        return self.as_memory(read_memory(hidden_states, lengths, memory_size)), hidden_states
+            return self.backbone.base_model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
 
     def encode_packed(self, role: str, texts: list[list[int]], memory_size: int) -> torch.Tensor:
         """`encode` of id lists in one packed row; the backbone must allow it (`packing_clara.can_pack`).
@@ -210,23 +242,9 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
         Returns:
             (texts, k, hidden)
         """
-        device = self.memory_embeddings.device
-        slots = [0] * memory_size  # any id: its embedding is replaced
-        ids = torch.tensor([[token for text in texts for token in (*text, *slots)]], device=device)
-        lengths = [len(text) + memory_size for text in texts]
-        ends = torch.tensor(lengths).cumsum(0)
-        rows = (ends[:, None] - memory_size + torch.arange(memory_size)).to(device)  # (texts, k), places of the slots
-        memory_mask = torch.zeros_like(ids, dtype=torch.bool).index_fill(1, rows.flatten(), True)
-        memory_rows = self.memory_embeddings[:memory_size].repeat(len(texts), 1)
-        inputs_embeds = write_memory(self.get_input_embeddings()(ids), memory_mask, memory_rows)
-        with self.roles.use(role), packed(self.backbone):
-            hidden_states = self.backbone.base_model(
-                inputs_embeds=inputs_embeds,
-                position_ids=torch.cat([torch.arange(length) for length in lengths])[None].to(device),
-                cu_seq_lens_q=[0, *ends.tolist()],
-                use_cache=False,
-            ).last_hidden_state
-        return self.as_memory(hidden_states[0][rows])
+        lengths = torch.tensor([len(text) for text in texts])
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
+        return self.encode(role, ids, lengths, memory_size)[0]
 
     def prompt_embeddings(
         self, input_ids: torch.Tensor, memory_mask: torch.Tensor, memory: torch.Tensor, memory_is_real: torch.Tensor
@@ -245,6 +263,7 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
         Raises:
             ValueError: a prompt has more or fewer slots than rows.
         """
+        memory = self.as_read(memory)
         separator = self.separator_embedding.to(memory.dtype).expand(*memory.shape[:2], 1, -1)
         rows = torch.cat([memory, separator], dim=2)  # (batch, documents, k + 1, hidden)
         check_slots(memory_mask, memory_is_real.sum(-1) * rows.shape[2])
@@ -259,12 +278,14 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
         query_input_ids: torch.LongTensor | None = None,
         query_attention_mask: torch.LongTensor | None = None,
         query_memory: torch.FloatTensor | None = None,
+        query_rows: torch.LongTensor | None = None,
         positive_mask: torch.BoolTensor | None = None,
         batch_positive_mask: torch.BoolTensor | None = None,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.LongTensor | None = None,
         memory_mask: torch.BoolTensor | None = None,
-        prompt_rows: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        prompt_segments: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         num_samples_in_batch: int | torch.Tensor | None = None,
@@ -283,14 +304,17 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
             query_input_ids: (batch, length) int64, the question.
             query_attention_mask: (batch, length), 1 at real tokens.
             query_memory: (batch, n, hidden), what the reasoner made of the question before; it is not asked again.
+            query_rows: (questions,) int64, the row of each question where a row has several. Nothing is selected then;
+                the questions are for the contrastive term alone, and `batch_positive_mask` has a row for each.
             positive_mask: (batch, documents) bool, the gold documents, for the contrastive term.
             batch_positive_mask: (batch, batch * documents) bool in its place, gold among the documents of all rows:
                 those of the others are in-batch negatives.
             input_ids: (prompts, length) int64, the generator's prompts with pad ids at slots.
             attention_mask: (prompts, length), 1 at prompt tokens and slots; either padding side.
             memory_mask: (prompts, length) bool, True at slots: k + 1 of them for every document read.
-            prompt_rows: (prompts,) int64, the row of documents that each prompt reads, so that several questions share
-                one compression; default: prompt i reads row i.
+            position_ids: (prompts, length) int64, default: real tokens counted from 0.
+            prompt_segments: (prompts, length) int64, for rows that hold several prompts with a common beginning: 0 in
+                that beginning, i in what follows of prompt i. A token sees the beginning and its own segment only.
             labels: (prompts, length) int64, -100 where there is no loss. With labels the LM head runs on the target
                 positions only.
             num_items_in_batch: label tokens over all accumulated micro-batches; default: of this batch.
@@ -325,7 +349,14 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
             document_mask = torch.ones(memory.shape[:2], dtype=torch.bool, device=memory.device)
 
         read, read_mask = memory[:, :, :k_read], document_mask
-        if has_query:
+        if query_rows is not None:
+            query, _ = self.encode("reasoner", *right_padded(query_input_ids, query_attention_mask), k_score)
+            compared = batch_scores(query, memory, k_score)
+            mask = document_mask.flatten().expand_as(batch_positive_mask)
+            contrastive = contrastive_loss(compared, batch_positive_mask, self.config.retrieval_temperature, mask)
+            contrastive = contrastive / query_rows.bincount()[query_rows]  # of each row the mean
+            scores = compared.masked_fill(~mask, -torch.inf)
+        elif has_query:
             if query_memory is None:
                 query = right_padded(query_input_ids, query_attention_mask)
                 query_memory, _ = self.encode("reasoner", *query, k_score)
@@ -345,10 +376,10 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
 
         logits = loss = lm_loss = None
         if input_ids is not None:
-            if prompt_rows is not None:
-                read, read_mask = read[prompt_rows], read_mask[prompt_rows]
             inputs_embeds = self.prompt_embeddings(input_ids, memory_mask, read, read_mask)
-            logits = self._generator_logits(inputs_embeds, attention_mask, labels)
+            if position_ids is None:  # counts real tokens, so the padding side is free
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            logits = self._generator_logits(inputs_embeds, attention_mask, position_ids, prompt_segments, labels)
         n_samples = memory.shape[0] if num_samples_in_batch is None else num_samples_in_batch
         alignment = None if alignment is None else alignment.sum() / n_samples
         contrastive = None if contrastive is None else contrastive.sum() / n_samples
@@ -356,7 +387,7 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
             targets = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
             n_targets = max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch
             loss = lm_loss = cross_entropy(logits.float(), targets, reduction="sum") / n_targets
-            if alignment is not None and query_input_ids is None:  # stage 3 is the LM loss alone
+            if alignment is not None and selected is None:  # stage 3 is the LM loss alone
                 loss = loss + self.config.alignment_weight * alignment
             if contrastive is not None:
                 loss = loss + self.config.contrastive_weight * contrastive
@@ -391,16 +422,34 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
         return memory.unflatten(0, (batch, n_documents)), per_row
 
     def _generator_logits(
-        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor | None
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        segments: torch.Tensor | None,
+        labels: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Logits of the generator, see `CLaRaOutput`; positions count real tokens, so the padding side is free."""
-        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        positions = None if labels is None else (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
-        with self.roles.use("generator"), head_at(self.get_output_embeddings(), positions):
-            logits = self.backbone(
-                inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-            ).logits
-        return logits if positions is None else logits[0]
+        """Logits of the generator, see `CLaRaOutput`."""
+        places = None if labels is None else (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+        inputs = {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "use_cache": False}
+        is_packed = False
+        if places is not None and torch.is_grad_enabled() and can_pack(self.backbone, inputs_embeds.shape[1]):
+            seen = None if segments is None else segment_mask(segments, attention_mask)[:, 0]
+            rows = PackedRows(attention_mask.bool(), seen)
+            inputs = {name: rows.pack(value) if name != "use_cache" else value for name, value in inputs.items()}
+            inputs["packed_rows"] = rows
+            flat = rows.sources.view(attention_mask.shape)[places]
+            places, is_packed = (torch.zeros_like(flat), flat), True
+        else:
+            inputs["attention_mask"] = attention_mask if segments is None else segment_mask(segments, attention_mask)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.roles.use("generator"))
+            if is_packed:
+                stack.enter_context(self.roles.fused())
+                stack.enter_context(packed(self.backbone))
+            stack.enter_context(head_at(self.get_output_embeddings(), places))
+            logits = self.backbone(**inputs).logits
+        return logits if places is None else logits[0]
 
 
 CLaRaForRAG.register_for_auto_class("AutoModel")

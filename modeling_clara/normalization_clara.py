@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .configuration_clara import MEMORY_STATISTICS
-from .memory_clara import memory_statistics, normalize_memory, restore_states
+from .memory_clara import memory_statistics, normalize_memory, read_windows, restore_states
 from .text_clara import check_list
 
 
@@ -28,6 +28,12 @@ class NormalizationMixin:
         if not self.config.memory_normalization:
             return memory
         return restore_states(memory, self.memory_shift, self.memory_scale)
+
+    def as_read(self, memory: torch.Tensor) -> torch.Tensor:
+        """The rows (..., k, hidden) that the generator reads of memories (..., k, hidden)."""
+        if self.config.memory_layout == "tokens":
+            return memory
+        return read_windows(memory, self.config.memory_sizes[0])
 
     def normalize_memories(self, documents: Sequence[str | Mapping], *, batch_size: int = 16) -> None:
         """Measure the memories of these documents and normalise all memories by that from now on.
@@ -48,7 +54,7 @@ class NormalizationMixin:
         with self.lock:
             before, self.config.memory_normalization = self.config.memory_normalization, False
             try:
-                states = self.compress(documents, batch_size=batch_size).flatten(0, 1)
+                states = self.as_read(self.compress(documents, batch_size=batch_size)).flatten(0, 1)
             finally:
                 self.config.memory_normalization = before
             embeddings = self.get_input_embeddings()

@@ -1,7 +1,6 @@
 """Packed passes on CPU: texts of different lengths in one row, without a single padding token.
 
-Stands between the encode passes and the attention of the backbone: each text attends to itself alone. It knows nothing
-of memories or roles.
+Texts attend to themselves alone; in training, rows may hold several prompts with a common beginning.
 """
 
 import contextlib
@@ -17,6 +16,108 @@ PACKED = "clara_packed_sdpa"
 MAX_TOKENS = 1600
 
 
+class PackedRows:
+    """Where the tokens of padded rows are in one packed row, and what each may attend to.
+
+    Args:
+        is_real: (rows, length) bool, at least one real token in all.
+        seen: (rows, length, length) bool, True where a query (first length) sees a key; default: causal.
+    """
+
+    def __init__(self, is_real: torch.Tensor, seen: torch.Tensor | None = None):
+        self.is_real = is_real
+        self.places = is_real.flatten().nonzero()[:, 0]  # of the packed tokens in the flattened padded rows
+        self.sources = torch.zeros(is_real.numel(), dtype=torch.long)  # of the padded tokens in the packed row
+        self.sources[self.places] = torch.arange(len(self.places))
+        lengths = is_real.sum(-1)
+        starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+        self.groups = [  # rows of similar length: what they may not see, and the packed places of their tokens
+            self._group(rows, lengths, starts, None if seen is None else seen[rows]) for rows in _alike(lengths)
+        ]
+        self.order = torch.cat([places[mask] for places, mask, _ in self.groups]).argsort()
+
+    def _group(self, rows: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, seen: torch.Tensor | None):
+        length = int(lengths[rows].max())
+        steps = torch.arange(length)
+        is_real = steps < lengths[rows, None]
+        places = (starts[rows, None] + steps).clamp(max=len(self.places) - 1)
+        if seen is None:
+            keeps = torch.ones(length, length, dtype=torch.bool).tril()[None]
+        else:  # by real tokens: padding may stand on either side
+            real = self.is_real[rows].long().argsort(dim=-1, descending=True, stable=True)[:, :length]
+            keeps = seen.gather(1, real[:, :, None].expand(-1, -1, seen.shape[2]))
+            keeps = keeps.gather(2, real[:, None, :].expand(-1, length, -1))
+        # nothing attends to padding; padding attends to itself, because a softmax over nothing is NaN
+        hidden = ~((keeps & is_real[:, None, :]) | torch.eye(length, dtype=torch.bool))
+        return places, is_real, hidden[:, None, None]
+
+    def pack(self, padded: torch.Tensor) -> torch.Tensor:
+        """(rows, length, ...) -> (1, tokens, ...)"""
+        return padded.flatten(0, 1).index_select(0, self.places)[None]
+
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        """(1, tokens, ...) -> (rows, length, ...), zeros at padding."""
+        padded = packed.new_zeros(self.is_real.numel(), *packed.shape[2:])
+        return padded.index_copy(0, self.places, packed[0]).unflatten(0, self.is_real.shape)
+
+
+def _alike(lengths: torch.Tensor) -> list[torch.Tensor]:
+    """Indices of the rows that have tokens, in groups whose shortest has three quarters of the longest's."""
+    order = lengths.argsort(descending=True).tolist()
+    groups, longest = [], 0
+    for row in order:
+        length = int(lengths[row])
+        if length == 0:
+            break
+        if not groups or 4 * length < 3 * longest:
+            groups.append([])
+            longest = length
+        groups[-1].append(row)
+    return [torch.tensor(group) for group in groups]
+
+
+class _PackedAttention(torch.autograd.Function):
+    """Attention inside each row, written out: the backward pass of SDPA takes most of a training step on a CPU."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, rows: PackedRows, scaling: float):
+        n_shared = query.shape[1] // key.shape[1]
+        by_token = [states[0].transpose(0, 1).contiguous() for states in (query * scaling, key, value)]
+        outputs, saved = [], []
+        for places, is_real, hidden in rows.groups:
+            # (rows, length, heads, size) -> (rows, heads, length, size); heads that share keys stand in one row
+            q, k, v = (states[places].transpose(1, 2) for states in by_token)
+            q, k, v = q.unflatten(1, (-1, n_shared)).flatten(2, 3), k.contiguous(), v.contiguous()
+            scores = (q @ k.transpose(-1, -2)).unflatten(2, (n_shared, -1))
+            scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
+            weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype).flatten(2, 3)
+            outputs.append(_by_token(weights @ v, n_shared)[is_real])
+            saved += [q, k, v, weights]
+        ctx.save_for_backward(*saved)
+        ctx.rows, ctx.scaling, ctx.n_shared = rows, scaling, n_shared
+        return torch.cat(outputs)[rows.order][None]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, n_shared = ctx.rows, ctx.n_shared
+        gradients = []
+        for number, (places, is_real, _) in enumerate(rows.groups):
+            q, k, v, weights = ctx.saved_tensors[4 * number : 4 * number + 4]
+            grad = gradient[0][places].masked_fill(~is_real[..., None, None], 0.0)  # padding has copies of real tokens
+            grad = grad.transpose(1, 2).unflatten(1, (-1, n_shared)).flatten(2, 3)
+            grad_scores = torch._softmax_backward_data(grad @ v.transpose(-1, -2), weights, -1, weights.dtype)
+            parts = (grad_scores @ k, n_shared), (grad_scores.transpose(-1, -2) @ q, 1)
+            parts += ((weights.transpose(-1, -2) @ grad, 1),)
+            gradients.append([_by_token(states, shared)[is_real] for states, shared in parts])
+        grad_q, grad_k, grad_v = (torch.cat(parts)[rows.order] for parts in zip(*gradients, strict=True))
+        return *(states.transpose(0, 1)[None] for states in (grad_q * ctx.scaling, grad_k, grad_v)), None, None
+
+
+def _by_token(states: torch.Tensor, n_shared: int) -> torch.Tensor:
+    """(rows, key heads, shared * length, size) -> (rows, length, heads, size)"""
+    return states.unflatten(2, (n_shared, -1)).flatten(1, 2).transpose(1, 2)
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -24,24 +125,31 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    cu_seq_lens_q: list[int],
+    cu_seq_lens_q: list[int] | None = None,
+    packed_rows: PackedRows | None = None,
+    scaling: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each text of a packed row.
+    """Attention inside each text of a packed row.
 
     Args:
         module: the attention layer that calls.
         query: (1, heads, tokens, head size).
         key: (1, key-value heads, tokens, head size).
         value: as `key`.
-        attention_mask: None; the texts are told apart by `cu_seq_lens_q`.
-        cu_seq_lens_q: cumulative lengths, from 0 to the number of tokens.
+        attention_mask: None; the texts are told apart by one of the next two.
+        cu_seq_lens_q: cumulative lengths, from 0 to the number of tokens; attention is causal.
+        packed_rows: padded rows that were packed, for training.
+        scaling: of the scores; default head size ^ -0.5.
         **kwargs: for transformers' own SDPA function.
 
     Returns:
         (1, tokens, heads, head size) and None.
     """
-    kwargs["is_causal"] = True
+    if packed_rows is not None:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return _PackedAttention.apply(query, key, value, packed_rows, scaling), None
+    kwargs |= {"is_causal": True, "scaling": scaling}
     outputs = [
         sdpa_attention_forward(module, query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], None, **kwargs)[0]
         for a, b in zip(cu_seq_lens_q[:-1], cu_seq_lens_q[1:], strict=True)
@@ -59,12 +167,14 @@ def can_pack(backbone: PreTrainedModel, longest: int) -> bool:
         longest: tokens of the longest text.
     """
     config = backbone.config
-    window = config.to_dict().get("sliding_window")
+    values = config.to_dict()
+    window = values.get("sliding_window")
     return (
         backbone.device.type == "cpu"
         and config._attn_implementation == "sdpa"
         and type(backbone).__module__.startswith("transformers.models.")
         and (window is None or longest <= window)
+        and not (backbone.training and values.get("attention_dropout"))
     )
 
 

@@ -46,8 +46,8 @@ class ModelArguments:
         revision: of the checkpoint, without one of the backbone.
         dtype: of the frozen backbone, for example bfloat16; what trains is float32 in any case.
         attn_implementation: as in transformers.
-        memory_sizes, lora_rank, lora_alpha, lora_dropout, document_max_length, processor_kwargs: of fresh adapters;
-            with a checkpoint what is given must be what it has.
+        memory_sizes, memory_layout, lora_rank, lora_alpha, lora_dropout, document_max_length, processor_kwargs: of
+            fresh adapters; with a checkpoint what is given must be what it has.
         memory_normalization: of fresh adapters: the memories of 128 documents of the data are measured and
             normalised, see `CLaRaForRAG.normalize_memories`; a checkpoint keeps its numbers.
         retrieval_top_k, retrieval_temperature, retrieval_memory_size, alignment_weight, contrastive_weight: fields of
@@ -64,6 +64,7 @@ class ModelArguments:
     dtype: str | None = None
     attn_implementation: str | None = None
     memory_sizes: list[int] | None = None
+    memory_layout: str | None = None
     lora_rank: int | None = None
     lora_alpha: int | None = None
     lora_dropout: float | None = None

@@ -29,32 +29,86 @@ def with_slots(prompt: Prompt, n_slots: int, pad_id: int) -> Prompt:
     )
 
 
+def shared_prompt(prompts: Sequence[Prompt]) -> tuple[Prompt, list[int], list[int]]:
+    """Prompts in one row that read what they have in common once.
+
+    The prefix ends before the first answer: the token in front of an answer must stand directly before it.
+
+    Returns:
+        The row; the position of every token, counted as in its own prompt; and its segment: 0 in the common prefix, i
+        in the rest of prompt i - 1. A token attends to the prefix and to what precedes it in its own segment.
+
+    >>> first = Prompt([7, 0, 5, 8, 1], [False, True, False, False, False], [-100, -100, -100, -100, 1])
+    >>> other = Prompt([7, 0, 6, 8, 2], [False, True, False, False, False], [-100, -100, -100, -100, 2])
+    >>> row, positions, segments = shared_prompt([first, other])
+    >>> row.input_ids, positions, segments
+    ([7, 0, 5, 8, 1, 6, 8, 2], [0, 1, 2, 3, 4, 2, 3, 4], [0, 0, 1, 1, 1, 2, 2, 2])
+    """
+    columns = [list(zip(prompt.input_ids, prompt.memory_mask, strict=True)) for prompt in prompts]
+    starts = [next((i for i, label in enumerate(p.labels) if label != -100), len(p.labels)) for p in prompts]
+    limit = min(starts) - 1 if len(prompts) > 1 else 0
+    length = next((i for i in range(max(limit, 0)) if any(column[i] != columns[0][i] for column in columns)), limit)
+    length = max(length, 0)
+    first = prompts[0]
+    parts = [
+        [*getattr(first, name)[:length], *(value for prompt in prompts for value in getattr(prompt, name)[length:])]
+        for name in Prompt._fields
+    ]
+    rests = [range(length, len(prompt.input_ids)) for prompt in prompts]
+    positions = [*range(length), *(place for rest in rests for place in rest)]
+    segments = [0] * length + [number for number, rest in enumerate(rests, 1) for _ in rest]
+    return Prompt(*parts), positions, segments
+
+
 class ReadingCollator:
     """Batches of stages 1 and 2: documents to compress and the prompts that read them.
+
+    The prompts of a record stand in one row and share what they have in common (`shared_prompt`).
 
     Args:
         processor: makes ids of text.
         memory_sizes: layouts of the prompts that are made, ascending.
+        n_queries: questions of a record that the reasoner encodes for the contrastive term, 0 for none.
 
     Returns of a call with `rows` records:
         - `document_input_ids`, `document_attention_mask`: (rows, documents, length) int64.
-        - `prompts`: k -> `input_ids`, `attention_mask`, `memory_mask`, `labels`, each (prompts, length of this k).
-        - `prompt_rows`: (prompts,) int64, the record of each prompt.
+        - with `n_queries`: `query_input_ids`, `query_attention_mask` (questions, length) int64, `query_rows`
+          (questions,) int64, the record of each, and `batch_positive_mask` (questions, rows * documents) bool.
+        - `prompts`: k -> `input_ids`, `attention_mask`, `memory_mask`, `labels`, `position_ids`, `prompt_segments`,
+          each (rows, length of this k).
         - `labels`: those of the largest k, for the Trainer's count of targets.
     """
 
-    def __init__(self, processor: CLaRaProcessor, memory_sizes: Sequence[int]):
-        self.processor, self.memory_sizes = processor, list(memory_sizes)
+    def __init__(self, processor: CLaRaProcessor, memory_sizes: Sequence[int], n_queries: int = 0):
+        self.processor, self.memory_sizes, self.n_queries = processor, list(memory_sizes), n_queries
 
     def __call__(self, records: list[dict]) -> dict:
-        batch = self.documents(records)
         prompts = [
-            (self.prompt(record, question, answer, len(record["documents"])), len(record["documents"]))
+            (
+                [
+                    self.prompt(record, question, answer, len(record["documents"]))
+                    for question, answer in zip(record["questions"], record["answers"], strict=True)
+                ],
+                len(record["documents"]),
+            )
             for record in records
-            for question, answer in zip(record["questions"], record["answers"], strict=True)
         ]
-        rows = [row for row, record in enumerate(records) for _ in record["questions"]]
-        return {**batch, **self.layouts(prompts), "prompt_rows": torch.tensor(rows)}
+        return {**self.documents(records), **self.queries(records), **self.layouts(prompts)}
+
+    def queries(self, records: list[dict]) -> dict[str, torch.Tensor]:
+        """The first questions of each record, and their gold documents among those of all records."""
+        asked = [[question for question in r["questions"] if question is not None][: self.n_queries] for r in records]
+        rows = [row for row, questions in enumerate(asked) for _ in questions]
+        if not rows:
+            return {}
+        gold = batch_positive_mask([{**r, "positives": r["positives"] or range(len(r["documents"]))} for r in records])
+        return {
+            **self.processor.pad_queries(
+                self.processor.encode_questions([question for questions in asked for question in questions])
+            ),
+            "query_rows": torch.tensor(rows),
+            "batch_positive_mask": gold[rows],
+        }
 
     def documents(self, records: list[dict]) -> dict[str, torch.Tensor]:
         """(rows, documents, length) ids and mask; a row with fewer documents has rows of zeros."""
@@ -77,16 +131,23 @@ class ReadingCollator:
             name=f"{record['source']} question",
         )
 
-    def layouts(self, prompts: list[tuple[Prompt, int]]) -> dict:
-        """`prompts` and `labels` of (prompt, documents read) pairs."""
+    def layouts(self, prompts: list[tuple[list[Prompt], int]]) -> dict:
+        """`prompts` and `labels` of (prompts of a row, documents that they read) pairs."""
         pad_id = self.processor.pad_token_id
         layouts = {
-            size: self.processor.pad_prompts(
-                [with_slots(prompt, n_documents * (size + 1), pad_id) for prompt, n_documents in prompts]
-            )
+            size: self.pad_rows([[with_slots(p, n * (size + 1), pad_id) for p in row] for row, n in prompts])
             for size in self.memory_sizes
         }
         return {"prompts": layouts, "labels": layouts[self.memory_sizes[-1]]["labels"]}
+
+    def pad_rows(self, rows: list[list[Prompt]]) -> dict[str, torch.Tensor]:
+        """What `forward` takes of rows of prompts; rows of one prompt need neither positions nor segments."""
+        shared = [shared_prompt(row) for row in rows]
+        padded = self.processor.pad_prompts([row for row, _, _ in shared])
+        if any(len(row) > 1 for row in rows):
+            padded["position_ids"] = self.processor.pad([positions for _, positions, _ in shared], 0, "left")
+            padded["prompt_segments"] = self.processor.pad([segments for _, _, segments in shared], 0, "left")
+        return padded
 
 
 class TextCollator(ReadingCollator):
@@ -97,7 +158,7 @@ class TextCollator(ReadingCollator):
         memory_sizes: of the model; the prompts are the same for all.
         hidden_size: of the backbone.
 
-    Returns of a call with `rows` records: `prompts`, `labels` and `prompt_rows` as `ReadingCollator`, and
+    Returns of a call with `rows` records: `prompts` and `labels` as `ReadingCollator`, and
         - `memory`: (rows, 0, n, hidden) float32, no documents.
     """
 
@@ -106,20 +167,21 @@ class TextCollator(ReadingCollator):
         self.hidden_size = hidden_size
 
     def __call__(self, records: list[dict]) -> dict:
-        prompts = [
-            self.processor.build_prompt(
-                question, 0, self.memory_sizes[-1], answer,
-                text_documents=record["documents"], name=f"{record['source']} question",
-            )
+        rows = [
+            [
+                self.processor.build_prompt(
+                    question, 0, self.memory_sizes[-1], answer,
+                    text_documents=record["documents"], name=f"{record['source']} question",
+                )
+                for question, answer in zip(record["questions"], record["answers"], strict=True)
+            ]
             for record in records
-            for question, answer in zip(record["questions"], record["answers"], strict=True)
         ]  # fmt: skip
-        layout = self.processor.pad_prompts(prompts)
+        layout = self.pad_rows(rows)
         return {
             "memory": torch.zeros(len(records), 0, self.memory_sizes[-1], self.hidden_size),
             "prompts": dict.fromkeys(self.memory_sizes, layout),
             "labels": layout["labels"],
-            "prompt_rows": torch.tensor([row for row, r in enumerate(records) for _ in r["questions"]]),
         }
 
 
@@ -180,7 +242,7 @@ class SelectingCollator(ReadingCollator):
             reads = [min(self.top_k, n) for n in n_candidates]
             batch |= self.layouts(
                 [
-                    (self.prompt(record, question, record["answers"][0], n), n)
+                    ([self.prompt(record, question, record["answers"][0], n)], n)
                     for record, question, n in zip(records, questions, reads, strict=True)
                 ]
             )

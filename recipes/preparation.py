@@ -25,6 +25,7 @@ from modeling_clara.backbone_clara import check_digests
 logger = logging.getLogger(__name__)
 
 MEASURED_DOCUMENTS = 128  # of which memories are normalised
+QUERIES_PER_RECORD = 2  # of the contrastive term in the stages that read given documents
 CHANGES_MEMORIES = ("compressor", "rows", "backbone")
 
 
@@ -68,7 +69,7 @@ def _fresh_model(arguments: ModelArguments, loader: dict) -> CLaRaForRAG:
         for name in ("memory_sizes", "lora_rank", "lora_alpha", "lora_dropout", "processor_kwargs")
         if getattr(arguments, name) is not None
     }
-    fields = (*arguments.CONFIG_FIELDS, "document_max_length")
+    fields = (*arguments.CONFIG_FIELDS, "document_max_length", "memory_layout")
     config = {name: getattr(arguments, name) for name in fields if getattr(arguments, name) is not None}
     return CLaRaForRAG.from_backbone(
         arguments.backbone, revision=arguments.revision, config_kwargs=config, **given, **loader
@@ -78,7 +79,8 @@ def _fresh_model(arguments: ModelArguments, loader: dict) -> CLaRaForRAG:
 def check_settings(model: CLaRaForRAG, arguments: ModelArguments) -> None:
     """Raise where a recipe says of a checkpoint what it is not: nothing would change, without a word."""
     config, lora, processor = model.config, model.config.lora["compressor"], arguments.processor_kwargs or {}
-    has = {name: getattr(config, name) for name in ("memory_sizes", "document_max_length", "memory_normalization")}
+    fields = ("memory_sizes", "memory_layout", "document_max_length", "memory_normalization")
+    has = {name: getattr(config, name) for name in fields}
     has |= {f"lora_{name}": lora[name] for name in ("rank", "alpha", "dropout")}
     has |= {f"processor_kwargs.{name}": getattr(model.processor, name, None) for name in processor}
     given = vars(arguments) | {f"processor_kwargs.{name}": value for name, value in processor.items()}
@@ -237,7 +239,8 @@ def prepare_trainer(
     elif training.stage == "text":
         collator = TextCollator(processor, sizes, model.config.text_config.hidden_size)
     else:
-        collator = ReadingCollator(processor, sizes)
+        contrasts = model.config.contrastive_weight > 0 and "reasoner" in training.roles
+        collator = ReadingCollator(processor, sizes, n_queries=QUERIES_PER_RECORD if contrasts else 0)
     samples = (evaluation or train).select(range(min(training.num_samples, len(evaluation or train))))
     trainer = TRAINERS[training.stage](
         model,

@@ -8,6 +8,7 @@ unanswerable_*; what is written are rows that `data.py` reads. It knows nothing 
     pretrain_cloze.jsonl       questions for words that are missing in sentences of corpora
     curriculum.jsonl           pieces of passages, from single sentences to whole ones, in the order to train on
     instruct.jsonl             questions over five documents, some unanswerable
+    reading.jsonl              stage 1 behind the curriculum: passages, multi-hop rows and texts in steps of 16
     retrieval.jsonl            questions over up to twenty candidates, the gold ones marked (contrastive, joint)
     retrieval_multihop.jsonl   the same for multi-hop questions alone, of all files, among BM25's best
     retrieval_made.jsonl       questions made from the titles and words of two documents
@@ -36,6 +37,7 @@ from pathlib import Path
 from curriculum import curriculum_rows, sentences, to_passage
 from data import read_documents, read_positives
 from json_files import write_jsonl
+from reading_rows import reading_rows
 from retrieval_rows import made_questions, with_distractors
 from samplers import in_steps
 
@@ -62,6 +64,8 @@ SMALL_WORDS, SMALL_FEW, SMALL_MANY, SMALL_QUESTIONS, SMALL_STEP = range(40, 151)
 SMALL_MULTIHOP = "multihop_hotpotqa_train.jsonl.gz"
 # Files whose candidates are all searched, questions made from the candidates of one row, and documents of a row.
 SMALL_CANDIDATES, SMALL_MADE, SMALL_DOCUMENTS = (SMALL_MULTIHOP, "multihop_musique_train.jsonl.gz"), 8, 10
+# Files whose licence lets what is trained on them be Apache-2.0 or CC BY-SA.
+FREE_PASSAGES = ("passages_squad", "passages_nq", "passages_qed", "passages_adversarialqa")
 SEARCHED = "corpus_wikipedia_2wiki.jsonl.gz"  # to which the documents of the development questions are added
 SMALL_PASSAGES = {"passages_squad": 420, "passages_nq": 320, "passages_scp_sample": 120}
 
@@ -206,6 +210,22 @@ def question_rows(passages: Sequence[Mapping], held: HeldBack) -> list[dict]:
     ]
 
 
+def questions_of(passages: Sequence[Mapping], held: HeldBack) -> list[dict]:
+    """Passages that are not held back, with those of their questions that are not and have an answer; each once."""
+    found = {}
+    for row in passages:
+        title = row.get("title", "")
+        if held.has(title, row["text"]):
+            continue
+        passage = found.setdefault(words(row["text"]), {"title": title, "text": row["text"], "qas": []})
+        known = {words(pair["question"]) for pair in passage["qas"]}
+        for pair in row["qas"]:
+            if pair["answers"] and words(pair["question"]) not in known | held.questions:
+                passage["qas"].append({"question": pair["question"], "answers": pair["answers"]})
+                known.add(words(pair["question"]))
+    return list(found.values())
+
+
 def multihop_rows(rows: Sequence[Mapping], held: HeldBack) -> Iterator[dict]:
     """Rows with their own candidates, but for those whose question or a document of which is held back."""
     for row in rows:
@@ -333,6 +353,9 @@ def write_files(source: Path, output: Path, *, scale: float = 1.0, seed: int = S
     files |= two_document_rows(by_file)
     for name in ("retrieval", "retrieval_small", "retrieval_multihop", "retrieval_made"):
         files[name] = [row for row in files[name] if len(row["docs"]) >= NUM_READ]
+    free = [row for name, rows in passages.items() if name.startswith(FREE_PASSAGES) for row in rows]
+    free = [row for row in questions_of(free, held) if row["qas"]]
+    files["reading"] = reading_rows(piece_rows(free, held, 1.0), free, multihop, files["pretrain_cloze"], seed)
     files["pretrain_small"] = small_pretraining_rows(files["pretrain_questions"])
     counts = {"curriculum": write_jsonl(output / "curriculum.jsonl", piece_rows(texts, held, scale))}
     for name, rows in files.items():

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerState
 
 from modeling_clara import CLaRaForRAG
 from modeling_clara.backbone_clara import backbone_digests
-from modeling_clara.configuration_clara import MEMORY_STATISTICS, ROLES
+from modeling_clara.configuration_clara import MEMORY_STATISTICS, ROLES, TRAINED_ROWS
 from modeling_clara.generation_clara import eval_mode
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class CLaRaTrainer(Trainer):
     # --- logging -----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        positive_mask = inputs.get("positive_mask")
+        positive_mask = inputs.get("batch_positive_mask" if "query_rows" in inputs else "positive_mask")
         if self.args.stage != "contrastive" and not self.unwrapped.config.contrastive_weight:
             for name in ("positive_mask", "batch_positive_mask"):
                 inputs.pop(name, None)  # the language-modelling loss alone: gold is for the metrics
@@ -358,7 +358,7 @@ def part_of(parameter_name: str) -> str:
     for role in ROLES:
         if role in names:
             return role
-    rows = ("memory_embeddings", "separator_embedding", *MEMORY_STATISTICS)
+    rows = (*TRAINED_ROWS, *MEMORY_STATISTICS)
     return "rows" if names[-1] in rows else "backbone"
 
 
