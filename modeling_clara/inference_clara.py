@@ -8,7 +8,7 @@ import functools
 import math
 import numbers
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
 import torch
 from transformers import GenerationConfig
@@ -17,7 +17,7 @@ from transformers.utils.logging import tqdm
 from .candidates_clara import Source, collect_candidates, rank_candidates, read_stored_memory
 from .corpus_clara import CompressedCorpus
 from .generation_clara import Answer, ReaderMixin, eval_mode, returning
-from .packing_clara import MAX_TOKENS, can_pack
+from .packing_clara import can_pack, cut_batches
 from .processing_clara import CLaRaProcessor
 from .text_clara import check_count, check_list, check_text
 
@@ -274,7 +274,7 @@ class InferenceMixin(ReaderMixin):
         memory = torch.empty(len(ids), memory_size, self.config.text_config.hidden_size, device=device)
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         is_packed = can_pack(self.backbone, len(ids[order[-1]]) + memory_size)
-        batches = list(_batches(order, [len(text) + memory_size for text in ids], batch_size, is_packed))
+        batches = list(cut_batches(order, [len(text) + memory_size for text in ids], batch_size, is_packed))
         for rows in tqdm(batches, desc=f"{role} passes", delay=2, leave=False):  # a bar after two seconds
             texts = [ids[row] for row in rows]
             if is_packed:
@@ -359,15 +359,3 @@ class InferenceMixin(ReaderMixin):
             ranked = sorted(counts, key=lambda word: (-counts[word][0], -counts[word][1], word))  # noqa: B023
             words_of.append(ranked[:top_n])
         return words_of
-
-
-def _batches(order: list[int], lengths: list[int], batch_size: int, is_packed: bool) -> Iterator[list[int]]:
-    """Cut `order` into batches of `batch_size` texts, packed ones also at `MAX_TOKENS` tokens."""
-    batch, n_tokens = [], 0
-    for row in order:
-        if batch and (len(batch) == batch_size or (is_packed and n_tokens + lengths[row] > MAX_TOKENS)):
-            yield batch
-            batch, n_tokens = [], 0
-        batch.append(row)
-        n_tokens += lengths[row]
-    yield batch
