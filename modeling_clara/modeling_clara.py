@@ -265,6 +265,7 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
         attention_mask: torch.LongTensor | None = None,
         memory_mask: torch.BoolTensor | None = None,
         prompt_rows: torch.LongTensor | None = None,
+        prompt_document_mask: torch.BoolTensor | None = None,
         labels: torch.LongTensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         num_samples_in_batch: int | torch.Tensor | None = None,
@@ -291,6 +292,8 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
             memory_mask: (prompts, length) bool, True at slots: k + 1 of them for every document read.
             prompt_rows: (prompts,) int64, the row of documents that each prompt reads, so that several questions share
                 one compression; default: prompt i reads row i.
+            prompt_document_mask: (prompts, documents) bool, False for a document that the prompt has as text, so that
+                its memory is not read; default: all memories are read.
             labels: (prompts, length) int64, -100 where there is no loss. With labels the LM head runs on the target
                 positions only.
             num_items_in_batch: label tokens over all accumulated micro-batches; default: of this batch.
@@ -347,6 +350,8 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
         if input_ids is not None:
             if prompt_rows is not None:
                 read, read_mask = read[prompt_rows], read_mask[prompt_rows]
+            if prompt_document_mask is not None:
+                read_mask = read_mask & prompt_document_mask
             inputs_embeds = self.prompt_embeddings(input_ids, memory_mask, read, read_mask)
             logits = self._generator_logits(inputs_embeds, attention_mask, labels)
         n_samples = memory.shape[0] if num_samples_in_batch is None else num_samples_in_batch

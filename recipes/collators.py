@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Sequence
 
 import torch
-from data import document_key
+from data import document_key, text_places
 from memories import DocumentMemories
 
 from modeling_clara import CLaRaProcessor
@@ -20,6 +20,8 @@ def with_slots(prompt: Prompt, n_slots: int, pad_id: int) -> Prompt:
     >>> with_slots(Prompt([7, 0, 0, 8], [False, True, True, False], [-100, -100, -100, 8]), 1, 0)
     Prompt(input_ids=[7, 0, 8], memory_mask=[False, True, False], labels=[-100, -100, 8])
     """
+    if True not in prompt.memory_mask:  # all of its documents are read as text
+        return prompt
     start = prompt.memory_mask.index(True)
     end = start + sum(prompt.memory_mask)
     return Prompt(
@@ -35,25 +37,34 @@ class ReadingCollator:
     Args:
         processor: makes ids of text.
         memory_sizes: layouts of the prompts that are made, ascending.
+        text_share: of the questions whose prompt reads one document as text, see `data.text_places`.
 
     Returns of a call with `rows` records:
         - `document_input_ids`, `document_attention_mask`: (rows, documents, length) int64.
         - `prompts`: k -> `input_ids`, `attention_mask`, `memory_mask`, `labels`, each (prompts, length of this k).
         - `prompt_rows`: (prompts,) int64, the record of each prompt.
+        - `prompt_document_mask`, with `text_share` only: (prompts, documents) bool, False for a document that the
+          prompt reads as text.
         - `labels`: those of the largest k, for the Trainer's count of targets.
     """
 
-    def __init__(self, processor: CLaRaProcessor, memory_sizes: Sequence[int]):
-        self.processor, self.memory_sizes = processor, list(memory_sizes)
+    def __init__(self, processor: CLaRaProcessor, memory_sizes: Sequence[int], text_share: float = 0.0):
+        self.processor, self.memory_sizes, self.text_share = processor, list(memory_sizes), text_share
 
     def __call__(self, records: list[dict]) -> dict:
-        batch = self.documents(records)
-        prompts = [
-            (self.prompt(record, question, answer, len(record["documents"])), len(record["documents"]))
-            for record in records
-            for question, answer in zip(record["questions"], record["answers"], strict=True)
-        ]
-        rows = [row for row, record in enumerate(records) for _ in record["questions"]]
+        batch, prompts, rows, as_text = self.documents(records), [], [], []
+        for row, record in enumerate(records):
+            for question, answer in zip(record["questions"], record["answers"], strict=True):
+                places = text_places(record, question, self.text_share)
+                n_memories = len(record["documents"]) - len(places)
+                texts = [record["documents"][place] for place in places]
+                prompts.append((self.prompt(record, question, answer, n_memories, texts), n_memories))
+                rows.append(row)
+                as_text.append(places)
+        if self.text_share:
+            n_documents = max(len(record["documents"]) for record in records)
+            mask = [[place not in places for place in range(n_documents)] for places in as_text]
+            batch["prompt_document_mask"] = torch.tensor(mask)
         return {**batch, **self.layouts(prompts), "prompt_rows": torch.tensor(rows)}
 
     def documents(self, records: list[dict]) -> dict[str, torch.Tensor]:
@@ -62,7 +73,7 @@ class ReadingCollator:
             [self.processor.encode_documents(record["documents"], f"{record['source']} docs") for record in records]
         )
 
-    def prompt(self, record: dict, question: str | None, answer: str, n_documents: int) -> Prompt:
+    def prompt(self, record: dict, question: str | None, answer: str, n_documents: int, texts=()) -> Prompt:
         """The prompt of the largest k. A paraphrase takes one of the instructions, the same one every time."""
         instructions = self.processor.paraphrase_prompts
         instruction = (
@@ -73,6 +84,7 @@ class ReadingCollator:
             n_documents,
             self.memory_sizes[-1],
             answer,
+            text_documents=texts,
             prompt=instruction,
             name=f"{record['source']} question",
         )

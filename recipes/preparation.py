@@ -128,6 +128,11 @@ def read_data(
     model: CLaRaForRAG, data: DataArguments, training: CLaRaTrainingArguments
 ) -> tuple[Dataset, Dataset | None]:
     """Training and evaluation records, every row checked."""
+    if data.text_share and training.stage not in ("pretrain", "instruct"):
+        raise ValueError(
+            f"`text_share` must be 0 in the stage {training.stage!r}, got {data.text_share}. Leave it out; it is for "
+            "pretrain and instruct."
+        )
     reader = RecordReader(
         model.processor,
         training.stage,
@@ -138,6 +143,7 @@ def read_data(
         long_documents=data.long_documents,
         num_candidates=data.num_candidates,
         needs_candidates=data.candidates == "given",
+        text_share=data.text_share,
     )
     if reader.selects and data.num_candidates < model.config.retrieval_top_k:
         raise ValueError(
@@ -237,7 +243,7 @@ def prepare_trainer(
     elif training.stage == "text":
         collator = TextCollator(processor, sizes, model.config.text_config.hidden_size)
     else:
-        collator = ReadingCollator(processor, sizes)
+        collator = ReadingCollator(processor, sizes, data.text_share)
     samples = (evaluation or train).select(range(min(training.num_samples, len(evaluation or train))))
     trainer = TRAINERS[training.stage](
         model,
