@@ -15,13 +15,17 @@ from .text_clara import check_list, read_document
 
 @dataclass(frozen=True)
 class Source:
-    """A span that was retrieved. `score` is the cosine of eq. 3.1, in [-1, 1]."""
+    """A chunk that was retrieved. `score` is the cosine of eq. 3.1, in [-1, 1].
+
+    `read_as` is "text" if `answer` or `stream` read the title and the text, else "memory".
+    """
 
     document_id: str
     span: int
     score: float
     title: str
     text: str
+    read_as: str = "memory"
 
 
 @dataclass

@@ -8,6 +8,7 @@ import argparse
 import json
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -111,6 +112,9 @@ def _add_ask(commands) -> None:
     ask.add_argument("--backbone", help="backbone folder or Hub id (default: the checkpoint's)")
     ask.add_argument("--revision", help="branch, tag or commit of the corpus on the Hub")
     ask.add_argument("--top-k", type=int, help="documents that are read (default: the model's)")
+    ask.add_argument(
+        "--expand", type=int, default=0, metavar="N", help="best sources that are read as text (default: 0)"
+    )
     ask.add_argument("--memory-size", type=int, help="memory vectors that are read (default: all)")
     ask.add_argument(
         "--retrieval-memory-size", type=int, help="memory vectors that are compared (default: the model's)"
@@ -177,27 +181,33 @@ def run_ask(arguments: argparse.Namespace) -> int:
         raise ValueError("`--model` must be given, because corpus.json does not name the compressor. Add it.")
     revision = None if arguments.model else compressor.get("revision")
     model = load_model(name, revision=revision, backbone=arguments.backbone)
+    corpus = corpus.attach(model).with_options(where=arguments.where, hybrid=arguments.hybrid)
+    start = time.perf_counter()
     answers = model.answer(
         arguments.question,
-        corpus=corpus.attach(model).with_options(where=arguments.where, hybrid=arguments.hybrid),
+        corpus=corpus,
         top_k=arguments.top_k,
         memory_size=arguments.memory_size,
         retrieval_memory_size=arguments.retrieval_memory_size,
         min_score=arguments.min_score,
         max_new_tokens=arguments.max_new_tokens,
+        expand=arguments.expand,
     )
+    answer_ms = 1e3 * (time.perf_counter() - start)
     rows = [
         {"question": question, "answer": answer.text, "abstained": answer.abstained}
-        | {"sources": [asdict(source) for source in answer.sources]}
+        | {"prompt_tokens": answer.prompt_tokens, "sources": [asdict(source) for source in answer.sources]}
         for question, answer in zip(arguments.question, answers, strict=True)
     ]
     if arguments.json:
-        print(json.dumps({"answers": rows}, indent=2, ensure_ascii=False))
+        print(json.dumps({"answers": rows, "answer_ms": answer_ms}, indent=2, ensure_ascii=False))
         return 0
     for row in rows:
         print(f"{row['question']}\n  {'(no document is near enough)' if row['abstained'] else _short(row['answer'])}")
         for source in row["sources"]:
-            print(f"  {source['score']:.3f}  {source['document_id']}  {source['title']}")
+            print(f"  {source['score']:.3f}  {source['read_as']:<6}  {source['document_id']}  {source['title']}")
+        print(f"  {row['prompt_tokens']:,} prompt tokens")
+    print(f"retrieved and answered in {answer_ms:,.0f} ms")
     return 0
 
 

@@ -8,6 +8,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from transformers import (
@@ -31,13 +32,30 @@ class Answer:
     """An answer with what it was read from, best source first.
 
     `keywords` explains the query where `explain=True`, else it is None. `abstained` is True where every source scored
-    below `min_score`: then `text` is empty and nothing was generated.
+    below `min_score`: then `text` is empty and nothing was generated. `prompt_tokens` counts the positions of the
+    generator's input: tokens of the prompt and of sources read as text, memory vectors and separators. It is 0 if the
+    model abstained. Each source says by `read_as` how it was read.
     """
 
     text: str
     sources: list[Source]
     keywords: list[str] | None = None
     abstained: bool = False
+    prompt_tokens: int = 0
+
+
+class Reading(NamedTuple):
+    """Input of the generator for one question.
+
+    Attributes:
+        prompt: with slots for the memories, after them the text.
+        memory: (sources read from memory, k, hidden) float32.
+        sources: all that are read, best first, `read_as` filled in.
+    """
+
+    prompt: Prompt
+    memory: torch.Tensor
+    sources: list[Source]
 
 
 class _RefuseNaN(LogitsProcessor):
@@ -142,14 +160,56 @@ class ReaderMixin:
                 f"{remedy}"
             )
 
-    def checked_prompt(self, question, n_documents, memory_size, generation: GenerationConfig, name: str) -> Prompt:
-        prompt = self.text_processor().build_prompt(question, n_documents, memory_size, name=name)
+    def checked_prompt(
+        self, question, n_documents, memory_size, generation: GenerationConfig, name: str, text_documents=()
+    ) -> Prompt:
+        """`build_prompt`, and a ValueError unless prompt and answer fit into the window."""
+        prompt = self.text_processor().build_prompt(
+            question, n_documents, memory_size, text_documents=text_documents, name=name
+        )
+        options = "`expand`, `top_k`, `memory_size`" if text_documents else "`top_k`, `memory_size`"
         self.check_window(
             len(prompt.input_ids) + generation.max_new_tokens,
             name,
-            "Shorten the question, or lower `top_k`, `memory_size` or `max_new_tokens`.",
+            f"Shorten the question, or lower {options} or `max_new_tokens`.",
         )
         return prompt
+
+    def prepare_reading(
+        self,
+        question: str,
+        hits: list[tuple[Source, torch.Tensor]],
+        memory_size: int,
+        expand: int,
+        generation: GenerationConfig,
+        name: str,
+    ) -> Reading:
+        """What the generator reads: the memories of all sources but the best `expand`, then the text of these.
+
+        Args:
+            question: text.
+            hits: (source, memory (>= k, hidden)) pairs, best first, at least one.
+            memory_size: k.
+            expand: sources that are read as text; all of them if there are fewer.
+            generation: has the length limit of the answer.
+            name: how an error names the question.
+
+        Raises:
+            ValueError: a source has no text, or prompt and answer do not fit into the backbone's window.
+        """
+        texts = [replace(source, read_as="text") for source, _ in hits[:expand]]
+        sources = texts + [source for source, _ in hits[expand:]]
+        for source in texts:
+            if not isinstance(source.text, str) or not source.text.strip():
+                raise ValueError(
+                    f"the text of document {source.document_id!r} must be stored to read it with `expand`={expand}, "
+                    f"got {source.text!r}. Pass expand=0, which reads memories only, or store the text in the corpus."
+                )
+        documents = [{"title": source.title, "text": source.text} for source in texts]
+        n_memories = len(hits) - len(texts)
+        prompt = self.checked_prompt(question, n_memories, memory_size, generation, name, documents)
+        memory = torch.stack([memory[:memory_size] for _, memory in hits])[expand:]
+        return Reading(prompt, memory, sources)
 
     def generate_texts(
         self,

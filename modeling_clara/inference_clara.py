@@ -8,7 +8,7 @@ import functools
 import math
 import numbers
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
 import torch
 from transformers import GenerationConfig
@@ -17,7 +17,7 @@ from transformers.utils.logging import tqdm
 from .candidates_clara import Source, collect_candidates, rank_candidates, read_stored_memory
 from .corpus_clara import CompressedCorpus
 from .generation_clara import Answer, ReaderMixin, eval_mode, returning
-from .packing_clara import MAX_TOKENS, can_pack
+from .packing_clara import can_pack, cut_batches
 from .processing_clara import CLaRaProcessor
 from .text_clara import check_count, check_list, check_text
 
@@ -123,8 +123,9 @@ class InferenceMixin(ReaderMixin):
         max_new_tokens: int = 64,
         generation_config: GenerationConfig | None = None,
         explain: bool = False,
+        expand: int = 0,
     ) -> list[Answer]:
-        """Retrieve, then read the memories of the best documents and answer.
+        """Retrieve, then read the memories of the best documents, or the text of the very best, and answer.
 
         Args:
             questions: list of texts.
@@ -137,31 +138,35 @@ class InferenceMixin(ReaderMixin):
             max_new_tokens: length limit of an answer, in tokens; a limit set in `generation_config` wins.
             generation_config: sampling and search options; default greedy.
             explain: also fill `Answer.keywords`.
+            expand: number of best sources whose title and text are read instead of the memory, >= 0; a number larger
+                than that of the sources reads all as text. The prompt has the memories first, then the text.
 
         Returns:
             One `Answer` per question.
 
         Raises:
             TypeError, ValueError: naming the argument, the index and the rule, also when a prompt and its answer do
-                not fit into the backbone's window.
+                not fit into the backbone's window, or when a source to be read as text has none.
         """
         memory_size = self.config.check_memory_size(memory_size)
+        check_count(expand, "expand", "Pass 0 to read memories only.", least=0)
         hits, queries = self._search(
             questions, documents, corpus, top_k, retrieval_memory_size, min_score, memory_size
         )
         generation = self.build_generation_config(generation_config, max_new_tokens)
-        prompts, memories, owners = [], [], []
-        for index, (question, row) in enumerate(zip(questions, hits, strict=True)):
-            if row:
-                prompts.append(self.checked_prompt(question, len(row), memory_size, generation, f"questions[{index}]"))
-                memories.append(torch.stack([memory[:memory_size] for _, memory in row]))
-                owners.append(index)
-        texts = dict(zip(owners, self.generate_texts(prompts, memories, generation), strict=True))
+        readings = {
+            index: self.prepare_reading(question, row, memory_size, expand, generation, f"questions[{index}]")
+            for index, (question, row) in enumerate(zip(questions, hits, strict=True))
+            if row
+        }
+        prompts, memories = [r.prompt for r in readings.values()], [r.memory for r in readings.values()]
+        texts = self.generate_texts(prompts, memories, generation)
         keywords = self._keywords(queries, 50) if explain else [None] * len(hits)
-        return [
-            Answer(texts.get(index, ""), [source for source, _ in row], keywords[index], abstained=not row)
-            for index, row in enumerate(hits)
-        ]
+        answers = [Answer("", [], keywords[index], abstained=True) for index in range(len(hits))]
+        for (index, reading), text in zip(readings.items(), texts, strict=True):
+            n_tokens = len(reading.prompt.input_ids)
+            answers[index] = Answer(text, reading.sources, keywords[index], prompt_tokens=n_tokens)
+        return answers
 
     def stream(
         self,
@@ -176,6 +181,7 @@ class InferenceMixin(ReaderMixin):
         max_new_tokens: int = 64,
         generation_config: GenerationConfig | None = None,
         explain: bool = False,
+        expand: int = 0,
     ) -> Generator[str, None, Answer]:
         """Answer one question piece by piece; arguments and errors as in `answer`.
 
@@ -187,6 +193,7 @@ class InferenceMixin(ReaderMixin):
             `StopIteration.value`. Beam search cannot stream and is a ValueError.
         """
         check_text(question, "question")
+        check_count(expand, "expand", "Pass 0 to read memories only.", least=0)
         memory_size = self.config.check_memory_size(memory_size)
         with self.lock, eval_mode(self), torch.no_grad():
             hits, queries = self._search(
@@ -196,12 +203,11 @@ class InferenceMixin(ReaderMixin):
         generation = self.build_generation_config(generation_config, max_new_tokens)
         if (generation.num_beams or 1) > 1:
             raise ValueError(f"`num_beams` must be 1 to stream, got {generation.num_beams}. Use `answer` for beams.")
-        sources = [source for source, _ in hits[0]]
-        if not sources:
+        if not hits[0]:
             return returning(Answer("", [], keywords, abstained=True))
-        prompt = self.checked_prompt(question, len(sources), memory_size, generation, "question")
-        memory = torch.stack([memory[:memory_size] for _, memory in hits[0]])
-        return self.stream_text(prompt, memory, generation, Answer("", sources, keywords))
+        prompt, memory, sources = self.prepare_reading(question, hits[0], memory_size, expand, generation, "question")
+        answer = Answer("", sources, keywords, prompt_tokens=len(prompt.input_ids))
+        return self.stream_text(prompt, memory, generation, answer)
 
     @text_call
     def paraphrase(
@@ -274,7 +280,7 @@ class InferenceMixin(ReaderMixin):
         memory = torch.empty(len(ids), memory_size, self.config.text_config.hidden_size, device=device)
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         is_packed = can_pack(self.backbone, len(ids[order[-1]]) + memory_size)
-        batches = list(_batches(order, [len(text) + memory_size for text in ids], batch_size, is_packed))
+        batches = list(cut_batches(order, [len(text) + memory_size for text in ids], batch_size, is_packed))
         for rows in tqdm(batches, desc=f"{role} passes", delay=2, leave=False):  # a bar after two seconds
             texts = [ids[row] for row in rows]
             if is_packed:
@@ -359,15 +365,3 @@ class InferenceMixin(ReaderMixin):
             ranked = sorted(counts, key=lambda word: (-counts[word][0], -counts[word][1], word))  # noqa: B023
             words_of.append(ranked[:top_n])
         return words_of
-
-
-def _batches(order: list[int], lengths: list[int], batch_size: int, is_packed: bool) -> Iterator[list[int]]:
-    """Cut `order` into batches of `batch_size` texts, packed ones also at `MAX_TOKENS` tokens."""
-    batch, n_tokens = [], 0
-    for row in order:
-        if batch and (len(batch) == batch_size or (is_packed and n_tokens + lengths[row] > MAX_TOKENS)):
-            yield batch
-            batch, n_tokens = [], 0
-        batch.append(row)
-        n_tokens += lengths[row]
-    yield batch

@@ -286,6 +286,7 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
         memory_mask: torch.BoolTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         prompt_segments: torch.LongTensor | None = None,
+        prompt_document_mask: torch.BoolTensor | None = None,
         labels: torch.LongTensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         num_samples_in_batch: int | torch.Tensor | None = None,
@@ -315,6 +316,8 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
             position_ids: (prompts, length) int64, default: real tokens counted from 0.
             prompt_segments: (prompts, length) int64, for rows that hold several prompts with a common beginning: 0 in
                 that beginning, i in what follows of prompt i. A token sees the beginning and its own segment only.
+            prompt_document_mask: (prompts, documents) bool, False for a document that the prompt has as text, so that
+                its memory is not read; default: all memories are read.
             labels: (prompts, length) int64, -100 where there is no loss. With labels the LM head runs on the target
                 positions only.
             num_items_in_batch: label tokens over all accumulated micro-batches; default: of this batch.
@@ -376,6 +379,8 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
 
         logits = loss = lm_loss = None
         if input_ids is not None:
+            if prompt_document_mask is not None:
+                read_mask = read_mask & prompt_document_mask
             inputs_embeds = self.prompt_embeddings(input_ids, memory_mask, read, read_mask)
             if position_ids is None:  # counts real tokens, so the padding side is free
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

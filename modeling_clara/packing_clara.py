@@ -16,6 +16,25 @@ PACKED = "clara_packed_sdpa"
 MAX_TOKENS = 1600
 
 
+def cut_batches(order: list[int], lengths: list[int], batch_size: int, is_packed: bool) -> Iterator[list[int]]:
+    """Cut `order`, a list of text numbers, into batches of `batch_size` texts; packed ones also at `MAX_TOKENS`.
+
+    Args:
+        order: of the texts.
+        lengths: tokens of each text, by its number.
+        batch_size: texts of a batch at most.
+        is_packed: whether the tokens of a batch count.
+    """
+    batch, n_tokens = [], 0
+    for row in order:
+        if batch and (len(batch) == batch_size or (is_packed and n_tokens + lengths[row] > MAX_TOKENS)):
+            yield batch
+            batch, n_tokens = [], 0
+        batch.append(row)
+        n_tokens += lengths[row]
+    yield batch
+
+
 class PackedRows:
     """Where the tokens of padded rows are in one packed row, and what each may attend to.
 

@@ -255,10 +255,10 @@ class CLaRaProcessor(ProcessorMixin):
 
         Args:
             question: the question, or None for a paraphrase.
-            n_documents: documents read; each takes `memory_size` slots and one for the separator.
+            n_documents: documents read from memory; each takes `memory_size` slots and one for the separator.
             memory_size: k.
             answer: target text; it is followed by the token that ends a turn.
-            text_documents: documents written out behind the memories, for baselines that read the full text.
+            text_documents: documents whose title and text are written out after the memories.
             prompt: user turn in place of `answer_prompt` or the first of `paraphrase_prompts`.
             name: how an error names the question.
         """

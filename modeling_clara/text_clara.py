@@ -29,10 +29,10 @@ def check_text(text, name: str) -> str:
     return text
 
 
-def check_count(value, name: str, remedy: str) -> int:
-    """Return `value`, or raise a ValueError unless it is an int >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be an int >= 1, got {value!r}. {remedy}")
+def check_count(value, name: str, remedy: str, least: int = 1) -> int:
+    """Return `value`, or raise a ValueError unless it is an int >= `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}` must be an int >= {least}, got {value!r}. {remedy}")
     return value
 
 

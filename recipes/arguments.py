@@ -107,6 +107,8 @@ class DataArguments:
             mixture (all or none; no source is oversampled).
         eval_datasets: the same, for evaluation.
         targets_per_document: questions and paraphrases that share one compression of their document in stages 1 and 2.
+        text_share: of the records of stages 1 and 2 whose prompts read one of the documents as text instead of from
+            memory, as `answer(expand=1)` does, in training and evaluation.
         long_documents: "split" reads all spans of a long document, "first_span" cuts it (the paper).
         num_candidates: documents that the selection chooses from; longer lists are cut behind it, gold kept.
         candidates: "given", the row's own documents, or "corpus", the live best ones among all documents of
@@ -121,6 +123,7 @@ class DataArguments:
     datasets: list[dict] = field(default_factory=list)
     eval_datasets: list[dict] = field(default_factory=list)
     targets_per_document: int = 1
+    text_share: float = 0.0
     long_documents: str = "split"
     num_candidates: int = 20
     candidates: str = "given"
@@ -137,6 +140,8 @@ class DataArguments:
         for name in ("targets_per_document", "num_candidates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be >= 1, got {getattr(self, name)}. Correct it in the recipe.")
+        if not 0 <= self.text_share <= 1:
+            raise ValueError(f"`text_share` must be between 0 and 1, got {self.text_share}. Correct it in the recipe.")
         check_choice("long_documents", self.long_documents, ("split", "first_span"))
         check_choice("candidates", self.candidates, ("given", "corpus"))
         if self.in_batch_negatives and self.candidates == "corpus":

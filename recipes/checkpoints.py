@@ -40,6 +40,7 @@ def describe_run(model_arguments, data_arguments, training_arguments) -> dict:
     data = dataclasses.asdict(data_arguments)
     if data_arguments.candidates == "given":  # then it says where the memories lie, not what they are
         data["corpus"] = None
+    data["text_share"] = data_arguments.text_share or None  # a run from before the option goes on
     description = {"model": dataclasses.asdict(model_arguments), "data": data, "training": training}
     return json.loads(json.dumps(description, default=str))
 

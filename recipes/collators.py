@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Sequence
 
 import torch
-from data import document_key
+from data import document_key, text_places
 from memories import DocumentMemories
 
 from modeling_clara import CLaRaProcessor
@@ -20,6 +20,8 @@ def with_slots(prompt: Prompt, n_slots: int, pad_id: int) -> Prompt:
     >>> with_slots(Prompt([7, 0, 0, 8], [False, True, True, False], [-100, -100, -100, 8]), 1, 0)
     Prompt(input_ids=[7, 0, 8], memory_mask=[False, True, False], labels=[-100, -100, 8])
     """
+    if True not in prompt.memory_mask:  # all of its documents are read as text
+        return prompt
     start = prompt.memory_mask.index(True)
     end = start + sum(prompt.memory_mask)
     return Prompt(
@@ -69,6 +71,7 @@ class ReadingCollator:
         processor: makes ids of text.
         memory_sizes: layouts of the prompts that are made, ascending.
         n_queries: questions of a record that the reasoner encodes for the contrastive term, 0 for none.
+        text_share: of the records whose prompts read one document as text, see `data.text_places`.
 
     Returns of a call with `rows` records:
         - `document_input_ids`, `document_attention_mask`: (rows, documents, length) int64.
@@ -77,23 +80,30 @@ class ReadingCollator:
         - `prompts`: k -> `input_ids`, `attention_mask`, `memory_mask`, `labels`, `position_ids`, `prompt_segments`,
           each (rows, length of this k).
         - `labels`: those of the largest k, for the Trainer's count of targets.
+        - with `text_share`: `prompt_document_mask` (rows, documents) bool, False for a document that is read as text.
     """
 
-    def __init__(self, processor: CLaRaProcessor, memory_sizes: Sequence[int], n_queries: int = 0):
-        self.processor, self.memory_sizes, self.n_queries = processor, list(memory_sizes), n_queries
+    def __init__(
+        self, processor: CLaRaProcessor, memory_sizes: Sequence[int], *, n_queries: int = 0, text_share: float = 0.0
+    ):
+        self.processor, self.memory_sizes = processor, list(memory_sizes)
+        self.n_queries, self.text_share = n_queries, text_share
 
     def __call__(self, records: list[dict]) -> dict:
-        prompts = [
-            (
-                [
-                    self.prompt(record, question, answer, len(record["documents"]))
-                    for question, answer in zip(record["questions"], record["answers"], strict=True)
-                ],
-                len(record["documents"]),
-            )
-            for record in records
-        ]
-        return {**self.documents(records), **self.queries(records), **self.layouts(prompts)}
+        prompts, as_text = [], []
+        for record in records:
+            places = text_places(record, self.text_share)
+            texts = [record["documents"][place] for place in places]
+            n_memories = len(record["documents"]) - len(places)
+            targets = zip(record["questions"], record["answers"], strict=True)
+            prompts.append(([self.prompt(record, *target, n_memories, texts) for target in targets], n_memories))
+            as_text.append(places)
+        batch = {**self.documents(records), **self.queries(records), **self.layouts(prompts)}
+        if self.text_share:
+            n_documents = max(len(record["documents"]) for record in records)
+            mask = [[place not in places for place in range(n_documents)] for places in as_text]
+            batch["prompt_document_mask"] = torch.tensor(mask)
+        return batch
 
     def queries(self, records: list[dict]) -> dict[str, torch.Tensor]:
         """The first questions of each record, and their gold documents among those of all records."""
@@ -116,7 +126,7 @@ class ReadingCollator:
             [self.processor.encode_documents(record["documents"], f"{record['source']} docs") for record in records]
         )
 
-    def prompt(self, record: dict, question: str | None, answer: str, n_documents: int) -> Prompt:
+    def prompt(self, record: dict, question: str | None, answer: str, n_documents: int, texts=()) -> Prompt:
         """The prompt of the largest k. A paraphrase takes one of the instructions, the same one every time."""
         instructions = self.processor.paraphrase_prompts
         instruction = (
@@ -127,6 +137,7 @@ class ReadingCollator:
             n_documents,
             self.memory_sizes[-1],
             answer,
+            text_documents=texts,
             prompt=instruction,
             name=f"{record['source']} question",
         )

@@ -12,6 +12,7 @@ A document is a text, "title\\n text", or a dict with `text` and optionally `tit
 import gzip
 import hashlib
 import json
+import random
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -225,6 +226,7 @@ class RecordReader:
         long_documents: "split" or "first_span".
         num_candidates: documents of a record of the joint and contrastive stages.
         needs_candidates: whether those stages choose among the row's own documents, and not in a corpus.
+        text_share: of the records of pretrain and instruct that read one document as text, see `text_places`.
     """
 
     def __init__(
@@ -239,11 +241,13 @@ class RecordReader:
         long_documents: str = "split",
         num_candidates: int = 20,
         needs_candidates: bool = True,
+        text_share: float = 0.0,
     ):
         self.processor, self.stage, self.window = processor, stage, window
         self.memory_size, self.top_k = memory_size, top_k
         self.targets_per_document, self.long_documents = targets_per_document, long_documents
         self.num_candidates, self.needs_candidates = num_candidates, needs_candidates
+        self.text_share = text_share
         self._split: dict[tuple[str, str], list[dict]] = {}
 
     @property
@@ -278,7 +282,7 @@ class RecordReader:
                 targets = [target for target in targets if target[0] is not None]
                 if not targets:
                     raise BadRow("must have a question: who reads the text has nothing to say again")
-            lengths = [self._length(question, answer, documents) for question, answer in targets]
+            lengths = [self._length(question, answer, documents, place) for question, answer in targets]
         except BadRow as error:
             raise BadRow(str(error), place) from error
         size = 1 if self.selects else self.targets_per_document
@@ -322,21 +326,43 @@ class RecordReader:
         kept = sorted((positives + rest)[: self.num_candidates])
         return [documents[index] for index in kept], [new for new, old in enumerate(kept) if old in positives]
 
-    def _length(self, question: str | None, answer: str, documents: list[dict]) -> int:
+    def _length(self, question: str | None, answer: str, documents: list[dict], place: str) -> int:
         """Tokens of a prompt with its target, which must fit into the window."""
         reads = self.top_k if self.selects else len(documents)
         n_memories, texts = (0, documents) if self.stage == "text" else (reads, ())
+        if self.text_share:
+            record = {"source": place, "documents": documents, "questions": [question]}
+            places = text_places(record, self.text_share)
+            n_memories, texts = reads - len(places), [documents[index] for index in places]
         try:
             prompt = self.processor.build_prompt(question, n_memories, self.memory_size, answer, text_documents=texts)
         except ValueError as error:
             raise BadRow(str(error)) from error
         if len(prompt.input_ids) > self.window:
-            what = f"{reads} texts" if self.stage == "text" else f"{reads} memories of {self.memory_size}"
+            memories = f"{n_memories} memories of {self.memory_size}" + (" and one text" if texts else "")
+            what = f"{reads} texts" if self.stage == "text" else memories
             raise BadRow(
                 f"needs {len(prompt.input_ids)} positions for {what}, question and answer, the backbone has "
                 f"{self.window}; shorten the answer, or lower the number of documents"
             )
         return len(prompt.input_ids)
+
+
+def text_places(record: Mapping, share: float) -> list[int]:
+    """Places of the documents that a record's prompts read as text instead of from memory: one, or none.
+
+    The draw depends on the record's source alone, so it is the same in every epoch and process. Every document is as
+    likely as the others, gold or not: the answer is not always in the text. A record with a paraphrase reads no text,
+    which it would only copy.
+
+    Args:
+        record: with `source`, `documents` and `questions`.
+        share: of the records with a text, between 0 and 1.
+    """
+    if None in record["questions"]:
+        return []
+    generator = random.Random(record["source"])
+    return [generator.randrange(len(record["documents"]))] if generator.random() < share else []
 
 
 def document_key(document: Mapping) -> str:

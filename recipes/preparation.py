@@ -130,6 +130,11 @@ def read_data(
     model: CLaRaForRAG, data: DataArguments, training: CLaRaTrainingArguments
 ) -> tuple[Dataset, Dataset | None]:
     """Training and evaluation records, every row checked."""
+    if data.text_share and training.stage not in ("pretrain", "instruct"):
+        raise ValueError(
+            f"`text_share` must be 0 in the stage {training.stage!r}, got {data.text_share}. Leave it out; it is for "
+            "pretrain and instruct."
+        )
     reader = RecordReader(
         model.processor,
         training.stage,
@@ -140,6 +145,7 @@ def read_data(
         long_documents=data.long_documents,
         num_candidates=data.num_candidates,
         needs_candidates=data.candidates == "given",
+        text_share=data.text_share,
     )
     if reader.selects and data.num_candidates < model.config.retrieval_top_k:
         raise ValueError(
@@ -240,7 +246,9 @@ def prepare_trainer(
         collator = TextCollator(processor, sizes, model.config.text_config.hidden_size)
     else:
         contrasts = model.config.contrastive_weight > 0 and "reasoner" in training.roles
-        collator = ReadingCollator(processor, sizes, n_queries=QUERIES_PER_RECORD if contrasts else 0)
+        collator = ReadingCollator(
+            processor, sizes, n_queries=QUERIES_PER_RECORD if contrasts else 0, text_share=data.text_share
+        )
     samples = (evaluation or train).select(range(min(training.num_samples, len(evaluation or train))))
     trainer = TRAINERS[training.stage](
         model,

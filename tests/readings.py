@@ -1,7 +1,8 @@
-"""Texts to compress and what reading them should give, for the tests of the text-level calls."""
+"""Texts to compress, the smallest corpus, and what reading them should give, for the tests of the text-level calls."""
 
 import random
 
+import numpy as np
 import torch
 
 from modeling_clara import Answer
@@ -27,9 +28,9 @@ def texts(answers: list[Answer]) -> list[str]:
     return [answer.text for answer in answers]
 
 
-def greedy_reference(model, question: str | None, memory: torch.Tensor, n_tokens: int) -> str:
+def greedy_reference(model, question: str | None, memory: torch.Tensor, n_tokens: int, text_documents=()) -> str:
     """Argmax after argmax, the whole prompt again for every token, no `generate`."""
-    prompt = model.processor.build_prompt(question, len(memory), memory.shape[1])
+    prompt = model.processor.build_prompt(question, len(memory), memory.shape[1], text_documents=text_documents)
     inputs = model.processor.pad_prompts([prompt])
     is_real = torch.ones(1, len(memory), dtype=torch.bool)
     ids = []
@@ -42,3 +43,33 @@ def greedy_reference(model, question: str | None, memory: torch.Tensor, n_tokens
             ids.append(int(token))
             embeds = torch.cat([embeds, model.get_input_embeddings()(token)[None, None]], dim=1)
     return model.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+class ExactScan:
+    """The smallest corpus there is: every memory in one tensor, scanned in float64."""
+
+    def __init__(self, model, documents: list[dict], memory_size: int = 4, dtype=np.float32):
+        self.documents = documents
+        self.memory = model.compress(documents, memory_size=memory_size)
+        self.stored = self.memory.numpy().astype(dtype)
+
+    def search(self, query_memory, top_k):
+        scores = cosines(query_memory, self.memory, query_memory.shape[1])
+        rows = [sorted(range(len(self.documents)), key=lambda i, row=row: (-row[i], i))[:top_k] for row in scores]
+        return [
+            [{"span": 0, "score": scores[q][i], "memory": self.stored[i], **self.documents[i]} for i in row]
+            for q, row in enumerate(rows)
+        ]
+
+
+def corpus_documents() -> list[dict]:
+    return [
+        {"document_id": f"doc-{i}", "title": "T" if i % 3 else "", "text": text}
+        for i, text in enumerate(random_texts(9, seed=4))
+    ]
+
+
+def cosines(queries: torch.Tensor, memory: torch.Tensor, memory_size: int) -> list[list[float]]:
+    """eq. 3.1 in float64: the first k vectors as one vector."""
+    flat = [tensor[:, :memory_size].double().flatten(1) for tensor in (queries, memory)]
+    return torch.nn.functional.cosine_similarity(flat[0][:, None], flat[1][None], dim=-1).tolist()

@@ -96,6 +96,29 @@ def test_ask_answers_from_the_corpus(built, shared_model, capsys):
     assert "rome.txt" in (out := capsys.readouterr().out) or "paris.txt" in out
 
 
+@pytest.mark.parametrize("expand", [0, 1, 5])
+def test_ask_says_what_was_read_as_text_and_how_much(built, shared_model, capsys, expand):
+    """As JSON and printed: how each source was read, the tokens of each prompt, the time of the call."""
+    questions = ["What is the capital of Italy?", "And of France?"]
+    options = ["ask", str(built), *questions, "--max-new-tokens", "4", "--expand", str(expand)]
+    report = run(capsys, *options)
+    corpus = shared_model.load_corpus(built)
+    expected = shared_model.answer(questions, corpus=corpus, max_new_tokens=4, expand=expand)
+    as_read = (["text"] * expand + ["memory"] * 2)[:2]
+    for row, answer in zip(report["answers"], expected, strict=True):
+        assert (row["answer"], row["prompt_tokens"]) == (answer.text, answer.prompt_tokens)
+        assert [source["read_as"] for source in row["sources"]] == as_read
+    assert report["answer_ms"] > 0
+    assert cli.main(options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if ".txt  " in line] == as_read * 2
+    counts = [line for line in lines if line.endswith(" prompt tokens")]
+    assert counts == [f"  {answer.prompt_tokens} prompt tokens" for answer in expected]
+    assert lines[-1].startswith("retrieved and answered in ") and lines[-1].endswith(" ms")
+    if not expand:
+        assert run(capsys, *options[:-2])["answers"] == report["answers"]
+
+
 def test_info_describes_and_verifies(built, capsys):
     report = run(capsys, "info", str(built), "--verify")
     assert report["documents"] == 2 and report["codec"] == "int8" and report["problems"] == []
@@ -124,6 +147,7 @@ def test_convert(texts, checkpoint, tmp_path, capsys):
         (["ask", "{texts}", "Why?"], "`corpus.json` must be in"),
         (["ask", "{built}", "Why?", "--where", '{"year": 1}'], "`where` must name columns"),
         (["ask", "{built}", "Why?", "--top-k", "0"], "`top_k` must be an int >= 1"),
+        (["ask", "{built}", "Why?", "--expand", "-1"], "`expand` must be an int >= 0"),
         (["ask", "{built}", " "], "must not be empty"),
         (["convert", "{built}", "--codec", "int2"], "`codec` must be one of"),
         (["convert", "{texts}", "--codec", "int4"], "`corpus.json` must be in"),

@@ -102,7 +102,7 @@ def test_gold_only_claims_no_ranking(checkpoint, tmp_path, capsys):
     assert content["system"]["retriever"] is content["system"]["top_k"] is None
     assert not [name for name in content["metrics"] if "@" in name]
     assert {row["system"] for row in content["comparisons"]} == {
-        "text", "closed-book", "closed-book-backbone", "wrong-memory"
+        "clara-expand", "text", "closed-book", "closed-book-backbone", "wrong-memory"
     }  # fmt: skip
 
 

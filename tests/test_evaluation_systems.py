@@ -155,7 +155,9 @@ def test_long_documents_are_read_by_their_best_span(bench, tasks):
     assert score == pytest.approx(float(cosines.max()), abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["clara", "text", "bm25_text", "bm25_memory", "closed_book", "wrong_memory"])
+@pytest.mark.parametrize(
+    "name", ["clara", "clara_expand", "text", "bm25_text", "bm25_memory", "closed_book", "wrong_memory"]
+)
 def test_batches_change_nothing(bench, tasks, name):
     """One question at a time, all at once, in another order: the same rows."""
     together = without_seconds(predict(bench, name, tasks))
@@ -304,7 +306,7 @@ def test_gold_only_reads_all_gold(bench, n_gold):
     gold = tuple(f"d{n}" for n in range(n_gold))
     task = Task(make_data().questions[0], gold, gold)
     bench.read_all, bench.memory_size = True, 2
-    for name in ("clara", "text", "bm25_text", "bm25_memory"):
+    for name in ("clara", "clara_expand", "text", "bm25_text", "bm25_memory"):
         (row,) = predict(bench, name, [task])
         assert sorted(row["read"]) == sorted(gold), name
 
@@ -370,6 +372,6 @@ def test_codecs_rank_nearly_as_float16(bench, memories, tasks, codec):
 
 def test_a_prompt_beyond_the_window_is_named(bench, tasks):
     long = Question("q", "river " * 400, ("x",), tasks[0].question.candidates, (), "x.jsonl:1")
-    for name in ("clara", "text", "closed_book"):
+    for name in ("clara", "clara_expand", "text", "closed_book"):
         with pytest.raises(ValueError, match="window of 512 tokens"):
             read(bench, SYSTEMS[name], [Task(long, long.candidates, ())], [[0]], Clock())

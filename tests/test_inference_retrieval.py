@@ -4,40 +4,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import DOCUMENTS, QUESTIONS
-from readings import greedy_reference, random_texts, read_stream, texts
+from readings import ExactScan, corpus_documents, cosines, greedy_reference, random_texts, read_stream, texts
 from tiny import HIDDEN
 
 from modeling_clara import Answer
-
-
-class ExactScan:
-    """The smallest corpus there is: every memory in one tensor, scanned in float64."""
-
-    def __init__(self, model, documents: list[dict], memory_size: int = 4, dtype=np.float32):
-        self.documents = documents
-        self.memory = model.compress(documents, memory_size=memory_size)
-        self.stored = self.memory.numpy().astype(dtype)
-
-    def search(self, query_memory, top_k):
-        scores = cosines(query_memory, self.memory, query_memory.shape[1])
-        rows = [sorted(range(len(self.documents)), key=lambda i, row=row: (-row[i], i))[:top_k] for row in scores]
-        return [
-            [{"span": 0, "score": scores[q][i], "memory": self.stored[i], **self.documents[i]} for i in row]
-            for q, row in enumerate(rows)
-        ]
-
-
-def corpus_documents() -> list[dict]:
-    return [
-        {"document_id": f"doc-{i}", "title": "T" if i % 3 else "", "text": text}
-        for i, text in enumerate(random_texts(9, seed=4))
-    ]
-
-
-def cosines(queries: torch.Tensor, memory: torch.Tensor, memory_size: int) -> list[list[float]]:
-    """eq. 3.1 in float64: the first k vectors as one vector."""
-    flat = [tensor[:, :memory_size].double().flatten(1) for tensor in (queries, memory)]
-    return torch.nn.functional.cosine_similarity(flat[0][:, None], flat[1][None], dim=-1).tolist()
 
 
 @pytest.mark.parametrize("k", [2, 4])

@@ -27,6 +27,7 @@ from modeling_clara.codecs_clara import CODECS
 from modeling_clara.storage_clara import writer_lock
 
 TUNED = {name for name, system in SYSTEMS.items() if system.reader == "tuned_text"}
+EXPAND = 1  # default of --expand
 EXIT_CODES = "Exit status: 0 done, 1 an error that is printed, 130 interrupted; the same command goes on."
 
 
@@ -56,6 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--retrieval-memory-size", type=int, help="vectors that are compared (default: the model's)")
     parser.add_argument("--codec", help=f"of the memories: {', '.join(CODECS)} (default: float16, or the corpus's)")
     parser.add_argument("--top-k", type=int, help="documents that are read (default: the model's)")
+    parser.add_argument(
+        "--expand", type=int, default=EXPAND, help="best documents that clara_expand reads as text (default: 1)"
+    )
     parser.add_argument("--num-candidates", type=int, default=20, help="that BM25 chooses (default: 20)")
     parser.add_argument("--min-score", type=float, help="cosine below which the model abstains")
     parser.add_argument("--corpus", help="compressed corpus to search in the setting corpus (default: the data's own)")
@@ -100,10 +104,15 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.corpus is not None and arguments.setting != "corpus":
         raise ValueError(f"--corpus needs --setting corpus, got {arguments.setting!r}. Add it, or leave out --corpus.")
     counts = {"top_k": 1, "num_candidates": 1, "max_new_tokens": 1, "batch_size": 1, "resamples": 100, "limit": 1}
-    for name, least in {**counts, "latency_questions": 0, "seed": 0}.items():
+    for name, least in {**counts, "expand": 1, "latency_questions": 0, "seed": 0}.items():
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be >= {least}, got {value}. Correct it.")
+    _check_systems(arguments)
+
+
+def _check_systems(arguments: argparse.Namespace) -> None:
+    """Write out `all`, and raise a ValueError unless setting and options have what the systems need."""
     if arguments.systems == ["all"]:
         left_out = set() if arguments.dense else {"dense_text"}
         left_out |= set() if arguments.text_reader else TUNED
@@ -135,6 +144,11 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if tuned and arguments.text_reader is None:
         raise ValueError(
             f"the system {tuned[0]!r} needs --text-reader CHECKPOINT. Pass it, or leave out {tuned[0]!r}."
+        )
+    if arguments.expand != EXPAND and "clara_expand" not in arguments.systems:
+        raise ValueError(
+            f"--expand has no effect without the system clara_expand, got {arguments.expand}. Add it to --systems, or "
+            "leave out --expand."
         )
     if arguments.text_reader is not None and not tuned:
         raise ValueError("--text-reader has no effect without the systems tuned_text or bm25_tuned_text. Add one.")

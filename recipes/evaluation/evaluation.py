@@ -218,6 +218,7 @@ class Evaluation:
             min_score=arguments.min_score,
             dense=arguments.dense,
             text_reader=self.text_reader,
+            expand=arguments.expand,
             depth=max(20, arguments.num_candidates, sizes["top_k"]),
             read_all=arguments.setting == "gold_only",
             seed=arguments.seed,
@@ -244,10 +245,11 @@ class Evaluation:
 
     def _own_options(self, name: str) -> dict:
         """What the predictions of one system depend on beside that."""
-        reads_text = SYSTEMS[name].reader == "tuned_text"
+        system = SYSTEMS[name]
         return {
-            "dense": self.arguments.dense if SYSTEMS[name].retriever == "dense" else None,
-            "text_reader": self._text_digest if reads_text else None,
+            "dense": self.arguments.dense if system.retriever == "dense" else None,
+            "text_reader": self._text_digest if system.reader == "tuned_text" else None,
+            "expand": self.arguments.expand if system.reader == "memory_and_text" else None,
         }
 
     @functools.cached_property

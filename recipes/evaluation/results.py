@@ -141,7 +141,7 @@ def _sum(values) -> float | None:
 def describe_system(name: str, system: System, bench: Bench, codec: str) -> dict:
     """The `system` of one of ours."""
     ranks = system.retriever in ("clara", "bm25", "dense") and not bench.read_all
-    compares, reads = ranks and system.retriever == "clara", system.reader == "memory"
+    compares, reads = ranks and system.retriever == "clara", system.reads_memory
     return {
         "name": name.replace("_", "-"),
         "kind": system.kind,

@@ -29,13 +29,23 @@ class System:
     reader: str
 
     @property
+    def reads_memory(self) -> bool:
+        """Whether it reads memories, of all documents or of all but the best."""
+        return self.reader in ("memory", "memory_and_text")
+
+    @property
     def needs_memory(self) -> bool:
         """Whether it compares or reads memories."""
-        return "clara" == self.retriever or self.reader == "memory"
+        return self.retriever == "clara" or self.reads_memory
+
+    def n_texts(self, n_rows: int, expand: int) -> int:
+        """How many of `n_rows` spans, the best first, are read as text."""
+        return {"memory": 0, "memory_and_text": min(expand, n_rows)}.get(self.reader, n_rows)
 
 
 SYSTEMS = {
     "clara": System("clara", "clara", "memory"),
+    "clara_expand": System("clara", "clara", "memory_and_text"),
     "bm25_memory": System("clara", "bm25", "memory"),
     "text": System("text", "clara", "text"),
     "bm25_text": System("text", "bm25", "text"),
@@ -47,7 +57,14 @@ SYSTEMS = {
     "wrong_memory": System("control", "wrong", "memory"),
 }
 # the reader's role: texts are read by the plain backbone, as who has no CLaRa would, or by an adapter trained for them
-ROLES = {"memory": "generator", "question": "generator", "text": None, "tuned_text": "generator", "backbone": None}
+ROLES = {
+    "memory": "generator",
+    "memory_and_text": "generator",
+    "question": "generator",
+    "text": None,
+    "tuned_text": "generator",
+    "backbone": None,
+}
 
 
 class Clock:
@@ -93,6 +110,7 @@ class Bench:
         min_score: cosine below which the model's own retrieval abstains.
         dense: encoder of the dense baseline.
         text_reader: whose generator was trained on texts (stage "text"), for the readers "tuned_text".
+        expand: spans that the reader "memory_and_text" reads as text, the best first; the rest from memory.
         depth: documents ranked.
         read_all: read every span of the candidates, unranked (the setting gold_only).
         seed: of the control's documents.
@@ -107,6 +125,7 @@ class Bench:
     min_score: float | None = None
     dense: str | None = None
     text_reader: CLaRaForRAG | None = None
+    expand: int = 1
     depth: int = 20
     read_all: bool = False
     seed: int = 0
@@ -226,14 +245,16 @@ def read(
     hidden = model.config.text_config.hidden_size
     for task, mine in zip(tasks, rows, strict=True):
         question, name = task.question.text, f"question {task.question.id}"
-        if system.reader == "memory":
-            prompt = model.checked_prompt(question, len(mine), bench.memory_size, generation, name)
-            memory = bench.spans.memories(mine, bench.memory_size).to(device)
+        n_texts = system.n_texts(len(mine), bench.expand)
+        documents, from_memory = [bench.spans.document(row) for row in mine[:n_texts]], mine[n_texts:]
+        if system.reads_memory:
+            prompt = model.checked_prompt(question, len(from_memory), bench.memory_size, generation, name, documents)
         else:
-            documents = [bench.spans.document(row) for row in mine]
             prompt = processor.build_prompt(question, 0, bench.memory_size, text_documents=documents, name=name)
             model.check_window(len(prompt.input_ids) + bench.max_new_tokens, name, "Lower --top-k.")
-            memory = torch.zeros(0, bench.memory_size, hidden, device=device)
+        memory = torch.zeros(0, bench.memory_size, hidden, device=device)
+        if from_memory:
+            memory = bench.spans.memories(from_memory, bench.memory_size).to(device)
         prompts.append(prompt)
         memories.append(memory)
     clock.mark("prepare")
@@ -256,9 +277,13 @@ def time_one(bench: Bench, system: System, task: Task) -> dict[str, float]:
 
 
 def span_bytes(bench: Bench, system: System, rows: Sequence[int]) -> float | None:
-    """Stored bytes of a span that was read, the mean over these rows; None where nothing was."""
+    """Bytes of a span that was read, stored as it was read (memory or text), the mean over these rows, best first.
+
+    None where nothing was read.
+    """
     if not len(rows):
         return None
-    if system.reader == "memory":
-        return float(bench.spans.memory_bytes(bench.memory_size))
-    return float(np.mean([bench.spans.text_bytes(row) for row in rows]))
+    n_texts = system.n_texts(len(rows), bench.expand)
+    sizes = [bench.spans.text_bytes(row) for row in rows[:n_texts]]
+    sizes += [bench.spans.memory_bytes(bench.memory_size) for _ in rows[n_texts:]]
+    return float(np.mean(sizes))

@@ -69,7 +69,7 @@ systems whose intervals overlap may still differ on the same questions: `compari
 | f1, em, containment, bag_containment | answer against the reference answers; containment: the answer contains one |
 | recall@k, hit@k, ndcg@k, precision@k, mrr | the retrieved documents against the gold documents |
 | abstention | share of questions without an answer that the system did not answer |
-| Bytes/span | stored of one span of a document: its memory, or its text |
+| Bytes/span | of one span as it was read: its stored memory, or its text |
 | Tokens read | positions that the reader reads, mean over questions |
 | p50 ms, p95 ms | one question at a time, from stored memories to the answer, on the machine of `hardware` |
 | k read, k compared | memory vectors of a span that are read, and that are compared with the question |

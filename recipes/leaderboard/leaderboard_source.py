@@ -31,6 +31,7 @@ FOLDER = "results"
 DECISIVE = (
     "weights",
     "text_reader",
+    "expand",
     "min_score",
     "num_candidates",
     "dense",
