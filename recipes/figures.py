@@ -47,6 +47,7 @@ def select_runs(results: Sequence[Mapping]) -> list[dict]:
     fixed = {
         "model": [run["model"]["fingerprint"] for run in runs],
         "data file": [run["data"]["sha256"] for run in runs],
+        "half of the questions": [run["data"].get("half") for run in runs],
         "setting": [run["setting"] for run in runs],
         "codec": [run["system"]["codec"] for run in runs],
         "system": [run["system"]["name"] for run in runs],

@@ -108,6 +108,24 @@ def test_table_of_several_systems():
     assert two[0][:3] == ["data", "setting", "system"] and two[3][:2] == ["other", "oracle"]
 
 
+def test_a_half_of_the_questions_is_named_wherever_results_are_shown(folder):
+    """Also where all results are of one file; as data of its own beside the whole file and the other half."""
+    half, other = valid_results(data__half="second"), valid_results(data__half="first")
+    header, _, line = rows(results_table([half]))
+    assert header[0] == "data" and line[0] == "musique, second half"
+    assert rows(results_table([valid_results(), valid_results(data__half=None)]))[0][0] == "system"
+    cells = rows(results_table([valid_results(), half, other]))
+    assert [row[0] for row in cells[2:]] == ["musique", "musique, second half", "musique, first half"]
+    assert "musique, second half, 2,417 questions" in card_section([half])
+    update_card(folder, [valid_results(), half])
+    splits = [entry.dataset_split for entry in ModelCard.load(folder / "README.md").data.eval_results]
+    assert splits == ["all"] * (len(splits) // 2) + ["second half"] * (len(splits) // 2)
+    update_card(folder, [half])
+    assert len(ModelCard.load(folder / "README.md").data.eval_results) == len(splits)
+    (content,) = eval_result_files([valid_results(data__half="first", data__name="org/bench")]).values()
+    assert [entry["dataset"]["task_id"] for entry in content][0] == "normal_first_half_f1"
+
+
 def test_tables_escape_names():
     """A name cannot add a cell, a line or markup; what is read back is the name."""
     hostile = valid_results(system__name=f"{HOSTILE}\nnext")

@@ -24,6 +24,7 @@ def test_runs_are_sorted_and_baselines_left_out():
         ({"model__fingerprint": "f" * 64}, "one model"),
         ({"data__sha256": "0" * 64}, "one data file"),
         ({"setting": "oracle"}, "one setting"),
+        ({"data__half": "first"}, "one half of the questions"),
         ({"system__codec": "int4"}, "one codec"),
         ({"system__name": "other"}, "one system"),
         ({"system__memory_size": 4}, "at least two memory sizes"),

@@ -18,6 +18,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from leaderboard.validation import URL
 
 from evaluation.evaluation import Evaluation
+from evaluation.questions import HALVES
 from evaluation.report import comparison_table, results_table
 from evaluation.run import is_foreign
 from evaluation.scores import RESAMPLES
@@ -64,7 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--memories", type=Path, help="folder of compressed documents (default: OUTPUT/memories)")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="of an answer (default: 32)")
     parser.add_argument("--batch-size", type=int, default=32, help="questions at a time (default: 32)")
-    parser.add_argument("--limit", type=int, help="first questions of the file only")
+    parser.add_argument(
+        "--half",
+        choices=HALVES,
+        help="ask one of two fixed halves of the questions, by a hash of their words: choose on one, report the other",
+    )
+    parser.add_argument("--limit", type=int, help="first questions of the file, or of its half, only")
     parser.add_argument("--split", help="of a Hub data set or BEIR folder (default: test)")
     parser.add_argument("--data-config", help="name of a configuration of a Hub data set")
     parser.add_argument("--skip-bad-rows", action="store_true", help="list them in rejected.jsonl and go on")
@@ -143,7 +149,18 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def _check_unused(arguments: argparse.Namespace) -> None:
     """Raise a ValueError for an option that would have no effect."""
     parser = build_parser()
-    shared = ("data", "output", "setting", "split", "data_config", "limit", "skip_bad_rows", "resamples", "seed")
+    shared = (
+        "data",
+        "output",
+        "setting",
+        "split",
+        "data_config",
+        "half",
+        "limit",
+        "skip_bad_rows",
+        "resamples",
+        "seed",
+    )
     own = ("predictions", "name", "url")
     for name, value in vars(arguments).items():
         unused = name in own if arguments.predictions is None else name not in (*own, *shared)

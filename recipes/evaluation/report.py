@@ -49,11 +49,17 @@ def results_table(results: Sequence[Mapping]) -> str:
     """One row a system: answers and retrieval with their 95 % intervals, bytes, tokens, milliseconds, failures."""
     metrics = [name for name in SHOWN if any(name in content["metrics"] for content in results)]
     header = ["data", "setting", "system", "k", "codec", *metrics, "bytes/span", "tokens", "p50 ms", "failed"]
-    several = {name: len({str(content[name]) for content in results}) > 1 for name in ("data", "setting")}
+    named = [data_name(content["data"]) for content in results]
+    halves = {content["data"].get("half") for content in results}
+    files = {(content["data"]["name"], content["data"]["sha256"], content["data"]["questions"]) for content in results}
+    several = {
+        "data": len(files) > 1 or halves != {None},  # a half is always named
+        "setting": len({content["setting"] for content in results}) > 1,
+    }
     lines = []
-    for content in results:
+    for name, content in zip(named, results, strict=True):
         system, efficiency, latency = content["system"], content["efficiency"], content["efficiency"]["latency_ms"]
-        row = [content["data"]["name"], content["setting"], system["name"], system["memory_size"], system["codec"]]
+        row = [name, content["setting"], system["name"], system["memory_size"], system["codec"]]
         row += [_interval(content["metrics"].get(name)) for name in metrics]
         row += [_number(efficiency["bytes_per_span"]), _number(efficiency["tokens_read"])]
         row += [_number(latency["total"]["p50"]) if latency else None, content["counts"]["failed"]]
@@ -66,6 +72,12 @@ def results_table(results: Sequence[Mapping]) -> str:
     cells = [[header[column] for column in kept], ["---"] * len(kept)]
     cells += [["" if row[column] is None else _escape(row[column]) for column in kept] for row in lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+
+def data_name(data: Mapping) -> str:
+    """The name of the data, with the half of the questions where it was not all of them."""
+    half = data.get("half")
+    return f"{data['name']}, {half} half" if half else data["name"]
 
 
 def comparison_table(content: Mapping) -> str:
@@ -99,9 +111,9 @@ def card_section(results: Sequence[Mapping]) -> str:
     """The evaluation section of a model card, between two marks so that it can be replaced."""
     machines = dict.fromkeys(_machine(content["hardware"]) for content in results)
     commands = list(dict.fromkeys(content["command"] for content in results))
-    data = {content["data"]["name"]: content["data"] for content in results}
+    data = {data_name(content["data"]): content["data"] for content in results}
     named = "; ".join(
-        f"{_escape(d['name'])}, {d['questions']:,} questions (SHA-256 {d['sha256'][:12]})" for d in data.values()
+        f"{_escape(name)}, {d['questions']:,} questions (SHA-256 {d['sha256'][:12]})" for name, d in data.items()
     )
     parts = [
         BEGIN,
@@ -114,7 +126,7 @@ def card_section(results: Sequence[Mapping]) -> str:
         setting = compared["setting"].replace("_", " ")
         parts += [
             f"{_escape(compared['system']['name'])} minus other systems on the same questions "
-            f"({_escape(compared['data']['name'])}, {setting}); paired bootstrap intervals, p by sign flips:",
+            f"({_escape(data_name(compared['data']))}, {setting}); paired bootstrap intervals, p by sign flips:",
             comparison_table(compared),
         ]
     parts += ["\n".join("    " + " ".join(command.split()).replace("<!--", "<! --") for command in commands), END]
@@ -139,6 +151,7 @@ def hub_results(results: Sequence[Mapping], dataset: str | None = None) -> list[
     for content in results:
         if content["system"]["kind"] != "clara":
             continue
+        half = content["data"].get("half")
         for name in CARD_METRICS:
             if name not in content["metrics"]:
                 continue
@@ -150,7 +163,7 @@ def hub_results(results: Sequence[Mapping], dataset: str | None = None) -> list[
                     dataset_type=dataset or dataset_id(content),
                     dataset_name=content["data"]["name"],
                     dataset_config=f"{content['setting']}, {describe(content)}",
-                    dataset_split="all",
+                    dataset_split=f"{half} half" if half else "all",
                     metric_type=name,
                     metric_name=f"{name} ({metric['low']:.3f} to {metric['high']:.3f})",
                     metric_value=round(metric["value"], 4),
@@ -188,12 +201,14 @@ def eval_result_files(results: Sequence[Mapping], dataset: str | None = None) ->
         if content["system"]["kind"] != "clara" or "/" not in benchmark:
             continue
         name = re.sub(r"[^\w-]+", "-", benchmark).strip("-")
+        half = content["data"].get("half")
+        task = f"{content['setting']}_{half}_half" if half else content["setting"]
         for metric in CARD_METRICS:
             if metric in content["metrics"]:
                 value = content["metrics"][metric]
                 entry = EvalResultEntry(
                     dataset_id=benchmark,
-                    task_id=f"{content['setting']}_{metric}",
+                    task_id=f"{task}_{metric}",
                     value=round(value["value"], 4),
                     date=content["created"],
                     notes=f"{describe(content)}; 95 % interval {value['low']:.3f} to {value['high']:.3f}",
@@ -203,7 +218,7 @@ def eval_result_files(results: Sequence[Mapping], dataset: str | None = None) ->
 
 
 def _identity(entry: EvalResult) -> tuple:
-    return entry.dataset_type, entry.dataset_config, entry.metric_type
+    return entry.dataset_type, entry.dataset_config, entry.dataset_split, entry.metric_type
 
 
 def update_card(folder: Path, results: Sequence[Mapping], dataset: str | None = None) -> list[Path]:

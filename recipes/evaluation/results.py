@@ -73,7 +73,13 @@ def build_results(
         "system": system,
         "model": model,
         "corpus": corpus,
-        "data": {"name": data.name, "sha256": data.sha256, "format": data.format, "questions": len(tasks)},
+        "data": {
+            "name": data.name,
+            "sha256": data.sha256,
+            "format": data.format,
+            "half": data.half,
+            "questions": len(tasks),
+        },
         "setting": setting,
         "counts": {
             "questions": len(rows),
