@@ -22,11 +22,12 @@ from evaluation.questions import HALVES
 from evaluation.report import comparison_table, results_table
 from evaluation.run import is_foreign
 from evaluation.scores import RESAMPLES
-from evaluation.systems import SYSTEMS
+from evaluation.systems import RANKING, SYSTEMS
 from evaluation.tasks import SETTINGS, check_setting
 from modeling_clara.codecs_clara import CODECS
 from modeling_clara.storage_clara import writer_lock
 
+RANKED = set(RANKING) - {"clara"}  # retrievers of which nothing is left where the gold documents are given
 TUNED = {name for name, system in SYSTEMS.items() if system.reader == "tuned_text"}
 EXIT_CODES = "Exit status: 0 done, 1 an error that is printed, 130 interrupted; the same command goes on."
 
@@ -116,7 +117,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         if arguments.setting == "closed_book":
             left_out |= {name for name, system in SYSTEMS.items() if system.retriever is not None}
         if arguments.setting == "gold_only":
-            left_out |= {name for name, system in SYSTEMS.items() if system.retriever in ("bm25", "dense")}
+            left_out |= {name for name, system in SYSTEMS.items() if system.retriever in RANKED}
         arguments.systems = [name for name in SYSTEMS if name not in left_out]
     unknown = [name for name in arguments.systems if name not in SYSTEMS]
     if unknown or len(set(arguments.systems)) < len(arguments.systems):
@@ -130,7 +131,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 f"the setting 'closed_book' has no documents, but --systems has {given[0]!r}. Leave it out."
             )
-    ranked = [name for name in arguments.systems if SYSTEMS[name].retriever in ("bm25", "dense")]
+    ranked = [name for name in arguments.systems if SYSTEMS[name].retriever in RANKED]
     if arguments.setting == "gold_only" and ranked:
         raise ValueError(
             f"the setting 'gold_only' leaves nothing to rank, but --systems has {ranked[0]!r}. Take 'clara' or 'text'."

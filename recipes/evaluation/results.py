@@ -17,7 +17,7 @@ from leaderboard.validation import SCHEMA_VERSION, check_results
 
 from evaluation.questions import EvaluationData
 from evaluation.scores import CONFIDENCE, Scores, quantiles, with_intervals
-from evaluation.systems import Bench, System
+from evaluation.systems import COMPARING, RANKING, Bench, System
 from evaluation.tasks import Task
 from modeling_clara import CLaRaForRAG
 from modeling_clara.storage_clara import write_json
@@ -146,8 +146,8 @@ def _sum(values) -> float | None:
 
 def describe_system(name: str, system: System, bench: Bench, codec: str) -> dict:
     """The `system` of one of ours."""
-    ranks = system.retriever in ("clara", "bm25", "dense") and not bench.read_all
-    compares, reads = ranks and system.retriever == "clara", system.reader == "memory"
+    ranks = system.retriever in RANKING and not bench.read_all
+    compares, reads = ranks and system.retriever in COMPARING, system.reader == "memory"
     return {
         "name": name.replace("_", "-"),
         "kind": system.kind,
