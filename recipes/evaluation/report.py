@@ -15,6 +15,7 @@ from leaderboard.validation import check_results
 SHOWN = ("f1", "em", "containment", "recall@1", "recall@5", "mrr", "abstention")
 CARD_METRICS = ("f1", "em", "recall@1", "recall@5")
 TABLE_COMPARISONS = ("f1", "recall@1")  # results.json has more
+CALIBRATION_FILE = "calibration.json"  # of calibrate.py, in the folder of a model
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 
 
@@ -107,8 +108,13 @@ def _escape(value) -> str:
 # --- cards -----------------------------------------------------------------------------------------------------------
 
 
-def card_section(results: Sequence[Mapping]) -> str:
-    """The evaluation section of a model card, between two marks so that it can be replaced."""
+def card_section(results: Sequence[Mapping], calibration: Mapping | None = None) -> str:
+    """The evaluation section of a model card, between two marks so that it can be replaced.
+
+    Args:
+        results: contents of results.json.
+        calibration: content of calibration.json; None where the model has no threshold.
+    """
     machines = dict.fromkeys(_machine(content["hardware"]) for content in results)
     commands = list(dict.fromkeys(content["command"] for content in results))
     data = {data_name(content["data"]): content["data"] for content in results}
@@ -129,8 +135,25 @@ def card_section(results: Sequence[Mapping]) -> str:
             f"({_escape(data_name(compared['data']))}, {setting}); paired bootstrap intervals, p by sign flips:",
             comparison_table(compared),
         ]
+    parts += [] if calibration is None else [calibration_text(calibration)]
     parts += ["\n".join("    " + " ".join(command.split()).replace("<!--", "<! --") for command in commands), END]
     return "\n\n".join(parts)
+
+
+def calibration_text(calibration: Mapping) -> str:
+    """What the model's threshold refuses and loses, in one paragraph."""
+    questions, data = calibration["questions"], [*calibration["data"], *calibration["unanswerable"]]
+    half = f", {calibration['half']} half" if calibration["half"] else ""
+    refused = ", ".join(
+        f"{share:.1%} of {questions[kind]:,} ({kind})" for kind, share in calibration["refused"].items()
+    )
+    return (
+        f"The model does not answer where no document has a cosine of {calibration['min_score']} (`min_score`; -1 "
+        f"switches it off). Of questions that their documents do not answer this refuses {refused}; of "
+        f"{questions['answerable']:,} answerable ones it loses {calibration['lost']:.1%}, and reads "
+        f"{calibration['documents_read']:.1f} of the {calibration['top_k']} best documents for the others "
+        f"({', '.join(map(_escape, data))}{half}; {calibration['num_candidates']} candidates each)."
+    )
 
 
 def _machine(hardware: Mapping) -> str:
@@ -231,7 +254,9 @@ def update_card(folder: Path, results: Sequence[Mapping], dataset: str | None = 
     if not path.exists():
         raise FileNotFoundError(f"{path} must be a model card, found none. Save the model there first.")
     try:
-        card = ModelCard(insert_section(path.read_text(encoding="utf-8"), card_section(results)))
+        calibration = Path(folder) / CALIBRATION_FILE
+        known = json.loads(calibration.read_text(encoding="utf-8")) if calibration.exists() else None
+        card = ModelCard(insert_section(path.read_text(encoding="utf-8"), card_section(results, known)))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} must begin with YAML between two lines of ---, but: {error}. Correct it.") from error
     entries = hub_results(results, dataset)
