@@ -42,6 +42,8 @@ def test_rate_draws_every_point_with_its_interval():
     assert list(line.get_xdata()) == [1024.0, 2048.0]
     np.testing.assert_allclose(line.get_ydata(), [0.4, 0.8])
     assert [text.get_text().split("\n")[0] for text in answers.get_xticklabels()] == ["k = 4", "k = 8"]
+    legend = [text.get_text() for text in answers.get_legend().get_texts()]
+    assert legend == ["f1", "em", "containment"]
     assert "recall@5" in [text.get_text() for text in retrieval.get_legend().get_texts()]
 
 

@@ -13,8 +13,8 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_
 from leaderboard.validation import check_results
 
 SHOWN = ("f1", "em", "containment", "recall@1", "recall@5", "mrr", "abstention")
-CARD_METRICS = ("f1", "em", "recall@1", "recall@5")
-TABLE_COMPARISONS = ("f1", "recall@1")  # results.json has more
+CARD_METRICS = ("f1", "em", "containment", "recall@1", "recall@5")
+TABLE_COMPARISONS = ("f1", "containment", "recall@1")  # results.json has more
 CALIBRATION_FILE = "calibration.json"  # of calibrate.py, in the folder of a model
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 
@@ -82,7 +82,7 @@ def data_name(data: Mapping) -> str:
 
 
 def comparison_table(content: Mapping) -> str:
-    """F1 and recall@1 against every other system; empty where there is none."""
+    """F1, containment and recall@1 against every other system; empty where there is none."""
     lines = ["| against | metric | difference | p |", "| --- | --- | --- | --- |"]
     rows = [row for row in content["comparisons"] if row["metric"] in TABLE_COMPARISONS]
     for row in rows:
