@@ -124,6 +124,14 @@ def test_a_checkpoint_is_calibrated(checkpoint_copy, shared_model, files, capsys
     assert refused == [score < chosen["min_score"] for score in best]
 
 
+def test_training_starts_without_the_threshold_of_its_checkpoint(checkpoint_copy, build):
+    """It is of cosines that training changes."""
+    path = checkpoint_copy / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "min_score": 0.5}))
+    trainer = build("instruct", model_options={"checkpoint": str(checkpoint_copy)})
+    assert trainer.unwrapped.config.min_score is None
+
+
 def namespace(**changes):
     return type("Arguments", (), {"half": None, "limit": None, **changes})
 
