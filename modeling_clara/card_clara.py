@@ -146,7 +146,8 @@ def _loss(manifest: Manifest) -> str:
     if not manifest.measured:
         return "\nWhat the codec loses was not measured on this corpus.\n"
     measured, rows = manifest.measured, manifest.measured["codecs"].values()
-    columns = [name for name in ("recall@5", "f1", "em") if any(name in row for row in rows)]
+    names = ("recall@5", "f1", "em", "containment")
+    columns = [name for name in names if any(name in row for row in rows)]
     lines = [
         f"\nMeasured with {measured['questions']} questions of {measured['data']}; recall@5 is the share of the five "
         "best documents of float16 memories that are found, answers are compared with the gold ones:\n",

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from transformers.utils import logging as transformers_logging
 
 DTYPES = ("float32", "bfloat16")
+ABSTAINED = "(no document is near enough)"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--backbone", help="backbone folder or Hub id (default: SmolLM2-135M-Instruct)")
     demo.add_argument("--top-k", type=int, help="documents that are read (default: 5)")
     demo.add_argument("--memory-size", type=int, help="memory vectors per document (default: the largest)")
+    demo.add_argument("--all", action="store_true", help="ask all packaged questions and count the right answers")
     demo.set_defaults(run=run_demo)
     _add_compress(commands)
     _add_ask(commands)
@@ -119,7 +121,9 @@ def _add_ask(commands) -> None:
     ask.add_argument(
         "--retrieval-memory-size", type=int, help="memory vectors that are compared (default: the model's)"
     )
-    ask.add_argument("--min-score", type=float, help="abstain where no document has this cosine")
+    ask.add_argument(
+        "--min-score", type=float, help="abstain where no document has this cosine (default: the model's; -1: never)"
+    )
     ask.add_argument("--max-new-tokens", type=int, default=64, help="length limit of an answer (default: 64)")
     ask.add_argument("--where", type=json.loads, help='filter, such as \'{"year": {"$gte": 2020}}\'')
     ask.add_argument("--hybrid", action="store_true", help="also rank by BM25 over the text")
@@ -203,7 +207,7 @@ def run_ask(arguments: argparse.Namespace) -> int:
         print(json.dumps({"answers": rows, "answer_ms": answer_ms}, indent=2, ensure_ascii=False))
         return 0
     for row in rows:
-        print(f"{row['question']}\n  {'(no document is near enough)' if row['abstained'] else _short(row['answer'])}")
+        print(f"{row['question']}\n  {ABSTAINED if row['abstained'] else _short(row['answer'])}")
         for source in row["sources"]:
             print(f"  {source['score']:.3f}  {source['read_as']:<6}  {source['document_id']}  {source['title']}")
         print(f"  {row['prompt_tokens']:,} prompt tokens")
@@ -243,6 +247,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
         model,
         folder=arguments.folder,
         questions=arguments.question,
+        ask_all=arguments.all,
         top_k=arguments.top_k,
         memory_size=arguments.memory_size,
     )
@@ -260,6 +265,13 @@ def run_demo(arguments: argparse.Namespace) -> int:
         print("The adapters are untrained: answers from memory are not meaningful yet. Times and sizes are.")
     for result in report["results"]:
         _print_result(result)
+    right = report["right"]
+    if right["questions"]:
+        print(
+            f"\nOf {right['questions']} questions with a known answer {right['memory']} answers from memory and "
+            f"{right['text']} from text contain it"
+            + (f"; from memory {right['refused']} were refused." if right["refused"] else ".")
+        )
     return 0
 
 
@@ -267,7 +279,7 @@ def _print_result(result: dict) -> None:
     memory, text = result["memory"], result["text"]
     total = memory["retrieve_ms"] + memory["first_token_ms"]
     print(f"\n{result['question']}")
-    print(f"  from memory  {_short(memory['answer'])}")
+    print(f"  from memory  {ABSTAINED if memory['abstained'] else _short(memory['answer'])}")
     print(
         f"               {memory['prompt_tokens']} prompt tokens | encode + search {memory['retrieve_ms']:.0f} ms | "
         f"read {memory['first_token_ms']:.0f} ms | decode {memory['decode_ms']:.0f} ms"

@@ -36,6 +36,8 @@ class CLaRaConfig(PreTrainedConfig):
             spread of the token embeddings, by rows that `normalize_memories` measured once; False is the paper.
         document_max_length (`int`): tokens of one span, title and BOS included (paper: 256).
         retrieval_top_k (`int`): documents that are read by default (paper: 5).
+        min_score (`float`): cosine of `retrieval_memory_size` vectors, -1 to 1; `answer` and `stream` read no document
+            below it, and abstain without any. None reads all. `recipes/calibrate.py` chooses it.
         retrieval_temperature (`float`): temperature of the differentiable top-k (paper: 0.02).
         alignment_weight (`float`): lambda of L_MSE, eq. 2.2 (paper: 0.1); the loss is a mean over the hidden size.
         contrastive_weight (`float`): weight of the InfoNCE term where positives are given; 0 is the paper.
@@ -61,6 +63,7 @@ class CLaRaConfig(PreTrainedConfig):
     memory_normalization: bool = False
     document_max_length: int = 256
     retrieval_top_k: int = 5
+    min_score: float | None = None
     retrieval_temperature: float = 0.02
     alignment_weight: float = 0.1
     contrastive_weight: float = 0.0
@@ -123,6 +126,7 @@ class CLaRaConfig(PreTrainedConfig):
         rules = {
             "document_max_length": (self.document_max_length >= 8, ">= 8 tokens"),
             "retrieval_top_k": (self.retrieval_top_k >= 1, ">= 1"),
+            "min_score": (self.min_score is None or -1 <= self.min_score <= 1, "None or a cosine from -1 to 1"),
             "retrieval_temperature": (self.retrieval_temperature > 0, "> 0"),
             "alignment_weight": (self.alignment_weight >= 0, ">= 0"),
             "contrastive_weight": (self.contrastive_weight >= 0, ">= 0"),

@@ -15,7 +15,7 @@ from transformers.utils.logging import tqdm
 
 from .filters_clara import check_where, rows_where
 from .index_clara import VectorIndex
-from .lexical_clara import LexicalIndex, fuse_ranks, lexical_key
+from .lexical_clara import FUSIONS, LexicalIndex, fuse, lexical_key
 from .milvus_clara import MilvusIndex
 from .search_clara import SMALL, Ranked, exact_cosines, rank_documents, scan
 from .snapshot_clara import Snapshot
@@ -47,7 +47,7 @@ class SearchMixin:
         self,
         *,
         where: Mapping | None = None,
-        hybrid: bool | None = None,
+        hybrid: bool | str | None = None,
         exact: bool | None = None,
         shortlist: int | None = None,
     ) -> Self:
@@ -59,6 +59,7 @@ class SearchMixin:
         view = copy.copy(self)  # shares snapshot and index
         view._options = self._options | {name: value for name, value in given.items() if value is not None}
         check_count(view._options["shortlist"], "shortlist", f"Default: {SHORTLIST}.")
+        _check_hybrid(view._options["hybrid"])
         if where is not None:
             check_where(where, self._filterable())
         return view
@@ -70,7 +71,7 @@ class SearchMixin:
         where: Mapping | None = None,
         *,
         questions: Sequence[str] | None = None,
-        hybrid: bool | None = None,
+        hybrid: bool | str | None = None,
         exact: bool | None = None,
         shortlist: int | None = None,
     ) -> list[list[dict]]:
@@ -84,7 +85,8 @@ class SearchMixin:
             top_k: documents a question; fewer come back where there are no more.
             where: a filter on `document_id`, `title` and the metadata, see `filters_clara.py`.
             questions: their texts, for `hybrid`.
-            hybrid: also rank by BM25 over the text and fuse both orders by reciprocal rank.
+            hybrid: also rank by BM25 over the text and fuse both: True or "ranks" by reciprocal rank, "scores" by a
+                weighted sum of both scores, each standardised over what was found (`lexical_clara.fuse`).
             exact: compare all memories, without the index.
             shortlist: spans a question that are compared exactly; default 100.
 
@@ -102,6 +104,7 @@ class SearchMixin:
         query_memory = self._check_query(query_memory)
         check_count(top_k, "top_k", "Default: 5.")
         check_count(options["shortlist"], "shortlist", f"Default: {SHORTLIST}.")
+        _check_hybrid(options["hybrid"])
         allowed = None if snapshot.n_live == snapshot.n_rows else snapshot.live
         if options["where"] is not None:
             check_where(options["where"], self._filterable())
@@ -114,7 +117,8 @@ class SearchMixin:
         depth = max(top_k, options["shortlist"]) if options["hybrid"] else top_k
         ranked = rank_documents(snapshot, query_memory, depth, find, shortlist=options["shortlist"], allowed=allowed)
         if options["hybrid"]:
-            ranked = self._fuse(snapshot, query_memory, questions, ranked, depth, allowed)
+            fusion = options["hybrid"] if options["hybrid"] in FUSIONS else FUSIONS[0]
+            ranked = self._fuse(snapshot, query_memory, questions, ranked, depth, allowed, fusion)
         return [self._hits(snapshot, row[:top_k]) for row in ranked]
 
     def _check_query(self, query_memory: torch.Tensor) -> torch.Tensor:
@@ -160,7 +164,7 @@ class SearchMixin:
                 return MilvusIndex(snapshot, memory_size, **self._milvus, progress=bar.update, previous=previous)
             return VectorIndex(snapshot, memory_size, self._index_kind, bar.update, previous)
 
-    def _fuse(self, snapshot, query_memory, questions, ranked: Ranked, depth: int, allowed) -> Ranked:
+    def _fuse(self, snapshot, query_memory, questions, ranked: Ranked, depth: int, allowed, fusion: str) -> Ranked:
         """Both orders, of memories and of words, as one."""
         if isinstance(questions, str) or not all(isinstance(question, str) for question in questions or []):
             raise TypeError("`questions` must be a list of texts for `hybrid`. Pass the texts of the query memories.")
@@ -174,17 +178,19 @@ class SearchMixin:
             if lexical is None or lexical.key != lexical_key(snapshot):
                 lexical = self._shared.lexical = LexicalIndex(snapshot)
         found = lexical.shortlist(questions, depth, allowed)
-        rows = np.full((len(found), max([1, *map(len, found)])), -1, dtype=np.int64)
-        for question, mine in enumerate(found):
+        rows = np.full((len(found), max([1, *(len(mine) for mine, _ in found)])), -1, dtype=np.int64)
+        for question, (mine, _) in enumerate(found):
             rows[question, : len(mine)] = mine
         cosines = exact_cosines(snapshot, query_memory, rows)
         fused = []
         for by_memory, by_words, lexical_cosines in zip(ranked, found, cosines, strict=True):
             best = {self._document(snapshot, row): (row, score) for row, score in lexical_cosines}
             best |= {self._document(snapshot, row): (row, score) for row, score in by_memory}
-            words = list(dict.fromkeys(self._document(snapshot, int(row)) for row in by_words))
-            scores = fuse_ranks([[self._document(snapshot, row) for row, _ in by_memory], words])
-            order = sorted(scores, key=lambda document: (-scores[document], -best[document][1], document))
+            words = {}
+            for row, score in zip(*by_words, strict=True):  # the best span of a document comes first
+                words.setdefault(self._document(snapshot, int(row)), float(score))
+            memories = [self._document(snapshot, row) for row, _ in by_memory]
+            order = fuse(memories, words, {document: score for document, (_, score) in best.items()}, fusion)
             fused.append([best[document] for document in order])
         return fused
 
@@ -202,3 +208,10 @@ class SearchMixin:
             metadata = {name: record.pop(name) for name in snapshot.manifest.metadata}
             hits.append({**record, "score": score, "memory": rows, "metadata": metadata})
         return hits
+
+
+def _check_hybrid(hybrid: bool | str) -> None:
+    if hybrid not in (True, False, *FUSIONS):
+        raise ValueError(
+            f"`hybrid` must be True, False, {' or '.join(map(repr, FUSIONS))}, got {hybrid!r}. Pass one of them."
+        )

@@ -4,6 +4,8 @@ Stands on top of the public API, as a user's script would. It knows nothing of t
 """
 
 import json
+import re
+import string
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,10 @@ PASSAGES = Path(__file__).parent / "data" / "demo_passages.jsonl"
 TRAINED_MODEL = Path(__file__).parent.parent / "model_cards" / "clara-smollm2-135m"
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 FOLDER_QUESTION = "What is this text about?"
+UNANSWERABLE = "Who wrote the novel Moby-Dick?"  # no packaged passage says it
+MAX_NEW_TOKENS = 64
+ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def load_model(checkpoint: str | None, backbone: str | None) -> tuple[CLaRaForRAG, bool]:
@@ -49,21 +55,21 @@ def is_backbone_of(checkpoint: Path, backbone: str) -> bool:
     return all(getattr(own, name) == getattr(other, name, None) for name in SHAPE)
 
 
-def read_passages(folder: str | None) -> tuple[list[dict], list[str], list[dict]]:
+def read_passages(folder: str | None) -> tuple[list[dict], list[dict], list[dict]]:
     """Passages, questions that come with them, and what was skipped.
 
     Args:
         folder: a folder of .txt and .md files, searched through; default the packaged passages.
 
     Returns:
-        documents `{id, title, text}`, questions, rejected `{id, reason}`.
+        documents `{id, title, text}`, questions `{question, answers}`, rejected `{id, reason}`.
 
     Raises:
         ValueError: the folder is none, or holds no readable text.
     """
     if folder is None:
         rows = [json.loads(line) for line in PASSAGES.read_text(encoding="utf-8").splitlines()]
-        questions = [row["questions"][0]["question"] for row in rows]
+        questions = [question for row in rows for question in row["questions"]]
         return [{key: row[key] for key in ("id", "title", "text")} for row in rows], questions, []
     if not Path(folder).is_dir():
         raise ValueError(
@@ -95,8 +101,22 @@ def compress_documents(model: CLaRaForRAG, documents: Sequence[Mapping]) -> list
     return spans
 
 
+def contains_answer(text: str, answers: Sequence[str]) -> bool:
+    """Whether an answer has a right one in it, word for word: `containment` of recipes/metrics/rag_answer.
+
+    >>> contains_answer("It is in the Black Forest.", ["Black Forest"]), contains_answer("Newark", ["New"])
+    (True, False)
+    """
+    said = f" {_words(text)} "
+    return any(f" {words} " in said if words else not said.strip() for words in map(_words, answers))
+
+
+def _words(text: str) -> str:
+    return " ".join(ARTICLES.sub(" ", text.lower().translate(NO_PUNCTUATION)).split())
+
+
 def answer_from_text(
-    model: CLaRaForRAG, question: str, documents: Sequence[Mapping], max_new_tokens: int = 64
+    model: CLaRaForRAG, question: str, documents: Sequence[Mapping], max_new_tokens: int = MAX_NEW_TOKENS
 ) -> tuple[str, dict[str, float]]:
     """The plain backbone reads the text of the documents.
 
@@ -141,13 +161,42 @@ def answer_from_memory(
             marks.append(time.perf_counter())
             answer = stop.value
             break
-    prompt = model.processor.build_prompt(question, len(answer.sources), memory_size)
+    n_tokens = 0
+    if not answer.abstained:
+        n_tokens = len(model.processor.build_prompt(question, len(answer.sources), memory_size).input_ids)
     return answer, {
-        "prompt_tokens": len(prompt.input_ids),
+        "prompt_tokens": n_tokens,
         "retrieve_ms": 1e3 * (marks[0] - start),
         "first_token_ms": 1e3 * (marks[1] - marks[0]),
         "decode_ms": 1e3 * (marks[-1] - marks[1]),
     }
+
+
+def count_right(
+    model: CLaRaForRAG, questions: Sequence[Mapping], spans: Sequence[Mapping], *, top_k: int, memory_size: int
+) -> dict[str, int]:
+    """Ask questions `{question, answers}` together, from memory and, with the same documents, from text.
+
+    Returns:
+        `questions`; `memory` and `text`: answers that contain a right one; `refused`: not answered from memory.
+    """
+    texts = [row["question"] for row in questions]
+    answers = model.answer(texts, documents=spans, top_k=top_k, memory_size=memory_size, max_new_tokens=MAX_NEW_TOKENS)
+    by_id, prompts = {span["id"]: span for span in spans}, []
+    for text, sources in zip(texts, model.retrieve(texts, documents=spans, top_k=top_k), strict=True):
+        read = [by_id[source.document_id] for source in sources]
+        prompts.append(model.processor.build_prompt(text, 0, memory_size, text_documents=read))
+        model.check_window(len(prompts[-1].input_ids) + MAX_NEW_TOKENS, text, "Lower `top_k`.")
+    generation = model.build_generation_config(None, MAX_NEW_TOKENS)
+    nothing = model.memory_embeddings.new_zeros(0, memory_size, model.config.text_config.hidden_size)
+    with model.lock, torch.no_grad():
+        plain = model.generate_texts(prompts, [nothing] * len(prompts), generation, role=None)
+    pairs = {"memory": [answer.text for answer in answers], "text": plain}
+    right = {
+        reader: sum(contains_answer(text, row["answers"]) for text, row in zip(found, questions, strict=True))
+        for reader, found in pairs.items()
+    }
+    return {"questions": len(questions), "refused": sum(answer.abstained for answer in answers), **right}
 
 
 def run_demo(
@@ -155,6 +204,7 @@ def run_demo(
     *,
     folder: str | None = None,
     questions: Sequence[str] = (),
+    ask_all: bool = False,
     top_k: int | None = None,
     memory_size: int | None = None,
 ) -> dict:
@@ -163,16 +213,25 @@ def run_demo(
     Args:
         model: see `load_model`.
         folder: a folder of text; default the packaged passages.
-        questions: default three of the packaged ones, or one general question for a folder.
+        questions: default three of the packaged ones, and one that they do not answer where the model has a
+            threshold (`config.min_score`); or one general question for a folder.
+        ask_all: count the right answers to all packaged questions.
         top_k: documents read; default min(config.retrieval_top_k, documents).
         memory_size: memory vectors per document; default the largest.
 
     Returns:
         `passages`, `spans`, `tokens`, `memory_size`, `compress_ms`, `rejected` and, for every question,
-        `results` with `question`, `memory` and `text` (answer and times), `sources`, `tokens_saved`.
+        `results` with `question`, `right_answers`, `memory` and `text` (answer and times), `sources`, `tokens_saved`;
+        `right`: of the packaged questions that were asked, as `count_right`.
+
+    Raises:
+        ValueError: `ask_all` with a folder.
     """
+    if ask_all and folder is not None:
+        raise ValueError(f"`ask_all` needs the packaged passages, got the folder {folder}. Leave one of them out.")
     documents, packaged, rejected = read_passages(folder)
-    questions = list(questions) or packaged[:: max(1, len(packaged) // 3)][:3] or [FOLDER_QUESTION]
+    questions = list(questions) or _default_questions(packaged, model.config.min_score is not None)
+    right_answers = {row["question"]: row["answers"] for row in packaged}
     memory_size = model.config.check_memory_size(memory_size)
     start = time.perf_counter()
     spans = compress_documents(model, documents)
@@ -182,20 +241,22 @@ def run_demo(
     results = []
     for question in questions:
         answer, times = answer_from_memory(model, question, spans, top_k=top_k, memory_size=memory_size)
-        read = [by_id[source.document_id] for source in answer.sources]
-        text_answer, text_times = answer_from_text(model, question, read)
+        sources = answer.sources or model.retrieve([question], documents=spans, top_k=top_k)[0]
+        text_answer, text_times = answer_from_text(model, question, [by_id[source.document_id] for source in sources])
         results.append(
             {
                 "question": question,
-                "memory": {"answer": answer.text, **times},
+                "right_answers": right_answers.get(question, []),
+                "memory": {"answer": answer.text, "abstained": answer.abstained, **times},
                 "text": {"answer": text_answer, **text_times},
                 "sources": [
                     {"document_id": source.document_id, "title": source.title, "score": source.score}
-                    for source in answer.sources
+                    for source in sources
                 ],
                 "tokens_saved": text_times["prompt_tokens"] - times["prompt_tokens"],
             }
         )
+    sizes = {"top_k": top_k, "memory_size": memory_size}
     return {
         "passages": len(documents),
         "spans": len(spans),
@@ -204,4 +265,21 @@ def run_demo(
         "compress_ms": compress_ms,
         "rejected": rejected,
         "results": results,
+        "right": count_right(model, packaged, spans, **sizes) if ask_all else _right_among(results),
     }
+
+
+def _default_questions(packaged: Sequence[Mapping], can_refuse: bool) -> list[str]:
+    if not packaged:
+        return [FOLDER_QUESTION]
+    return [row["question"] for row in packaged[:: len(packaged) // 3][:3]] + [UNANSWERABLE] * can_refuse
+
+
+def _right_among(results: Sequence[Mapping]) -> dict[str, int]:
+    """As `count_right`, of the results of questions whose answer is known."""
+    known = [row for row in results if row["right_answers"]]
+    right = {
+        reader: sum(contains_answer(row[reader]["answer"], row["right_answers"]) for row in known)
+        for reader in ("memory", "text")
+    }
+    return {"questions": len(known), "refused": sum(row["memory"]["abstained"] for row in known), **right}

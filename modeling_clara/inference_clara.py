@@ -133,7 +133,8 @@ class InferenceMixin(ReaderMixin):
             corpus: as in `retrieve`.
             top_k: as in `retrieve`; every document retrieved is read.
             retrieval_memory_size: as in `retrieve`.
-            min_score: as in `retrieve`; where no source reaches it the model abstains.
+            min_score: as in `retrieve`; where no source reaches it the model abstains. Default `config.min_score`; -1
+                reads every source.
             memory_size: k that is read; default the largest.
             max_new_tokens: length limit of an answer, in tokens; a limit set in `generation_config` wins.
             generation_config: sampling and search options; default greedy.
@@ -150,6 +151,7 @@ class InferenceMixin(ReaderMixin):
         """
         memory_size = self.config.check_memory_size(memory_size)
         check_count(expand, "expand", "Pass 0 to read memories only.", least=0)
+        min_score = self.config.min_score if min_score is None else min_score
         hits, queries = self._search(
             questions, documents, corpus, top_k, retrieval_memory_size, min_score, memory_size
         )
@@ -195,6 +197,7 @@ class InferenceMixin(ReaderMixin):
         check_text(question, "question")
         check_count(expand, "expand", "Pass 0 to read memories only.", least=0)
         memory_size = self.config.check_memory_size(memory_size)
+        min_score = self.config.min_score if min_score is None else min_score
         with self.lock, eval_mode(self), torch.no_grad():
             hits, queries = self._search(
                 [question], documents, corpus, top_k, retrieval_memory_size, min_score, memory_size
@@ -333,7 +336,7 @@ class InferenceMixin(ReaderMixin):
             candidates, memory = collect_candidates(self, documents, len(questions), top_k, max(k_score, memory_size))
             queries = self.encode_queries(questions, memory_size=k_score)
             ranked = rank_candidates(queries, candidates, memory, k_score, top_k or self.config.retrieval_top_k)
-        if min_score is not None:
+        if min_score not in (None, -1):  # of -1 nothing is left out, also where rounding made a cosine smaller
             ranked = [[hit for hit in row if hit[0].score >= min_score] for row in ranked]
         return ranked, queries
 

@@ -44,6 +44,7 @@ def describe_checkpoint(path: str, revision: str | None = None) -> dict:
             "retrieval_memory_size": config.retrieval_memory_size,
             "document_max_length": config.document_max_length,
             "retrieval_top_k": config.retrieval_top_k,
+            "min_score": config.min_score,
             "lora_rank": {role: config.lora[role]["rank"] for role in ROLES},
         }
         with torch.device("meta"):

@@ -6,7 +6,7 @@ than either. It knows nothing of memories.
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,10 @@ try:
 except ImportError:  # `require_bm25` names the remedy
     bm25s = None
 
+FUSIONS = ("ranks", "scores")
 FUSION_CONSTANT = 60  # k of reciprocal rank fusion (Cormack et al. 2009)
+WORDS_WEIGHT = 0.7  # of BM25 where scores are fused; the cosine has the rest (recipes/LOG.md)
+SMALLEST_DEVIATION = 1e-6  # of scores in float32; what differs by less is rounding
 
 
 def require_bm25() -> None:
@@ -66,8 +69,10 @@ class LexicalIndex:
             (folder / "empty").touch()
         (folder / "complete").touch()
 
-    def shortlist(self, questions: Sequence[str], n: int, allowed: np.ndarray | None) -> list[np.ndarray]:
-        """For each question the rows with the largest scores above zero, best first, at most n."""
+    def shortlist(
+        self, questions: Sequence[str], n: int, allowed: np.ndarray | None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each question the rows with the largest scores above zero, best first, at most n; and these scores."""
         found = []
         for question in questions:
             words = _tokens([question], words=True)[0]
@@ -76,7 +81,8 @@ class LexicalIndex:
                 scores = np.where(allowed, scores, 0.0)
             best = best_rows(scores, n)
             best = best[np.lexsort((best, -scores[best]))]
-            found.append(best[scores[best] > 0])
+            best = best[scores[best] > 0]
+            found.append((best, scores[best]))
         return found
 
 
@@ -87,6 +93,57 @@ def lexical_key(snapshot: Snapshot) -> str:
 
 def _tokens(texts: list[str], words: bool = False):
     return bm25s.tokenize(texts, stopwords=[], return_ids=not words, show_progress=False)
+
+
+def fuse(
+    by_memory: Sequence[int], by_words: Mapping[int, float], cosines: Mapping[int, float], fusion: str = "ranks"
+) -> list[int]:
+    """One order of what memories and words have found for a question, best first.
+
+    Args:
+        by_memory: items that the memories found, best first.
+        by_words: item -> BM25 score above 0 of the items that the words found, best first.
+        cosines: item -> cosine, of all items of both.
+        fusion: "ranks" sums reciprocal ranks (`fuse_ranks`), "scores" adds standardised scores (`fuse_scores`). For
+            these an item that the words did not find has the BM25 score 0.
+
+    Returns:
+        All items; ties go to the larger cosine, then to the lower item.
+
+    >>> fuse([7, 5, 6], {5: 2.0}, {7: 0.9, 5: 0.8, 6: 0.1})
+    [5, 7, 6]
+    """
+    if fusion == "scores":
+        items = list(cosines)
+        words = [by_words.get(item, 0.0) for item in items]
+        fused = dict(zip(items, fuse_scores([cosines[item] for item in items], words).tolist(), strict=True))
+    else:
+        fused = fuse_ranks([by_memory, list(by_words)])
+    return sorted(cosines, key=lambda item: (-fused[item], -cosines[item], item))
+
+
+def fuse_scores(cosines: Sequence[float], words: Sequence[float], weight: float = WORDS_WEIGHT) -> np.ndarray:
+    """Linear fusion: (1 - weight) times the cosine plus weight times BM25, both with mean 0 and deviation 1.
+
+    Args:
+        cosines: (items,) of the candidates of one question.
+        words: (items,) BM25 scores of the same candidates.
+        weight: of BM25, 0 to 1.
+
+    Returns:
+        (items,) float64. Scores that are all equal count as zeros, so that the others decide.
+
+    >>> fuse_scores([0.1, 0.3], [4.0, 2.0]).round(6).tolist()
+    [0.4, -0.4]
+    """
+    return (1 - weight) * _standardised(cosines) + weight * _standardised(words)
+
+
+def _standardised(scores: Sequence[float]) -> np.ndarray:
+    scores = np.asarray(scores, dtype=np.float64)
+    if not len(scores) or scores.std() < SMALLEST_DEVIATION:
+        return np.zeros(len(scores))
+    return (scores - scores.mean()) / scores.std()
 
 
 def fuse_ranks(rankings: Iterable[Sequence[int]]) -> dict[int, float]:

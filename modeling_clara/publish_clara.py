@@ -60,7 +60,8 @@ class PublishMixin:
         """Write what a codec costs into corpus.json and the card.
 
         Args:
-            measured: `data`, `questions` and `codecs`: for each codec `bytes` and any of `recall@5`, `f1`, `em`.
+            measured: `data`, `questions` and `codecs`: for each codec `bytes` and any of `recall@5`, `f1`, `em`,
+                `containment`.
         """
         with self._writing() as manifest:
             manifest.measured = measured

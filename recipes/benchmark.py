@@ -151,7 +151,7 @@ def first_token_runs(model: CLaRaForRAG, documents: list[dict], memory_size: int
     def from_memory():
         model.answer(
             [QUESTION], documents=stored, top_k=len(stored), memory_size=memory_size, max_new_tokens=1,
-            retrieval_memory_size=memory_size,
+            retrieval_memory_size=memory_size, min_score=-1,
         )  # fmt: skip
 
     short = model.processor.build_prompt(QUESTION, len(documents), memory_size)
@@ -204,7 +204,7 @@ def benchmark_decode(model: CLaRaForRAG, rows: list[dict], rounds: int, n_tokens
 
     def ask(length: int):
         forced = transformers.GenerationConfig(max_new_tokens=length, min_new_tokens=length, do_sample=False)
-        return lambda: model.answer([QUESTION], documents=stored, generation_config=forced)
+        return lambda: model.answer([QUESTION], documents=stored, min_score=-1, generation_config=forced)
 
     runs = {"one": ask(1), "many": ask(n_tokens)}
     report = {}

@@ -18,6 +18,8 @@ from metrics.rag_answer.rag_answer import score_answer
 from modeling_clara import CLaRaForRAG, CompressedCorpus
 from modeling_clara.codecs_clara import CODECS
 
+ANSWERS = ("f1", "em", "containment")
+
 
 def found(corpus: CompressedCorpus, queries: torch.Tensor, top_k: int = 5) -> list[set[str]]:
     """The ids of the best documents of every question, by exact cosine."""
@@ -44,7 +46,7 @@ def measure_codecs(
         max_new_tokens: of an answer.
 
     Returns:
-        For each codec `bytes` of a memory, `recall@5`, and `f1` and `em` where there are answers.
+        For each codec `bytes` of a memory, `recall@5`, and `f1`, `em` and `containment` where there are answers.
     """
     queries = model.encode_queries(questions, memory_size=model.config.retrieval_memory_size)
     results, reference = {}, None
@@ -59,20 +61,18 @@ def measure_codecs(
             overlap = [len(mine & best) / len(best) for mine, best in zip(hits, reference, strict=True)]
             results[codec] = {"bytes": corpus.snapshot.codec.row_bytes, "recall@5": sum(overlap) / len(overlap)}
             if answers is not None:
-                texts = [
-                    answer.text
-                    for answer in model.answer(questions, corpus=corpus, top_k=top_k, max_new_tokens=max_new_tokens)
-                ]
+                options = {"top_k": top_k, "max_new_tokens": max_new_tokens, "min_score": -1}
+                texts = [answer.text for answer in model.answer(questions, corpus=corpus, **options)]
                 # an empty answer is a wrong one
                 pairs = zip(texts, answers, strict=True)
-                answered = [score_answer(text, gold) if text else {"f1": 0.0, "em": 0.0} for text, gold in pairs]
-                results[codec] |= {name: sum(row[name] for row in answered) / len(answered) for name in ("f1", "em")}
+                answered = [score_answer(text, gold) if text else dict.fromkeys(ANSWERS, 0.0) for text, gold in pairs]
+                results[codec] |= {name: sum(row[name] for row in answered) / len(answered) for name in ANSWERS}
     return results
 
 
 def render(results: dict[str, dict]) -> str:
     """A Markdown table."""
-    columns = [name for name in ("recall@5", "f1", "em") if name in results["float16"]]
+    columns = [name for name in ("recall@5", *ANSWERS) if name in results["float16"]]
     rows = [[codec, f"{row['bytes']:,}", *(f"{row[name]:.3f}" for name in columns)] for codec, row in results.items()]
     return table(["codec", "bytes a memory", *columns], rows)
 

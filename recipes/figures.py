@@ -21,9 +21,10 @@ from matplotlib.figure import Figure
 from modeling_clara import CLaRaForRAG
 from modeling_clara.sources_clara import DocumentSource
 
-BLUE, ORANGE, GREY = "#1f5fa8", "#d1651a", "#666666"
+BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#d1651a", "#3a7d44", "#666666"
 SIZE = {"figsize": (8, 3.4), "dpi": 150, "layout": "constrained"}
-QUALITY, RETRIEVAL = ("f1", "em"), ("recall@1", "recall@5")
+QUALITY, RETRIEVAL = ("f1", "em", "containment"), ("recall@1", "recall@5")
+STYLES = ((BLUE, "o-"), (ORANGE, "s--"), (GREEN, "^:"))
 BATCH = 16
 SEED = 0
 
@@ -47,6 +48,7 @@ def select_runs(results: Sequence[Mapping]) -> list[dict]:
     fixed = {
         "model": [run["model"]["fingerprint"] for run in runs],
         "data file": [run["data"]["sha256"] for run in runs],
+        "half of the questions": [run["data"].get("half") for run in runs],
         "setting": [run["setting"] for run in runs],
         "codec": [run["system"]["codec"] for run in runs],
         "system": [run["system"]["name"] for run in runs],
@@ -71,7 +73,7 @@ def plot_rate(results: Sequence[Mapping]) -> Figure:
     figure = Figure(**SIZE)
     for axes, names, title in zip(figure.subplots(1, 2), (QUALITY, RETRIEVAL), ("Answers", "Retrieval"), strict=True):
         shown = [name for name in names if all(name in run["metrics"] for run in runs)]
-        for name, color, style in zip(shown, (BLUE, ORANGE), ("o-", "s--"), strict=False):
+        for name, (color, style) in zip(shown, STYLES, strict=False):
             values = [run["metrics"][name] for run in runs]
             middle = np.array([value["value"] for value in values])
             below = np.clip(middle - [value["low"] for value in values], 0, None)
@@ -209,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Draw; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    rate = commands.add_parser("rate", help="F1 and recall against bytes")
+    rate = commands.add_parser("rate", help="answers and recall against bytes")
     rate.add_argument("results", nargs="+", type=Path, help="results.json files, or folders of runs")
     states = commands.add_parser("states", help="memories beside their documents")
     states.add_argument("model", help="checkpoint folder or Hub id")

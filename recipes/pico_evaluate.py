@@ -52,7 +52,7 @@ def evaluate_split(model: CLaRaForRAG, n_rows: int, n_documents: int, seed: int,
     ]
     given = [[documents[index]] for documents, index in zip(stored, gold, strict=True)]
     wrong = [[documents[(index + 1) % n_documents]] for documents, index in zip(stored, gold, strict=True)]
-    options = {"max_new_tokens": 8}
+    options = {"max_new_tokens": 8, "min_score": -1}
     return {
         "answers_gold_given": {
             str(k): share(texts(model.answer(questions, documents=given, memory_size=k, **options)), expected)

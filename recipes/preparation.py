@@ -47,6 +47,7 @@ def prepare_model(arguments: ModelArguments, training: CLaRaTrainingArguments) -
         model = CLaRaForRAG.from_pretrained(arguments.checkpoint, revision=arguments.revision, **loader)
         check_backbone(model, arguments)
         check_settings(model, arguments)
+        model.config.min_score = None  # of other cosines than those of the trained model
         for name in arguments.CONFIG_FIELDS:
             if getattr(arguments, name) is not None:
                 setattr(model.config, name, getattr(arguments, name))

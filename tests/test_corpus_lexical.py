@@ -12,7 +12,7 @@ import torch
 from test_corpus_search import assert_ranked, ids, make_documents, make_memory, ranking
 
 from modeling_clara import CompressedCorpus, lexical_clara
-from modeling_clara.lexical_clara import fuse_ranks
+from modeling_clara.lexical_clara import fuse, fuse_ranks, fuse_scores
 
 bm25s = pytest.importorskip("bm25s")
 
@@ -42,15 +42,19 @@ def make_texts(n: int, seed: int = 0) -> list[dict]:
     return documents
 
 
-def words_order(documents: list[dict], question: str) -> list[str]:
-    """Ids of the documents that have a word of the question, the best by BM25 first."""
+def words_scores(documents: list[dict], question: str) -> dict[str, float]:
+    """Ids of the documents that have a word of the question, the best by BM25 first, with their scores."""
     index = bm25s.BM25()
     texts = [f"{document['title']} {document['text']}" for document in documents]
     index.index(bm25s.tokenize(texts, stopwords=[], show_progress=False), show_progress=False)
     (words,) = bm25s.tokenize([question], stopwords=[], return_ids=False, show_progress=False)
     scores = index.get_scores(words) if words else np.zeros(len(documents))
     order = np.argsort(-scores, kind="stable")
-    return [documents[row]["id"] for row in order if scores[row] > 0]
+    return {documents[row]["id"]: float(scores[row]) for row in order if scores[row] > 0}
+
+
+def words_order(documents: list[dict], question: str) -> list[str]:
+    return list(words_scores(documents, question))
 
 
 def fused_order(by_memory: list[str], by_words: list[str], depth: int = 100) -> list[tuple[str, float]]:
@@ -97,6 +101,31 @@ def test_both_orders_are_fused_by_reciprocal_rank(shared_model, queries, tmp_pat
     assert ids(view.search(queries, 20, questions=questions, hybrid=False)) == [row[:20] for row in dense]
     again = CompressedCorpus.open(tmp_path / "corpus").search(queries, 20, hybrid=True, questions=questions)
     assert ids(again) == ids(found)
+
+
+def test_scores_are_fused_over_what_both_have_found(shared_model, queries, tmp_path):
+    """By hand: 0.3 times the cosine and 0.7 times BM25, each with mean 0 and deviation 1 over all 60 documents."""
+    documents = make_texts(60)
+    corpus = CompressedCorpus.build(shared_model, documents, tmp_path / "corpus")
+    found = corpus.with_options(hybrid="scores").search(queries, 60, questions=QUESTIONS)
+    for hits, dense, question in zip(found, ranking(corpus, queries, 60), QUESTIONS, strict=True):
+        names, cosines = [row[0] for row in dense], np.array([row[2] for row in dense])
+        words = words_scores(documents, question)
+        words = np.array([words.get(name, 0.0) for name in names])
+        fused = sum(
+            share * (scores - scores.mean()) / scores.std() for share, scores in ((0.3, cosines), (0.7, words))
+        )
+        expected = dict(zip(names, fused, strict=True))
+        assert [expected[hit["document_id"]] for hit in hits] == pytest.approx(sorted(fused, reverse=True), abs=1e-5)
+        assert [hit["score"] for hit in hits] == pytest.approx(
+            [dict(zip(names, cosines, strict=True))[hit["document_id"]] for hit in hits], abs=1e-5
+        )
+    assert ids(corpus.search(queries, 9, hybrid="ranks", questions=QUESTIONS)) == ids(
+        corpus.search(queries, 9, hybrid=True, questions=QUESTIONS)
+    )
+    for call in (lambda: corpus.with_options(hybrid="rank"), lambda: corpus.search(queries, 9, hybrid="rank")):
+        with pytest.raises(ValueError, match="`hybrid` must be True, False, 'ranks' or 'scores', got 'rank'"):
+            call()
 
 
 def test_equal_words_tie_to_the_lower_row(shared_model, queries, tmp_path):
@@ -197,6 +226,13 @@ def test_no_questions_find_nothing(shared_model, queries, tmp_path):
 def test_fused_ranks():
     failed, attempted = doctest.testmod(lexical_clara)
     assert failed == 0 and attempted >= 1
+    assert fuse_scores([0.5, 0.5, 0.5], [1.0, 3.0, 2.0], 0.5) == pytest.approx([-(1.5**0.5) / 2, 1.5**0.5 / 2, 0])
+    assert fuse_scores([0.2, 0.4], [0, 0]).tolist() == pytest.approx([-0.3, 0.3]) and fuse_scores([], []).size == 0
+    assert fuse_scores([0.1] * 3, [7.7] * 3).tolist() == [0, 0, 0]  # equal scores have no deviation to divide by
+    cosines = {4: 0.5, 3: 0.5, 9: 0.6, 1: 0.1}
+    assert fuse([9, 3, 4, 1], {}, cosines, "scores") == [9, 3, 4, 1]  # ties go to the lower item
+    assert fuse([9, 3, 4, 1], {1: 3.0}, cosines, "scores") == [1, 9, 3, 4]
+    assert fuse([9, 3], {1: 3.0, 4: 2.0}, cosines) == [9, 1, 3, 4]  # equal ranks: the larger cosine
     assert fuse_ranks([]) == {} and fuse_ranks([[], []]) == {}
     assert fuse_ranks([["a", "b"], ["b"]]) == pytest.approx({"a": 1 / 61, "b": 1 / 62 + 1 / 61})
     both, one = fuse_ranks([[1, 2], [3, 1]]), fuse_ranks([[1]])

@@ -212,7 +212,13 @@ def test_scores_of_another_system(command, tmp_path):
     assert {name: values[name] for name in expected} == expected
     assert content["system"]["kind"] == "external" and content["system"]["url"] == "https://example.org/x"
     digest = hashlib.sha256((tmp_path / "rows.jsonl").read_bytes()).hexdigest()
-    assert content["data"] == {"name": "rows.jsonl", "sha256": digest, "format": "multihop", "questions": 3}
+    assert content["data"] == {
+        "name": "rows.jsonl",
+        "sha256": digest,
+        "format": "multihop",
+        "half": None,
+        "questions": 3,
+    }
     assert content["model"] == dict.fromkeys(("repo", "revision", "fingerprint", "backbone"))
     assert (content["efficiency"]["tokens_read"], content["efficiency"]["latency_ms"]) == (12.0, None)
 

@@ -86,6 +86,7 @@ def test_documents_that_the_data_does_not_know_are_no_ranking(tmp_path, capsys):
         (["--model", "m", "--url", "https://a.org"], "--url has no effect with --model"),
         (["--model", "m", "--dtype", "foo"], "--dtype must be a torch dtype"),
         (["--model", "m", "--setting", "gold_only", "--systems", "clara", "bm25_text"], "nothing to rank"),
+        (["--model", "m", "--setting", "gold_only", "--systems", "clara", "hybrid"], "nothing to rank"),
     ],
 )
 def test_options_without_effect_are_refused(capsys, options, named):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from evaluation.questions import read_data
+from evaluation.questions import half_of, read_data
 
 ROW = {"id": "a", "question": "Where?", "answers": ["Paris"], "docs": ["one", "two"], "pos_index": [1]}
 PASSAGE = {"title": "T", "text": "body", "qas": [{"question": "Q0?", "answers": ["x"]}]}
@@ -122,6 +122,27 @@ def test_limit_counts_questions_and_keeps_all_documents(read):
     assert len(read([PASSAGE], limit=99).questions) == 1
     with pytest.raises(ValueError, match="`limit` must be >= 1, got 0"):
         read([PASSAGE], limit=0)
+
+
+def test_halves_are_fixed_by_the_words_of_a_question_alone(read):
+    rows = [{**ROW, "id": str(number), "question": f"Where is city {number}?"} for number in range(40)]
+    first, second = (read(rows, half=half) for half in ("first", "second"))
+    ids = [{question.id for question in data.questions} for data in (first, second)]
+    assert not ids[0] & ids[1] and ids[0] | ids[1] == {row["id"] for row in rows} and 10 < len(ids[0]) < 30
+    assert (first.half, second.half, read(rows).half) == ("first", "second", None)
+    changed = [{**row, "question": f"  where IS city, {row['id']}"} for row in rows[::-2]]  # other order, other rows
+    assert {question.id for question in read(changed, half="first").questions} == ids[0] & {r["id"] for r in changed}
+    assert half_of("Where is it?") == half_of("where is IT") == "first" and half_of("Who wrote it?") == "second"
+    assert first.ids == second.ids and first.sha256 == second.sha256 and first.documents == second.documents
+    limited = read(rows, half="first", limit=3)
+    assert limited.questions == first.questions[:3]
+
+
+def test_a_half_that_cannot_be_asked(read):
+    with pytest.raises(ValueError, match="`half` must be one of first, second, got 'third'"):
+        read([ROW], half="third")
+    with pytest.raises(ValueError, match="the second half of rows.jsonl must have a question"):
+        read([{**ROW, "question": "Where is it?"}], half="second")
 
 
 @pytest.mark.parametrize("name", ["answer", "gold_answer", "golden_answers"])

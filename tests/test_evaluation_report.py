@@ -108,6 +108,24 @@ def test_table_of_several_systems():
     assert two[0][:3] == ["data", "setting", "system"] and two[3][:2] == ["other", "oracle"]
 
 
+def test_a_half_of_the_questions_is_named_wherever_results_are_shown(folder):
+    """Also where all results are of one file; as data of its own beside the whole file and the other half."""
+    half, other = valid_results(data__half="second"), valid_results(data__half="first")
+    header, _, line = rows(results_table([half]))
+    assert header[0] == "data" and line[0] == "musique, second half"
+    assert rows(results_table([valid_results(), valid_results(data__half=None)]))[0][0] == "system"
+    cells = rows(results_table([valid_results(), half, other]))
+    assert [row[0] for row in cells[2:]] == ["musique", "musique, second half", "musique, first half"]
+    assert "musique, second half, 2,417 questions" in card_section([half])
+    update_card(folder, [valid_results(), half])
+    splits = [entry.dataset_split for entry in ModelCard.load(folder / "README.md").data.eval_results]
+    assert splits == ["all"] * (len(splits) // 2) + ["second half"] * (len(splits) // 2)
+    update_card(folder, [half])
+    assert len(ModelCard.load(folder / "README.md").data.eval_results) == len(splits)
+    (content,) = eval_result_files([valid_results(data__half="first", data__name="org/bench")]).values()
+    assert [entry["dataset"]["task_id"] for entry in content][0] == "normal_first_half_f1"
+
+
 def test_tables_escape_names():
     """A name cannot add a cell, a line or markup; what is read back is the name."""
     hostile = valid_results(system__name=f"{HOSTILE}\nnext")
@@ -125,6 +143,9 @@ def test_comparison_table():
     assert lines[0] == ["against", "metric", "difference", "p"]
     assert lines[2] == ["bm25-text", "f1", "+0.050 (+0.010 to +0.090)", "0.0100"]
     assert comparison_table(valid_results(comparisons=[])) == ""
+    content = valid_results()
+    content["comparisons"].append({**content["comparisons"][0], "metric": "containment", "difference": -0.125})
+    assert rows(comparison_table(content))[3][1:3] == ["containment", "-0.125 (+0.010 to +0.090)"]
 
 
 # --- sections --------------------------------------------------------------------------------------------------------
@@ -194,7 +215,7 @@ def test_model_index_round_trip(folder):
     expected = hub_results(results)
     assert [(e.dataset_config, e.metric_type, e.metric_value) for e in expected] == [
         ("normal, clara k=16 int8", "f1", 0.41), ("normal, clara k=16 int8", "em", 0.3),
-        ("normal, clara k=16 int8", "recall@5", 0.6),
+        ("normal, clara k=16 int8", "containment", 0.45), ("normal, clara k=16 int8", "recall@5", 0.6),
         ("oracle, clara k=16 int8", "f1", 0.5), ("oracle, clara k=16 int8", "em", 0.25),
     ]  # fmt: skip
     key = ("task_type", "dataset_type", "dataset_name", "dataset_config", "metric_type", "metric_value", "metric_name")
@@ -207,6 +228,7 @@ def test_results_of_other_data_stay_in_the_model_index(folder):
     update_card(folder, [valid_results(data__name="hotpotqa", metrics={"f1": 0.75})])
     update_card(folder, [valid_results()])
     ours = {("musique", "f1"): 0.41, ("musique", "em"): 0.3, ("musique", "recall@5"): 0.6}
+    ours |= {("musique", "containment"): 0.45}
     assert index_of(folder) == {("hotpotqa", "f1"): 0.75, **ours}
     update_card(folder, [valid_results(metrics={"f1": 0.5})])
     found = index_of(folder)
@@ -229,8 +251,13 @@ def test_eval_results_files(folder):
             assert re.fullmatch(r"\.eval_results/[\w-]+\.yaml", path)
             entries = parse_eval_result_entries(yaml.safe_load(yaml.safe_dump(content)))
             assert all(isinstance(entry, EvalResultEntry) for entry in entries)
-            assert [entry.task_id for entry in entries] == ["normal_f1", "normal_em", "normal_recall@5"]
-            assert [entry.value for entry in entries] == [0.41, 0.3, 0.6]
+            assert [entry.task_id for entry in entries] == [
+                "normal_f1",
+                "normal_em",
+                "normal_containment",
+                "normal_recall@5",
+            ]
+            assert [entry.value for entry in entries] == [0.41, 0.3, 0.45, 0.6]
             assert {entry.date for entry in entries} == {"2026-03-01T12:00:00+00:00"}
             assert entries[0].notes == "clara k=16 int8; 95 % interval 0.390 to 0.430"
         assert len(files) == 1
@@ -248,7 +275,7 @@ def test_two_systems_on_the_same_task_are_told_apart():
     results = [valid_results(), valid_results(system__memory_size=4, metrics={"f1": 0.2})]
     (content,) = eval_result_files(results, "org/bench").values()
     tasks = [entry.task_id for entry in parse_eval_result_entries(content)]
-    assert len(tasks) == len(set(tasks)) or len(tasks) == 3  # another id, or the first of them alone
+    assert len(tasks) == len(set(tasks)) or len(tasks) == 4  # another id, or the first of them alone
     configs = [(e.dataset_config, e.metric_type) for e in hub_results(results)]
     assert len(configs) == len(set(configs))
     assert describe(results[1]) == "clara k=4 int8"

@@ -98,6 +98,21 @@ def test_gold_only_reads_every_gold_document(evaluate, tmp_path):
     assert len(predictions(tmp_path / "run")[0]["read"]) == 25
 
 
+def test_two_halves_are_the_whole(evaluate, tmp_path):
+    """Each half asks its own questions, says so in results.json, and answers as the whole run does."""
+    evaluate()
+    for half in ("first", "second"):
+        printed = evaluate("--half", half, output=half)
+        content = results(tmp_path / half)
+        assert content["data"]["half"] == half and f"data.jsonl, {half} half" in printed
+        assert content["data"]["questions"] == len(predictions(tmp_path / half)) < N_QUESTIONS
+    halves = [row for half in ("first", "second") for row in predictions(tmp_path / half)]
+    assert_same(sorted(halves, key=lambda row: row["id"]), predictions(tmp_path / "run"))
+    assert results(tmp_path / "run")["data"]["half"] is None
+    evaluate("--half", "first", "--limit", "1", output="one")
+    assert_same(predictions(tmp_path / "one"), predictions(tmp_path / "first")[:1])
+
+
 # --- failures --------------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +265,8 @@ def test_another_option_in_the_same_folder(evaluate, data, tmp_path):
         "top_k": ["--top-k", "1"], "memory_size": ["--memory-size", "2"], "codec": ["--codec", "int8"],
         "max_new_tokens": ["--max-new-tokens", "7"], "setting": ["--setting", "oracle"], "seed": ["--seed", "1"],
         "retrieval_memory_size": ["--retrieval-memory-size", "2"], "min_score": ["--min-score", "0.5"],
-        "limit": ["--limit", "9"], "system": ["--systems", "text"], "num_candidates": ["--num-candidates", "7"],
+        "limit": ["--limit", "9"], "half": ["--half", "first"], "system": ["--systems", "text"],
+        "num_candidates": ["--num-candidates", "7"],
     }  # fmt: skip
     for name, options in changes.items():
         assert f"`{name}` must be" in evaluate(*options, expect=1), name

@@ -10,13 +10,36 @@ import torch
 from evaluation.questions import EvaluationData, Question
 from evaluation.run import _predict
 from evaluation.spans import Spans, compress_documents, finish_codec, open_memories
-from evaluation.systems import SYSTEMS, Bench, Clock, read, retrieve, rows_to_read, span_bytes, time_one, wrong_rows
+from evaluation.systems import (
+    COMPARING,
+    RANKING,
+    SYSTEMS,
+    Bench,
+    Clock,
+    read,
+    retrieve,
+    rows_to_read,
+    span_bytes,
+    time_one,
+    wrong_rows,
+)
 from evaluation.tasks import Task, make_tasks, needed_documents
 
 from modeling_clara.codecs_clara import Codec
 from modeling_clara.generation_clara import eval_mode
 
 N_TOKENS = 8
+SAME_IN_ANY_BATCH = [
+    "clara",
+    "clara_expand",
+    "text",
+    "bm25_text",
+    "bm25_memory",
+    "hybrid",
+    "hybrid_scores",
+    "closed_book",
+]
+SAME_IN_ANY_BATCH += ["wrong_memory"]
 PLACES = "France Germany Italy Spain Norway Egypt Peru Japan India Kenya Chile Cuba".split()
 LONG = " ".join(f"The river number {number} of Austria flows through the city {number}." for number in range(9))
 
@@ -155,9 +178,7 @@ def test_long_documents_are_read_by_their_best_span(bench, tasks):
     assert score == pytest.approx(float(cosines.max()), abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name", ["clara", "clara_expand", "text", "bm25_text", "bm25_memory", "closed_book", "wrong_memory"]
-)
+@pytest.mark.parametrize("name", SAME_IN_ANY_BATCH)
 def test_batches_change_nothing(bench, tasks, name):
     """One question at a time, all at once, in another order: the same rows."""
     together = without_seconds(predict(bench, name, tasks))
@@ -220,6 +241,43 @@ def test_bm25_systems_share_their_ranking(bench, tasks):
     for task, row in zip(tasks[1:], text[1:], strict=True):
         place = task.question.text.rpartition(" ")[2].strip("?")
         assert place in documents()[row["retrieved"][0]]["text"]
+
+
+@pytest.mark.parametrize("name", ["hybrid", "hybrid_scores"])
+def test_hybrid_fuses_the_cosine_with_bm25(bench, tasks, name):
+    """The orders of `clara` and `bm25_memory` over the same candidates, fused by hand; scores are the cosines."""
+    ours, clara, words = (predict(bench, system, tasks) for system in (name, "clara", "bm25_memory"))
+    differs = []
+    for row, by_memory, by_words in zip(ours, clara, words, strict=True):
+        cosines = dict(zip(by_memory["retrieved"], by_memory["scores"], strict=True))
+        found = dict(zip(by_words["retrieved"], by_words["scores"], strict=True))
+        fused = dict.fromkeys(cosines, 0.0)
+        if name == "hybrid":
+            for order in (list(cosines), [document for document in found if found[document] > 0]):
+                for rank, document in enumerate(order, 1):
+                    fused[document] += 1 / (60 + rank)
+        else:
+            for share, scores in ((0.3, cosines), (0.7, found)):
+                values = np.array(list(scores.values()))
+                for document, score in scores.items():
+                    fused[document] += share * (score - values.mean()) / (values.std() or 1.0)
+        assert [fused[document] for document in row["retrieved"]] == pytest.approx(
+            sorted(fused.values(), reverse=True), abs=1e-5
+        )
+        assert row["scores"] == pytest.approx([cosines[document] for document in row["retrieved"]], abs=2e-6)
+        assert row["read"] == row["retrieved"][:2] and sorted(row["retrieved"]) == sorted(cosines)
+        differs.append(row["retrieved"] != by_memory["retrieved"])
+    assert any(differs)
+
+
+@pytest.mark.parametrize("name, fusion", [("hybrid", "ranks"), ("hybrid_scores", "scores")])
+def test_hybrid_searches_a_corpus_as_users_do(bench, name, fusion):
+    tasks = make_tasks(make_data(), "corpus", nothing)
+    for task, row in zip(tasks, predict(bench, name, tasks), strict=True):
+        query = bench.model.encode_queries([task.question.text], memory_size=2)
+        options = {"questions": [task.question.text], "hybrid": fusion}
+        (hits,) = bench.spans.corpus.search(query, len(documents()), **options)
+        assert row["retrieved"] == [hit["document_id"] for hit in hits]
 
 
 def test_a_call_leaves_the_model_as_it_was(bench, tasks):
@@ -331,8 +389,8 @@ def test_parts_of_the_time(bench, tasks, name):
     assert list(times) == ["query", "search", "read", "decode", "total"]
     assert times["total"] == pytest.approx(sum(times[part] for part in ("query", "search", "read", "decode")))
     assert times["read"] > 0 and times["decode"] > 0
-    assert (times["query"] > 0) == (SYSTEMS[name].retriever == "clara")
-    assert (times["search"] > 0) == (SYSTEMS[name].retriever in ("clara", "bm25"))
+    assert (times["query"] > 0) == (SYSTEMS[name].retriever in COMPARING)
+    assert (times["search"] > 0) == (SYSTEMS[name].retriever in RANKING)
 
 
 def test_more_tokens_take_longer_to_decode_and_not_to_read(bench, tasks):

@@ -24,6 +24,7 @@ def test_runs_are_sorted_and_baselines_left_out():
         ({"model__fingerprint": "f" * 64}, "one model"),
         ({"data__sha256": "0" * 64}, "one data file"),
         ({"setting": "oracle"}, "one setting"),
+        ({"data__half": "first"}, "one half of the questions"),
         ({"system__codec": "int4"}, "one codec"),
         ({"system__name": "other"}, "one system"),
         ({"system__memory_size": 4}, "at least two memory sizes"),
@@ -41,6 +42,8 @@ def test_rate_draws_every_point_with_its_interval():
     assert list(line.get_xdata()) == [1024.0, 2048.0]
     np.testing.assert_allclose(line.get_ydata(), [0.4, 0.8])
     assert [text.get_text().split("\n")[0] for text in answers.get_xticklabels()] == ["k = 4", "k = 8"]
+    legend = [text.get_text() for text in answers.get_legend().get_texts()]
+    assert legend == ["f1", "em", "containment"]
     assert "recall@5" in [text.get_text() for text in retrieval.get_legend().get_texts()]
 
 

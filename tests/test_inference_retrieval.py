@@ -1,5 +1,7 @@
 """`retrieve` and what `answer` reads of it, against cosines computed here: ties, sizes, spans, stored memories."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from conftest import DOCUMENTS, QUESTIONS
 from readings import ExactScan, corpus_documents, cosines, greedy_reference, random_texts, read_stream, texts
 from tiny import HIDDEN
 
-from modeling_clara import Answer
+from modeling_clara import Answer, CLaRaForRAG
 
 
 @pytest.mark.parametrize("k", [2, 4])
@@ -102,6 +104,36 @@ def test_below_min_score_the_model_abstains_and_does_not_generate(shared_model):
     one = shared_model.answer(QUESTIONS, documents=DOCUMENTS, min_score=max(best), max_new_tokens=4)
     assert sorted(answer.abstained for answer in one) == [False, True]
     assert [answer.abstained for answer in one] == [score < max(best) for score in best]
+
+
+def test_the_threshold_of_a_checkpoint_is_the_default_of_answering(model, checkpoint_copy):
+    """`answer` and `stream` take it unless they are told another, -1 switches it off, `retrieve` does not know it."""
+    options = {"documents": DOCUMENTS, "max_new_tokens": 4}
+    assert model.config.min_score is None
+    before, ranked = model.answer(QUESTIONS, **options), model.retrieve(QUESTIONS, documents=DOCUMENTS)
+    best = max(row[0].score for row in ranked)
+    path = checkpoint_copy / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "min_score": best}))
+    loaded = CLaRaForRAG.from_pretrained(checkpoint_copy)
+    assert loaded.config.min_score == best and loaded.fingerprint == model.fingerprint
+    answers = loaded.answer(QUESTIONS, **options)
+    assert answers == model.answer(QUESTIONS, min_score=best, **options)
+    assert sorted(answer.abstained for answer in answers) == [False, True]
+    for question, answer in zip(QUESTIONS, answers, strict=True):
+        assert read_stream(loaded.stream(question, **options))[1] == answer
+    assert loaded.retrieve(QUESTIONS, documents=DOCUMENTS) == ranked
+    assert loaded.answer(QUESTIONS, min_score=-1, **options) == before
+    assert read_stream(loaded.stream(QUESTIONS[0], min_score=-1, **options))[1] == before[0]
+    assert all(answer.abstained for answer in loaded.answer(QUESTIONS, min_score=1.1, **options))
+
+
+def test_min_score_of_minus_one_keeps_everything(shared_model):
+    """Also a cosine that rounding has made smaller than -1."""
+    query = shared_model.encode_queries(QUESTIONS[:1], memory_size=4)[0]
+    documents = [{"text": "opposite", "memory": -query}]
+    (answer,) = shared_model.answer(QUESTIONS[:1], documents=documents, min_score=-1, max_new_tokens=2)
+    assert not answer.abstained and answer.sources[0].score == pytest.approx(-1)
+    assert shared_model.retrieve(QUESTIONS[:1], documents=documents, min_score=-0.9) == [[]]
 
 
 def test_what_is_compared_and_what_is_read_have_sizes_of_their_own(shared_model):

@@ -134,6 +134,17 @@ def test_a_limited_run_is_not_comparable():
     assert problem == "data.questions must be all of musique (2417), got 10. Evaluate without --limit."
 
 
+def test_a_half_is_accepted_as_data_of_its_own(tmp_path):
+    half = {**limited(), "data": {**limited()["data"], "half": "second"}}
+    assert validation.check_submission(half, DATA_FILES) == []
+    (problem,) = validation.check_submission(valid_results(data__half="second"), DATA_FILES)
+    assert problem.startswith("data.questions must be less than all of musique (2417) where data.half is 'second'")
+    assert any("third" in problem for problem in validation.check_results(valid_results(data__half="third")))
+    files = {"whole.json": valid_results(), "half.json": half, "old.json": valid_results(data__half=None)}
+    frame = make_frame(load(write(tmp_path, files)).entries)
+    assert sorted(frame["data"]) == ["musique", "musique (second half)"]  # old and new files of all questions are one
+
+
 @pytest.mark.parametrize("content", [None, [], "x", 3, {}, {"schema_version": 1}, {"schema_version": [1]}])
 def test_anything_may_be_checked(content):
     assert validation.check_submission(content, DATA_FILES)

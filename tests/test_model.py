@@ -277,6 +277,8 @@ def test_forward_names_contradicting_inputs(shared_model):
         ({"memory_sizes": (4,), "retrieval_memory_size": 8}, "retrieval_memory_size"),
         ({"retrieval_top_k": 0}, "retrieval_top_k"),
         ({"retrieval_temperature": 0.0}, "retrieval_temperature"),
+        ({"min_score": 1.5}, "`min_score` must be None or a cosine from -1 to 1, got 1.5"),
+        ({"min_score": float("nan")}, "min_score"),
         ({"alignment_weight": -1.0}, "alignment_weight"),
         ({"contrastive_weight": -1.0}, "contrastive_weight"),
         ({"document_max_length": 4}, "document_max_length"),

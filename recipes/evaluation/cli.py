@@ -18,14 +18,16 @@ from accelerate.utils import InitProcessGroupKwargs
 from leaderboard.validation import URL
 
 from evaluation.evaluation import Evaluation
+from evaluation.questions import HALVES
 from evaluation.report import comparison_table, results_table
 from evaluation.run import is_foreign
 from evaluation.scores import RESAMPLES
-from evaluation.systems import SYSTEMS
+from evaluation.systems import RANKING, SYSTEMS
 from evaluation.tasks import SETTINGS, check_setting
 from modeling_clara.codecs_clara import CODECS
 from modeling_clara.storage_clara import writer_lock
 
+RANKED = set(RANKING) - {"clara"}  # retrievers of which nothing is left where the gold documents are given
 TUNED = {name for name, system in SYSTEMS.items() if system.reader == "tuned_text"}
 EXPAND = 1  # default of --expand
 EXIT_CODES = "Exit status: 0 done, 1 an error that is printed, 130 interrupted; the same command goes on."
@@ -68,7 +70,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--memories", type=Path, help="folder of compressed documents (default: OUTPUT/memories)")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="of an answer (default: 32)")
     parser.add_argument("--batch-size", type=int, default=32, help="questions at a time (default: 32)")
-    parser.add_argument("--limit", type=int, help="first questions of the file only")
+    parser.add_argument(
+        "--half",
+        choices=HALVES,
+        help="ask one of two fixed halves of the questions, by a hash of their words: choose on one, report the other",
+    )
+    parser.add_argument("--limit", type=int, help="first questions of the file, or of its half, only")
     parser.add_argument("--split", help="of a Hub data set or BEIR folder (default: test)")
     parser.add_argument("--data-config", help="name of a configuration of a Hub data set")
     parser.add_argument("--skip-bad-rows", action="store_true", help="list them in rejected.jsonl and go on")
@@ -119,7 +126,7 @@ def _check_systems(arguments: argparse.Namespace) -> None:
         if arguments.setting == "closed_book":
             left_out |= {name for name, system in SYSTEMS.items() if system.retriever is not None}
         if arguments.setting == "gold_only":
-            left_out |= {name for name, system in SYSTEMS.items() if system.retriever in ("bm25", "dense")}
+            left_out |= {name for name, system in SYSTEMS.items() if system.retriever in RANKED}
         arguments.systems = [name for name in SYSTEMS if name not in left_out]
     unknown = [name for name in arguments.systems if name not in SYSTEMS]
     if unknown or len(set(arguments.systems)) < len(arguments.systems):
@@ -133,7 +140,7 @@ def _check_systems(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 f"the setting 'closed_book' has no documents, but --systems has {given[0]!r}. Leave it out."
             )
-    ranked = [name for name in arguments.systems if SYSTEMS[name].retriever in ("bm25", "dense")]
+    ranked = [name for name in arguments.systems if SYSTEMS[name].retriever in RANKED]
     if arguments.setting == "gold_only" and ranked:
         raise ValueError(
             f"the setting 'gold_only' leaves nothing to rank, but --systems has {ranked[0]!r}. Take 'clara' or 'text'."
@@ -157,7 +164,18 @@ def _check_systems(arguments: argparse.Namespace) -> None:
 def _check_unused(arguments: argparse.Namespace) -> None:
     """Raise a ValueError for an option that would have no effect."""
     parser = build_parser()
-    shared = ("data", "output", "setting", "split", "data_config", "limit", "skip_bad_rows", "resamples", "seed")
+    shared = (
+        "data",
+        "output",
+        "setting",
+        "split",
+        "data_config",
+        "half",
+        "limit",
+        "skip_bad_rows",
+        "resamples",
+        "seed",
+    )
     own = ("predictions", "name", "url")
     for name, value in vars(arguments).items():
         unused = name in own if arguments.predictions is None else name not in (*own, *shared)

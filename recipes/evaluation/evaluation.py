@@ -55,6 +55,7 @@ class Evaluation:
             arguments.data,
             split=arguments.split,
             config=arguments.data_config,
+            half=arguments.half,
             limit=arguments.limit,
             skip_bad_rows=arguments.skip_bad_rows,
             may_abstain=arguments.min_score is not None or arguments.predictions is not None,
@@ -99,7 +100,8 @@ class Evaluation:
             command=arguments.command,
         )
         options = {"data": self.data.sha256, "predictions": hash_data(arguments.predictions), "system": arguments.name}
-        self._start(arguments.output, {**options, "setting": arguments.setting, "limit": arguments.limit})
+        options |= {"setting": arguments.setting, "half": arguments.half, "limit": arguments.limit}
+        self._start(arguments.output, options)
         write_lines(arguments.output / "predictions.jsonl", rows)
         write_results(arguments.output, content)
         return [content]
@@ -237,6 +239,7 @@ class Evaluation:
             "num_candidates": arguments.num_candidates,
             "min_score": arguments.min_score,
             "max_new_tokens": arguments.max_new_tokens,
+            "half": arguments.half,
             "limit": arguments.limit,
             "split": arguments.split,
             "dtype": str(self.model.dtype).removeprefix("torch."),

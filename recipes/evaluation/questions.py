@@ -15,6 +15,7 @@ has that of its line, from 1; one of a passage `LINE#N`, from 0, or `qas[].id`.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from trl.scripts.utils import DatasetConfig
 from evaluation.beir import beir_files, beir_rows
 
 FORMATS = ("multihop", "passages", "reference", "flashrag", "kilt", "beir")
+HALVES = ("first", "second")
 ALIKE = {"multihop", "reference", "flashrag"}  # differ in names of optional keys; the first row names a file
 MAX_NAMED = 3  # bad rows that an error names
 
@@ -66,7 +68,8 @@ class EvaluationData:
         documents: id -> `{title, text}`, every distinct document once, in the order of the file.
         titles: id -> title of gold documents whose text the data does not have (KILT).
         rejected: `{place, reason}` of rows that were left out.
-        ids: of all questions of the file, those behind `limit` too.
+        ids: of all questions of the file, those behind `limit` and of the other half too.
+        half: of the file's questions that is asked, one of `HALVES`; None for all.
     """
 
     name: str
@@ -77,6 +80,7 @@ class EvaluationData:
     titles: dict[str, str] = field(default_factory=dict)
     rejected: list[dict] = field(default_factory=list)
     ids: frozenset[str] = frozenset()
+    half: str | None = None
 
     @property
     def has_candidates(self) -> bool:
@@ -89,6 +93,7 @@ def read_data(
     *,
     split: str | None = None,
     config: str | None = None,
+    half: str | None = None,
     limit: int | None = None,
     skip_bad_rows: bool = False,
     may_abstain: bool = False,
@@ -99,7 +104,9 @@ def read_data(
         path: file, BEIR folder or Hub id.
         split: of a Hub data set, or of a BEIR folder's qrels; default "test".
         config: name of a configuration of a Hub data set.
-        limit: questions that are read at most; the documents of the other rows are kept as candidates for passages.
+        half: only the questions for which `half_of` gives this; all documents are kept.
+        limit: questions that are read at most, of the half if one is given; the documents of the other rows are kept
+            as candidates for passages.
         skip_bad_rows: list rows that cannot be used in `rejected` instead of stopping.
         may_abstain: whether abstaining is scored, so that questions without answers are of use by themselves.
 
@@ -113,7 +120,11 @@ def read_data(
     folder = Path(path)
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be >= 1, got {limit}. Leave it out to ask all questions.")
-    data = EvaluationData(folder.resolve().name if folder.exists() else path, "")
+    if half is not None and half not in HALVES:
+        raise ValueError(
+            f"`half` must be one of {', '.join(HALVES)}, got {half!r}. Leave it out to ask all questions."
+        )
+    data = EvaluationData(folder.resolve().name if folder.exists() else path, "", half=half)
 
     def reject(error: BadRow) -> None:
         data.rejected.append({"place": error.place, "reason": str(error)})
@@ -136,9 +147,26 @@ def read_data(
         )
     _check(data, may_abstain)
     data.ids = frozenset(question.id for question in data.questions)
+    if half is not None:
+        data.questions = [question for question in data.questions if half_of(question.text) == half]
+        if not data.questions:
+            raise ValueError(f"the {half} half of {data.name} must have a question, found none. Leave out --half.")
     data.questions = data.questions[:limit]
     data.sha256 = hash_data(folder) if folder.exists() else reader.digest.hexdigest()
     return data
+
+
+def half_of(question: str) -> str:
+    """The half that a question belongs to, by the words of its text alone.
+
+    Neither the order of a file nor its other questions matter, and a question that is asked again, with other case,
+    punctuation or white space, is in the same half.
+
+    >>> half_of("Where is it?"), half_of("  where IS it"), half_of("Who wrote it?")
+    ('first', 'first', 'second')
+    """
+    words = " ".join(re.findall(r"[^\W_]+", question.casefold()))
+    return HALVES[hashlib.sha256(words.encode()).digest()[0] % 2]
 
 
 def hash_data(path: Path) -> str:

@@ -1,13 +1,15 @@
-"""What ranks spans by text: BM25 and a dense encoder, the rivals of retrieval by memory.
+"""What ranks spans by text, BM25 and a dense encoder, and BM25 together with the model's cosine.
 
-Stands beside the model's own retrieval and has the same surface. It knows nothing of memories or scores of answers.
+Stands beside the model's own retrieval and has the same surface. It knows nothing of answers.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from evaluation.spans import Spans
+from modeling_clara.lexical_clara import fuse
 from modeling_clara.search_clara import best_rows
 
 try:
@@ -103,6 +105,45 @@ class DenseRanker:
             else self.spans.best_of_documents(mine, self.vectors[mine] @ query, depth)
             for query, mine in zip(queries, rows, strict=True)
         ]
+
+
+class HybridRanker:
+    """The model's cosine and BM25, fused as a corpus fuses them (`lexical_clara.fuse`).
+
+    Args:
+        spans: that are ranked, with memories.
+        bm25: over the same spans. A whole corpus is searched as users do, with its own BM25.
+        fusion: one of `lexical_clara.FUSIONS`.
+    """
+
+    def __init__(self, spans: Spans, bm25: Bm25Ranker, fusion: str):
+        self.spans, self.bm25, self.fusion = spans, bm25, fusion
+
+    def rank(
+        self, questions: Sequence[str], rows: Sequence[np.ndarray | None], depth: int, queries: torch.Tensor
+    ) -> list[list[tuple]]:
+        """As `Bm25Ranker.rank`, but the row is a document's best by cosine and the score is this cosine.
+
+        `queries` are the query memories, (questions, k, H) float32 on the CPU.
+        """
+        ranked = []
+        for question, query, mine in zip(questions, queries, rows, strict=True):
+            if mine is None:
+                options = {"questions": [question], "hybrid": self.fusion}
+                ranked.append(self.spans.cosines(query, None, depth, **options))
+            else:
+                ranked.append(self._rank_candidates(question, query, mine)[:depth] if len(mine) else [])
+        return ranked
+
+    def _rank_candidates(self, question: str, query: torch.Tensor, rows: np.ndarray) -> list[tuple[int, float]]:
+        best = {self._document(row): (row, cosine) for row, cosine in self.spans.cosines(query, rows, len(rows))}
+        (words,) = self.bm25.rank([question], [rows], len(rows))
+        by_words = {self._document(row): score for row, score in words if score > 0}
+        order = fuse(list(best), by_words, {name: cosine for name, (_, cosine) in best.items()}, self.fusion)
+        return [best[document] for document in order]
+
+    def _document(self, row: int) -> int:
+        return row - int(self.spans.numbers[row])
 
 
 def _rank_all(spans: Spans, scores: np.ndarray, depth: int) -> list[tuple[int, float]]:

@@ -13,8 +13,9 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_
 from leaderboard.validation import check_results
 
 SHOWN = ("f1", "em", "containment", "recall@1", "recall@5", "mrr", "abstention")
-CARD_METRICS = ("f1", "em", "recall@1", "recall@5")
-TABLE_COMPARISONS = ("f1", "recall@1")  # results.json has more
+CARD_METRICS = ("f1", "em", "containment", "recall@1", "recall@5")
+TABLE_COMPARISONS = ("f1", "containment", "recall@1")  # results.json has more
+CALIBRATION_FILE = "calibration.json"  # of calibrate.py, in the folder of a model
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 
 
@@ -49,11 +50,17 @@ def results_table(results: Sequence[Mapping]) -> str:
     """One row a system: answers and retrieval with their 95 % intervals, bytes, tokens, milliseconds, failures."""
     metrics = [name for name in SHOWN if any(name in content["metrics"] for content in results)]
     header = ["data", "setting", "system", "k", "codec", *metrics, "bytes/span", "tokens", "p50 ms", "failed"]
-    several = {name: len({str(content[name]) for content in results}) > 1 for name in ("data", "setting")}
+    named = [data_name(content["data"]) for content in results]
+    halves = {content["data"].get("half") for content in results}
+    files = {(content["data"]["name"], content["data"]["sha256"], content["data"]["questions"]) for content in results}
+    several = {
+        "data": len(files) > 1 or halves != {None},  # a half is always named
+        "setting": len({content["setting"] for content in results}) > 1,
+    }
     lines = []
-    for content in results:
+    for name, content in zip(named, results, strict=True):
         system, efficiency, latency = content["system"], content["efficiency"], content["efficiency"]["latency_ms"]
-        row = [content["data"]["name"], content["setting"], system["name"], system["memory_size"], system["codec"]]
+        row = [name, content["setting"], system["name"], system["memory_size"], system["codec"]]
         row += [_interval(content["metrics"].get(name)) for name in metrics]
         row += [_number(efficiency["bytes_per_span"]), _number(efficiency["tokens_read"])]
         row += [_number(latency["total"]["p50"]) if latency else None, content["counts"]["failed"]]
@@ -68,8 +75,14 @@ def results_table(results: Sequence[Mapping]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 
+def data_name(data: Mapping) -> str:
+    """The name of the data, with the half of the questions where it was not all of them."""
+    half = data.get("half")
+    return f"{data['name']}, {half} half" if half else data["name"]
+
+
 def comparison_table(content: Mapping) -> str:
-    """F1 and recall@1 against every other system; empty where there is none."""
+    """F1, containment and recall@1 against every other system; empty where there is none."""
     lines = ["| against | metric | difference | p |", "| --- | --- | --- | --- |"]
     rows = [row for row in content["comparisons"] if row["metric"] in TABLE_COMPARISONS]
     for row in rows:
@@ -95,13 +108,18 @@ def _escape(value) -> str:
 # --- cards -----------------------------------------------------------------------------------------------------------
 
 
-def card_section(results: Sequence[Mapping]) -> str:
-    """The evaluation section of a model card, between two marks so that it can be replaced."""
+def card_section(results: Sequence[Mapping], calibration: Mapping | None = None) -> str:
+    """The evaluation section of a model card, between two marks so that it can be replaced.
+
+    Args:
+        results: contents of results.json.
+        calibration: content of calibration.json; None where the model has no threshold.
+    """
     machines = dict.fromkeys(_machine(content["hardware"]) for content in results)
     commands = list(dict.fromkeys(content["command"] for content in results))
-    data = {content["data"]["name"]: content["data"] for content in results}
+    data = {data_name(content["data"]): content["data"] for content in results}
     named = "; ".join(
-        f"{_escape(d['name'])}, {d['questions']:,} questions (SHA-256 {d['sha256'][:12]})" for d in data.values()
+        f"{_escape(name)}, {d['questions']:,} questions (SHA-256 {d['sha256'][:12]})" for name, d in data.items()
     )
     parts = [
         BEGIN,
@@ -114,11 +132,28 @@ def card_section(results: Sequence[Mapping]) -> str:
         setting = compared["setting"].replace("_", " ")
         parts += [
             f"{_escape(compared['system']['name'])} minus other systems on the same questions "
-            f"({_escape(compared['data']['name'])}, {setting}); paired bootstrap intervals, p by sign flips:",
+            f"({_escape(data_name(compared['data']))}, {setting}); paired bootstrap intervals, p by sign flips:",
             comparison_table(compared),
         ]
+    parts += [] if calibration is None else [calibration_text(calibration)]
     parts += ["\n".join("    " + " ".join(command.split()).replace("<!--", "<! --") for command in commands), END]
     return "\n\n".join(parts)
+
+
+def calibration_text(calibration: Mapping) -> str:
+    """What the model's threshold refuses and loses, in one paragraph."""
+    questions, data = calibration["questions"], [*calibration["data"], *calibration["unanswerable"]]
+    half = f", {calibration['half']} half" if calibration["half"] else ""
+    refused = ", ".join(
+        f"{share:.1%} of {questions[kind]:,} ({kind})" for kind, share in calibration["refused"].items()
+    )
+    return (
+        f"The model does not answer where no document has a cosine of {calibration['min_score']} (`min_score`; -1 "
+        f"switches it off). Of questions that their documents do not answer this refuses {refused}; of "
+        f"{questions['answerable']:,} answerable ones it loses {calibration['lost']:.1%}, and reads "
+        f"{calibration['documents_read']:.1f} of the {calibration['top_k']} best documents for the others "
+        f"({', '.join(map(_escape, data))}{half}; {calibration['num_candidates']} candidates each)."
+    )
 
 
 def _machine(hardware: Mapping) -> str:
@@ -139,6 +174,7 @@ def hub_results(results: Sequence[Mapping], dataset: str | None = None) -> list[
     for content in results:
         if content["system"]["kind"] != "clara":
             continue
+        half = content["data"].get("half")
         for name in CARD_METRICS:
             if name not in content["metrics"]:
                 continue
@@ -150,7 +186,7 @@ def hub_results(results: Sequence[Mapping], dataset: str | None = None) -> list[
                     dataset_type=dataset or dataset_id(content),
                     dataset_name=content["data"]["name"],
                     dataset_config=f"{content['setting']}, {describe(content)}",
-                    dataset_split="all",
+                    dataset_split=f"{half} half" if half else "all",
                     metric_type=name,
                     metric_name=f"{name} ({metric['low']:.3f} to {metric['high']:.3f})",
                     metric_value=round(metric["value"], 4),
@@ -188,12 +224,14 @@ def eval_result_files(results: Sequence[Mapping], dataset: str | None = None) ->
         if content["system"]["kind"] != "clara" or "/" not in benchmark:
             continue
         name = re.sub(r"[^\w-]+", "-", benchmark).strip("-")
+        half = content["data"].get("half")
+        task = f"{content['setting']}_{half}_half" if half else content["setting"]
         for metric in CARD_METRICS:
             if metric in content["metrics"]:
                 value = content["metrics"][metric]
                 entry = EvalResultEntry(
                     dataset_id=benchmark,
-                    task_id=f"{content['setting']}_{metric}",
+                    task_id=f"{task}_{metric}",
                     value=round(value["value"], 4),
                     date=content["created"],
                     notes=f"{describe(content)}; 95 % interval {value['low']:.3f} to {value['high']:.3f}",
@@ -203,7 +241,7 @@ def eval_result_files(results: Sequence[Mapping], dataset: str | None = None) ->
 
 
 def _identity(entry: EvalResult) -> tuple:
-    return entry.dataset_type, entry.dataset_config, entry.metric_type
+    return entry.dataset_type, entry.dataset_config, entry.dataset_split, entry.metric_type
 
 
 def update_card(folder: Path, results: Sequence[Mapping], dataset: str | None = None) -> list[Path]:
@@ -216,7 +254,9 @@ def update_card(folder: Path, results: Sequence[Mapping], dataset: str | None = 
     if not path.exists():
         raise FileNotFoundError(f"{path} must be a model card, found none. Save the model there first.")
     try:
-        card = ModelCard(insert_section(path.read_text(encoding="utf-8"), card_section(results)))
+        calibration = Path(folder) / CALIBRATION_FILE
+        known = json.loads(calibration.read_text(encoding="utf-8")) if calibration.exists() else None
+        card = ModelCard(insert_section(path.read_text(encoding="utf-8"), card_section(results, known)))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} must begin with YAML between two lines of ---, but: {error}. Correct it.") from error
     entries = hub_results(results, dataset)

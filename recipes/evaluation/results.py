@@ -17,7 +17,7 @@ from leaderboard.validation import SCHEMA_VERSION, check_results
 
 from evaluation.questions import EvaluationData
 from evaluation.scores import CONFIDENCE, Scores, quantiles, with_intervals
-from evaluation.systems import Bench, System
+from evaluation.systems import COMPARING, RANKING, Bench, System
 from evaluation.tasks import Task
 from modeling_clara import CLaRaForRAG
 from modeling_clara.storage_clara import write_json
@@ -73,7 +73,13 @@ def build_results(
         "system": system,
         "model": model,
         "corpus": corpus,
-        "data": {"name": data.name, "sha256": data.sha256, "format": data.format, "questions": len(tasks)},
+        "data": {
+            "name": data.name,
+            "sha256": data.sha256,
+            "format": data.format,
+            "half": data.half,
+            "questions": len(tasks),
+        },
         "setting": setting,
         "counts": {
             "questions": len(rows),
@@ -140,8 +146,8 @@ def _sum(values) -> float | None:
 
 def describe_system(name: str, system: System, bench: Bench, codec: str) -> dict:
     """The `system` of one of ours."""
-    ranks = system.retriever in ("clara", "bm25", "dense") and not bench.read_all
-    compares, reads = ranks and system.retriever == "clara", system.reads_memory
+    ranks = system.retriever in RANKING and not bench.read_all
+    compares, reads = ranks and system.retriever in COMPARING, system.reads_memory
     return {
         "name": name.replace("_", "-"),
         "kind": system.kind,

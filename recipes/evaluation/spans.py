@@ -102,19 +102,20 @@ class Spans:
 
     # --- memories ----------------------------------------------------------------------------------------------------
 
-    def cosines(self, query: torch.Tensor, rows: np.ndarray | None, depth: int) -> list[tuple[int, float]]:
+    def cosines(self, query: torch.Tensor, rows: np.ndarray | None, depth: int, **options) -> list[tuple[int, float]]:
         """The best documents for one query memory (k, H) float32 by exact cosine (eq. 3.1).
 
         Args:
             query: on the CPU.
             rows: that are compared; None searches the whole corpus as users do, through its index.
             depth: documents.
+            options: of that search, such as `hybrid`.
 
         Returns:
             (row, cosine) of each document's best span, best first.
         """
         if rows is None:
-            (hits,) = self.corpus.search(query[None], min(depth, len(self.corpus)))
+            (hits,) = self.corpus.search(query[None], min(depth, len(self.corpus)), **options)
             return [(self.rows[hit["document_id"]].start + hit["span"], hit["score"]) for hit in hits]
         return exact_cosines(self.corpus.snapshot, query[None], rows[None])[0][:depth]
 

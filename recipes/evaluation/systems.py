@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers.generation import BaseStreamer
 
-from evaluation.rankers import Bm25Ranker, DenseRanker
+from evaluation.rankers import Bm25Ranker, DenseRanker, HybridRanker
 from evaluation.spans import Spans
 from evaluation.tasks import Task
 from modeling_clara import CLaRaForRAG
@@ -47,6 +47,8 @@ SYSTEMS = {
     "clara": System("clara", "clara", "memory"),
     "clara_expand": System("clara", "clara", "memory_and_text"),
     "bm25_memory": System("clara", "bm25", "memory"),
+    "hybrid": System("clara", "hybrid", "memory"),
+    "hybrid_scores": System("clara", "hybrid_scores", "memory"),
     "text": System("text", "clara", "text"),
     "bm25_text": System("text", "bm25", "text"),
     "dense_text": System("text", "dense", "text"),
@@ -56,6 +58,9 @@ SYSTEMS = {
     "closed_book_backbone": System("closed_book", None, "backbone"),
     "wrong_memory": System("control", "wrong", "memory"),
 }
+FUSION = {"hybrid": "ranks", "hybrid_scores": "scores"}  # of a retriever that uses cosine and words
+COMPARING = ("clara", *FUSION)  # retrievers that compare memories
+RANKING = (*COMPARING, "bm25", "dense")  # retrievers that choose among candidates
 # the reader's role: texts are read by the plain backbone, as who has no CLaRa would, or by an adapter trained for them
 ROLES = {
     "memory": "generator",
@@ -132,14 +137,17 @@ class Bench:
     _made: dict = field(default_factory=dict)
 
     def ranker(self, name: str):
-        """BM25 or the dense encoder, made when it is first needed."""
+        """BM25, the dense encoder or BM25 with the cosine, made when it is first needed."""
         if name not in self._made:
             if name == "dense" and self.dense is None:
                 raise ValueError("the system 'dense_text' needs an encoder. Pass --dense MODEL, or leave it out.")
             device = str(self.model.memory_embeddings.device)
-            self._made[name] = (
-                Bm25Ranker(self.spans) if name == "bm25" else DenseRanker(self.spans, self.dense, device=device)
-            )
+            if name in FUSION:
+                self._made[name] = HybridRanker(self.spans, self.ranker("bm25"), FUSION[name])
+            else:
+                self._made[name] = (
+                    Bm25Ranker(self.spans) if name == "bm25" else DenseRanker(self.spans, self.dense, device=device)
+                )
         return self._made[name]
 
     def reader(self, system: System) -> CLaRaForRAG:
@@ -155,7 +163,7 @@ class Bench:
 
     def prepare(self, system: System) -> None:
         """Make what a system works with; what is missing is an error here, not a failure of every question."""
-        if system.retriever in ("bm25", "dense"):
+        if system.retriever in RANKING and system.retriever != "clara":
             self.ranker(system.retriever)
         self.reader(system)
 
@@ -179,9 +187,12 @@ def retrieve(bench: Bench, system: System, tasks: Sequence[Task], clock: Clock) 
     if bench.read_all:  # nothing is left to choose
         return [[(int(row), 0.0) for row in mine] for mine in rows]
     texts = [task.question.text for task in tasks]
-    if system.retriever == "clara":
+    if system.retriever in COMPARING:
         queries = bench.model.encode_queries(texts, memory_size=bench.retrieval_memory_size).cpu()
         clock.mark("query")
+    if system.retriever in FUSION:
+        hits = bench.ranker(system.retriever).rank(texts, rows, bench.depth, queries)
+    elif system.retriever == "clara":
         hits = [
             bench.spans.cosines(query, mine, bench.depth) if mine is None or len(mine) else []
             for query, mine in zip(queries, rows, strict=True)
@@ -218,7 +229,7 @@ def rows_to_read(bench: Bench, system: System, hits: Hits) -> list[int]:
     """Rows of the documents that are read, best first; `min_score` is a cosine and asks the model's retrieval only."""
     if bench.read_all:
         return [row for row, _ in hits]
-    least = bench.min_score if system.retriever == "clara" else None
+    least = bench.min_score if system.retriever in COMPARING else None
     return [row for row, score in hits[: bench.top_k] if least is None or score >= least]
 
 

@@ -87,7 +87,8 @@ python recipes/evaluate.py --help
 
 1. `results.json` follows `results.schema.json`, schema_version 1.
 2. Its numbers agree with each other: counts add up, low <= value <= high, em <= f1, recall rises with k, p50 <= p95.
-3. The data are one of `data_files.json` of the results repository, with the same SHA-256 and all of the questions.
+3. The data are one of `data_files.json` of the results repository, with the same SHA-256 and all of
+   the questions, or one half of them (`--half`).
 4. The model is public on the Hub at a commit (40 hex digits), or the system is external and has a URL.
 5. Of the same system, model, data and setting the newest file counts.
 

@@ -217,7 +217,7 @@ class Source:
 def identity(results: dict) -> str:
     """What two results of one measurement share: system and options that matter, model, corpus, data and setting."""
     model = [results["model"][name] for name in ("repo", "revision", "fingerprint")]
-    data = [results["data"][name] for name in ("name", "sha256", "questions")]
+    data = [results["data"].get(name) for name in ("name", "sha256", "half", "questions")]
     options = [results["options"].get(name) for name in DECISIVE]
     parts = [results["system"], options, model, results["corpus"], data, results["setting"]]
     hashed = json.dumps(parts, sort_keys=True)

@@ -11,7 +11,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from leaderboard_revisions import EXISTS, MISSING, RevisionChecker
 from leaderboard_source import FOLDER, missing_model
-from leaderboard_text import plain, safe_name
+from leaderboard_text import data_name, plain, safe_name
 from validation import check_submission, parse_results
 
 HEADLINES = ("f1", "em", "containment", "recall@5", "recall@10", "abstention")
@@ -68,7 +68,7 @@ def _described(content: bytes, results: dict, notes: list[str]) -> Checked:
     system, model, data, setting = results["system"], results["model"], results["data"], results["setting"]
     digest = hashlib.sha256(content).hexdigest()[:12]
     owner = safe_name(model["repo"] or system["name"])
-    path = f"{FOLDER}/{owner}/{safe_name(data['name'])}/{setting}-{safe_name(system['name'])}-{digest}.json"
+    path = f"{FOLDER}/{owner}/{safe_name(data_name(data))}/{setting}-{safe_name(system['name'])}-{digest}.json"
     metrics = [name for name in HEADLINES if name in results["metrics"]] or sorted(results["metrics"])[:6]
     rows = []
     for name in metrics:
@@ -78,7 +78,7 @@ def _described(content: bytes, results: dict, notes: list[str]) -> Checked:
         )
     where = f"model `{model['repo']}` at `{model['revision']}`" if model["repo"] else "an external system"
     lines = [
-        f"One results.json, written {results['created'][:10]}: {_code(system['name'])} on {_code(data['name'])}, "
+        f"One results.json, written {results['created'][:10]}: {_code(system['name'])} on {_code(data_name(data))}, "
         f"setting {setting}, {where}.",
         "",
         "| metric | value | interval | questions |",
@@ -87,7 +87,7 @@ def _described(content: bytes, results: dict, notes: list[str]) -> Checked:
         "",
         "It passed all checks of the leaderboard.",
     ]
-    title = f"Results: {plain(system['name'], 60)} on {plain(data['name'], 60)}, {setting} [{digest}]"
+    title = f"Results: {plain(system['name'], 60)} on {plain(data_name(data), 60)}, {setting} [{digest}]"
     return Checked([], notes, content, digest, path, title, "\n".join(lines))
 
 

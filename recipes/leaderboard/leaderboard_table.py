@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pandas as pd
 from leaderboard_source import Entry
-from leaderboard_text import card_url, escaped, link, plain
+from leaderboard_text import card_url, data_name, escaped, link, plain
 from validation import parse_time
 
 SETTINGS = ("normal", "oracle", "corpus", "gold_only", "closed_book")
@@ -87,7 +87,7 @@ def _row(entry: Entry) -> dict:
         "revision": f"{(model['revision'] or NOTHING)[:7]} {entry.model_state if model['revision'] else ''}".strip(),
         "backbone": plain(model["backbone"] or NOTHING),
         "corpus": _corpus(results["corpus"]),
-        "data": plain(results["data"]["name"]),
+        "data": plain(data_name(results["data"])),
         "setting": results["setting"],
         "bytes_per_span": efficiency["bytes_per_span"],
         "tokens_read": efficiency["tokens_read"],

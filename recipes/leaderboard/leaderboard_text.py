@@ -39,6 +39,12 @@ def card_url(repo: str, revision: str) -> str:
     return f"{constants.ENDPOINT}/{repo}/blob/{revision}/README.md"
 
 
+def data_name(data: dict) -> str:
+    """The name of the data, with the half of the questions where it was not all of them."""
+    half = data.get("half")
+    return f"{data['name']} ({half} half)" if half else data["name"]
+
+
 def safe_name(text: str) -> str:
     """A name for a file or a folder: letters, digits, `.`, `_` and `-`, never hidden, never empty, never a way up."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", text.replace("/", "__"))

@@ -307,7 +307,11 @@ def check_data(content: dict, data_files: dict) -> list[str]:
     if data["sha256"] != known["sha256"]:
         rule = f"data.sha256 must be that of {data['name']} ({known['sha256'][:12]}...), got {data['sha256'][:12]}..."
         problems.append(f"{rule} Evaluate on the file as it is published.")
-    if data["questions"] != known["questions"]:
+    if data.get("half"):
+        if data["questions"] >= known["questions"]:
+            rule = f"data.questions must be less than all of {data['name']} ({known['questions']})"
+            problems.append(f"{rule} where data.half is {data['half']!r}, got {data['questions']}. Evaluate again.")
+    elif data["questions"] != known["questions"]:
         rule = f"data.questions must be all of {data['name']} ({known['questions']}), got {data['questions']}"
         problems.append(f"{rule}. Evaluate without --limit.")
     return problems

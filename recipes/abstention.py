@@ -1,0 +1,88 @@
+"""Scores of questions that can and cannot be answered -> a threshold, and what it refuses and loses.
+
+Stands between `calibrate.py`, which measures the scores, and the model's `min_score`. Pure functions: no model, no
+files.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+LOSSES = (0.01, 0.02, 0.05, 0.1, 0.2)
+DIGITS = 4  # of a threshold, rounded down
+
+
+def threshold_at(answerable: Sequence[float], max_loss: float) -> float:
+    """The largest score that at most a share `max_loss` of the answerable questions stays below.
+
+    >>> threshold_at([0.9, 0.2, 0.5, 0.7], 0.25)
+    0.5
+    """
+    ordered = sorted(answerable)
+    return float(ordered[min(int(max_loss * len(ordered) + 1e-9), len(ordered) - 1)])
+
+
+def share_below(scores: Sequence[float], threshold: float) -> float:
+    """Share of scores below a threshold: of questions that are refused."""
+    return float(np.mean(np.asarray(scores) < threshold))
+
+
+def documents_read(cosines: Sequence[Sequence[float]], threshold: float, top_k: int) -> float:
+    """How many of the best `top_k` documents reach a threshold, the mean over questions that are not refused.
+
+    >>> documents_read([[0.9, 0.6, 0.1], [0.8, 0.2, 0.1], [0.3, 0.2, 0.1]], 0.5, 2)
+    1.5
+    """
+    counts = [sum(cosine >= threshold for cosine in sorted(row)[-top_k:]) for row in cosines]
+    return float(np.mean([count for count in counts if count])) if any(counts) else 0.0
+
+
+def area_under_curve(answerable: Sequence[float], unanswerable: Sequence[float]) -> float:
+    """How often an answerable question scores higher than an unanswerable one; ties count half. 0.5 is chance.
+
+    >>> area_under_curve([0.9, 0.5], [0.5, 0.1])
+    0.875
+    """
+    first, second = np.asarray(answerable)[:, None], np.asarray(unanswerable)[None]
+    return float(np.mean((first > second) + 0.5 * (first == second)))
+
+
+def trade_off(
+    answerable: Sequence[float], unanswerable: Mapping[str, Sequence[float]], losses: Sequence[float] = LOSSES
+) -> list[dict]:
+    """What thresholds refuse and lose, one row for each share of answerable questions that may be lost.
+
+    Args:
+        answerable: score of the best source of each answerable question.
+        unanswerable: kind -> scores of questions that cannot be answered.
+        losses: shares, 0 to 1.
+
+    Returns:
+        Rows `{max_loss, threshold, lost, refused: {kind: share}}`.
+    """
+    rows = []
+    for loss in losses:
+        threshold = threshold_at(answerable, loss)
+        threshold = math.floor(threshold * 10**DIGITS) / 10**DIGITS
+        refused = {kind: share_below(scores, threshold) for kind, scores in unanswerable.items()}
+        rows.append(
+            {"max_loss": loss, "threshold": threshold, "lost": share_below(answerable, threshold), "refused": refused}
+        )
+    return rows
+
+
+def signals(cosines: Sequence[Sequence[float]]) -> dict[str, list[float]]:
+    """Two scores a question out of the cosines of all its candidates.
+
+    `cosine` is that of the best, which `min_score` compares; `deviations` is how many standard deviations it lies
+    above the mean of all, 0 where all are equal.
+
+    >>> signals([[0.5, 0.1, 0.3, 0.1]])["deviations"][0].__round__(3)
+    1.508
+    """
+    values = [np.asarray(row, dtype=np.float64) for row in cosines]
+    return {
+        "cosine": [float(row.max()) for row in values],
+        "deviations": [float((row.max() - row.mean()) / row.std()) if row.std() > 1e-9 else 0.0 for row in values],
+    }
