@@ -36,8 +36,8 @@ class CLaRaConfig(PreTrainedConfig):
             spread of the token embeddings, by rows that `normalize_memories` measured once; False is the paper.
         document_max_length (`int`): tokens of one span, title and BOS included (paper: 256).
         retrieval_top_k (`int`): documents that are read by default (paper: 5).
-        min_score (`float`): cosine of `retrieval_memory_size` vectors, -1 to 1; `answer` and `stream` read no document
-            below it, and abstain without any. None reads all. `recipes/calibrate.py` chooses it.
+        min_score (`float`): cosine of `retrieval_memory_size` vectors, -1 to 1; `answer` and `stream` abstain by
+            default if no document reaches it. None never abstains. `recipes/calibrate.py` chooses it.
         retrieval_temperature (`float`): temperature of the differentiable top-k (paper: 0.02).
         alignment_weight (`float`): lambda of L_MSE, eq. 2.2 (paper: 0.1); the loss is a mean over the hidden size.
         contrastive_weight (`float`): weight of the InfoNCE term where positives are given; 0 is the paper.

@@ -133,8 +133,8 @@ class InferenceMixin(ReaderMixin):
             corpus: as in `retrieve`.
             top_k: as in `retrieve`; every document retrieved is read.
             retrieval_memory_size: as in `retrieve`.
-            min_score: as in `retrieve`; where no source reaches it the model abstains. Default `config.min_score`; -1
-                reads every source.
+            min_score: as in `retrieve`; if no source reaches it, the model abstains. By default the model abstains if
+                no source reaches `config.min_score`, and otherwise reads all sources; -1 switches that off.
             memory_size: k that is read; default the largest.
             max_new_tokens: length limit of an answer, in tokens; a limit set in `generation_config` wins.
             generation_config: sampling and search options; default greedy.
@@ -151,8 +151,7 @@ class InferenceMixin(ReaderMixin):
         """
         memory_size = self.config.check_memory_size(memory_size)
         check_count(expand, "expand", "Pass 0 to read memories only.", least=0)
-        min_score = self.config.min_score if min_score is None else min_score
-        hits, queries = self._search(
+        hits, queries = self._search_to_read(
             questions, documents, corpus, top_k, retrieval_memory_size, min_score, memory_size
         )
         generation = self.build_generation_config(generation_config, max_new_tokens)
@@ -197,9 +196,8 @@ class InferenceMixin(ReaderMixin):
         check_text(question, "question")
         check_count(expand, "expand", "Pass 0 to read memories only.", least=0)
         memory_size = self.config.check_memory_size(memory_size)
-        min_score = self.config.min_score if min_score is None else min_score
         with self.lock, eval_mode(self), torch.no_grad():
-            hits, queries = self._search(
+            hits, queries = self._search_to_read(
                 [question], documents, corpus, top_k, retrieval_memory_size, min_score, memory_size
             )
             keywords = self._keywords(queries, 50)[0] if explain else None
@@ -339,6 +337,18 @@ class InferenceMixin(ReaderMixin):
         if min_score not in (None, -1):  # of -1 nothing is left out, also where rounding made a cosine smaller
             ranked = [[hit for hit in row if hit[0].score >= min_score] for row in ranked]
         return ranked, queries
+
+    def _search_to_read(
+        self, questions, documents, corpus, top_k, retrieval_memory_size, min_score, memory_size
+    ) -> tuple[list[list[tuple[Source, torch.Tensor]]], torch.Tensor]:
+        """`_search`, where a question without a source of `config.min_score` gets none unless the caller sets one."""
+        hits, queries = self._search(
+            questions, documents, corpus, top_k, retrieval_memory_size, min_score, memory_size
+        )
+        least, measured = self.config.min_score, self.config.retrieval_memory_size
+        if min_score is None and least is not None and retrieval_memory_size in (None, measured):
+            hits = [row if any(source.score >= least for source, _ in row) else [] for row in hits]
+        return hits, queries
 
     def _read_hit(self, hit: Mapping, memory_size: int) -> tuple[Source, torch.Tensor]:
         source = Source(**{name: hit[name] for name in ("document_id", "span", "score", "title", "text")})

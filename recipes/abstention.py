@@ -28,16 +28,6 @@ def share_below(scores: Sequence[float], threshold: float) -> float:
     return float(np.mean(np.asarray(scores) < threshold))
 
 
-def documents_read(cosines: Sequence[Sequence[float]], threshold: float, top_k: int) -> float:
-    """How many of the best `top_k` documents reach a threshold, the mean over questions that are not refused.
-
-    >>> documents_read([[0.9, 0.6, 0.1], [0.8, 0.2, 0.1], [0.3, 0.2, 0.1]], 0.5, 2)
-    1.5
-    """
-    counts = [sum(cosine >= threshold for cosine in sorted(row)[-top_k:]) for row in cosines]
-    return float(np.mean([count for count in counts if count])) if any(counts) else 0.0
-
-
 def area_under_curve(answerable: Sequence[float], unanswerable: Sequence[float]) -> float:
     """How often an answerable question scores higher than an unanswerable one; ties count half. 0.5 is chance.
 

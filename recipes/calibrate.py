@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from abstention import LOSSES, area_under_curve, documents_read, signals, trade_off
+from abstention import LOSSES, area_under_curve, signals, trade_off
 from benchmark import table
 from evaluation.questions import HALVES, EvaluationData, Question, read_data
 from evaluation.rankers import Bm25Ranker
@@ -104,7 +104,7 @@ def score_files(model: CLaRaForRAG, arguments: argparse.Namespace) -> dict[str, 
     return {kind: rows for kind, rows in kinds.items() if rows}
 
 
-def report(cosines: Mapping[str, list[list[float]]], max_loss: float, top_k: int) -> tuple[str, dict]:
+def report(cosines: Mapping[str, list[list[float]]], max_loss: float) -> tuple[str, dict]:
     """Tables of both signals, and the row of the cosine for `max_loss` with its areas under the curve."""
     found = {kind: signals(rows) for kind, rows in cosines.items()}
     parts, chosen = [], {}
@@ -125,7 +125,6 @@ def report(cosines: Mapping[str, list[list[float]]], max_loss: float, top_k: int
             row = next(row for row in rows if row["max_loss"] == max_loss)
             chosen = {"min_score": row["threshold"], **{key: row[key] for key in ("max_loss", "lost", "refused")}}
             chosen |= {"area_under_curve": areas, "questions": {kind: len(rows) for kind, rows in cosines.items()}}
-            chosen |= {"top_k": top_k, "documents_read": documents_read(cosines[ANSWERABLE], row["threshold"], top_k)}
     return "\n\n".join(parts), chosen
 
 
@@ -159,11 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.write and not (Path(arguments.model) / "config.json").exists():
             raise ValueError(f"--write needs a checkpoint in a folder, got {arguments.model}. Download it first.")
         model = CLaRaForRAG.from_pretrained(arguments.model, backbone=arguments.backbone)
-        text, chosen = report(score_files(model, arguments), arguments.max_loss, model.config.retrieval_top_k)
-        print(
-            f"{text}\n\nmin_score {chosen['min_score']} loses {chosen['lost']:.1%} of the answerable questions; "
-            f"of the others {chosen['documents_read']:.1f} of the {chosen['top_k']} best documents are read."
-        )
+        text, chosen = report(score_files(model, arguments), arguments.max_loss)
+        print(f"{text}\n\nmin_score {chosen['min_score']} loses {chosen['lost']:.1%} of the answerable questions.")
         chosen |= {name: [Path(path).name for path in getattr(arguments, name)] for name in ("data", "unanswerable")}
         chosen |= {"half": arguments.half, "num_candidates": arguments.num_candidates}
         if arguments.write:

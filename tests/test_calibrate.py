@@ -7,7 +7,7 @@ from pathlib import Path
 import abstention
 import calibrate
 import pytest
-from abstention import area_under_curve, documents_read, share_below, signals, threshold_at, trade_off
+from abstention import area_under_curve, share_below, signals, threshold_at, trade_off
 from evaluation.report import calibration_text, card_section, update_card
 from results_factory import valid_results
 
@@ -56,11 +56,6 @@ def test_area_under_the_curve():
     assert area_under_curve([0.5, 0.5], [0.5]) == 0.5 and area_under_curve([0.3, 0.6, 0.9], [0.6]) == 0.5
 
 
-def test_documents_that_are_still_read():
-    cosines = [[0.9, 0.8, 0.1], [0.2, 0.6, 0.1], [0.3, 0.2, 0.1]]
-    assert [documents_read(cosines, score, 2) for score in (-1, 0.15, 0.5, 0.95)] == [2.0, 2.0, 1.5, 0.0]
-
-
 def test_signals_of_a_question():
     found = signals([[0.2, 0.8, 0.2, 0.2, 0.2], [0.4], [0.3, 0.3]])
     assert found["cosine"] == [0.8, 0.4, 0.3]
@@ -104,7 +99,6 @@ def test_a_checkpoint_is_calibrated(checkpoint_copy, shared_model, files, capsys
     assert calibrate.main([str(checkpoint_copy), *options, "--write"]) == 0
     chosen = json.loads((checkpoint_copy / "calibration.json").read_text())
     assert chosen["questions"] == {"answerable": 12, "same subject": 5, "other documents": 12}
-    assert chosen["top_k"] == 2 and 1 <= chosen["documents_read"] <= 2
     assert chosen["max_loss"] == 0.25 and chosen["lost"] == 0.25 and chosen["data"] == ["capitals.jsonl"]
     after = json.loads((checkpoint_copy / "config.json").read_text())
     assert after == {**json.loads(before), "min_score": chosen["min_score"]}
@@ -170,12 +164,10 @@ def test_files_without_the_wanted_questions(checkpoint, files, capsys):
 def test_the_card_says_what_the_threshold_refuses(tmp_path):
     calibration = {"min_score": 0.4312, "max_loss": 0.05, "lost": 0.045, "refused": {"same subject": 0.31},
                    "questions": {"answerable": 1200, "same subject": 435}, "data": ["hotpotqa.jsonl"],
-                   "unanswerable": ["squad2.jsonl"], "half": "first", "num_candidates": 20, "top_k": 5,
-                   "documents_read": 3.25}  # fmt: skip
+                   "unanswerable": ["squad2.jsonl"], "half": "first", "num_candidates": 20}  # fmt: skip
     text = calibration_text(calibration)
     assert "cosine of 0.4312" in text and "31.0% of 435 (same subject)" in text and "1,200 answerable" in text
-    assert "loses 4.5%, and reads 3.2 of the 5 best documents for the others (hotpotqa.jsonl, squad2.jsonl," in text
-    assert "first half; 20 candidates each)" in text
+    assert "loses 4.5% (hotpotqa.jsonl, squad2.jsonl, first half; 20 candidates each)" in text
     assert text in card_section([valid_results()], calibration) and text not in card_section([valid_results()])
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
     update_card(tmp_path, [valid_results()])

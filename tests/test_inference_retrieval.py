@@ -117,7 +117,11 @@ def test_the_threshold_of_a_checkpoint_is_the_default_of_answering(model, checkp
     loaded = CLaRaForRAG.from_pretrained(checkpoint_copy)
     assert loaded.config.min_score == best and loaded.fingerprint == model.fingerprint
     answers = loaded.answer(QUESTIONS, **options)
-    assert answers == model.answer(QUESTIONS, min_score=best, **options)
+    kept = [row[0].score >= best for row in ranked]  # an answered question reads all of its sources
+    assert answers == [b if k else Answer("", [], None, abstained=True) for k, b in zip(kept, before, strict=True)]
+    assert loaded.answer(QUESTIONS, retrieval_memory_size=2, **options) == model.answer(
+        QUESTIONS, retrieval_memory_size=2, **options
+    )  # the threshold is of other cosines
     assert sorted(answer.abstained for answer in answers) == [False, True]
     for question, answer in zip(QUESTIONS, answers, strict=True):
         assert read_stream(loaded.stream(question, **options))[1] == answer

@@ -150,8 +150,7 @@ def calibration_text(calibration: Mapping) -> str:
     return (
         f"The model does not answer where no document has a cosine of {calibration['min_score']} (`min_score`; -1 "
         f"switches it off). Of questions that their documents do not answer this refuses {refused}; of "
-        f"{questions['answerable']:,} answerable ones it loses {calibration['lost']:.1%}, and reads "
-        f"{calibration['documents_read']:.1f} of the {calibration['top_k']} best documents for the others "
+        f"{questions['answerable']:,} answerable ones it loses {calibration['lost']:.1%} "
         f"({', '.join(map(_escape, data))}{half}; {calibration['num_candidates']} candidates each)."
     )
 
