@@ -66,9 +66,14 @@ class InferenceMixin(ReaderMixin):
     ) -> torch.Tensor:
         """Encode questions into the space of the memories; arguments and errors as in `compress`.
 
+        With `memory_layout` "windows" the default of `memory_size` is `config.retrieval_memory_size`: questions are
+        read with memory tokens, of which only those that are compared have been trained.
+
         Returns:
             (questions, k, hidden) float32 on the model's device.
         """
+        if memory_size is None and self.config.memory_layout == "windows":
+            memory_size = self.config.retrieval_memory_size
         memory_size = self.config.check_memory_size(memory_size)
         ids = self.text_processor().encode_questions(questions)
         for index, question_ids in enumerate(ids):
