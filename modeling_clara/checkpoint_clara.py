@@ -209,6 +209,8 @@ class CheckpointMixin:
         for rows in (self.memory_embeddings, self.separator_embedding):
             noise = torch.randn(rows.shape, generator=generator).to(table.device)
             rows.data = ((sample.mean(0) + noise * sample.std(0)) * scale).to(table.dtype)
+        if self.config.memory_layout == "windows":
+            self.residual_scale.data = self.residual_scale.data.to(table.device, table.dtype)
 
     @classmethod
     def from_pretrained(

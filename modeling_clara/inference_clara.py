@@ -66,15 +66,21 @@ class InferenceMixin(ReaderMixin):
     ) -> torch.Tensor:
         """Encode questions into the space of the memories; arguments and errors as in `compress`.
 
-        With `memory_layout` "windows" the default of `memory_size` is `config.retrieval_memory_size`: questions are
-        read with memory tokens, of which only those that are compared have been trained.
+        With `memory_layout` "windows" the largest `memory_size`, and its default, is `config.retrieval_memory_size`:
+        questions are read with memory tokens, of which only those that are compared have been trained.
 
         Returns:
             (questions, k, hidden) float32 on the model's device.
         """
-        if memory_size is None and self.config.memory_layout == "windows":
-            memory_size = self.config.retrieval_memory_size
+        trained = self.config.retrieval_memory_size
+        if self.config.memory_layout == "windows":
+            memory_size = trained if memory_size is None else memory_size
         memory_size = self.config.check_memory_size(memory_size)
+        if self.config.memory_layout == "windows" and memory_size > trained:
+            raise ValueError(
+                f"`memory_size` of questions must be <= `config.retrieval_memory_size` ({trained}), got "
+                f"{memory_size}. No more memory tokens were trained; pass a smaller size."
+            )
         ids = self.text_processor().encode_questions(questions)
         for index, question_ids in enumerate(ids):
             self.check_window(len(question_ids) + memory_size, f"questions[{index}]")
@@ -139,7 +145,8 @@ class InferenceMixin(ReaderMixin):
             top_k: as in `retrieve`; every document retrieved is read.
             retrieval_memory_size: as in `retrieve`.
             min_score: as in `retrieve`; if no source reaches it, the model abstains. By default the model abstains if
-                no source reaches `config.min_score`, and otherwise reads all sources; -1 switches that off.
+                no source reaches `config.min_score`, and otherwise reads all sources; -1 switches that off, and so
+                does another `retrieval_memory_size` than the config's, of which the threshold was measured.
             memory_size: k that is read; default the largest.
             max_new_tokens: length limit of an answer, in tokens; a limit set in `generation_config` wins.
             generation_config: sampling and search options; default greedy.

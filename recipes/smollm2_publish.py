@@ -115,10 +115,10 @@ UNTRAINED = (
 )
 
 
-def _names(run: Path) -> set[str]:
-    """Names of the files that a run has read."""
-    description = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    return {Path(dataset["path"]).stem for dataset in description["data"]["datasets"]}
+def _names(runs: Sequence[Path]) -> set[str]:
+    """Names of the files that runs have read."""
+    descriptions = [json.loads((run / "run.json").read_text(encoding="utf-8")) for run in runs]
+    return {Path(dataset["path"]).stem for one in descriptions for dataset in one["data"]["datasets"]}
 
 
 def learns_from(description: Mapping) -> str:
@@ -214,7 +214,7 @@ def write(runs: Path, folder: Path, backbone: str | None, run: str = "joint-sear
         weights=weights,
         layout=LAYOUTS[config.memory_layout],
         stages="\n".join(rows),
-        licences=FREE_LICENCES if _names(runs / run) == FREE else MIXED_LICENCES,
+        licences=FREE_LICENCES if start is None and _names(stages) <= FREE else MIXED_LICENCES,
         reasoner="" if has_reasoner else UNTRAINED,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
