@@ -446,7 +446,9 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
             flat = rows.sources.view(attention_mask.shape)[places]
             places, is_packed = (torch.zeros_like(flat), flat), True
         else:
-            inputs["attention_mask"] = attention_mask if segments is None else segment_mask(segments, attention_mask)
+            inputs["attention_mask"] = attention_mask
+            if segments is not None:
+                inputs["attention_mask"] = self._segment_mask(segments, attention_mask, inputs_embeds.dtype)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.roles.use("generator"))
             if is_packed:
@@ -455,6 +457,19 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
             stack.enter_context(head_at(self.get_output_embeddings(), places))
             logits = self.backbone(**inputs).logits
         return logits if places is None else logits[0]
+
+    def _segment_mask(self, segments: torch.Tensor, attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`segment_mask` as the backbone's attention takes it: bool for SDPA, added to the scores for eager."""
+        implementation = self.backbone.config._attn_implementation
+        if implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                f"`attn_implementation` must be 'sdpa' or 'eager' for rows of several prompts, got {implementation!r}. "
+                "Load the model with one of them, or pass one prompt per row."
+            )
+        seen = segment_mask(segments, attention_mask)
+        if implementation == "sdpa":
+            return seen
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 CLaRaForRAG.register_for_auto_class("AutoModel")

@@ -99,6 +99,7 @@ class _PackedAttention(torch.autograd.Function):
     """Attention inside each row, written out: the backward pass of SDPA takes most of a training step on a CPU."""
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)  # one dtype for all of it, as SDPA has
     def forward(ctx, query, key, value, rows: PackedRows, scaling: float):
         n_shared = query.shape[1] // key.shape[1]
         by_token = [states[0].transpose(0, 1).contiguous() for states in (query * scaling, key, value)]
@@ -117,6 +118,7 @@ class _PackedAttention(torch.autograd.Function):
         return torch.cat(outputs)[rows.order][None]
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, gradient):
         rows, n_shared = ctx.rows, ctx.n_shared
         gradients = []
@@ -194,6 +196,7 @@ def can_pack(backbone: PreTrainedModel, longest: int) -> bool:
         and type(backbone).__module__.startswith("transformers.models.")
         and (window is None or longest <= window)
         and not (backbone.training and values.get("attention_dropout"))
+        and not (backbone.training and backbone.is_activation_checkpointing)  # recomputation would run padded
     )
 
 
