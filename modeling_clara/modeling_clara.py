@@ -33,7 +33,7 @@ from .memory_clara import (
     write_memory,
 )
 from .normalization_clara import NormalizationMixin
-from .packing_clara import PackedRows, can_pack, packed
+from .packing_clara import PackedRows, can_pack, full_mask, packed
 from .processing_clara import IGNORE_INDEX
 from .retrieval_clara import batch_scores, contrastive_loss, cosine_scores, select_memory, straight_through_topk
 
@@ -421,7 +421,7 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
         memory, hidden_states = self.encode("compressor", flat_ids, lengths, memory_size)
         is_document_token = torch.arange(length, device=lengths.device) < lengths[:, None]
         document_states = self.as_memory(hidden_states[:, :length])  # compared in the space of memories
-        per_document = memory_alignment_loss(document_states, is_document_token, memory)
+        per_document = memory_alignment_loss(document_states, is_document_token, self.as_read(memory))
         is_document = (lengths > 0).view(batch, n_documents)
         per_row = (per_document.view(batch, n_documents) * is_document).sum(-1) / is_document.sum(-1).clamp(min=1)
         return memory.unflatten(0, (batch, n_documents)), per_row
@@ -448,7 +448,8 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
         else:
             inputs["attention_mask"] = attention_mask
             if segments is not None:
-                inputs["attention_mask"] = self._segment_mask(segments, attention_mask, inputs_embeds.dtype)
+                seen = segment_mask(segments, attention_mask)
+                inputs["attention_mask"] = full_mask(self.backbone, seen, inputs_embeds.dtype)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.roles.use("generator"))
             if is_packed:
@@ -457,19 +458,6 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
             stack.enter_context(head_at(self.get_output_embeddings(), places))
             logits = self.backbone(**inputs).logits
         return logits if places is None else logits[0]
-
-    def _segment_mask(self, segments: torch.Tensor, attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`segment_mask` as the backbone's attention takes it: bool for SDPA, added to the scores for eager."""
-        implementation = self.backbone.config._attn_implementation
-        if implementation not in ("sdpa", "eager"):
-            raise ValueError(
-                f"`attn_implementation` must be 'sdpa' or 'eager' for rows of several prompts, got {implementation!r}. "
-                "Load the model with one of them, or pass one prompt per row."
-            )
-        seen = segment_mask(segments, attention_mask)
-        if implementation == "sdpa":
-            return seen
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 CLaRaForRAG.register_for_auto_class("AutoModel")

@@ -200,6 +200,31 @@ def can_pack(backbone: PreTrainedModel, longest: int) -> bool:
     )
 
 
+def full_mask(backbone: PreTrainedModel, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Which key every token sees, in the form that the backbone's attention takes.
+
+    Args:
+        backbone: the causal language model, of SDPA or eager attention.
+        seen: (rows, 1, length, length) bool, True where a query (first length) sees a key.
+        dtype: of the hidden states.
+
+    Returns:
+        `seen` for SDPA; for eager attention (rows, 1, length, length) of `dtype`, added to the scores.
+
+    Raises:
+        ValueError: another attention, which takes no such mask.
+    """
+    implementation = backbone.config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"`attn_implementation` must be 'sdpa' or 'eager' for rows of several prompts, got {implementation!r}. "
+            "Load the model with one of them, or pass one prompt per row."
+        )
+    if implementation == "sdpa":
+        return seen
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
 @contextlib.contextmanager
 def packed(backbone: PreTrainedModel) -> Iterator[None]:
     """Run the backbone's attention packed; its own attention is restored on leaving."""
