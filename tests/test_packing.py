@@ -14,7 +14,7 @@ from tiny import randomize_adapters, save_backbone
 
 from modeling_clara import ROLES, CLaRaForRAG
 from modeling_clara.adapters_clara import _can_fuse
-from modeling_clara.packing_clara import PackedRows, can_pack
+from modeling_clara.packing_clara import PackedRows, can_pack, full_mask
 
 RECORDS = [
     record(
@@ -174,9 +174,10 @@ def test_eager_attention_falls_back_and_gives_the_same(folders, tmp_path, archit
 
 
 def test_attention_that_cannot_tell_prompts_of_a_row_apart_is_refused(windows_model):
+    batch = batch_of(windows_model, n_queries=0)
     windows_model.backbone.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="`attn_implementation` must be 'sdpa' or 'eager' for rows of several"):
-        windows_model._segment_mask(torch.zeros(1, 4), torch.ones(1, 4), torch.float32)
+        full_mask(windows_model.backbone, batch["prompt_segments"], torch.float32)
 
 
 @pytest.mark.parametrize("layout", ["tokens", "windows"])
