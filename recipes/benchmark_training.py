@@ -2,8 +2,8 @@
 
 Real backbone, real passages, the batches and the `forward` of the recipes; prints Markdown tables. Three comparisons:
 a stage-1 step against its own arithmetic at the GEMM speed of the same run; the same targets in padded rows of one
-prompt, in padded rows with a common prefix, and packed; a joint step on stored memories against one that compresses its
-candidates. It knows nothing of quality.
+prompt, in padded rows with a common prefix, and packed; a joint step on stored memories against one that compresses
+its candidates. It knows nothing of quality.
 """
 
 import contextlib
