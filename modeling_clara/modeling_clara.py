@@ -33,7 +33,7 @@ from .memory_clara import (
     write_memory,
 )
 from .normalization_clara import NormalizationMixin
-from .packing_clara import PackedRows, can_pack, packed
+from .packing_clara import PackedRows, can_pack, full_mask, packed
 from .processing_clara import IGNORE_INDEX
 from .retrieval_clara import batch_scores, contrastive_loss, cosine_scores, select_memory, straight_through_topk
 
@@ -421,7 +421,7 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
         memory, hidden_states = self.encode("compressor", flat_ids, lengths, memory_size)
         is_document_token = torch.arange(length, device=lengths.device) < lengths[:, None]
         document_states = self.as_memory(hidden_states[:, :length])  # compared in the space of memories
-        per_document = memory_alignment_loss(document_states, is_document_token, memory)
+        per_document = memory_alignment_loss(document_states, is_document_token, self.as_read(memory))
         is_document = (lengths > 0).view(batch, n_documents)
         per_row = (per_document.view(batch, n_documents) * is_document).sum(-1) / is_document.sum(-1).clamp(min=1)
         return memory.unflatten(0, (batch, n_documents)), per_row
@@ -446,7 +446,10 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
             flat = rows.sources.view(attention_mask.shape)[places]
             places, is_packed = (torch.zeros_like(flat), flat), True
         else:
-            inputs["attention_mask"] = attention_mask if segments is None else segment_mask(segments, attention_mask)
+            inputs["attention_mask"] = attention_mask
+            if segments is not None:
+                seen = segment_mask(segments, attention_mask)
+                inputs["attention_mask"] = full_mask(self.backbone, seen, inputs_embeds.dtype)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.roles.use("generator"))
             if is_packed:

@@ -99,6 +99,7 @@ class _PackedAttention(torch.autograd.Function):
     """Attention inside each row, written out: the backward pass of SDPA takes most of a training step on a CPU."""
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)  # one dtype for all of it, as SDPA has
     def forward(ctx, query, key, value, rows: PackedRows, scaling: float):
         n_shared = query.shape[1] // key.shape[1]
         by_token = [states[0].transpose(0, 1).contiguous() for states in (query * scaling, key, value)]
@@ -117,6 +118,7 @@ class _PackedAttention(torch.autograd.Function):
         return torch.cat(outputs)[rows.order][None]
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, gradient):
         rows, n_shared = ctx.rows, ctx.n_shared
         gradients = []
@@ -194,7 +196,33 @@ def can_pack(backbone: PreTrainedModel, longest: int) -> bool:
         and type(backbone).__module__.startswith("transformers.models.")
         and (window is None or longest <= window)
         and not (backbone.training and values.get("attention_dropout"))
+        and not (backbone.training and backbone.is_activation_checkpointing)  # recomputation would run padded
     )
+
+
+def full_mask(backbone: PreTrainedModel, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Which key every token sees, in the form that the backbone's attention takes.
+
+    Args:
+        backbone: the causal language model, of SDPA or eager attention.
+        seen: (rows, 1, length, length) bool, True where a query (first length) sees a key.
+        dtype: of the hidden states.
+
+    Returns:
+        `seen` for SDPA; for eager attention (rows, 1, length, length) of `dtype`, added to the scores.
+
+    Raises:
+        ValueError: another attention, which takes no such mask.
+    """
+    implementation = backbone.config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"`attn_implementation` must be 'sdpa' or 'eager' for rows of several prompts, got {implementation!r}. "
+            "Load the model with one of them, or pass one prompt per row."
+        )
+    if implementation == "sdpa":
+        return seen
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 @contextlib.contextmanager

@@ -1,17 +1,19 @@
 """What a training step costs, side by side in one process: `python recipes/benchmark_training.py --data FILE`.
 
-Real backbone, real passages, the batches and the `forward` of the recipes; prints Markdown tables. Two comparisons: a
-stage-1 step against its own arithmetic at the GEMM speed of the same run, and a joint step on stored memories against
-one that compresses its candidates. It knows nothing of quality.
+Real backbone, real passages, the batches and the `forward` of the recipes; prints Markdown tables. Three comparisons:
+a stage-1 step against its own arithmetic at the GEMM speed of the same run; the same targets in padded rows of one
+prompt, in padded rows with a common prefix, and packed; a joint step on stored memories against one that compresses
+its candidates. It knows nothing of quality.
 """
 
+import contextlib
 import ctypes
 import gc
 import os
 import statistics
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from data import RecordReader, document_key
 from memories import compress_documents
 from torch.nn import functional as F
 
+import modeling_clara.modeling_clara as passes
 from modeling_clara import CLaRaForRAG
 
 N_CANDIDATES = 20
@@ -55,16 +58,36 @@ def peak_above(run: Callable[[], object]) -> int:
 
 def training_step(model: CLaRaForRAG, optimizer, batch: dict, memory_size: int) -> float:
     """Forward, backward, clip and update as a Trainer's step; returns the loss."""
+    model.train()
+    loss = loss_of(model, batch, memory_size)
+    update(model, optimizer, loss)
+    return float(loss.detach())
+
+
+def loss_of(model: CLaRaForRAG, batch: dict, memory_size: int) -> torch.Tensor:
+    """The loss of a collator's batch."""
     layout = {name: value for name, value in batch.items() if name not in ("prompts", "labels", "positive_mask")}
     if "prompts" in batch:
         layout |= batch["prompts"][memory_size]
-    model.train()
-    loss = model(**layout, memory_size=memory_size).loss
+    return model(**layout, memory_size=memory_size).loss
+
+
+def update(model: CLaRaForRAG, optimizer, loss: torch.Tensor) -> None:
+    """Backward, clip and update."""
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return float(loss.detach())
+
+
+@contextlib.contextmanager
+def padded_passes() -> Iterator[None]:
+    """Context: no training pass packs its rows, which is how they run everywhere but on a CPU."""
+    before, passes.can_pack = passes.can_pack, lambda *_: False
+    try:
+        yield
+    finally:
+        passes.can_pack = before
 
 
 def optimizer_of(model: CLaRaForRAG) -> torch.optim.Optimizer:
@@ -111,15 +134,19 @@ def step_flops(model: CLaRaForRAG, batch: dict, memory_size: int) -> tuple[int, 
     return tokens * (4 * frozen + 6 * lora) + 4 * targets * head, tokens
 
 
-def benchmark_pretraining(model: CLaRaForRAG, rows: list[dict], rounds: int, n_rows: int) -> dict:
-    """Share of its own arithmetic bound that a stage-1 step reaches."""
-    model.set_trainable_roles(("compressor", "generator"))
+def reading_records(model: CLaRaForRAG, rows: list[dict], n_rows: int) -> list[dict]:
+    """Records of one document and four questions, of middling and similar length, as `group_by_length` draws them."""
     reader = reader_of(model, "pretrain", targets=4)
     records = [record for index, row in enumerate(rows) for record in reader(f"row {index}", row)[:1]]
     records = [record for record in records if len(record["documents"]) == 1 and len(record["questions"]) == 4]
-    # rows of similar length, as `train_sampling_strategy: group_by_length` puts them together
     records = sorted(records[: 50 * n_rows], key=lambda record: record["length"])
-    records = records[len(records) // 2 :][:n_rows]
+    return records[len(records) // 2 :][:n_rows]
+
+
+def benchmark_pretraining(model: CLaRaForRAG, rows: list[dict], rounds: int, n_rows: int) -> dict:
+    """Share of its own arithmetic bound that a stage-1 step reaches."""
+    model.set_trainable_roles(("compressor", "generator"))
+    records = reading_records(model, rows, n_rows)
     batch = ReadingCollator(model.processor, model.config.memory_sizes)(records)
     memory_size = model.config.max_memory_size
     flops, tokens = step_flops(model, batch, memory_size)
@@ -148,7 +175,7 @@ def benchmark_pretraining(model: CLaRaForRAG, rows: list[dict], rounds: int, n_r
     targets = int((batch["labels"][:, 1:] != -100).sum())
     return {
         "documents": len(records),
-        "prompts": len(batch["prompt_rows"]),
+        "prompts": sum(len(record["questions"]) for record in records),
         "tokens": tokens,
         "targets": targets,
         "head_rows": head_rows[-1],
@@ -161,6 +188,87 @@ def benchmark_pretraining(model: CLaRaForRAG, rows: list[dict], rounds: int, n_r
             )
             for name in ("step", "step with dropout")
         },
+    }
+
+
+def loss_of_single_prompts(model: CLaRaForRAG, records: list[dict], batch: dict, memory_size: int) -> torch.Tensor:
+    """The loss of the same targets, each in a row of its own that reads the memories of its record.
+
+    Args:
+        model: the model.
+        records: of the batch.
+        batch: `ReadingCollator`'s, for the documents, with `single` from `single_prompts`.
+        memory_size: k.
+    """
+    documents = {name: tensor for name, tensor in batch.items() if name.startswith("document_")}
+    compressed = model(**documents, memory_size=memory_size)
+    rows = torch.tensor([row for row, record in enumerate(records) for _ in record["questions"]])
+    mask = batch["document_attention_mask"].any(-1)[rows]
+    read = model(memory=compressed.memory[rows], document_mask=mask, memory_size=memory_size, **batch["single"])
+    return read.loss + model.config.alignment_weight * compressed.alignment_loss
+
+
+def single_prompts(collator: ReadingCollator, records: list[dict], memory_size: int) -> dict:
+    """Prompts of one question a row."""
+    single = [
+        {**record, "questions": [question], "answers": [answer]}
+        for record in records
+        for question, answer in zip(record["questions"], record["answers"], strict=True)
+    ]
+    return collator(single)["prompts"][memory_size]
+
+
+@contextlib.contextmanager
+def backbone_in(model: CLaRaForRAG, dtype: torch.dtype) -> Iterator[None]:
+    """Context: the backbone's own weights in this dtype; what trains stays float32."""
+    own = [(p, p.data) for name, p in model.backbone.named_parameters() if "lora_" not in name]
+    for parameter, values in own:
+        parameter.data = values.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, values in own:
+            parameter.data = values
+
+
+def benchmark_targets(model: CLaRaForRAG, rows: list[dict], rounds: int, n_rows: int, dtype: torch.dtype) -> dict:
+    """Target tokens a second of the same records: one prompt a row, a shared prefix, and that packed."""
+    model.set_trainable_roles(("compressor", "generator"))
+    set_dropout(model, 0.0)
+    records, memory_size = reading_records(model, rows, n_rows), model.config.max_memory_size
+    collator = ReadingCollator(model.processor, model.config.memory_sizes)
+    batch = collator(records)
+    layouts = {**batch, "single": single_prompts(collator, records, memory_size)}
+    optimizer = optimizer_of(model)
+    ways = {
+        "one prompt a row, padded": (
+            padded_passes,
+            lambda: loss_of_single_prompts(model, records, layouts, memory_size),
+        ),
+        "shared prefix, padded": (padded_passes, lambda: loss_of(model, batch, memory_size)),
+        "shared prefix, packed": (contextlib.nullcontext, lambda: loss_of(model, batch, memory_size)),
+    }
+
+    def step(context: Callable, loss: Callable) -> None:
+        with context():
+            update(model, optimizer, loss())
+
+    with backbone_in(model.train(), dtype):
+        losses = {}
+        for name, (context, loss) in ways.items():
+            with context():
+                losses[name] = float(loss().detach())
+        seconds = in_turn({name: lambda way=way: step(*way) for name, way in ways.items()}, rounds)
+    targets, (slowest, *_) = int((batch["labels"][:, 1:] != -100).sum()), ways
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "documents": len(records),
+        "prompts": sum(len(record["questions"]) for record in records),
+        "targets": targets,
+        "losses": losses,
+        "seconds": seconds,
+        "targets_per_second": {name: targets / statistics.median(values) for name, values in seconds.items()},
+        "times_faster": {name: ratio(seconds[slowest], values) for name, values in seconds.items()},
     }
 
 
@@ -212,6 +320,16 @@ def benchmark_joint(model: CLaRaForRAG, rows: list[dict], rounds: int, n_rows: i
     return results
 
 
+def render_targets(report: dict) -> str:
+    """The table of `benchmark_targets`."""
+    rows = [
+        [name, f"{speed:.1f}", f"{report['times_faster'][name]:.2f}", f"{report['losses'][name]:.4f}"]
+        for name, speed in report["targets_per_second"].items()
+    ]
+    head = f"{report['documents']} documents, {report['prompts']} prompts, {report['targets']} target positions"
+    return f"{head}, backbone in {report['dtype']}:\n\n" + table(["way", "targets/s", "times faster", "loss"], rows)
+
+
 def render(report: dict) -> str:
     """The tables of the README."""
     step, parts = report["pretraining"], []
@@ -225,6 +343,7 @@ def render(report: dict) -> str:
         )
         + "."
     )
+    parts.append(render_targets(report["targets"]))
     parts.append(
         table(
             [
@@ -265,6 +384,8 @@ def main() -> None:
         )
     rows, model, report = load_subject(arguments)
     report["pretraining"] = benchmark_pretraining(model, rows, arguments.rounds, arguments.documents)
+    dtype = torch.bfloat16 if "bf16" in Path("/proc/cpuinfo").read_text() else torch.float32
+    report["targets"] = benchmark_targets(model, rows, arguments.rounds, arguments.documents, dtype)
     report["joint"] = benchmark_joint(model, rows, arguments.rounds, arguments.questions)
     show(report, render(report), arguments.output)
 

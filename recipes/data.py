@@ -282,21 +282,27 @@ class RecordReader:
                 targets = [target for target in targets if target[0] is not None]
                 if not targets:
                     raise BadRow("must have a question: who reads the text has nothing to say again")
-            lengths = [self._length(question, answer, documents, place) for question, answer in targets]
+            size = 1 if self.selects else self.targets_per_document
+            chunks = [targets[start : start + size] for start in range(0, len(targets), size)]
+            return [self._record(place, documents, positives, *zip(*chunk, strict=True)) for chunk in chunks]
         except BadRow as error:
             raise BadRow(str(error), place) from error
-        size = 1 if self.selects else self.targets_per_document
-        return [
-            {
-                "documents": documents,
-                "positives": positives,
-                "questions": [question for question, _ in targets[start : start + size]],
-                "answers": [answer for _, answer in targets[start : start + size]],
-                "length": max(lengths[start : start + size]),
-                "source": place,
-            }
-            for start in range(0, len(targets), size)
-        ]
+
+    def _record(
+        self, place: str, documents: list[dict], positives: list[int], questions: tuple, answers: tuple
+    ) -> dict:
+        """One record; raises `BadRow` where one of its prompts does not fit."""
+        record = {
+            "documents": documents,
+            "positives": positives,
+            "questions": list(questions),
+            "answers": list(answers),
+            "length": 0,
+            "source": place,
+        }
+        texts = [documents[index] for index in text_places(record, self.text_share)]
+        lengths = [self._length(*target, documents, texts) for target in zip(questions, answers, strict=True)]
+        return {**record, "length": max(lengths)}
 
     def _spans(self, documents: list[dict], positives: list[int]) -> tuple[list[dict], list[int]]:
         spans, owners = [], []
@@ -326,14 +332,10 @@ class RecordReader:
         kept = sorted((positives + rest)[: self.num_candidates])
         return [documents[index] for index in kept], [new for new, old in enumerate(kept) if old in positives]
 
-    def _length(self, question: str | None, answer: str, documents: list[dict], place: str) -> int:
+    def _length(self, question: str | None, answer: str, documents: list[dict], texts: list[dict]) -> int:
         """Tokens of a prompt with its target, which must fit into the window."""
         reads = self.top_k if self.selects else len(documents)
-        n_memories, texts = (0, documents) if self.stage == "text" else (reads, ())
-        if self.text_share:
-            record = {"source": place, "documents": documents, "questions": [question]}
-            places = text_places(record, self.text_share)
-            n_memories, texts = reads - len(places), [documents[index] for index in places]
+        n_memories, texts = (0, documents) if self.stage == "text" else (reads - len(texts), texts)
         try:
             prompt = self.processor.build_prompt(question, n_memories, self.memory_size, answer, text_documents=texts)
         except ValueError as error:

@@ -11,7 +11,7 @@ from itertools import groupby
 
 # Rows of a step by kind.
 STEP = {"passages": 10, "multihop": 3, "texts": 3}
-PIECES = 480  # of the curriculum, evenly spaced: 30 steps until memories are read at all
+PIECES = 480  # of the curriculum at most, evenly spaced: 30 steps until memories are read at all
 MAX_WORDS = 170  # of a passage: a span holds about 180
 MAX_QUESTIONS = 5  # of a row; a passage with more has further rows
 PARAPHRASED = 0.25  # share of the passages and texts that are also said again
@@ -84,7 +84,8 @@ def reading_rows(
         "texts": with_paraphrases(generator.sample(texts, len(texts)), generator),
     }
     n_steps = len(kinds["passages"]) // STEP["passages"]
-    rows = [pieces[place * len(pieces) // PIECES] for place in range(PIECES)]
+    n_pieces = min(PIECES, len(pieces))
+    rows = [pieces[place * len(pieces) // n_pieces] for place in range(n_pieces)]
     for step in range(n_steps):
         for kind, n_rows in STEP.items():
             source = kinds[kind]

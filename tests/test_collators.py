@@ -63,31 +63,51 @@ def test_a_batch_of_readings_is_exactly_this(processor):
     batch = ReadingCollator(processor, [1, 2])(records)
     assert spelt(processor, batch["document_input_ids"]) == [["a b _", "T Ċ c"], ["d _ _", "_ _ _"]]
     assert batch["document_attention_mask"].tolist() == [[[1, 1, 0], [1, 1, 1]], [[1, 0, 0], [0, 0, 0]]]
-    assert batch["prompt_rows"].tolist() == [0, 0, 1]
     one, two = batch["prompts"][1], batch["prompts"][2]
     assert spelt(processor, one["input_ids"]) == [
-        "x _ _ _ _ q <|im_start|> u v </s>",
-        "x _ _ _ _ r r <|im_start|> u </s>",
-        "_ _ _ x _ _ s <|im_start|> w </s>",
+        "x _ _ _ _ q <|im_start|> u v </s> r r <|im_start|> u </s>",
+        "_ _ _ _ _ _ _ _ x _ _ s <|im_start|> w </s>",
     ]
-    assert one["memory_mask"].long().tolist() == [
-        [0, 1, 1, 1, 1, 0, 0, 0, 0, 0],
-        [0, 1, 1, 1, 1, 0, 0, 0, 0, 0],
-        [0, 0, 0, 0, 1, 1, 0, 0, 0, 0],
-    ]
-    assert one["attention_mask"].tolist() == [[1] * 10, [1] * 10, [0] * 3 + [1] * 7]
+    assert one["memory_mask"].long().tolist() == [[0, 1, 1, 1, 1] + [0] * 10, [0] * 9 + [1, 1] + [0] * 4]
+    assert one["attention_mask"].tolist() == [[1] * 15, [0] * 8 + [1] * 7]
+    assert one["position_ids"].tolist() == [[*range(10), *range(5, 10)], [0] * 8 + [*range(7)]]
+    assert one["prompt_segments"].tolist() == [[0] * 5 + [1] * 5 + [2] * 5, [0] * 8 + [1] * 7]
     assert spelt(processor, one["labels"]) == [
-        "- - - - - - - u v </s>",
-        "- - - - - - - - u </s>",
-        "- - - - - - - - w </s>",
+        "- - - - - - - u v </s> - - - u </s>",
+        "- - - - - - - - - - - - - w </s>",
     ]
     assert spelt(processor, two["input_ids"]) == [
-        "x _ _ _ _ _ _ q <|im_start|> u v </s>",
-        "x _ _ _ _ _ _ r r <|im_start|> u </s>",
-        "_ _ _ _ x _ _ _ s <|im_start|> w </s>",
+        "x _ _ _ _ _ _ q <|im_start|> u v </s> r r <|im_start|> u </s>",
+        "_ _ _ _ _ _ _ _ _ x _ _ _ s <|im_start|> w </s>",
     ]
     assert batch["labels"] is two["labels"]
-    assert set(batch) == {"document_input_ids", "document_attention_mask", "prompts", "prompt_rows", "labels"}
+    assert set(batch) == {"document_input_ids", "document_attention_mask", "prompts", "labels"}
+    names = {"input_ids", "attention_mask", "memory_mask", "labels", "position_ids", "prompt_segments"}
+    assert set(one) == set(two) == names
+
+
+def test_a_batch_of_single_prompts_has_neither_positions_nor_segments(processor):
+    batch = ReadingCollator(processor, [1])([record([plain("ab")], ("q", "uv")), record([plain("d")], ("s", "w"))])
+    assert set(batch["prompts"][1]) == {"input_ids", "attention_mask", "memory_mask", "labels"}
+
+
+def test_questions_of_a_batch_are_exactly_these(processor):
+    """Two of the three of the first record, none of one that has paraphrases alone; gold wherever it stands."""
+    records = [
+        record([plain("ab"), plain("c", "T")], ("q", "u"), (None, "p"), ("rr", "u"), ("ss", "u"), positives=[1]),
+        record([plain("d")], (None, "w"), positives=[0]),
+        record([plain("c", "T"), plain("e")], ("t", "w")),  # no gold: all of its documents are
+    ]
+    batch = ReadingCollator(processor, [1], n_queries=2)(records)
+    assert spelt(processor, batch["query_input_ids"]) == ["q _", "r r", "t _"]
+    assert batch["query_attention_mask"].tolist() == [[1, 0], [1, 1], [1, 0]]
+    assert batch["query_rows"].tolist() == [0, 0, 2]
+    first = [False, True, False, False, True, False]  # `c` stands in two rows; the fourth place is padding
+    assert batch["batch_positive_mask"].tolist() == [first, first, [False, True, False, False, True, True]]
+    names = {"query_input_ids", "query_attention_mask", "query_rows", "batch_positive_mask"}
+    without = ReadingCollator(processor, [1], n_queries=2)(records[1:2])
+    assert names <= set(batch) and not names & set(without)
+    assert not names & set(ReadingCollator(processor, [1])(records))
 
 
 def test_a_batch_of_selections_is_exactly_this(processor):
@@ -105,7 +125,7 @@ def test_a_batch_of_selections_is_exactly_this(processor):
         "_ x _ _ r r <|im_start|> w </s>",
     ]
     assert batch["prompts"][2]["memory_mask"].sum(-1).tolist() == [2 * 3, 1 * 3]
-    assert "prompt_rows" not in batch
+    assert "prompt_segments" not in batch["prompts"][1]
 
 
 class StoredMemories:
@@ -253,7 +273,7 @@ def test_batches_are_those_of_the_processor_for_every_k(shared_model):
         for batch, top_k in ((reading, None), (selecting, 2)):
             expected = processor(*texts(RECORDS), memory_size=size, top_k=top_k)
             found = inputs(batch, size)
-            assert set(found) - set(expected) <= {"memory_size", "prompt_rows", "positive_mask"}
+            assert set(found) - set(expected) <= {"memory_size", "positive_mask"}
             for name, tensor in expected.items():
                 assert torch.equal(found[name], tensor), (name, size)
                 assert found[name].dtype == tensor.dtype
@@ -275,18 +295,3 @@ def test_the_model_takes_every_layout(shared_model, tmp_path):
         torch.testing.assert_close(read.lm_loss, computed.lm_loss, rtol=5e-3, atol=0)
     loss = shared_model(**inputs(contrastive, sizes[-1])).loss
     torch.testing.assert_close(loss, shared_model(**inputs(stored, sizes[-1])).contrastive_loss)
-
-
-@torch.no_grad()
-def test_targets_that_share_a_compression_lose_as_much_as_alone(shared_model):
-    documents, targets = (
-        RECORDS[0]["documents"],
-        [("What is old?", "Rome"), (None, "Rome is."), ("Who?", "It is Paris")],
-    )
-    collator = ReadingCollator(shared_model.processor, shared_model.config.memory_sizes)
-    shared = collator([record(documents, *targets), RECORDS[1]])
-    alone = collator([*(record(documents, target) for target in targets), RECORDS[1]])
-    assert shared["prompt_rows"].tolist() == [0, 0, 0, 1] and alone["prompt_rows"].tolist() == [0, 1, 2, 3]
-    for size in shared_model.config.memory_sizes:
-        losses = [shared_model(**inputs(batch, size)).lm_loss for batch in (shared, alone)]
-        torch.testing.assert_close(*losses)

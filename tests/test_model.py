@@ -27,15 +27,17 @@ CASES = [
     ("gpt_neox", "none", True, False),
     ("llama", "none", True, False),
 ]
+WINDOWS = ("llama", "system", False, True, "windows")
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
+@pytest.fixture(scope="module", params=[*CASES, WINDOWS], ids=lambda case: "-".join(map(str, case)))
 def any_model(request, tmp_path_factory):
-    architecture, template, bos, tied = request.param
+    architecture, template, bos, tied, *layout = request.param
     folder = tmp_path_factory.mktemp(architecture)
     save_backbone(folder, architecture, template=template, bos=bos, tied=tied)
     torch.manual_seed(0)
-    model = CLaRaForRAG.from_backbone(folder, memory_sizes=(1, 2, 4), lora_rank=2)
+    fields = {"memory_layout": layout[0]} if layout else {}
+    model = CLaRaForRAG.from_backbone(folder, memory_sizes=(1, 2, 4), lora_rank=2, config_kwargs=fields)
     randomize_adapters(model)
     return model
 
@@ -97,6 +99,9 @@ def test_training_step_reaches_every_role(any_model):
     output.loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(grads[name] is not None for name in grads if ".compressor." in name or ".generator." in name)
+    if model.config.memory_layout == "windows":  # the memory rows are of questions alone
+        assert grads["residual_scale"].abs().sum() > 0 and grads["memory_embeddings"] is None
+        return
     assert grads["memory_embeddings"][:2].abs().sum() > 0 and grads["memory_embeddings"][2:].abs().sum() == 0
 
 
@@ -176,20 +181,6 @@ def test_the_head_runs_on_target_positions_only(any_model):
     wanted = torch.nn.functional.cross_entropy(whole[:, :-1][is_target].float(), batch["labels"][:, 1:][is_target])
     torch.testing.assert_close(output.lm_loss, wanted, atol=1e-5, rtol=1e-5)
     assert not head._forward_pre_hooks
-
-
-def test_several_prompts_share_one_compression(shared_model):
-    questions, answers = ["Where?", "What?", "Who is it?"], ["here", "that one", "nobody"]
-    documents = [["Paris is old."], ["Rome", "Berlin is large."]]
-    rows = [0, 1, 1]
-    repeated = shared_model.processor(questions, [documents[row] for row in rows], answers, memory_size=2)
-    shared = shared_model.processor(["Which?", "Which?"], documents, memory_size=2)
-    batch = {name: value for name, value in repeated.items() if not name.startswith("document_")}
-    batch |= {name: value for name, value in shared.items() if name.startswith("document_")}
-    one = shared_model(**repeated, memory_size=2)
-    other = shared_model(**batch, prompt_rows=torch.tensor(rows), memory_size=2)
-    torch.testing.assert_close(one.lm_loss, other.lm_loss)
-    torch.testing.assert_close(one.logits, other.logits)
 
 
 def test_without_a_prompt_the_loss_is_the_contrastive_one(shared_model):
@@ -274,6 +265,8 @@ def test_forward_names_contradicting_inputs(shared_model):
         ({"memory_sizes": ()}, "memory_sizes"),
         ({"memory_sizes": (8, 4)}, "ascending"),
         ({"memory_sizes": (0, 4)}, ">= 1"),
+        ({"memory_layout": "rows"}, r"`memory_layout` must be one of \['tokens', 'windows'\], got 'rows'"),
+        ({"memory_layout": "windows", "memory_sizes": (4, 12)}, "the smallest times powers of two.*got \\[4, 12\\]"),
         ({"memory_sizes": (4,), "retrieval_memory_size": 8}, "retrieval_memory_size"),
         ({"retrieval_top_k": 0}, "retrieval_top_k"),
         ({"retrieval_temperature": 0.0}, "retrieval_temperature"),
