@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from .configuration_clara import ROLES, CLaRaConfig
 
@@ -80,6 +81,7 @@ class _FusedLora(torch.autograd.Function):
         return output.view(*shape[:-1], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         states, weight, lora_a, lora_b, low = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1])
@@ -186,7 +188,8 @@ class RoleSwitch:
     def fused(self) -> Iterator[None]:
         """Context: layers add the LoRA product in place, where that gives the same; for training on a CPU.
 
-        PEFT's own forward casts, scales and adds whole activations, which takes a tenth of a training step.
+        PEFT's own forward casts, scales and adds whole activations, which takes a tenth of a training step. Here the
+        product has the dtype of the frozen weights, where PEFT takes that of the adapter (float32).
         """
         layers = [layer for layer in self.layers if _can_fuse(layer, self.active)]
         for layer in layers:

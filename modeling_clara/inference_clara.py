@@ -295,13 +295,9 @@ class InferenceMixin(ReaderMixin):
         is_packed = can_pack(self.backbone, len(ids[order[-1]]) + memory_size)
         batches = list(cut_batches(order, [len(text) + memory_size for text in ids], batch_size, is_packed))
         for rows in tqdm(batches, desc=f"{role} passes", delay=2, leave=False):  # a bar after two seconds
-            texts = [ids[row] for row in rows]
-            if is_packed:
-                encoded = self.encode_packed(role, texts, memory_size)
-            else:
-                batch = self.text_processor().pad(texts, self.text_processor().pad_token_id)
-                lengths = torch.tensor([len(text) for text in texts])
-                encoded, _ = self.encode(role, batch.to(device), lengths.to(device), memory_size)
+            batch = self.text_processor().pad([ids[row] for row in rows], self.text_processor().pad_token_id)
+            lengths = torch.tensor([len(ids[row]) for row in rows])
+            encoded, _ = self.encode(role, batch.to(device), lengths.to(device), memory_size)
             memory[torch.tensor(rows, device=device)] = encoded.float()
         broken = (~memory.isfinite().flatten(1).all(-1)).nonzero()
         if len(broken):

@@ -46,7 +46,7 @@ class CLaRaOutput(ModelOutput):
         loss: () float32, `lm_loss + alignment_weight * alignment_loss + contrastive_weight * contrastive_loss`
             (eq. 2.2), the last two where they apply; without a prompt the contrastive loss alone; else None.
         lm_loss: () float32, next-token cross entropy of the labels; None without labels.
-        alignment_loss: () float32, L_MSE (eq. 2.1); None unless documents were compressed here.
+        alignment_loss: () float32, L_MSE (eq. 2.1); None unless documents were compressed here, into memory tokens.
         contrastive_loss: () float32, InfoNCE; None without `positive_mask`.
         logits: (prompts, length, vocabulary) of the generator; with labels (targets, vocabulary), those of the target
             positions only, row after row.
@@ -199,7 +199,8 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
 
         Returns:
             memory: (batch, k, hidden), normalised where the config says so.
-            hidden_states: (batch, length + k, hidden), final-layer states of texts and memory tokens.
+            hidden_states: (batch, length + k, hidden), final-layer states of texts and memory tokens; (batch, length,
+                hidden) of documents in the layout "windows".
         """
         token_embeddings = self.get_input_embeddings()(input_ids)
         if self.config.memory_layout == "windows" and role == "compressor":
@@ -210,14 +211,16 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
         inputs_embeds = place_memory_tokens(token_embeddings, lengths, self.memory_embeddings[:memory_size])
         hidden_states = self._states(role, inputs_embeds, lengths + memory_size)
         memory = self.as_memory(read_memory(hidden_states, lengths, memory_size))
-        if self.config.memory_layout == "windows":  # a question is one window
-            memory = memory + self.residual_scale * window_means(token_embeddings, lengths, 1)
+        if self.config.memory_layout == "windows":  # a question is one window, whose halves do not differ
+            n_base = self.config.memory_sizes[0]
+            base = memory[:, :n_base] + self.residual_scale * window_means(token_embeddings, lengths, 1)
+            memory = torch.cat([base, memory[:, n_base:]], dim=1)
         return memory, hidden_states
 
     def _states(self, role: str, inputs_embeds: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Final-layer states (batch, length, hidden) of right-padded texts."""
         length = inputs_embeds.shape[1]
-        if can_pack(self.backbone, length):
+        if can_pack(self.backbone, length, len(lengths)):
             rows = PackedRows(torch.arange(length) < lengths[:, None])
             with self.roles.use(role), self.roles.fused(), packed(self.backbone):
                 states = self.backbone.base_model(
@@ -230,21 +233,6 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
         with self.roles.use(role):
             # Right padding behind causal attention needs no mask, which leaves the fast attention kernels open.
             return self.backbone.base_model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
-
-    def encode_packed(self, role: str, texts: list[list[int]], memory_size: int) -> torch.Tensor:
-        """`encode` of id lists in one packed row; the backbone must allow it (`packing_clara.can_pack`).
-
-        Args:
-            role: "compressor" or "reasoner".
-            texts: ids of each text.
-            memory_size: k.
-
-        Returns:
-            (texts, k, hidden)
-        """
-        lengths = torch.tensor([len(text) for text in texts])
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
-        return self.encode(role, ids, lengths, memory_size)[0]
 
     def prompt_embeddings(
         self, input_ids: torch.Tensor, memory_mask: torch.Tensor, memory: torch.Tensor, memory_is_real: torch.Tensor
@@ -344,6 +332,8 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
                 memory, alignment = self._compress_step(document_input_ids, document_attention_mask, needed)
         elif memory.shape[2] < needed:
             raise ValueError(f"`memory` must have at least {needed} vectors, got {memory.shape[2]}. Pass larger ones.")
+        if query_rows is not None and (query_input_ids is None or batch_positive_mask is None):
+            raise ValueError("`query_rows` must come with `query_input_ids` and `batch_positive_mask`. Pass them too.")
         if query_memory is not None and query_memory.shape[1] < k_score:
             raise ValueError(
                 f"`query_memory` must have at least {k_score} vectors, got {query_memory.shape[1]}. Pass larger ones."
@@ -414,14 +404,19 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
 
     def _compress_step(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, memory_size: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Memory (batch, documents, k, hidden) and L_MSE (batch,) of (batch, documents, length) ids."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Memory (batch, documents, k, hidden) and L_MSE (batch,) of (batch, documents, length) ids.
+
+        None for windows, whose states have the mean of the document's by themselves.
+        """
         batch, n_documents, length = input_ids.shape
         flat_ids, lengths = right_padded(input_ids.flatten(0, 1), attention_mask.flatten(0, 1))
         memory, hidden_states = self.encode("compressor", flat_ids, lengths, memory_size)
+        if self.config.memory_layout == "windows":
+            return memory.unflatten(0, (batch, n_documents)), None
         is_document_token = torch.arange(length, device=lengths.device) < lengths[:, None]
         document_states = self.as_memory(hidden_states[:, :length])  # compared in the space of memories
-        per_document = memory_alignment_loss(document_states, is_document_token, self.as_read(memory))
+        per_document = memory_alignment_loss(document_states, is_document_token, memory)
         is_document = (lengths > 0).view(batch, n_documents)
         per_row = (per_document.view(batch, n_documents) * is_document).sum(-1) / is_document.sum(-1).clamp(min=1)
         return memory.unflatten(0, (batch, n_documents)), per_row
@@ -438,7 +433,7 @@ class CLaRaForRAG(InferenceMixin, NormalizationMixin, CheckpointMixin, PreTraine
         places = None if labels is None else (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
         inputs = {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "use_cache": False}
         is_packed = False
-        if places is not None and torch.is_grad_enabled() and can_pack(self.backbone, inputs_embeds.shape[1]):
+        if places is not None and torch.is_grad_enabled() and can_pack(self.backbone, *inputs_embeds.shape[1::-1]):
             seen = None if segments is None else segment_mask(segments, attention_mask)[:, 0]
             rows = PackedRows(attention_mask.bool(), seen)
             inputs = {name: rows.pack(value) if name != "use_cache" else value for name, value in inputs.items()}

@@ -7,13 +7,14 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 PACKED = "clara_packed_sdpa"
 # Tokens of a packed pass. Measured on two cores with SmolLM2-135M: below about 1,000 the matrices are too small, above
 # about 2,000 the activations leave the cache (recipes/LOG.md).
 MAX_TOKENS = 1600
+MAX_WEIGHT_BYTES = 8 * 2**30
 
 
 def cut_batches(order: list[int], lengths: list[int], batch_size: int, is_packed: bool) -> Iterator[list[int]]:
@@ -118,6 +119,7 @@ class _PackedAttention(torch.autograd.Function):
         return torch.cat(outputs)[rows.order][None]
 
     @staticmethod
+    @once_differentiable
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, gradient):
         rows, n_shared = ctx.rows, ctx.n_shared
@@ -146,8 +148,7 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    cu_seq_lens_q: list[int] | None = None,
-    packed_rows: PackedRows | None = None,
+    packed_rows: PackedRows,
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
@@ -158,44 +159,40 @@ def packed_attention(
         query: (1, heads, tokens, head size).
         key: (1, key-value heads, tokens, head size).
         value: as `key`.
-        attention_mask: None; the texts are told apart by one of the next two.
-        cu_seq_lens_q: cumulative lengths, from 0 to the number of tokens; attention is causal.
-        packed_rows: padded rows that were packed, for training.
+        attention_mask: None.
+        packed_rows: the rows that were packed.
         scaling: of the scores; default head size ^ -0.5.
         **kwargs: for transformers' own SDPA function.
 
     Returns:
         (1, tokens, heads, head size) and None.
     """
-    if packed_rows is not None:
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return _PackedAttention.apply(query, key, value, packed_rows, scaling), None
-    kwargs |= {"is_causal": True, "scaling": scaling}
-    outputs = [
-        sdpa_attention_forward(module, query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], None, **kwargs)[0]
-        for a, b in zip(cu_seq_lens_q[:-1], cu_seq_lens_q[1:], strict=True)
-    ]
-    return torch.cat(outputs, dim=1), None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _PackedAttention.apply(query, key, value, packed_rows, scaling), None
 
 
-def can_pack(backbone: PreTrainedModel, longest: int) -> bool:
+def can_pack(backbone: PreTrainedModel, longest: int, n_rows: int = 1) -> bool:
     """Whether packed passes give what padded ones give: a transformers model under SDPA on CPU, no window in the way.
 
-    Elsewhere one padded kernel launch is cheaper than one per text.
+    On an accelerator padding costs less than moving tokens. A backward pass needs the attention weights of all layers,
+    which SDPA would compute again: above `MAX_WEIGHT_BYTES` passes are padded.
 
     Args:
         backbone: the causal language model.
         longest: tokens of the longest text.
+        n_rows: texts of the pass.
     """
     config = backbone.config
     values = config.to_dict()
-    window = values.get("sliding_window")
+    window, n_layers = values.get("sliding_window"), config.num_hidden_layers
+    weight_bytes = 4 * n_rows * longest**2 * config.num_attention_heads * n_layers if torch.is_grad_enabled() else 0
     return (
         backbone.device.type == "cpu"
         and config._attn_implementation == "sdpa"
         and type(backbone).__module__.startswith("transformers.models.")
         and (window is None or longest <= window)
-        and not (backbone.training and values.get("attention_dropout"))
+        and weight_bytes <= MAX_WEIGHT_BYTES
+        and not (backbone.training and (values.get("attention_dropout") or values.get("attn_pdrop")))
         and not (backbone.training and backbone.is_activation_checkpointing)  # recomputation would run padded
     )
 

@@ -51,6 +51,11 @@ def shared_prompt(prompts: Sequence[Prompt]) -> tuple[Prompt, list[int], list[in
     limit = min(starts) - 1 if len(prompts) > 1 else 0
     length = next((i for i in range(max(limit, 0)) if any(column[i] != columns[0][i] for column in columns)), limit)
     length = max(length, 0)
+    if any(any(prompt.memory_mask[length:]) for prompt in prompts) and len(prompts) > 1:
+        raise ValueError(
+            "`answer_prompt` and `paraphrase_prompts` must begin alike up to `{documents}` for records of several "
+            "targets. Put `{documents}` first, or set `targets_per_document: 1`."
+        )
     first = prompts[0]
     parts = [
         [*getattr(first, name)[:length], *(value for prompt in prompts for value in getattr(prompt, name)[length:])]
