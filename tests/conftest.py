@@ -69,6 +69,18 @@ def shared_model(backbone_folder) -> CLaRaForRAG:
     return model
 
 
+@pytest.fixture(scope="session")
+def shared_windows(backbone_folder) -> CLaRaForRAG:
+    """A model of the layout "windows" with adapters and a residual that matter, for tests that only read it."""
+    torch.manual_seed(0)
+    fields = {"document_max_length": 64, "retrieval_top_k": 2, "memory_layout": "windows"}
+    model = CLaRaForRAG.from_backbone(backbone_folder, memory_sizes=(2, 4, 8), lora_rank=4, config_kwargs=fields)
+    randomize_adapters(model)
+    with torch.no_grad():
+        model.residual_scale.copy_(torch.rand(32, generator=torch.Generator().manual_seed(2)) + 0.5)
+    return model
+
+
 @pytest.fixture
 def model(shared_model) -> CLaRaForRAG:
     """A copy to change."""

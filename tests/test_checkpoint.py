@@ -266,9 +266,10 @@ def test_auto_classes_know_the_package_without_remote_code(checkpoint, shared_mo
     assert observe(model, texts) == observe(shared_model, texts)
 
 
-def test_a_clean_process_loads_a_folder_with_remote_code_and_saves_it_again(
-    checkpoint, shared_model, tmp_path, texts, hub
-):
-    seen = observe_clean_process(checkpoint, texts, hub.environment(tmp_path / "home"), tmp_path)
-    assert seen == json.loads(json.dumps(observe(shared_model, texts)))
-    assert contents(tmp_path / "again") == contents(checkpoint)
+@pytest.mark.parametrize("name", ["shared_model", "shared_windows"])
+def test_a_clean_process_loads_a_folder_with_remote_code_and_saves_it_again(request, tmp_path, texts, hub, name):
+    model, saved = request.getfixturevalue(name), tmp_path / "saved"
+    model.save_pretrained(saved)
+    seen = observe_clean_process(saved, texts, hub.environment(tmp_path / "home"), tmp_path)
+    assert seen == json.loads(json.dumps(observe(model, texts)))
+    assert contents(tmp_path / "again") == contents(saved)
