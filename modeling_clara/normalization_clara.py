@@ -38,7 +38,8 @@ class NormalizationMixin:
     def normalize_memories(self, documents: Sequence[str | Mapping], *, batch_size: int = 16) -> None:
         """Measure the memories of these documents and normalise all memories by that from now on.
 
-        Every channel gets mean 0 and the standard deviation of the token embeddings, see `normalize_memory`. For fresh
+        Every channel gets mean 0 and the standard deviation of the token embeddings, see `normalize_memory`. (What
+        is measured of windows has their token embeddings in it, which are small beside the states.) For fresh
         adapters, before they train, and for a few hundred documents of the kind that will be compressed. Changes the
         fingerprint; the numbers are saved with the special rows.
 

@@ -195,6 +195,16 @@ def check_drawn_sizes(drawn: list[int] | None, sizes: list[int]) -> None:
         )
 
 
+def check_attention(model: CLaRaForRAG, data: DataArguments) -> None:
+    """Raise unless the backbone's attention takes the mask of several prompts in a row."""
+    implementation = model.backbone.config._attn_implementation
+    if data.targets_per_document > 1 and implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"`attn_implementation` must be 'sdpa' or 'eager' with several targets per document, got "
+            f"{implementation!r}. Change it, or set `targets_per_document: 1`."
+        )
+
+
 def prepare_trainer(
     model_arguments: ModelArguments, data: DataArguments, training: CLaRaTrainingArguments
 ) -> CLaRaTrainer:
@@ -244,8 +254,10 @@ def prepare_trainer(
             keywords = {"corpus": corpus, "num_candidates": data.num_candidates, "gold_store": store}
             keywords["add_gold"] = data.add_gold
     elif training.stage == "text":
+        check_attention(model, data)
         collator = TextCollator(processor, sizes, model.config.text_config.hidden_size)
     else:
+        check_attention(model, data)
         contrasts = model.config.contrastive_weight > 0 and "reasoner" in training.roles
         collator = ReadingCollator(
             processor, sizes, n_queries=QUERIES_PER_RECORD if contrasts else 0, text_share=data.text_share

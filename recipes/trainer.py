@@ -130,7 +130,7 @@ class CLaRaTrainer(Trainer):
             targets = inputs["labels"][:, 1:] != -100
             n_targets = targets.sum()
             sums.add("ce", outputs.lm_loss.detach() * (n_targets if n_items is None else n_items), n_targets)
-            sums.add("exact_match", *exact_matches(outputs.logits, inputs["labels"]))
+            sums.add("exact_match", *exact_matches(outputs.logits, inputs["labels"], inputs.get("prompt_segments")))
         for name, value in (("mse", outputs.alignment_loss), ("contrastive", outputs.contrastive_loss)):
             if value is not None:
                 sums.add(name, value.detach() * n_samples, n_rows)

@@ -32,12 +32,15 @@ class MetricSums:
         }
 
 
-def exact_matches(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
+def exact_matches(
+    logits: torch.Tensor, labels: torch.Tensor, segments: torch.Tensor | None = None
+) -> tuple[torch.Tensor, int]:
     """Prompts whose every target token is the most probable one, which is what greedy decoding would write.
 
     Args:
         logits: (targets, vocabulary) of the target positions, row after row.
-        labels: (prompts, length), -100 where there is no target.
+        labels: (rows, length), -100 where there is no target.
+        segments: (rows, length), the prompt of every target where a row has several; default: a row is a prompt.
 
     Returns:
         Number of such prompts, number of prompts with targets.
@@ -45,13 +48,16 @@ def exact_matches(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Ten
     >>> logits = torch.eye(3)[[0, 1, 2]]
     >>> exact_matches(logits, torch.tensor([[-100, 0, 1], [-100, -100, 1]]))
     (tensor(1), 2)
+    >>> exact_matches(logits, torch.tensor([[-100, 0, 1, 1]]), torch.tensor([[0, 1, 1, 2]]))
+    (tensor(1), 2)
     """
     targets = labels[:, 1:]
     is_target = targets != -100
-    wrong = torch.zeros_like(is_target)
-    wrong[is_target] = logits.argmax(-1) != targets[is_target]
-    has_targets = is_target.any(-1)
-    return (~wrong.any(-1) & has_targets).sum(), int(has_targets.sum())
+    prompts = torch.zeros_like(labels) if segments is None else segments
+    prompts = prompts[:, 1:] + (1 + prompts.max()) * torch.arange(len(labels), device=labels.device)[:, None]
+    found, inverse = prompts[is_target].unique(return_inverse=True)
+    wrong = (logits.argmax(-1) != targets[is_target]).long()
+    return (torch.zeros_like(found).index_add(0, inverse, wrong) == 0).sum(), len(found)
 
 
 def ranking_metrics(scores: torch.Tensor, positive_mask: torch.Tensor) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
