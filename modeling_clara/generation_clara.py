@@ -8,6 +8,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -179,7 +180,7 @@ class ReaderMixin:
         self,
         question: str,
         hits: list[tuple[Source, torch.Tensor]],
-        memory_size: int,
+        memory_size: int | None,
         expand: int,
         generation: GenerationConfig,
         name: str,
@@ -189,7 +190,7 @@ class ReaderMixin:
         Args:
             question: text.
             hits: (source, memory (>= k, hidden)) pairs, best first, at least one.
-            memory_size: k.
+            memory_size: k; default `default_memory_size` of the sources that are read from memory.
             expand: sources that are read as text; all of them if there are fewer.
             generation: has the length limit of the answer.
             name: how an error names the question.
@@ -206,10 +207,24 @@ class ReaderMixin:
                     f"got {source.text!r}. Pass expand=0, which reads memories only, or store the text in the corpus."
                 )
         documents = [{"title": source.title, "text": source.text} for source in texts]
+        if memory_size is None:
+            memory_size = self.default_memory_size([source for source, _ in hits[expand:]])
         n_memories = len(hits) - len(texts)
         prompt = self.checked_prompt(question, n_memories, memory_size, generation, name, documents)
         memory = torch.stack([memory[:memory_size] for _, memory in hits])[expand:]
         return Reading(prompt, memory, sources)
+
+    def default_memory_size(self, sources: list[Source]) -> int:
+        """k that is read by default: the largest, but of windows no more than give every token of a source its own.
+
+        Windows narrower than a token say it twice, and so does who reads them.
+        """
+        sizes = self.config.memory_sizes
+        if self.config.memory_layout == "tokens" or not all(source.text for source in sources):
+            return sizes[-1]
+        texts = [f"{source.title}\n{source.text}".strip() for source in sources]
+        longest = max((len(self.text_processor().encode_text(text)) for text in texts), default=0)
+        return next((size for size in sizes if size >= longest), sizes[-1])
 
     def generate_texts(
         self,
@@ -219,15 +234,15 @@ class ReaderMixin:
         role: str | None = "generator",
         **kwargs,
     ) -> list[str]:
-        """Texts of the prompts, whose memories are (documents, k, hidden); batches of similar length.
+        """Texts of the prompts, whose memories are (documents, k, hidden); batches of one k and similar length.
 
         A prompt without slots has a memory of no documents; the role None is the plain backbone.
         """
         texts = [""] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
+        order = sorted(range(len(prompts)), key=lambda i: (memories[i].shape[1], len(prompts[i].input_ids)))
         size = PROMPTS_PER_BATCH if self.memory_embeddings.device.type == "cpu" else ON_ACCELERATOR
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
+        alike = [list(rows) for _, rows in groupby(order, key=lambda index: memories[index].shape[1])]
+        for rows in (group[start : start + size] for group in alike for start in range(0, len(group), size)):
             inputs = self.text_processor().pad_prompts([prompts[row] for row in rows])
             inputs = {name: tensor.to(self.memory_embeddings.device) for name, tensor in inputs.items()}
             memory = torch.nn.utils.rnn.pad_sequence([memories[row] for row in rows], batch_first=True)

@@ -147,7 +147,8 @@ class InferenceMixin(ReaderMixin):
             min_score: as in `retrieve`; if no source reaches it, the model abstains. By default the model abstains if
                 no source reaches `config.min_score`, and otherwise reads all sources; -1 switches that off, and so
                 does another `retrieval_memory_size` than the config's, of which the threshold was measured.
-            memory_size: k that is read; default the largest.
+            memory_size: k that is read; default the largest, or with `memory_layout` "windows" the smallest that has a
+                vector for every token of the sources.
             max_new_tokens: length limit of an answer, in tokens; a limit set in `generation_config` wins.
             generation_config: sampling and search options; default greedy.
             explain: also fill `Answer.keywords`.
@@ -161,10 +162,10 @@ class InferenceMixin(ReaderMixin):
             TypeError, ValueError: naming the argument, the index and the rule, also when a prompt and its answer do
                 not fit into the backbone's window, or when a source to be read as text has none.
         """
-        memory_size = self.config.check_memory_size(memory_size)
+        largest = self.config.check_memory_size(memory_size)
         check_count(expand, "expand", "Pass 0 to read memories only.", least=0)
         hits, queries = self._search_to_read(
-            questions, documents, corpus, top_k, retrieval_memory_size, min_score, memory_size
+            questions, documents, corpus, top_k, retrieval_memory_size, min_score, largest
         )
         generation = self.build_generation_config(generation_config, max_new_tokens)
         readings = {
@@ -207,10 +208,10 @@ class InferenceMixin(ReaderMixin):
         """
         check_text(question, "question")
         check_count(expand, "expand", "Pass 0 to read memories only.", least=0)
-        memory_size = self.config.check_memory_size(memory_size)
+        largest = self.config.check_memory_size(memory_size)
         with self.lock, eval_mode(self), torch.no_grad():
             hits, queries = self._search_to_read(
-                [question], documents, corpus, top_k, retrieval_memory_size, min_score, memory_size
+                [question], documents, corpus, top_k, retrieval_memory_size, min_score, largest
             )
             keywords = self._keywords(queries, 50)[0] if explain else None
         generation = self.build_generation_config(generation_config, max_new_tokens)

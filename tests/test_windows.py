@@ -302,6 +302,27 @@ def test_a_question_has_no_more_vectors_than_were_trained(windows_model, questio
         windows_model.retrieve(questions, documents=TEXTS, retrieval_memory_size=8)
 
 
+def test_short_documents_are_read_with_no_more_windows_than_tokens(shared_windows, questions):
+    """Unless the caller says how many, alone and in a batch with long ones."""
+    lengths = {
+        text: len(ids) for text in ("a b", "Rome Paris Oslo") for ids in [shared_windows.processor.encode_text(text)]
+    }
+    for text, n_tokens in lengths.items():
+        (answer,) = shared_windows.answer(questions[:1], documents=[text], max_new_tokens=4)
+        size = next((k for k in SIZES if k >= n_tokens), SIZES[-1])
+        assert answer == shared_windows.answer(questions[:1], documents=[text], max_new_tokens=4, memory_size=size)[0]
+        whole = shared_windows.answer(questions[:1], documents=[text], max_new_tokens=4, memory_size=SIZES[-1])[0]
+        assert whole.prompt_tokens == answer.prompt_tokens + SIZES[-1] - size
+    lists = [["a b"], ["Paris is the capital of France, and it is large."]]
+    together = shared_windows.answer(questions[:2], documents=lists, top_k=1, max_new_tokens=4)
+    alone = [
+        shared_windows.answer([question], documents=own, top_k=1, max_new_tokens=4)[0]
+        for question, own in zip(questions[:2], lists, strict=True)
+    ]
+    assert [a.text for a in together] == [a.text for a in alone]
+    assert together[0].prompt_tokens == alone[0].prompt_tokens
+
+
 def test_a_corpus_of_another_layout_is_refused(shared_model, shared_windows, tmp_path):
     corpus = CompressedCorpus.build(shared_model, TEXTS[:2], tmp_path / "corpus")
     with pytest.raises(ValueError, match="fingerprint"):
