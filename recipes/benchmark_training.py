@@ -205,6 +205,8 @@ def loss_of_single_prompts(model: CLaRaForRAG, records: list[dict], batch: dict,
     rows = torch.tensor([row for row, record in enumerate(records) for _ in record["questions"]])
     mask = batch["document_attention_mask"].any(-1)[rows]
     read = model(memory=compressed.memory[rows], document_mask=mask, memory_size=memory_size, **batch["single"])
+    if compressed.alignment_loss is None:
+        return read.loss
     return read.loss + model.config.alignment_weight * compressed.alignment_loss
 
 

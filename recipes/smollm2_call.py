@@ -24,7 +24,7 @@ SOURCE, BACKBONE, GGUF = DATA / "source", DATA / "backbone", DATA / "gguf"
 PUBLISHED, CORPUS = RUNS / "clara-smollm2-135m", RUNS / "corpus"
 # Files that `prepare` must find, and the run that each leg starts from, or publishes.
 FILES = ["corpus", "curriculum", "instruct", "pretrain_cloze", "pretrain_paraphrase", "pretrain_questions"]
-FILES += ["pretrain_small", "retrieval", "retrieval_made", "retrieval_multihop", "retrieval_small"]
+FILES += ["pretrain_small", "reading", "retrieval", "retrieval_made", "retrieval_multihop", "retrieval_small"]
 STARTS = {
     "pretrain": "curriculum", "instruct": "pretrain", "contrastive": "instruct", "joint": "contrastive",
     "joint-search": "joint", "joint-label-free": "instruct", "publish": "joint-search",

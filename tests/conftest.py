@@ -33,6 +33,13 @@ pytest_plugins = ["training_runs"]
 torch.set_num_threads(1)
 logging.disable_progress_bar()
 
+
+@pytest.fixture(autouse=True)
+def no_progress_bars():
+    """The command line turns them on, for whatever test comes next in this process as well."""
+    logging.disable_progress_bar()
+
+
 DOCUMENTS = [
     "Paris is the capital of France.",
     {"id": "berlin", "title": "Berlin", "text": "Berlin is the capital of Germany, a city of 3.7 million people."},

@@ -29,6 +29,26 @@ def processor() -> CLaRaProcessor:
     )
 
 
+@pytest.fixture(scope="module")
+def alike() -> CLaRaProcessor:
+    """The same, with paraphrases that read `x {documents} y`: a row may hold both kinds."""
+    return CLaRaProcessor(
+        build_tokenizer(),
+        document_max_length=32,
+        document_overlap=4,
+        system_prompt="",
+        answer_prompt="x{documents}{question}",
+        paraphrase_prompts=["x{documents}y", "x{documents}z"],
+        chat_template=TEMPLATE,
+    )
+
+
+def test_prompts_that_do_not_begin_alike_cannot_share_a_row(processor):
+    records = [record([plain("a")], ("q", "u"), (None, "p"))]
+    with pytest.raises(ValueError, match="must begin alike up to `{documents}`"):
+        ReadingCollator(processor, [1])(records)
+
+
 def plain(text: str, title: str = "") -> dict:
     return {"title": title, "text": text}
 
@@ -91,23 +111,23 @@ def test_a_batch_of_single_prompts_has_neither_positions_nor_segments(processor)
     assert set(batch["prompts"][1]) == {"input_ids", "attention_mask", "memory_mask", "labels"}
 
 
-def test_questions_of_a_batch_are_exactly_these(processor):
+def test_questions_of_a_batch_are_exactly_these(alike):
     """Two of the three of the first record, none of one that has paraphrases alone; gold wherever it stands."""
     records = [
         record([plain("ab"), plain("c", "T")], ("q", "u"), (None, "p"), ("rr", "u"), ("ss", "u"), positives=[1]),
         record([plain("d")], (None, "w"), positives=[0]),
         record([plain("c", "T"), plain("e")], ("t", "w")),  # no gold: all of its documents are
     ]
-    batch = ReadingCollator(processor, [1], n_queries=2)(records)
-    assert spelt(processor, batch["query_input_ids"]) == ["q _", "r r", "t _"]
+    batch = ReadingCollator(alike, [1], n_queries=2)(records)
+    assert spelt(alike, batch["query_input_ids"]) == ["q _", "r r", "t _"]
     assert batch["query_attention_mask"].tolist() == [[1, 0], [1, 1], [1, 0]]
     assert batch["query_rows"].tolist() == [0, 0, 2]
     first = [False, True, False, False, True, False]  # `c` stands in two rows; the fourth place is padding
     assert batch["batch_positive_mask"].tolist() == [first, first, [False, True, False, False, True, True]]
     names = {"query_input_ids", "query_attention_mask", "query_rows", "batch_positive_mask"}
-    without = ReadingCollator(processor, [1], n_queries=2)(records[1:2])
+    without = ReadingCollator(alike, [1], n_queries=2)(records[1:2])
     assert names <= set(batch) and not names & set(without)
-    assert not names & set(ReadingCollator(processor, [1])(records))
+    assert not names & set(ReadingCollator(alike, [1])(records))
 
 
 def test_a_batch_of_selections_is_exactly_this(processor):
@@ -206,14 +226,14 @@ def test_with_slots_is_the_prompt_that_is_built_for_that_k(processor, shared_mod
                 assert with_slots(largest, documents * (size + 1), processor.pad_token_id) == built
 
 
-def test_labels_of_all_layouts_are_equal_but_for_the_padding(processor):
+def test_labels_of_all_layouts_are_equal_but_for_the_padding(alike):
     records = [
         record([plain("a"), plain("b")], ("q", "uv"), (None, "long answer")),
         record([plain("c")], ("rrrrrrrr", "w")),
     ]
     for collator in (
-        ReadingCollator(processor, [1, 2, 8]),
-        SelectingCollator(processor, [1, 2, 8], top_k=2, store=None),
+        ReadingCollator(alike, [1, 2, 8]),
+        SelectingCollator(alike, [1, 2, 8], top_k=2, store=None),
     ):
         prompts = collator(records)["prompts"]
         targets = {size: [row[row != -100].tolist() for row in layout["labels"]] for size, layout in prompts.items()}

@@ -97,7 +97,9 @@ def test_training_step_reaches_every_role(any_model):
         ["Which?", None], [["Paris.", "Rome."], ["Berlin is a city."]], ["Paris", "Berlin"], memory_size=2
     )
     output = model(**inputs, memory_size=2)
-    torch.testing.assert_close(output.loss, output.lm_loss + 0.1 * output.alignment_loss)
+    aligned = 0 if output.alignment_loss is None else 0.1 * output.alignment_loss
+    assert (output.alignment_loss is None) == (model.config.memory_layout == "windows")
+    torch.testing.assert_close(output.loss, output.lm_loss + aligned)
     output.loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(grads[name] is not None for name in grads if ".compressor." in name or ".generator." in name)

@@ -171,8 +171,8 @@ def test_the_term_is_infonce_by_hand(any_layout, n_queries):
     for size in model.config.memory_sizes:
         output = model(**inputs(collator(GOLD), size))
         assert output.contrastive_loss.item() == pytest.approx(expected, rel=1e-3)
-        weighted = output.lm_loss + model.config.alignment_weight * output.alignment_loss
-        weighted = weighted + model.config.contrastive_weight * output.contrastive_loss
+        aligned = 0 if output.alignment_loss is None else model.config.alignment_weight * output.alignment_loss
+        weighted = output.lm_loss + aligned + model.config.contrastive_weight * output.contrastive_loss
         torch.testing.assert_close(output.loss, weighted)
         assert output.selected is None
         n_asked = {1: 3, 2: 4, 5: 5}[n_queries]
