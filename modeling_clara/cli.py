@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--model", help="checkpoint folder or Hub id (default: clara-smollm2-135m in model_cards/, else untrained)"
     )
     demo.add_argument("--backbone", help="backbone folder or Hub id (default: SmolLM2-135M-Instruct)")
-    demo.add_argument("--top-k", type=int, help="documents that are read (default: 5)")
+    demo.add_argument("--top-k", type=int, help="documents that are read (default: the model's)")
     demo.add_argument("--memory-size", type=int, help="memory vectors per document (default: the largest)")
     demo.add_argument("--all", action="store_true", help="ask all packaged questions and count the right answers")
     demo.set_defaults(run=run_demo)
