@@ -49,7 +49,7 @@ def compressor_fingerprint(tensors: Mapping[str, torch.Tensor], processor, confi
     scaling. Device, compute dtype and merging do not enter.
 
     Args:
-        tensors: adapter tensors under PEFT names and the special rows.
+        tensors: adapter tensors under PEFT names, and the tensors of clara.safetensors by name.
         processor: `CLaRaProcessor`.
         config: `CLaRaConfig`.
     """

@@ -14,7 +14,7 @@ STEP = {"passages": 10, "multihop": 3, "texts": 3}
 PIECES = 480  # of the curriculum at most, evenly spaced: 30 steps until memories are read at all
 MAX_WORDS = 170  # of a passage: a span holds about 180
 MAX_QUESTIONS = 5  # of a row; a passage with more has further rows
-PARAPHRASED = 0.25  # share of the passages and texts that are also said again
+PARAPHRASED = 0.25  # share of the passages and texts with their own text as a further target
 NUM_READ = 3  # documents of a multi-hop row
 TITLE_RUN = 4  # passages of one title next to each other
 

@@ -92,7 +92,7 @@ LEARNS_FROM = {  # by the file of the rows
     "reading": (
         "pieces, then questions on passages of SQuAD, AdversarialQA, Natural Questions and QED, multi-hop questions "
         f"{MULTIHOP} over three documents, missing words of paragraphs of Wikipedia, the World Factbook and FOLDOC; a "
-        "quarter of the passages also said again"
+        "quarter of the passages also paraphrased"
     ),
     "curriculum": f"pieces of passages of {PASSAGES}",
     "pretrain_questions": f"questions on passages of {PASSAGES}",
