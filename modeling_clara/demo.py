@@ -142,7 +142,7 @@ def answer_from_text(
 
 
 def answer_from_memory(
-    model: CLaRaForRAG, question: str, documents: Sequence[Mapping], *, top_k: int, memory_size: int
+    model: CLaRaForRAG, question: str, documents: Sequence[Mapping], *, top_k: int, memory_size: int | None
 ) -> tuple[object, dict[str, float]]:
     """The generator reads the memories of the best documents.
 
@@ -161,11 +161,8 @@ def answer_from_memory(
             marks.append(time.perf_counter())
             answer = stop.value
             break
-    n_tokens = 0
-    if not answer.abstained:
-        n_tokens = len(model.processor.build_prompt(question, len(answer.sources), memory_size).input_ids)
     return answer, {
-        "prompt_tokens": n_tokens,
+        "prompt_tokens": answer.prompt_tokens,
         "retrieve_ms": 1e3 * (marks[0] - start),
         "first_token_ms": 1e3 * (marks[1] - marks[0]),
         "decode_ms": 1e3 * (marks[-1] - marks[1]),
@@ -173,7 +170,7 @@ def answer_from_memory(
 
 
 def count_right(
-    model: CLaRaForRAG, questions: Sequence[Mapping], spans: Sequence[Mapping], *, top_k: int, memory_size: int
+    model: CLaRaForRAG, questions: Sequence[Mapping], spans: Sequence[Mapping], *, top_k: int, memory_size: int | None
 ) -> dict[str, int]:
     """Ask questions `{question, answers}` together, from memory and, with the same documents, from text.
 
@@ -182,13 +179,13 @@ def count_right(
     """
     texts = [row["question"] for row in questions]
     answers = model.answer(texts, documents=spans, top_k=top_k, memory_size=memory_size, max_new_tokens=MAX_NEW_TOKENS)
-    by_id, prompts = {span["id"]: span for span in spans}, []
+    by_id, prompts, largest = {span["id"]: span for span in spans}, [], model.config.max_memory_size
     for text, sources in zip(texts, model.retrieve(texts, documents=spans, top_k=top_k), strict=True):
         read = [by_id[source.document_id] for source in sources]
-        prompts.append(model.processor.build_prompt(text, 0, memory_size, text_documents=read))
+        prompts.append(model.processor.build_prompt(text, 0, largest, text_documents=read))
         model.check_window(len(prompts[-1].input_ids) + MAX_NEW_TOKENS, text, "Lower `top_k`.")
     generation = model.build_generation_config(None, MAX_NEW_TOKENS)
-    nothing = model.memory_embeddings.new_zeros(0, memory_size, model.config.text_config.hidden_size)
+    nothing = model.memory_embeddings.new_zeros(0, largest, model.config.text_config.hidden_size)
     with model.lock, torch.no_grad():
         plain = model.generate_texts(prompts, [nothing] * len(prompts), generation, role=None)
     pairs = {"memory": [answer.text for answer in answers], "text": plain}
@@ -232,7 +229,7 @@ def run_demo(
     documents, packaged, rejected = read_passages(folder)
     questions = list(questions) or _default_questions(packaged, model.config.min_score is not None)
     right_answers = {row["question"]: row["answers"] for row in packaged}
-    memory_size = model.config.check_memory_size(memory_size)
+    largest = model.config.check_memory_size(memory_size)
     start = time.perf_counter()
     spans = compress_documents(model, documents)
     compress_ms = 1e3 * (time.perf_counter() - start)
@@ -261,7 +258,7 @@ def run_demo(
         "passages": len(documents),
         "spans": len(spans),
         "tokens": sum(span["n_tokens"] for span in spans),
-        "memory_size": memory_size,
+        "memory_size": largest,
         "compress_ms": compress_ms,
         "rejected": rejected,
         "results": results,
