@@ -215,16 +215,16 @@ class ReaderMixin:
         return Reading(prompt, memory, sources)
 
     def default_memory_size(self, sources: list[Source]) -> int:
-        """k that is read by default: the largest, but of windows no more than give every token of a source its own.
+        """k that is read by default: the largest; of windows the largest that hold 3/4 of a token of the longest text.
 
-        Windows narrower than a token say it twice, and so does who reads them.
+        Windows that are much narrower than a token repeat it, and the generator does so as well (recipes/LOG.md).
         """
         sizes = self.config.memory_sizes
         if self.config.memory_layout == "tokens" or not all(source.text for source in sources):
             return sizes[-1]
         texts = [f"{source.title}\n{source.text}".strip() for source in sources]
         longest = max((len(self.text_processor().encode_text(text)) for text in texts), default=0)
-        return next((size for size in sizes if size >= longest), sizes[-1])
+        return max((size for size in sizes if 3 * size <= 4 * longest), default=sizes[0])
 
     def generate_texts(
         self,
