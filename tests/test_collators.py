@@ -15,32 +15,29 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_gener
 PAD, END = "<pad>", "</s>"
 
 
-@pytest.fixture(scope="module")
-def processor() -> CLaRaProcessor:
-    """A prompt reads `x {documents} {question} <|im_start|> {answer} </s>`, a paraphrase begins with y or z."""
+def marked(paraphrase_prompts: list[str]) -> CLaRaProcessor:
+    """Answer prompts read `x {documents} {question} <|im_start|> {answer} </s>`."""
     return CLaRaProcessor(
         build_tokenizer(),
         document_max_length=32,
         document_overlap=4,
         system_prompt="",
         answer_prompt="x{documents}{question}",
-        paraphrase_prompts=["y{documents}", "z{documents}"],
+        paraphrase_prompts=paraphrase_prompts,
         chat_template=TEMPLATE,
     )
+
+
+@pytest.fixture(scope="module")
+def processor() -> CLaRaProcessor:
+    """A paraphrase begins with y or z, so it cannot share a row with an answer."""
+    return marked(["y{documents}", "z{documents}"])
 
 
 @pytest.fixture(scope="module")
 def alike() -> CLaRaProcessor:
-    """The same, with paraphrases that read `x {documents} y`: a row may hold both kinds."""
-    return CLaRaProcessor(
-        build_tokenizer(),
-        document_max_length=32,
-        document_overlap=4,
-        system_prompt="",
-        answer_prompt="x{documents}{question}",
-        paraphrase_prompts=["x{documents}y", "x{documents}z"],
-        chat_template=TEMPLATE,
-    )
+    """A paraphrase reads `x {documents} y`, so a row may hold both kinds."""
+    return marked(["x{documents}y", "x{documents}z"])
 
 
 def test_prompts_that_do_not_begin_alike_cannot_share_a_row(processor):
