@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.installed-demo
 # torchao stands apart, for the tests alone: wherever it is installed, transformers imports it and it prints warnings.
 QUANTIZATION := $(VENV)/quantization
 MINIMUM := $(shell sed -n 's/^requires-python = ">=\([0-9.]*\)"/\1/p' pyproject.toml)
@@ -22,28 +23,39 @@ DATA ?= $(firstword $(wildcard data/$(PASSAGES)) $(wildcard ../shared/data/$(PAS
 help:
 	@sed -n 's/^## /  make /p' Makefile
 
-## install    make .venv and install the package into it (the other targets do this by themselves)
+## install    make .venv and install everything into it (the other targets install what they need by themselves)
 install: $(STAMP)
 
 # The checks come first, because what pip and venv say by themselves does not name the remedy.
+define MAKE_VENV
+@$(PYTHON) -c 'import sys' || { \
+    echo "make: the command '$(PYTHON)' does not run. Install Python $(MINIMUM) or newer, or name one: make PYTHON=/path/to/python3"; \
+    exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < tuple(map(int, "$(MINIMUM)".split("."))))' || { \
+    echo "make: Python must be $(MINIMUM) or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Name a newer one: make PYTHON=/path/to/python3"; \
+    exit 1; }
+@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+    echo "make: '$(PYTHON)' lacks the venv module or its pip. On Debian and Ubuntu install the package python3-venv; elsewhere install a full Python."; \
+    exit 1; }
+@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+@echo "Installing into $(VENV). The first time this takes a few minutes."
+endef
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+
+# Everything includes what the demo needs, so that `make demo` after `make test` installs nothing.
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys' || { \
-	    echo "make: the command '$(PYTHON)' does not run. Install Python $(MINIMUM) or newer, or name one: make PYTHON=/path/to/python3"; \
-	    exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < tuple(map(int, "$(MINIMUM)".split("."))))' || { \
-	    echo "make: Python must be $(MINIMUM) or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Name a newer one: make PYTHON=/path/to/python3"; \
-	    exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
-	    echo "make: '$(PYTHON)' lacks the venv module or its pip. On Debian and Ubuntu install the package python3-venv; elsewhere install a full Python."; \
-	    exit 1; }
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	@echo "Installing into $(VENV). The first time this takes a few minutes."
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[corpus,milvus,cluster,demo,dev,train,eval,leaderboard]" -c constraints.txt
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade --no-deps --target $(QUANTIZATION) torchao -c constraints.txt
+	$(MAKE_VENV)
+	$(PIP_INSTALL) -e ".[corpus,milvus,cluster,demo,dev,train,eval,leaderboard]"
+	$(PIP_INSTALL) --quiet --upgrade --no-deps --target $(QUANTIZATION) torchao
+	@touch $(DEMO_STAMP) $@
+
+$(DEMO_STAMP): pyproject.toml constraints.txt
+	$(MAKE_VENV)
+	$(PIP_INSTALL) -e ".[demo]"
 	@touch $@
 
 ## demo       compress real passages, ask questions, compare with reading the full text
-demo: $(STAMP)
+demo: $(DEMO_STAMP)
 	$(BIN)/clara demo
 
 ## test       run the tests: offline, on CPU, two processes
@@ -61,36 +73,36 @@ quality: $(STAMP)
 
 ## bench      measure speed; DATA=FILE names the passages
 bench: $(STAMP)
-	$(BIN)/python recipes/benchmark.py $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python -m recipes.benchmarks.inference $(if $(DATA),--data "$(DATA)")
 
 ## bench-training  measure training steps; DATA=FILE names the passages with questions
 bench-training: $(STAMP)
-	$(BIN)/python recipes/benchmark_training.py --data "$(DATA)"
+	$(BIN)/python -m recipes.benchmarks.training --data "$(DATA)"
 
 ## bench-corpus  measure corpora; DATA=FILE names documents, QUESTIONS=FILE questions, FOLDER keeps what is built
 bench-corpus: $(STAMP)
-	$(BIN)/python recipes/benchmark_corpus.py --data "$(DATA)" --questions "$(QUESTIONS)" --folder "$(or $(FOLDER),runs/bench-corpus)"
+	$(BIN)/python -m recipes.benchmarks.corpus --data "$(DATA)" --questions "$(QUESTIONS)" --folder "$(or $(FOLDER),runs/bench-corpus)"
 
 ## bench-evaluation  measure scoring and a run on clara-pico; MODEL=FOLDER DATA=FILE take others
 bench-evaluation: $(STAMP)
-	$(BIN)/python recipes/benchmark_evaluation.py $(if $(MODEL),--model "$(MODEL)" --data "$(DATA)")
+	$(BIN)/python -m recipes.benchmarks.evaluation $(if $(MODEL),--model "$(MODEL)" --data "$(DATA)")
 
 ## pico       train clara-pico from nothing, about 40 minutes on two cores; run again it goes on where it was
 pico: $(STAMP)
-	$(BIN)/python recipes/pico.py --output runs/pico
+	PYTHON="$(CURDIR)/$(BIN)/python" recipes/models/pico/run.sh
 
 ## pico-card  evaluate clara-pico at its memory sizes and codecs, draw, and put all of it into its card
 CARD := model_cards/clara-pico
-SCORE = $(BIN)/python recipes/evaluate.py --model $(CARD) --data data/pico/test_joint.jsonl --memories runs/pico-card/memories
+SCORE = $(BIN)/python -m recipes.evaluate --model $(CARD) --data data/pico/test_joint.jsonl --memories runs/pico-card/memories
 pico-card: $(STAMP)
-	$(BIN)/python recipes/pico_facts.py --output data/pico
+	$(BIN)/python -m recipes.models.pico.facts --output data/pico
 	$(SCORE) --output runs/pico-card/k8 --systems all $(if $(DENSE),--dense "$(DENSE)")
 	$(SCORE) --output runs/pico-card/k4 --memory-size 4 --retrieval-memory-size 4
 	$(SCORE) --output runs/pico-card/k8-int8 --codec int8
 	$(SCORE) --output runs/pico-card/k8-int4 --codec int4
-	$(BIN)/python recipes/figures.py rate runs/pico-card/k4 runs/pico-card/k8 --output $(CARD)/rate.png
-	$(BIN)/python recipes/figures.py states $(CARD) --data data/pico/test_pretrain.jsonl --output $(CARD)/states.png
-	$(BIN)/python recipes/update_card.py $(CARD) runs/pico-card/k8 runs/pico-card/k4 runs/pico-card/k8-int8 runs/pico-card/k8-int4
+	$(BIN)/python -m recipes.figures rate runs/pico-card/k4 runs/pico-card/k8 --output $(CARD)/rate.png
+	$(BIN)/python -m recipes.figures states $(CARD) --data data/pico/test_pretrain.jsonl --output $(CARD)/states.png
+	$(BIN)/python -m recipes.evaluation.update_card $(CARD) runs/pico-card/k8 runs/pico-card/k4 runs/pico-card/k8-int8 runs/pico-card/k8-int4
 
 ## clean      remove .venv, caches and build products
 clean:

@@ -1,12 +1,13 @@
 """The three LoRA roles of one backbone: which one is active, which ones train, and how checkpointing remembers it.
 
-Stands between the model and PEFT. It knows nothing of text, memories or losses.
+Use `RoleSwitch` instead of PEFT's `set_adapter`, which also flips `requires_grad`.
 """
 
 import contextlib
 import functools
 import logging
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -36,6 +37,19 @@ class CallLock:
         return CallLock, ()
 
 
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Context: no module is in training mode; on leaving, those that were are again."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def check_role(role: str) -> str:
     """Return `role`, or raise a ValueError that names the roles there are."""
     if role not in ROLES:
@@ -44,27 +58,27 @@ def check_role(role: str) -> str:
 
 
 def linear_module_names(backbone: nn.Module) -> list[str]:
-    """Names of all linear layers below the LM head, the PEFT target "all-linear" spelled out and sorted.
-
-    PEFT would store "all-linear" as an unordered set of full paths; plain names are the same for every depth.
-    """
+    """Sorted names of all linear layers below the LM head; PEFT's "all-linear" is stored as an unordered set."""
     modules = backbone.base_model.named_modules()
     return sorted({name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)})
 
 
-def lora_config(config: CLaRaConfig, role: str) -> LoraConfig:
-    """The PEFT configuration of a role, as `adapter_config.json` stores it."""
-    settings = config.lora[role]
-    peft_config = LoraConfig(
-        r=settings["rank"],
-        lora_alpha=settings["alpha"],
-        lora_dropout=settings["dropout"],
-        target_modules=list(settings["target_modules"]),
-        task_type="CAUSAL_LM",
-    )
-    peft_config.base_model_name_or_path = config.backbone_name_or_path
-    peft_config.revision = config.backbone_revision
-    return peft_config
+def add_roles(backbone: nn.Module, config: CLaRaConfig) -> None:
+    """Inject the adapters of all roles, and fill in the target modules that `config.lora` leaves open."""
+    for role in ROLES:
+        settings = config.lora[role]
+        settings["target_modules"] = sorted(settings["target_modules"] or linear_module_names(backbone))
+        lora = LoraConfig(
+            r=settings["rank"],
+            lora_alpha=settings["alpha"],
+            lora_dropout=settings["dropout"],
+            target_modules=list(settings["target_modules"]),
+            task_type="CAUSAL_LM",
+        )
+        lora.base_model_name_or_path, lora.revision = config.backbone_name_or_path, config.backbone_revision
+        with warnings.catch_warnings():  # PEFT warns of several adapters on one model, which is the point here
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            backbone.add_adapter(lora, role)
 
 
 class _FusedLora(torch.autograd.Function):
@@ -119,14 +133,11 @@ def _can_fuse(layer: LoraLayer, role: str | None) -> bool:
 
 
 class RoleSwitch:
-    """Switches the LoRA layers of a backbone between the roles.
+    """Switches the LoRA layers of a backbone, into which `add_roles` has put the adapters, between the roles.
 
     PEFT's `set_adapter` also flips `requires_grad`, and a parameter whose flag is off when the backward pass reaches
     it loses its gradient without a word. The switch therefore sets the name of the active adapter and nothing else;
     what trains is decided by `set_trainable` alone. A test holds it against `set_adapter`.
-
-    Args:
-        backbone: a module into which the adapters of all roles have been injected.
     """
 
     def __init__(self, backbone: nn.Module):
@@ -167,11 +178,7 @@ class RoleSwitch:
 
     @contextlib.contextmanager
     def use(self, role: str | None) -> Iterator[None]:
-        """Run the backbone in a role, or plain for None, and restore the role before it.
-
-        Raises:
-            ValueError: unknown role.
-        """
+        """Context: run the backbone in a role, or plain for None, and restore the role before it."""
         if role is not None:
             check_role(role)
         if role == self.active and self._holds is None:
@@ -205,10 +212,8 @@ class RoleSwitch:
 
         Without it the recomputation runs in whatever role is active during the backward pass: wrong gradients, no
         exception. The recomputation does not restore the role layer by layer: the backward pass goes through
-        generator, reasoner and compressor once, and `forward` activates its role anyway.
-
-        Args:
-            inner: a user's own `context_fn`, entered inside.
+        generator, reasoner and compressor once, and `forward` activates its role anyway. `inner` is a user's own
+        `context_fn`, entered inside.
         """
 
         def context_fn():

@@ -1,9 +1,12 @@
-"""The backbone of a checkpoint: loading it whole, holding it against what the adapters were trained on, writing it.
+"""The backbone of a checkpoint: loading, comparing and writing it; hashes that tell which weights belong together.
 
-Stands between `AutoModelForCausalLM` and the checkpoint. It knows nothing of memories, prompts or the other files.
+Digests of the backbone go into config.json, the fingerprint of a compressor into compressed corpora.
 """
 
+import hashlib
+import json
 import logging
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 
@@ -11,10 +14,10 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .configuration_clara import CLaRaConfig
-from .digest_clara import backbone_digests
 
 logger = logging.getLogger(__name__)
 
@@ -22,12 +25,7 @@ STRUCTURE_FIELDS = ("model_type", "hidden_size", "vocab_size", "num_hidden_layer
 
 
 def load_backbone(source: str, revision: str | None, subfolder: str = "", **kwargs):
-    """A causal language model in the given place, all of its weights from the files.
-
-    Raises:
-        OSError: not to be had; the message says how to name another place.
-        ValueError: weights are missing in the files or do not fit.
-    """
+    """A causal language model, all of its weights from the files; else an OSError or ValueError with the remedy."""
     if subfolder:
         kwargs["subfolder"] = subfolder
     kwargs["ignore_mismatched_sizes"] = True  # so that they are reported and named below
@@ -61,11 +59,7 @@ def check_structure(found, config: CLaRaConfig, source: str) -> None:
 
 
 def check_digests(backbone, config: CLaRaConfig, source: str, *, is_explicit: bool) -> None:
-    """Compare the backbone's weights with those the adapters were trained on.
-
-    Raises:
-        ValueError: they differ and the backbone was not given explicitly; else a warning says so.
-    """
+    """Raise a ValueError if the weights are not those trained on; warn if the backbone was given explicitly."""
     found = backbone_digests(backbone)
     differing = [
         part
@@ -111,16 +105,11 @@ def backbone_part(state_dict: dict) -> dict:
     return {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
 
 
-def write_backbone(model, folder: Path, max_shard_size: int | str, state_dict: dict | None = None) -> None:
-    """The backbone's own weights under their own names, without the adapters that were injected.
+def write_backbone(backbone, folder: Path, max_shard_size: int | str, state_dict: dict | None = None) -> None:
+    """Write the backbone's own weights under their own names, without the adapters that were injected.
 
-    Args:
-        model: `CLaRaForRAG`.
-        folder: to make.
-        max_shard_size: largest file.
-        state_dict: of the whole model, in place of its own weights.
+    `state_dict`, of the whole model, replaces the weights of the backbone.
     """
-    backbone = model.backbone
     if getattr(backbone, "hf_quantizer", None) is not None:
         raise ValueError(
             "`include_backbone` must be False for a quantised backbone, got True. Load it without "
@@ -140,3 +129,72 @@ def write_backbone(model, folder: Path, max_shard_size: int | str, state_dict: d
     config.architectures, config.dtype = [type(backbone).__name__], backbone.dtype
     config.save_pretrained(folder)
     backbone.generation_config.save_pretrained(folder)
+
+
+def backbone_digests(backbone: nn.Module) -> dict[str, str | None]:
+    """SHA-256 in hex, or None, of the token embedding and the last layer, as they stand in `config.backbone_digests`.
+
+    Every part is hashed twice. `*_values` covers the weights rounded to bfloat16, equal for float32 and bfloat16 loads
+    of one checkpoint and None for other dtypes, which round differently. `*_signs` covers the signs alone, which no
+    rounding changes. Quantised layers have no hash.
+    """
+    layers = max((m for m in backbone.base_model.modules() if isinstance(m, nn.ModuleList)), key=_n_parameters)
+    weights = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in layers[-1].named_parameters()
+        if "lora_" not in name
+    }
+    parts = {
+        "embedding": [backbone.get_input_embeddings().weight],
+        "layer": [weights[name] for name in sorted(weights)],
+    }
+    digests = {}
+    for part, parameters in parts.items():
+        is_plain = all(type(p) is nn.Parameter and p.dtype.is_floating_point for p in parameters)
+        keeps_values = is_plain and all(p.dtype in (torch.float32, torch.bfloat16) for p in parameters)
+        digests[f"{part}_values"] = _hash(p.detach().to(torch.bfloat16) for p in parameters) if keeps_values else None
+        digests[f"{part}_signs"] = _hash(torch.signbit(p.detach()) for p in parameters) if is_plain else None
+    return digests
+
+
+def compressor_fingerprint(tensors: Mapping[str, torch.Tensor], processor, config) -> str:
+    """SHA-256 in hex over all that a memory depends on.
+
+    That is: (name, shape, dtype, bytes) of the compressor's adapter (PEFT names) and of clara.safetensors in the order
+    of their names, how a document becomes ids, the tokenizer, `document_max_length`, the backbone's sign digests, and
+    the LoRA scaling. Device, compute dtype and merging do not enter.
+    """
+    digest = hashlib.sha256()
+    backend = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    text_to_ids = {
+        "document": "[BOS?] title \\n text",
+        "bos_ids": processor.bos_ids,
+        "document_max_length": config.document_max_length,
+        "tokenizer": {name: backend[name] for name in ("model", "normalizer", "pre_tokenizer", "added_tokens")},
+        "backbone": {name: value for name, value in (config.backbone_digests or {}).items() if "signs" in name},
+        "scaling": config.lora["compressor"]["alpha"] / config.lora["compressor"]["rank"],
+    }
+    if config.memory_layout != "tokens":  # fingerprints from before there were layouts stay what they are
+        text_to_ids["memory_layout"] = [config.memory_layout, config.memory_sizes[0]]
+    digest.update(json.dumps(text_to_ids, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _n_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _hash(tensors) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(_bytes(tensor.cpu().contiguous()))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.view(torch.uint8).numpy().tobytes() if tensor.ndim else tensor.numpy().tobytes()

@@ -1,16 +1,21 @@
-"""Candidates of a retrieval: checks the documents of a call, splits them, computes missing memories, ranks them.
+"""Texts to memories, and which documents a question gets: from the documents of a call or from a corpus.
 
-Stands between the text-level calls and the tensor functions of `retrieval_clara.py`. It knows nothing of prompts,
-generation or corpora on disk.
+The functions take a model with its processor. Nothing here reads prompts or files.
 """
 
+import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers.utils.logging import tqdm
 
+from .packing_clara import can_pack, cut_batches
+from .passes_clara import CLaRaPasses
+from .processing_clara import CLaRaProcessor
 from .retrieval_clara import flatten_memory
-from .text_clara import check_list, read_document
+from .text_clara import check_count, check_list, given_id, read_document
 
 
 @dataclass(frozen=True)
@@ -28,44 +33,153 @@ class Source:
     read_as: str = "memory"
 
 
+Hits = list[list[tuple[Source, torch.Tensor]]]  # of each question (source, memory (n, hidden)), best first
+
+
+# --- encoding --------------------------------------------------------------------------------------------------------
+
+
+def text_processor(model: CLaRaPasses) -> CLaRaProcessor:
+    """The model's processor, or a ValueError if there is none."""
+    if model.processor is None:
+        raise ValueError(
+            "`model.processor` must be set for calls on text, got None. Load the model with `from_pretrained` or "
+            "`from_backbone`, or set it to a CLaRaProcessor."
+        )
+    return model.processor
+
+
+def encode_documents(model: CLaRaPasses, documents: Sequence, memory_size: int, batch_size: int = 16) -> torch.Tensor:
+    """Memories (documents, k, hidden) float32 of documents of one chunk each."""
+    ids = text_processor(model).encode_documents(documents)
+    return _encode_ids(model, "compressor", ids, memory_size, batch_size, "documents")
+
+
+def encode_questions(model: CLaRaPasses, questions: Sequence, memory_size: int, batch_size: int = 16) -> torch.Tensor:
+    """Memories (questions, k, hidden) float32 of questions."""
+    trained = model.config.retrieval_memory_size
+    if model.config.memory_layout == "windows" and memory_size > trained:
+        raise ValueError(
+            f"`memory_size` of questions must be <= `config.retrieval_memory_size` ({trained}), got "
+            f"{memory_size}. No more memory tokens were trained; pass a smaller size."
+        )
+    ids = text_processor(model).encode_questions(questions)
+    for index, question_ids in enumerate(ids):
+        model.config.check_window(len(question_ids) + memory_size, f"questions[{index}]")
+    return _encode_ids(model, "reasoner", ids, memory_size, batch_size, "questions")
+
+
+def _encode_ids(
+    model: CLaRaPasses, role: str, ids: list[list[int]], memory_size: int, batch_size: int, name: str
+) -> torch.Tensor:
+    """(texts, k, hidden) float32 of id lists; batches of similar length, one synchronisation at the end."""
+    check_count(batch_size, "batch_size", "Default: 16.")
+    device, processor = model.memory_embeddings.device, text_processor(model)
+    memory = torch.empty(len(ids), memory_size, model.config.text_config.hidden_size, device=device)
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    is_packed = can_pack(model.backbone, len(ids[order[-1]]) + memory_size)
+    batches = list(cut_batches(order, [len(text) + memory_size for text in ids], batch_size, is_packed))
+    for rows in tqdm(batches, desc=f"{role} passes", delay=2, leave=False):  # a bar after two seconds
+        batch = processor.pad([ids[row] for row in rows], processor.pad_token_id)
+        lengths = torch.tensor([len(ids[row]) for row in rows])
+        encoded, _ = model.encode(role, batch.to(device), lengths.to(device), memory_size)
+        memory[torch.tensor(rows, device=device)] = encoded.float()
+    broken = (~memory.isfinite().flatten(1).all(-1)).nonzero()
+    if len(broken):
+        raise ValueError(
+            f"the memory of `{name}[{int(broken[0])}]` must be finite, got NaN or infinity. The weights of the "
+            f"backbone or the {role} are broken: reload them with `from_pretrained`."
+        )
+    return memory
+
+
+# --- searching -------------------------------------------------------------------------------------------------------
+
+
+def search(
+    model: CLaRaPasses, questions, documents, corpus, top_k, retrieval_memory_size, min_score, memory_size: int = 0
+) -> tuple[Hits, torch.Tensor]:
+    """Hits and query memories (questions, k, hidden); arguments and errors as in `CLaRaForRAG.retrieve`.
+
+    `memory_size` is what will be read, 0 if nothing is.
+    """
+    check_list(questions, "questions")
+    config = model.config
+    k_score = config.check_memory_size(
+        config.retrieval_memory_size if retrieval_memory_size is None else retrieval_memory_size,
+        "retrieval_memory_size",
+    )
+    if (documents is None) == (corpus is None):
+        raise ValueError("`documents` or `corpus` must be given, not both and not neither. Pass one of them.")
+    if top_k is not None:
+        check_count(top_k, "top_k", "Leave it out for the default.")
+    is_number = isinstance(min_score, numbers.Real) and not isinstance(min_score, bool)
+    if min_score is not None and not (is_number and math.isfinite(min_score)):
+        raise ValueError(f"`min_score` must be a finite number, got {min_score!r}. Pass a cosine between -1 and 1.")
+    if corpus is not None:
+        queries = encode_questions(model, questions, k_score)
+        options = {}
+        if hasattr(corpus, "check_model"):  # a `CompressedCorpus`, also of another copy of this code
+            corpus.check_model(model)
+            options["questions"] = questions
+        found = corpus.search(queries, top_k or config.retrieval_top_k, **options)
+        hits = [[_read_hit(model, hit, memory_size) for hit in row] for row in found]
+    else:
+        candidates, memory = collect_candidates(model, documents, len(questions), top_k, max(k_score, memory_size))
+        queries = encode_questions(model, questions, k_score)
+        hits = rank_candidates(queries, candidates, memory, k_score, top_k or config.retrieval_top_k)
+    if min_score not in (None, -1):  # of -1 nothing is left out, also if rounding made a cosine smaller
+        hits = [[hit for hit in row if hit[0].score >= min_score] for row in hits]
+    return hits, queries
+
+
+def search_to_read(
+    model: CLaRaPasses, questions, documents, corpus, top_k, retrieval_memory_size, min_score, memory_size: int
+) -> tuple[Hits, torch.Tensor]:
+    """`search`, but a question without a source of `config.min_score` gets none unless the caller sets a score."""
+    hits, queries = search(model, questions, documents, corpus, top_k, retrieval_memory_size, min_score, memory_size)
+    least, measured = model.config.min_score, model.config.retrieval_memory_size
+    if min_score is None and least is not None and retrieval_memory_size in (None, measured):
+        hits = [row if any(source.score >= least for source, _ in row) else [] for row in hits]
+    return hits, queries
+
+
+def _read_hit(model: CLaRaPasses, hit: Mapping, memory_size: int) -> tuple[Source, torch.Tensor]:
+    source = Source(**{name: hit[name] for name in ("document_id", "span", "score", "title", "text")})
+    name = f"memory of {source.document_id!r} in the corpus"
+    return source, read_stored_memory(model, hit["memory"], memory_size, name)
+
+
+# --- documents of a call ---------------------------------------------------------------------------------------------
+
+
 @dataclass
 class Candidate:
-    """One span on offer; `order` is its document's place in the list, `row` its row in the memory tensor."""
+    """One chunk on offer."""
 
     document_id: str
-    order: int
+    order: int  # of its document in the list
     span: int
     title: str
     text: str
-    row: int = -1
+    row: int  # in the memory tensor
 
 
 def collect_candidates(
-    model, documents, n_questions: int, top_k: int | None, memory_size: int
+    model: CLaRaPasses, documents, n_questions: int, top_k: int | None, memory_size: int
 ) -> tuple[list[list[Candidate]], torch.Tensor]:
-    """Check the documents of a call and compute the memories that are not stored yet.
+    """The chunks on offer for each question, and the (chunks, k, hidden) memories that their rows point to.
 
-    Args:
-        model: `CLaRaForRAG`.
-        documents: one list for all questions, or a list for every question; see `CLaRaForRAG.retrieve`.
-        n_questions: number of questions.
-        top_k: what the user asked for, or None.
-        memory_size: k of the memories.
-
-    Returns:
-        The spans on offer for each question, and the (spans, k, hidden) memories that their rows point to.
-
-    Raises:
-        TypeError, ValueError: naming argument, index, rule and remedy.
+    Checks the documents, see `CLaRaForRAG.retrieve`, and computes the memories that are not stored yet.
     """
     documents = check_list(documents, "documents")
     nested = [isinstance(entry, Sequence) and not isinstance(entry, str | bytes) for entry in documents]
     if any(nested):
         if not all(nested):
+            place = nested.index(False)
             raise TypeError(
-                f"`documents[{nested.index(False)}]` must be a list like the others, got "
-                f"{type(documents[nested.index(False)]).__name__}. Pass one list for all questions, or a list for "
-                "every question."
+                f"`documents[{place}]` must be a list like the others, got {type(documents[place]).__name__}. Pass "
+                "one list for all questions, or a list for every question."
             )
         if len(documents) != n_questions:
             raise ValueError(
@@ -91,18 +205,10 @@ def collect_candidates(
 
 def rank_candidates(
     queries: torch.Tensor, candidates: list[list[Candidate]], memory: torch.Tensor, memory_size: int, top_k: int
-) -> list[list[tuple[Source, torch.Tensor]]]:
-    """Score each question's spans, keep the best span of every document, sort; scores leave the device once.
+) -> Hits:
+    """Score each question's chunks, keep the best chunk of every document, sort; scores leave the device once.
 
-    Args:
-        queries: (questions, n, hidden) query memories.
-        candidates: spans on offer for each question.
-        memory: (spans, n, hidden).
-        memory_size: k that is compared.
-        top_k: documents per question.
-
-    Returns:
-        For each question (source, memory (n, hidden)) pairs, best first; ties go to the lower index, then the id.
+    `queries` is (questions, n, hidden), `memory` (chunks, n, hidden). Ties go to the lower index, then the id.
     """
     vectors, queries = flatten_memory(memory, memory_size), flatten_memory(queries, memory_size)
     rows_of = {}  # one index tensor for each list of candidates, shared lists share it
@@ -119,23 +225,20 @@ def rank_candidates(
             if candidate.order not in best or score > best[candidate.order][1]:
                 best[candidate.order] = (candidate, score)
         start += len(row)
-        kept = sorted(best.values(), key=lambda hit: (-hit[1], hit[0].order, hit[0].document_id))
+        kept = sorted(best.values(), key=lambda hit: (-hit[1], hit[0].order, hit[0].document_id))[:top_k]
         ranked.append(
-            [
-                (Source(hit.document_id, hit.span, score, hit.title, hit.text), memory[hit.row])
-                for hit, score in kept[:top_k]
-            ]
+            [(Source(hit.document_id, hit.span, score, hit.title, hit.text), memory[hit.row]) for hit, score in kept]
         )
     return ranked
 
 
 class _MemoryPool:
-    """Collects spans of all candidate lists, each different text once, and computes their memories together."""
+    """Collects chunks of all candidate lists, each different text once, and computes their memories together."""
 
-    def __init__(self, model, memory_size: int):
+    def __init__(self, model: CLaRaPasses, memory_size: int):
         self.model, self.memory_size = model, memory_size
         self.rows: dict[tuple, int] = {}
-        self.spans: list[dict] = []
+        self.chunks: list[dict | None] = []
         self.stored: dict[int, torch.Tensor] = {}
 
     def add(self, documents: list, name: str) -> list[Candidate]:
@@ -154,40 +257,32 @@ class _MemoryPool:
                 title, text = read_document(document, place)
                 row = self._new_row(None)
                 self.stored[row] = read_stored_memory(self.model, stored, self.memory_size, f"{place}['memory']")
-                span = int(document.get("span", 0))
-                candidates.append(Candidate(document_id, order, span, title, text, row))
+                candidates.append(Candidate(document_id, order, int(document.get("span", 0)), title, text, row))
                 continue
-            for part in self.model.text_processor().split_document(document, place):
+            for part in text_processor(self.model).split_document(document, place):
                 key = (part["title"], part["text"])
                 if key not in self.rows:
                     self.rows[key] = self._new_row(part)
-                candidates.append(
-                    Candidate(document_id, order, part["span"], part["title"], part["text"], self.rows[key])
-                )
+                candidates.append(Candidate(document_id, order, part["span"], *key, self.rows[key]))
         return candidates
 
-    def _new_row(self, span: dict | None) -> int:
-        self.spans.append(span)
-        return len(self.spans) - 1
+    def _new_row(self, chunk: dict | None) -> int:
+        self.chunks.append(chunk)
+        return len(self.chunks) - 1
 
     def memory(self) -> torch.Tensor:
         """(rows, k, hidden) float32: computed for the texts, as given for the stored ones."""
-        texts = [row for row, span in enumerate(self.spans) if span is not None]
+        texts = [row for row, chunk in enumerate(self.chunks) if chunk is not None]
         if not self.stored:
-            return self.model.compress(self.spans, memory_size=self.memory_size)
-        rows = dict(self.stored)
+            return encode_documents(self.model, self.chunks, self.memory_size)
         if texts:
-            computed = self.model.compress([self.spans[row] for row in texts], memory_size=self.memory_size)
-            rows |= dict(zip(texts, computed, strict=True))
-        return torch.stack([rows[row] for row in range(len(self.spans))])
+            computed = encode_documents(self.model, [self.chunks[row] for row in texts], self.memory_size)
+            self.stored |= dict(zip(texts, computed, strict=True))
+        return torch.stack([self.stored[row] for row in range(len(self.chunks))])
 
 
-def read_stored_memory(model, memory, memory_size: int, name: str) -> torch.Tensor:
-    """(k, hidden) float32 on the model's device of a memory that was computed before.
-
-    Raises:
-        TypeError, ValueError: naming what is no array, of another shape or not finite.
-    """
+def read_stored_memory(model: CLaRaPasses, memory, memory_size: int, name: str) -> torch.Tensor:
+    """(k, hidden) float32 on the model's device of a memory that was computed before, or an error that names it."""
     try:
         memory = torch.as_tensor(memory, dtype=torch.float32, device=model.memory_embeddings.device)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -206,7 +301,7 @@ def read_stored_memory(model, memory, memory_size: int, name: str) -> torch.Tens
 def _document_id(document, order: int, place: str) -> str:
     if not isinstance(document, Mapping):
         return str(order)
-    given = document.get("document_id", document.get("id"))
+    given = given_id(document)
     if given is None:
         return str(order)
     if isinstance(given, bool) or not isinstance(given, str | int):

@@ -1,132 +1,75 @@
-"""A checkpoint on disk or on the Hub: three PEFT folders, the special rows, the processor, the backbone by reference.
+"""A checkpoint on disk or on the Hub: three PEFT folders, memory tokens, processor, the backbone by reference.
 
-Stands between files and the model. Everything that does not fit is an error that names the file and the remedy, never
-a warning. It knows nothing of forward passes or text-level calls. The layout:
+Everything that does not fit is an error that names the file and the remedy, never a warning. The layout:
 
     config.json  clara.safetensors  processor_config.json  tokenizer files  *_clara.py  README.md
     compressor/ reasoner/ generator/   adapter_config.json + adapter_model.safetensors
     backbone/                          only with `include_backbone=True`
 """
 
-import json
 import os
 import tempfile
 from copy import deepcopy
 from pathlib import Path
+from typing import Self
 
 import torch
-from peft import get_peft_model_state_dict
+from huggingface_hub import CommitInfo, HfApi, ModelCard
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from .adapters_clara import linear_module_names
 from .backbone_clara import (
     backbone_config,
-    backbone_part,
+    backbone_digests,
     check_digests,
     check_structure,
+    compressor_fingerprint,
     default_dtype,
     load_backbone,
     write_backbone,
 )
-from .configuration_clara import MEMORY_STATISTICS, ROLES, TRAINED_ROWS, CLaRaConfig
-from .digest_clara import backbone_digests, compressor_fingerprint
-from .files_clara import HUB_KEYWORDS, CheckpointFiles, check_tensors, complete_tokenizer_config, move_files
+from .configuration_clara import MEMORY_STATISTICS, ROLES, CLaRaConfig
+from .files_clara import (
+    HUB_KEYWORDS,
+    SPECIAL_ROWS_FILE,
+    CheckpointFiles,
+    adapter_tensors,
+    complete_tokenizer_config,
+    load_weights,
+    model_card,
+    move_files,
+    special_rows,
+    write_adapter,
+)
+from .passes_clara import CLaRaPasses
 from .processing_clara import CLaRaProcessor
 
-SPECIAL_ROWS_FILE = "clara.safetensors"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
-ADAPTER_FILE = "adapter_model.safetensors"
 BACKBONE_FOLDER = "backbone"
-PEFT_PREFIX = "base_model.model."
-
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- clara
-- soft-compression
-- retrieval-augmented-generation
-{base_model}---
-
-# CLaRa checkpoint
-
-Compresses a document into {memory_sizes} memory tokens, retrieves by cosine in the same space and answers from the
-memories (CLaRa, arXiv 2511.18659).
-
-```python
-from transformers import AutoModel
-
-model = AutoModel.from_pretrained("path/or/id", trust_remote_code=True)
-model.answer(["..."], documents=["...", "..."])
-```
-
-`compressor/`, `reasoner/` and `generator/` are plain PEFT adapters of `{backbone}`.
-"""
+_AUTO_KEYWORDS = ("_from_auto", "adapter_kwargs", "trust_remote_code", "code_revision", "state_dict")
 
 
-def adapter_tensors(model, role: str, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
-    """The live tensors of a role, or those of a state dict of the model, under the names of a plain PEFT file."""
-    if state_dict is not None:
-        state_dict = backbone_part(state_dict)
-    state = get_peft_model_state_dict(
-        model.backbone, state_dict=state_dict, adapter_name=role, save_embedding_layers=False
-    )
-    return {PEFT_PREFIX + name: tensor for name, tensor in state.items()}
+def load_processor(files: CheckpointFiles, config: CLaRaConfig) -> CLaRaProcessor:
+    """The checkpoint's processor, or a FileNotFoundError or ValueError if it does not fit this config.json."""
+    settings = files.json("processor_config.json")
+    if settings.get("document_max_length") != config.document_max_length:
+        raise ValueError(
+            f"`document_max_length` in `processor_config.json` must be {config.document_max_length} as in "
+            f"config.json, got {settings.get('document_max_length')}. Use the files of one `save_pretrained`."
+        )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        files.json(name)
+    # Without the config, the tokenizer's loader would read config.json and warn of a model type that it does not know.
+    place = {"subfolder": files.subfolder, "revision": files.revision, "trust_remote_code": False, "config": config}
+    return CLaRaProcessor.from_pretrained(files.source, **place, **files.hub_keywords)
 
 
-def special_rows(model, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
-    """memory_embeddings (max(memory_sizes), hidden) and separator_embedding (1, hidden).
+class CLaRaCheckpoint(CLaRaPasses):
+    """The side of `CLaRaForRAG` that loads, saves and publishes."""
 
-    With windows also residual_scale, and where memories are normalised memory_shift and memory_scale, (hidden,) each.
-    """
-    names = [name for name in TRAINED_ROWS if name != "residual_scale" or model.config.memory_layout == "windows"]
-    names += MEMORY_STATISTICS if model.config.memory_normalization else ()
-    return {name: getattr(model, name) if state_dict is None else state_dict[name] for name in names}
-
-
-def load_weights(model, files: CheckpointFiles, *, copy: bool = True) -> dict[str, dict[str, torch.Tensor]]:
-    """Check adapters and special rows against the model and copy them in, all or nothing.
-
-    Args:
-        model: `CLaRaForRAG`.
-        files: where the tensors are.
-        copy: False only checks, for `clara info` on a model without storage.
-
-    Returns:
-        The stored tensors by role, and the special rows under "rows".
-
-    Raises:
-        FileNotFoundError, ValueError: naming file and remedy.
-    """
-    stored, pairs = {}, []
-    for role in ROLES:
-        settings, given = model.config.lora[role], files.json(f"{role}/{ADAPTER_CONFIG_FILE}")
-        wanted = {"r": settings["rank"], "lora_alpha": settings["alpha"], "target_modules": settings["target_modules"]}
-        given["target_modules"] = sorted(given.get("target_modules") or [])
-        for field, value in wanted.items():
-            if given.get(field) != value:
-                raise ValueError(
-                    f"`{field}` in `{role}/{ADAPTER_CONFIG_FILE}` must be {value} as in config.json, got "
-                    f"{given.get(field)}. Use the files of one `save_pretrained`."
-                )
-        name, live = f"{role}/{ADAPTER_FILE}", adapter_tensors(model, role)
-        stored[role] = files.tensors(name)
-        check_tensors(stored[role], live, name)
-        pairs += [(live[key], tensor) for key, tensor in stored[role].items()]
-    stored["rows"], live = files.tensors(SPECIAL_ROWS_FILE), special_rows(model)
-    check_tensors(stored["rows"], live, SPECIAL_ROWS_FILE)
-    pairs += [(live[key], tensor) for key, tensor in stored["rows"].items()]
-    if copy:
-        with torch.no_grad():
-            for live_tensor, tensor in pairs:
-                live_tensor.copy_(tensor)
-    return stored
-
-
-class CheckpointMixin:
-    """`from_backbone`, `from_pretrained`, `save_pretrained` and `fingerprint` of `CLaRaForRAG`."""
+    commit: str | None = None  # of the checkpoint on the Hub
+    _stored: dict[str, dict[str, torch.Tensor]] | None = None  # as loaded, before rounding to the compute dtype
 
     @classmethod
     def from_backbone(
@@ -142,7 +85,7 @@ class CheckpointMixin:
         config_kwargs: dict | None = None,
         processor_kwargs: dict | None = None,
         **loader_kwargs,
-    ):
+    ) -> Self:
         """Fresh adapters on a causal language model. They are untrained: memories carry no meaning yet.
 
         Args:
@@ -161,56 +104,36 @@ class CheckpointMixin:
             `CLaRaForRAG` in eval mode with `processor` attached.
 
         Raises:
-            OSError, ValueError: the backbone cannot be had or an argument is out of its range.
+            OSError, ValueError: the backbone cannot be loaded or an argument is out of its range.
         """
-        source = str(name_or_path)
-        hub = {name: loader_kwargs[name] for name in HUB_KEYWORDS if loader_kwargs.get(name) is not None}
-        files = CheckpointFiles(source, revision=revision, **hub)
-        backbone = load_backbone(source, files.revision, **default_dtype({**loader_kwargs, "dtype": dtype}))
-        targets = linear_module_names(backbone)
-        if not targets:
-            raise ValueError(f"the backbone `{source}` must have linear layers for LoRA, found none. Choose another.")
-        alpha = 2 * lora_rank if lora_alpha is None else lora_alpha
-        lora = {"rank": lora_rank, "alpha": alpha, "dropout": lora_dropout, "target_modules": targets}
-        text_config = deepcopy(backbone.config)
-        text_config._name_or_path, text_config.dtype = "", None
-        if hasattr(text_config, "quantization_config"):
-            del text_config.quantization_config
-        if (config_kwargs or {}).get("memory_normalization"):
+        source, settings = str(name_or_path), config_kwargs or {}
+        if settings.get("memory_normalization"):
             raise ValueError(
                 "`memory_normalization` must be left out of `config_kwargs`: its numbers are measured. Call "
                 "`normalize_memories(documents)` on the model."
             )
+        hub = {name: loader_kwargs[name] for name in HUB_KEYWORDS if loader_kwargs.get(name) is not None}
+        files = CheckpointFiles(source, revision=revision, **hub)
+        backbone = load_backbone(source, files.revision, **default_dtype({**loader_kwargs, "dtype": dtype}))
+        lora = {"rank": lora_rank, "alpha": 2 * lora_rank if lora_alpha is None else lora_alpha}
+        lora |= {"dropout": lora_dropout, "target_modules": linear_module_names(backbone)}
+        if not lora["target_modules"]:
+            raise ValueError(f"the backbone `{source}` must have linear layers for LoRA, found none. Choose another.")
         config = CLaRaConfig(
-            text_config=text_config,
+            text_config=_text_config(backbone),
             backbone_name_or_path=source,
             backbone_revision=files.commit,
             backbone_digests=backbone_digests(backbone),
             memory_sizes=list(memory_sizes),
             lora={role: dict(lora) for role in ROLES},
-            **(config_kwargs or {}),
+            **settings,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, revision=files.revision, **hub)
-        processor = CLaRaProcessor(
-            tokenizer, document_max_length=config.document_max_length, **(processor_kwargs or {})
-        )
+        length = {"document_max_length": config.document_max_length}
         model = cls(config, backbone=backbone)
-        model._match_embeddings()
-        model.processor = processor
+        _start_like_tokens(model)
+        model.processor = CLaRaProcessor(tokenizer, **length, **(processor_kwargs or {}))
         return model.eval()
-
-    def _match_embeddings(self) -> None:
-        """Start the special rows at the mean of the token embeddings with their spread, and on their device."""
-        table = self.get_input_embeddings().weight.detach()
-        # A sample bounds the cost on large vocabularies; a seed of its own leaves the user's random state alone.
-        sample = table[:: max(1, len(table) // 8192)].float()
-        generator = torch.Generator().manual_seed(0)
-        scale = float(getattr(self.get_input_embeddings(), "scalar_embed_scale", 1.0))  # Gemma scales its embeddings
-        for rows in (self.memory_embeddings, self.separator_embedding):
-            noise = torch.randn(rows.shape, generator=generator).to(table.device)
-            rows.data = ((sample.mean(0) + noise * sample.std(0)) * scale).to(table.dtype)
-        if self.config.memory_layout == "windows":
-            self.residual_scale.data = self.residual_scale.data.to(table.device, table.dtype)
 
     @classmethod
     def from_pretrained(
@@ -222,14 +145,14 @@ class CheckpointMixin:
         revision: str | None = None,
         subfolder: str = "",
         **kwargs,
-    ):
+    ) -> Self:
         """Load a checkpoint from a folder or the Hub.
 
         Args:
             pretrained_model_name_or_path: folder or Hub id.
             *model_args: none.
-            config: in place of the checkpoint's config.json.
-            backbone: folder or Hub id of the backbone, in place of the one that config.json names.
+            config: instead of the checkpoint's config.json.
+            backbone: folder or Hub id of the backbone, instead of the one that config.json names.
             revision: branch, tag or commit of the checkpoint; all of its files come from one commit. The backbone's
                 revision is the one in config.json.
             subfolder: folder of the repo that holds the checkpoint.
@@ -241,36 +164,26 @@ class CheckpointMixin:
 
         Raises:
             FileNotFoundError: a file of the checkpoint is missing.
-            OSError: the backbone cannot be had.
+            OSError: the backbone cannot be loaded.
             ValueError: a file is damaged, does not fit config.json, or the backbone is another one.
         """
         kwargs = {name: value for name, value in kwargs.items() if name not in _AUTO_KEYWORDS}
         hub = {name: kwargs[name] for name in HUB_KEYWORDS if kwargs.get(name) is not None}
         files = CheckpointFiles(pretrained_model_name_or_path, subfolder, revision, **hub)
-        if config is None:
-            model_type = files.json("config.json").get("model_type")
-            if model_type != cls.config_class.model_type:
-                raise ValueError(
-                    f"`model_type` in `config.json` of {files.source} must be {cls.config_class.model_type!r}, got "
-                    f"{model_type!r}. Give a CLaRa checkpoint, or start one on a language model with `from_backbone`."
-                )
-            config = CLaRaConfig.from_pretrained(files.source, subfolder=subfolder, revision=files.revision, **hub)
-        config = deepcopy(config)
+        config = deepcopy(_read_config(files, hub) if config is None else config)
         config.dtype = None
         if config._attn_implementation is not None:  # where AutoModel puts the keyword
             kwargs.setdefault("attn_implementation", config._attn_implementation)
-        is_explicit = backbone is not None
         place = {"source": str(backbone or config.backbone_name_or_path), "revision": None, "subfolder": ""}
-        if not is_explicit and config.backbone_included:
-            folder = f"{subfolder}/{BACKBONE_FOLDER}".strip("/")
+        if backbone is None and config.backbone_included:
             files.path(f"{BACKBONE_FOLDER}/config.json")
-            place = {"source": files.source, "revision": files.revision, "subfolder": folder}
-        elif not is_explicit:
+            place = {"source": files.source, "revision": files.revision}
+            place["subfolder"] = f"{subfolder}/{BACKBONE_FOLDER}".strip("/")
+        elif backbone is None:
             place["revision"] = config.backbone_revision
-        found = backbone_config(place, hub)
-        check_structure(found, config, place["source"])
+        check_structure(backbone_config(place, hub), config, place["source"])
         model = cls(config, backbone=load_backbone(**place, **default_dtype(kwargs)))
-        check_digests(model.backbone, config, place["source"], is_explicit=is_explicit)
+        check_digests(model.backbone, config, place["source"], is_explicit=backbone is not None)
         table = model.get_input_embeddings().weight
         for name, rows in special_rows(model).items():
             rows.data = rows.data.to(table.device, torch.float32 if name in MEMORY_STATISTICS else table.dtype)
@@ -290,16 +203,16 @@ class CheckpointMixin:
         is_main_process: bool = True,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Write the checkpoint folder; see the head of this file for its layout.
+        """Write the checkpoint folder: config, adapters, processor, code and card.
 
         Files are written beside the folder first and moved in one by one, so none is ever half written.
 
         Args:
-            save_directory: folder, made where needed. A README.md that is there is kept.
+            save_directory: folder, made if needed. A README.md that is there is kept.
             include_backbone: also write the backbone's weights; default: as the checkpoint this was loaded from.
             max_shard_size: largest file of backbone weights.
             is_main_process: False writes nothing, for all but one process of a distributed run.
-            state_dict: the weights to write in place of the model's own, as gathered from a sharded model.
+            state_dict: the weights to write instead of the model's own, as gathered from a sharded model.
 
         Raises:
             ValueError: there is no processor or it contradicts the config, or the backbone is quantised and should be
@@ -321,54 +234,63 @@ class CheckpointMixin:
         target.mkdir(parents=True, exist_ok=True)
         with self.lock, tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as temporary:
             folder = Path(temporary)
-            self._write_config(folder, include_backbone)
+            _write_config(self, folder, include_backbone)
             for role in ROLES:
-                self._write_adapter(folder / role, role, state_dict)
+                write_adapter(self, folder / role, role, self._exact_tensors(role, state_dict))
             save_file(self._exact_tensors("rows", state_dict), folder / SPECIAL_ROWS_FILE, metadata={"format": "pt"})
             self.processor.save_pretrained(folder)
             complete_tokenizer_config(folder)
             if include_backbone:
-                write_backbone(self, folder / BACKBONE_FOLDER, max_shard_size, state_dict)
+                write_backbone(self.backbone, folder / BACKBONE_FOLDER, max_shard_size, state_dict)
             if not (target / "README.md").exists():
-                (folder / "README.md").write_text(self._card(include_backbone), encoding="utf-8")
+                (folder / "README.md").write_text(model_card(self.config, include_backbone), encoding="utf-8")
             move_files(folder, target)
 
-    def _write_config(self, folder: Path, include_backbone: bool) -> None:
-        config = deepcopy(self.config)
-        config.backbone_included, config.dtype = include_backbone, None
-        config.architectures = [type(self).__name__]
-        custom_object_save(self, folder, config=config)
-        config.save_pretrained(folder)
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "5GB",
+        tags: list[str] | None = None,
+    ) -> CommitInfo:
+        """Commit the checkpoint to a repo on the Hub, which is made if needed; arguments as in transformers.
 
-    def _write_adapter(self, folder: Path, role: str, state_dict: dict | None) -> None:
-        folder.mkdir()
-        save_file(self._exact_tensors(role, state_dict), folder / ADAPTER_FILE, metadata={"format": "pt"})
-        settings = self.backbone.peft_config[role].to_dict()
-        settings |= {
-            "base_model_name_or_path": self.config.backbone_name_or_path,
-            "revision": self.config.backbone_revision,
-            "target_modules": self.config.lora[role]["target_modules"],  # a list: PEFT's own is an unordered set
-            "inference_mode": True,
-        }
-        text = json.dumps(settings, indent=2, sort_keys=True, default=list) + "\n"
-        (folder / ADAPTER_CONFIG_FILE).write_text(text, encoding="utf-8")
-
-    def _card(self, include_backbone: bool) -> str:
-        name = self.config.backbone_name_or_path or "the backbone"
-        is_hub_id = not include_backbone and self.config.backbone_revision is not None
-        return CARD.format(
-            base_model=f"base_model: {name}\n" if is_hub_id else "",
-            memory_sizes=", ".join(map(str, self.config.memory_sizes)),
-            backbone=name if is_hub_id else "the backbone",
-        )
+        The repo's card is kept. A repo without one gets the card that `save_pretrained` writes.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            card = Path(folder, "README.md")
+            if api.file_exists(repo_id, card.name, revision=revision):
+                card.write_bytes(Path(api.hf_hub_download(repo_id, card.name, revision=revision)).read_bytes())
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            tags = [*(self.model_tags or []), *(tags or [])]
+            if tags:
+                content = ModelCard.load(card)
+                content.data.tags = list(dict.fromkeys([*(content.data.tags or []), *tags]))
+                content.save(card)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 that tells whether memories of two models can be compared; see `digest_clara.py`."""
+        """SHA-256 that tells whether memories of two models can be compared; see `compressor_fingerprint`."""
         tensors = {**self._exact_tensors("compressor"), **self._exact_tensors("rows")}
         return compressor_fingerprint(tensors, self.processor, self.config)
-
-    commit: str | None = None  # of the checkpoint on the Hub
 
     def compressor_versions(self) -> tuple:
         """Changes whenever a weight that the fingerprint covers may have changed; costs nothing."""
@@ -378,8 +300,6 @@ class CheckpointMixin:
         # Of what is small also the values: assignments to `.data` are not counted.
         return (self.config.document_max_length, *(float(row.detach().sum()) for row in rows), *versions)
 
-    _stored: dict[str, dict[str, torch.Tensor]] | None = None
-
     def _exact_tensors(self, part: str, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
         """What to save and hash of a role or of "rows": the live tensors on CPU, or what they were rounded from.
 
@@ -388,7 +308,7 @@ class CheckpointMixin:
         """
         live = special_rows(self, state_dict) if part == "rows" else adapter_tensors(self, part, state_dict)
         live = {name: tensor.detach().cpu().contiguous() for name, tensor in live.items()}
-        stored = self._stored[part] if self._stored else live
+        stored = self._stored[part] if self._stored else {}
         is_same = {
             name: name in stored and torch.equal(stored[name].to(tensor.dtype), tensor)
             for name, tensor in live.items()
@@ -396,23 +316,42 @@ class CheckpointMixin:
         return {name: stored[name] if is_same[name] else tensor for name, tensor in live.items()}
 
 
-_AUTO_KEYWORDS = ("_from_auto", "adapter_kwargs", "trust_remote_code", "code_revision", "state_dict")
+def _text_config(backbone) -> PreTrainedConfig:
+    """The backbone's configuration without where and how it was loaded."""
+    config = deepcopy(backbone.config)
+    config._name_or_path, config.dtype = "", None
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
-def load_processor(files: CheckpointFiles, config: CLaRaConfig) -> CLaRaProcessor:
-    """The checkpoint's processor.
+def _start_like_tokens(model: CLaRaPasses) -> None:
+    """Start memory tokens and separator at the mean of the token embeddings with their spread, on their device."""
+    table = model.get_input_embeddings().weight.detach()
+    # A sample bounds the cost on large vocabularies; a seed of its own leaves the user's random state alone.
+    sample = table[:: max(1, len(table) // 8192)].float()
+    generator = torch.Generator().manual_seed(0)
+    scale = float(getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0))  # Gemma scales its embeddings
+    for rows in (model.memory_embeddings, model.separator_embedding):
+        noise = torch.randn(rows.shape, generator=generator).to(table.device)
+        rows.data = ((sample.mean(0) + noise * sample.std(0)) * scale).to(table.dtype)
+    if model.config.memory_layout == "windows":
+        model.residual_scale.data = model.residual_scale.data.to(table.device, table.dtype)
 
-    Raises:
-        FileNotFoundError, ValueError: missing, damaged, or not of this config.json.
-    """
-    settings = files.json("processor_config.json")
-    if settings.get("document_max_length") != config.document_max_length:
+
+def _read_config(files: CheckpointFiles, hub: dict) -> CLaRaConfig:
+    model_type = files.json("config.json").get("model_type")
+    if model_type != CLaRaConfig.model_type:
         raise ValueError(
-            f"`document_max_length` in `processor_config.json` must be {config.document_max_length} as in "
-            f"config.json, got {settings.get('document_max_length')}. Use the files of one `save_pretrained`."
+            f"`model_type` in `config.json` of {files.source} must be {CLaRaConfig.model_type!r}, got "
+            f"{model_type!r}. Give a CLaRa checkpoint, or start one on a language model with `from_backbone`."
         )
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        files.json(name)
-    # Left out, the tokenizer's loader would ask on the terminal whether to run the code that config.json names.
-    place = {"subfolder": files.subfolder, "revision": files.revision, "trust_remote_code": False}
-    return CLaRaProcessor.from_pretrained(files.source, **place, **files.hub_keywords)
+    return CLaRaConfig.from_pretrained(files.source, subfolder=files.subfolder, revision=files.revision, **hub)
+
+
+def _write_config(model: CLaRaPasses, folder: Path, include_backbone: bool) -> None:
+    config = deepcopy(model.config)
+    config.backbone_included, config.dtype = include_backbone, None
+    config.architectures = [type(model).__name__]
+    custom_object_save(model, folder, config=config)
+    config.save_pretrained(folder)

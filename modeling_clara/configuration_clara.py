@@ -1,6 +1,6 @@
 """CLaRaConfig: the numbers that define a checkpoint, as they stand in its config.json.
 
-First in the data's way: everything else is built from it. It knows nothing of tensors, text or files.
+A value out of its range is an error that names the field and the rule.
 """
 
 from huggingface_hub.dataclasses import strict
@@ -24,7 +24,7 @@ class CLaRaConfig(PreTrainedConfig):
         text_config (`dict` or `PreTrainedConfig`): configuration of the backbone, any causal language model.
         backbone_name_or_path (`str`): Hub id or folder the backbone weights come from.
         backbone_revision (`str`): commit the backbone weights were trained at, None for a folder.
-        backbone_digests (`dict`): hashes of the backbone's embedding and last layer, see `checkpoint_clara.py`.
+        backbone_digests (`dict`): hashes of the backbone's embedding and last layer, see `backbone_clara.py`.
         backbone_included (`bool`): whether the checkpoint carries the backbone in its folder `backbone/`.
         memory_sizes (`list[int]`): memory vectors per document the compressor is trained for, ascending. The first
             k vectors of a memory are the memory of size k (nested memory).
@@ -37,7 +37,7 @@ class CLaRaConfig(PreTrainedConfig):
         document_max_length (`int`): tokens of one span, title and BOS included (paper: 256).
         retrieval_top_k (`int`): documents that are read by default (paper: 5).
         min_score (`float`): cosine of `retrieval_memory_size` vectors, -1 to 1; `answer` and `stream` abstain by
-            default if no document reaches it. None never abstains. `recipes/calibrate.py` chooses it.
+            default if no document reaches it. None never abstains. `recipes/evaluation/calibrate.py` chooses it.
         retrieval_temperature (`float`): temperature of the differentiable top-k (paper: 0.02).
         alignment_weight (`float`): lambda of L_MSE, eq. 2.2 (paper: 0.1); the loss is a mean over the hidden size.
         contrastive_weight (`float`): weight of the InfoNCE term where positives are given; 0 is the paper.
@@ -104,6 +104,15 @@ class CLaRaConfig(PreTrainedConfig):
                 "them, or train a checkpoint whose `memory_sizes` include it."
             )
         return int(memory_size)
+
+    def check_window(self, n_tokens: int, name: str, remedy: str = "Shorten it.") -> None:
+        """Raise a ValueError unless a prompt of `n_tokens` fits into the backbone's window."""
+        window = self.text_config.max_position_embeddings
+        if n_tokens > window:
+            raise ValueError(
+                f"the prompt of `{name}` must fit into the backbone's window of {window} tokens, got {n_tokens}. "
+                f"{remedy}"
+            )
 
     def _check_memory_sizes(self) -> None:
         sizes = self.memory_sizes

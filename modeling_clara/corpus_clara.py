@@ -1,38 +1,51 @@
-"""`CompressedCorpus`: documents with their memories in a folder that is at the same time a Hub dataset.
+"""`CompressedCorpus`: opens, searches and reads documents with their memories, in a folder or a dataset of the Hub.
 
-Stands between users and the parts of a corpus: opened here, searched here; what changes it comes from
-`corpus_writer_clara.py`. It knows nothing of how questions are encoded or answers generated.
+This reader travels with every checkpoint. What builds and changes corpora is `modeling_clara.corpus`, installed only.
 
     corpus.json  README.md  data/*.parquet  codec/*.safetensors      published
     index/                                                           derived on first open, can be made again
 """
 
-import hashlib
+import copy
+import functools
 import os
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
 import numpy as np
-from huggingface_hub import constants, snapshot_download
+import torch
 from transformers.utils.logging import tqdm
 
-from .builder_clara import BuilderMixin
-from .corpus_search_clara import SHORTLIST, SearchMixin
-from .corpus_writer_clara import WriterMixin
-from .lexical_clara import LexicalIndex
-from .manifest_clara import Manifest
-from .publish_clara import PublishMixin
-from .shards_clara import require_arrow
+from .index_clara import VectorIndex, exact_cosines, rank_documents, scan
+from .manifest_clara import Manifest, require_arrow
+from .search_clara import (
+    SearchOptions,
+    SearchState,
+    allowed_rows,
+    check_query,
+    check_questions,
+    fuse_words,
+    read_hits,
+)
 from .snapshot_clara import WHEN_CHANGED, WHEN_OPENED, Snapshot
-from .storage_clara import derived_folder
-from .text_clara import check_id, check_list
-
-PUBLISHED = ["corpus.json", "README.md", "data/*.parquet", "codec/*.safetensors", "rejected.jsonl"]
+from .storage_clara import cached_index_folder, download_corpus, writable_index_folder
+from .text_clara import check_count, check_id, check_list
 
 
-class CompressedCorpus(SearchMixin, BuilderMixin, WriterMixin, PublishMixin):
+def _installed_only(name: str) -> Callable:
+    """A method that only the installed package has."""
+
+    def refuse(*_, **__):
+        raise ImportError(
+            f"`CompressedCorpus.{name}` needs the package clara-rag, because a checkpoint's code only reads corpora: "
+            "install it from a clone of the repository (`pip install .`) and `import modeling_clara`."
+        )
+
+    return refuse
+
+
+class CompressedCorpus:
     """A compressed corpus. Make one with `build`, `open`, or `CLaRaForRAG.load_corpus`.
 
     It shows the corpus as it was when it was opened, or as this object has changed it; `refresh` shows what others
@@ -40,19 +53,24 @@ class CompressedCorpus(SearchMixin, BuilderMixin, WriterMixin, PublishMixin):
 
     Attributes:
         folder: where its files lie.
-        model: that compresses what is added; None where it was opened without one.
+        model: that compresses what is added; None if it was opened without one.
+        repo_id: of the dataset, if it came from the Hub.
     """
 
+    build = staticmethod(_installed_only("build"))
+    add, update, delete = map(_installed_only, ("add", "update", "delete"))
+    compact, convert, verify = map(_installed_only, ("compact", "convert", "verify"))
+    push_to_hub, record_measurement = map(_installed_only, ("push_to_hub", "record_measurement"))
+    milvus_index = staticmethod(_installed_only("open(backend='milvus')"))
+
     def __init__(
-        self, folder: Path, index_folder: Path, model=None, *, index: str | None = None, milvus: dict | None = None
+        self, folder: Path, index_folder: Path, model=None, *, make_index: Callable = VectorIndex, always_index=False
     ):
         require_arrow()
         self.folder, self.index_folder, self.model = Path(folder), Path(index_folder), None
-        self.repo_id: str | None = None  # of the Hub, where it came from there
-        self._index_kind, self._milvus = index, milvus
-        self._options = {"where": None, "hybrid": False, "exact": False, "shortlist": SHORTLIST}
-        self._shared = _Shared()
-        self._load(WHEN_OPENED)
+        self.repo_id: str | None = None
+        self._options, self._state = SearchOptions(), SearchState(make_index, always_index)
+        self.reload(WHEN_OPENED)
         if model is not None:
             self.attach(model)
 
@@ -76,7 +94,7 @@ class CompressedCorpus(SearchMixin, BuilderMixin, WriterMixin, PublishMixin):
         """Open a corpus: a folder, or a dataset of the Hub.
 
         The first time, the shards are checked and what search needs is derived from them, into `index/` of the folder,
-        or of the cache where the folder cannot be written or came from the Hub. Later it is only mapped.
+        or of the cache if the folder cannot be written or came from the Hub. Later it is only mapped.
 
         Args:
             path_or_repo: folder, or id of a dataset on the Hub.
@@ -85,10 +103,9 @@ class CompressedCorpus(SearchMixin, BuilderMixin, WriterMixin, PublishMixin):
             token: for the Hub.
             cache_dir: of the Hub's files.
             local_files_only: take what is in the cache.
-            index: "flat", "hnsw", "ivf" or "ivf_rabitq"; default by size.
-            backend: "faiss", or "milvus" for the shortlist.
-            uri: of Milvus: a server, or a file of Milvus Lite; default a file in the index folder. A token goes into
-                the environment variable MILVUS_TOKEN.
+            index: "flat", "hnsw" or "ivf"; default by size.
+            backend: "faiss", or "milvus" for the shortlist, which needs the installed package.
+            uri: of a Milvus server (token in MILVUS_TOKEN) or a file of Milvus Lite; default one in the index folder.
             collection: of Milvus; default named after the folder.
 
         Raises:
@@ -101,50 +118,61 @@ class CompressedCorpus(SearchMixin, BuilderMixin, WriterMixin, PublishMixin):
             raise ValueError("`uri` and `collection` must go with `backend='milvus'`. Add it, or leave them out.")
         if backend == "milvus" and index is not None:
             raise ValueError(f"`index` must be left out with `backend='milvus'`, got {index!r}. Milvus has its own.")
-        milvus = {"uri": uri, "collection": collection} if backend == "milvus" else None
+        is_milvus = backend == "milvus"
+        make_index = cls.milvus_index(uri, collection) if is_milvus else functools.partial(VectorIndex, kind=index)
+        options = {"make_index": make_index, "always_index": is_milvus or index is not None}
         if os.path.isdir(path_or_repo):
             folder = Path(path_or_repo)
             Manifest.read(folder)  # before anything is written
-            corpus = cls(folder, writable_index_folder(folder), model, index=index, milvus=milvus)
+            corpus = cls(folder, writable_index_folder(folder), model, **options)
         else:
             folder = download_corpus(str(path_or_repo), revision, token, cache_dir, local_files_only)
-            corpus = cls(folder, cached_index_folder(folder), model, index=index, milvus=milvus)
+            corpus = cls(folder, cached_index_folder(folder), model, **options)
             corpus.repo_id = str(path_or_repo)
         return corpus.prepare()
 
-    def _load(self, limits: tuple[int, float], manifest: Manifest | None = None) -> None:
-        """Put the newest snapshot in place."""
-        with self._shared.lock:
-            previous = self._shared.snapshot
+    def reload(self, limits: tuple[int, float], manifest: Manifest | None = None) -> None:
+        """Show the corpus as it is now.
+
+        Args:
+            limits: of scattered segments, see `snapshot_clara.WHEN_OPENED`.
+            manifest: that was just written; default that of the folder.
+        """
+        state = self._state
+        with state.lock:
             manifest = manifest or Manifest.read(self.folder)
             while True:
                 total = sum(shard.n_spans for shard in manifest.shards)
-                with tqdm(total=total, desc="opening the corpus", unit=" spans", delay=2, leave=False) as bar:
+                with tqdm(total=total, desc="opening the corpus", unit=" chunks", delay=2, leave=False) as bar:
+                    options = {"previous": state.snapshot, "limits": limits, "progress": bar.update}
                     try:
-                        snapshot = Snapshot(
-                            self.folder,
-                            self.index_folder,
-                            manifest,
-                            previous=previous,
-                            limits=limits,
-                            progress=bar.update,
-                        )
+                        snapshot = Snapshot(self.folder, self.index_folder, manifest, **options)
                         break
                     except (FileNotFoundError, ValueError):
                         newer = Manifest.read(self.folder)  # a writer may have replaced the shards meanwhile
                         if newer.generation == manifest.generation:
                             raise
                         manifest = newer
-            indexes = {}
-            for k, index in self._shared.indexes.items():
-                if self._is_indexed(snapshot):
-                    indexes[k] = self._make_index(snapshot, k, previous=index)
-            self._shared.snapshot, self._shared.indexes = snapshot, indexes
+            state.show(snapshot)
+
+    def prepare(self, memory_size: int | None = None) -> Self:
+        """Make what searching needs now instead of at the first search.
+
+        Args:
+            memory_size: k that will be compared; default `retrieval_memory_size`.
+        """
+        sizes = self.manifest.memory_sizes
+        k = self.manifest.retrieval_memory_size if memory_size is None else memory_size
+        if k not in sizes:
+            raise ValueError(f"`memory_size` must be one of {sizes}, got {k!r}. Choose one of them.")
+        if self._state.is_indexed(self.snapshot):
+            self._state.index_of(self.snapshot, k)
+        return self
 
     def refresh(self) -> Self:
         """Show what was changed since this object was opened, by other processes or objects too."""
         if Manifest.read(self.folder) != self.manifest:
-            self._load(WHEN_CHANGED)
+            self.reload(WHEN_CHANGED)
         return self
 
     def attach(self, model, *, fingerprint: str | None = None) -> Self:
@@ -152,13 +180,13 @@ class CompressedCorpus(SearchMixin, BuilderMixin, WriterMixin, PublishMixin):
 
         Args:
             model: `CLaRaForRAG`.
-            fingerprint: the model's, where it was just taken; it takes some tenths of a second.
+            fingerprint: the model's, if it was just taken; it takes some tenths of a second.
 
         Raises:
             ValueError: another compressor made them.
         """
         if fingerprint == self.manifest.fingerprint:
-            self._shared.checked = (id(model), model.compressor_versions())
+            self._state.checked = (id(model), model.compressor_versions())
         self.check_model(model)
         self.model = model
         return self
@@ -169,7 +197,7 @@ class CompressedCorpus(SearchMixin, BuilderMixin, WriterMixin, PublishMixin):
         The hash is taken again only when a weight that it covers has changed.
         """
         versions = model.compressor_versions()
-        if self._shared.checked != (id(model), versions):
+        if self._state.checked != (id(model), versions):
             if model.fingerprint != self.manifest.fingerprint:
                 name = self.manifest.compressor.get("name_or_path") or "an unnamed model"
                 raise ValueError(
@@ -177,9 +205,7 @@ class CompressedCorpus(SearchMixin, BuilderMixin, WriterMixin, PublishMixin):
                     f"{self.manifest.fingerprint[:12]}, got {model.name_or_path or 'a model'} with "
                     f"{model.fingerprint[:12]}. Load that model, or build the corpus again with this one."
                 )
-            self._shared.checked = (id(model), versions)
-
-    # --- what it is --------------------------------------------------------------------------------------------------
+            self._state.checked = (id(model), versions)
 
     @property
     def manifest(self) -> Manifest:
@@ -188,7 +214,8 @@ class CompressedCorpus(SearchMixin, BuilderMixin, WriterMixin, PublishMixin):
 
     @property
     def snapshot(self) -> Snapshot:
-        return self._shared.snapshot
+        """The rows that this object shows."""
+        return self._state.snapshot
 
     @property
     def fingerprint(self) -> str:
@@ -201,8 +228,13 @@ class CompressedCorpus(SearchMixin, BuilderMixin, WriterMixin, PublishMixin):
 
     @property
     def metadata_columns(self) -> list[str]:
-        """Columns beside id, title and text, for filters."""
+        """Columns beside id, title and text."""
         return list(self.manifest.metadata)
+
+    @property
+    def filter_columns(self) -> list[str]:
+        """Columns that `where` may name."""
+        return ["document_id", "title", "span", *self.metadata_columns]
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -210,6 +242,89 @@ class CompressedCorpus(SearchMixin, BuilderMixin, WriterMixin, PublishMixin):
             f"CompressedCorpus({str(self.folder)!r}, documents={m.n_documents}, spans={m.n_spans}, "
             f"memory={m.memory_size}x{m.hidden_size}, codec={m.codec!r})"
         )
+
+    # --- searching ---------------------------------------------------------------------------------------------------
+
+    def with_options(
+        self,
+        *,
+        where: Mapping | None = None,
+        hybrid: bool | str | None = None,
+        exact: bool | None = None,
+        shortlist: int | None = None,
+    ) -> Self:
+        """The same corpus with other defaults of `search`, for calls that take `corpus=`. What is left out stays.
+
+        Example: `model.answer(questions, corpus=corpus.with_options(where={"year": {"$gte": 2020}}, hybrid=True))`.
+        """
+        given = {"where": where, "hybrid": hybrid, "exact": exact, "shortlist": shortlist}
+        view = copy.copy(self)  # shares snapshot and index
+        view._options = self._options.updated(self.filter_columns, **given)
+        return view
+
+    def search(
+        self,
+        query_memory: torch.Tensor,
+        top_k: int = 5,
+        where: Mapping | None = None,
+        *,
+        questions: Sequence[str] | None = None,
+        hybrid: bool | str | None = None,
+        exact: bool | None = None,
+        shortlist: int | None = None,
+    ) -> list[list[dict]]:
+        """The best documents for each question, each by its best chunk.
+
+        An index finds a shortlist in the whole corpus; the exact cosine of the stored memories (eq. 3.1) ranks it.
+
+        Args:
+            query_memory: (questions, k, H) floating point; k, one of `memory_sizes`, is what is compared.
+            top_k: documents a question; fewer come back if there are no more.
+            where: a filter on `document_id`, `title` and the metadata, see `search_clara.py`.
+            questions: their texts, for `hybrid`.
+            hybrid: also rank by BM25 over the text and fuse both: True or "ranks" by reciprocal rank, "scores" by a
+                weighted sum of both scores, each standardised over what was found (`lexical_clara.fuse`).
+            exact: compare all memories, without the index.
+            shortlist: chunks a question that are compared exactly; default 100.
+
+        Returns:
+            For each question dicts `{document_id, span, score, title, text, memory, metadata}`, best first. `score` is
+            the cosine, also if `hybrid` decides the order; `memory` is (n, H) float32.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        given = {"where": where, "hybrid": hybrid, "exact": exact, "shortlist": shortlist}
+        state, snapshot, query_memory = self._state, self.snapshot, check_query(query_memory, self.manifest)
+        check_count(top_k, "top_k", "Default: 5.")
+        options = self._options.updated(self.filter_columns, **given)
+        if options.hybrid:
+            check_questions(questions, len(query_memory))
+        allowed = allowed_rows(snapshot, options.where)
+
+        def find(memory: torch.Tensor, n: int, allowed: np.ndarray | None) -> np.ndarray:
+            if options.exact or not state.is_indexed(snapshot):
+                return scan(snapshot, memory, n, allowed)
+            return state.index_of(snapshot, memory.shape[1]).shortlist(memory, n, allowed, options.where)
+
+        depth = max(top_k, options.shortlist) if options.hybrid else top_k
+        ranked = rank_documents(snapshot, query_memory, depth, find, shortlist=options.shortlist, allowed=allowed)
+        if options.hybrid:
+            found = state.lexical_of(snapshot).shortlist(questions, depth, allowed)
+            ranked = fuse_words(snapshot, query_memory, ranked, found, options.fusion)
+        return [read_hits(snapshot, row[:top_k]) for row in ranked]
+
+    def cosines(self, query_memory: torch.Tensor, rows: np.ndarray) -> list[list[tuple[int, float]]]:
+        """Exact cosines (eq. 3.1) of rows that were chosen otherwise.
+
+        Args:
+            query_memory: (questions, k, H) floating point.
+            rows: (questions, n) numbers of rows, see `rows`; -1 for none.
+
+        Returns:
+            For each question (row, cosine) of every document's best chunk, best first; ties go to the lower row.
+        """
+        return exact_cosines(self.snapshot, check_query(query_memory, self.manifest), rows)
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -223,6 +338,35 @@ class CompressedCorpus(SearchMixin, BuilderMixin, WriterMixin, PublishMixin):
             column = segment.table["document_id"]
             for row in np.flatnonzero((segment.spans == 0) & snapshot.live[start : start + segment.n_rows]):
                 yield column[int(row)].as_py()
+
+    def rows(self, columns: Sequence[str] = ("document_id", "span", "title", "text")) -> Iterator[dict]:
+        """All chunks in order: their values, and as `row` the number by which `decode` and `cosines` know them.
+
+        Numbers of deleted chunks are left out. They change when the corpus does.
+
+        Args:
+            columns: any of `document_id`, `span`, `title`, `text`, `n_tokens` and `metadata_columns`.
+        """
+        snapshot, first = self.snapshot, 0
+        for segment in snapshot.segments:
+            for batch in segment.table.select(list(columns)).to_batches():
+                for row, values in enumerate(batch.to_pylist(), first):
+                    if snapshot.live[row]:
+                        yield {"row": row, **values}
+                first += len(batch)
+
+    def decode(self, rows: Sequence[int], memory_size: int | None = None) -> torch.Tensor:
+        """(rows, k, H) float32: the memories of rows by their numbers, see `rows`; k defaults to all vectors."""
+        numbers = np.asarray(rows, dtype=np.int64)
+        wrong = numbers[(numbers < 0) | (numbers >= self.snapshot.n_rows)]
+        if len(wrong):
+            raise ValueError(f"`rows` must be numbers of `corpus.rows()`, got {wrong[0]}. Take them from there.")
+        return self.snapshot.decode(numbers, self.manifest.memory_size if memory_size is None else memory_size)
+
+    @property
+    def vector_bytes(self) -> int:
+        """Stored bytes of one vector of a memory."""
+        return self.snapshot.codec.vector_bytes
 
     def get(self, ids: Sequence[str]) -> list[dict]:
         """Documents by id.
@@ -253,55 +397,3 @@ class CompressedCorpus(SearchMixin, BuilderMixin, WriterMixin, PublishMixin):
                 }
             )
         return documents
-
-
-class _Shared:
-    """What all views of an open corpus have in common."""
-
-    def __init__(self):
-        self.lock = threading.RLock()
-        self.snapshot: Snapshot | None = None
-        self.indexes: dict = {}  # by k
-        self.lexical: LexicalIndex | None = None
-        self.checked: tuple | None = None  # the model whose fingerprint was compared, and its weights' versions
-
-
-def writable_index_folder(folder: Path) -> Path:
-    """`index/` of a corpus folder; a folder of the cache where that cannot be written."""
-    try:
-        index = derived_folder(folder)
-    except OSError:
-        return cached_index_folder(folder)
-    return index if os.access(index, os.W_OK) else cached_index_folder(folder)
-
-
-def cached_index_folder(folder: Path) -> Path:
-    """A folder in the Hugging Face cache for what is derived from the corpus at this path."""
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    path = Path(constants.HF_HOME) / "clara" / "index" / name
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def download_corpus(repo_id: str, revision, token, cache_dir, local_files_only: bool) -> Path:
-    """The files of a corpus on the Hub, all of one commit.
-
-    Raises:
-        FileNotFoundError: there is no such folder and no such dataset.
-    """
-    try:
-        path = snapshot_download(
-            repo_id,
-            repo_type="dataset",
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            allow_patterns=PUBLISHED,
-        )
-    except (OSError, ValueError) as error:  # all of the Hub client's own errors are OSErrors
-        raise FileNotFoundError(
-            f"`{repo_id}` must be a folder with a compressed corpus or the id of a dataset on the Hub, but could not "
-            f"be read: {error} Check the name, the revision and the token."
-        ) from error
-    return Path(path)

@@ -1,7 +1,6 @@
-"""The files of one checkpoint, in a folder or on the Hub, and what their tensors must look like.
+"""The files of one checkpoint, in a folder or on the Hub: finding, reading, checking and writing them.
 
-Stands below the checkpoint: finds, reads and places files, and turns what is missing or damaged into an error that
-names the file and the remedy. It knows nothing of models.
+What is missing or damaged is an error that names the file and the remedy.
 """
 
 import json
@@ -13,21 +12,51 @@ from pathlib import Path
 import torch
 from huggingface_hub import ResolvedRevision
 from huggingface_hub.errors import HTTPError
+from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers.utils import cached_file
 from transformers.utils.hub import resolve_revision
 
+from .backbone_clara import backbone_part
+from .configuration_clara import MEMORY_STATISTICS, ROLES, TRAINED_ROWS, CLaRaConfig
+from .passes_clara import CLaRaPasses
+
+SPECIAL_ROWS_FILE = "clara.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
 HUB_KEYWORDS = ("token", "cache_dir", "force_download", "local_files_only", "proxies")
+
+# No `pipeline_tag`: the Hub would offer a pipeline of transformers, which cannot run this model.
+CARD = """---
+library_name: transformers
+tags:
+- clara
+- soft-compression
+- retrieval-augmented-generation
+{base_model}---
+
+# CLaRa checkpoint
+
+Compresses a document into {memory_sizes} memory tokens, retrieves by cosine in the same space and answers from the
+memories (CLaRa, arXiv 2511.18659).
+
+```python
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("path/or/id", trust_remote_code=True)
+model.answer(["..."], documents=["...", "..."])
+```
+
+`compressor/`, `reasoner/` and `generator/` are plain PEFT adapters of `{backbone}`.
+"""
 
 
 class CheckpointFiles:
     """Finds the files of one checkpoint: a folder, or a Hub repo at one commit.
 
-    Args:
-        source: folder or Hub id.
-        subfolder: folder inside it that holds the checkpoint.
-        revision: branch, tag or commit; resolved once, so that all files are of one commit.
-        hub_keywords: `HUB_KEYWORDS` for the download.
+    A revision is resolved once, so that all files are of one commit; `hub_keywords` are `HUB_KEYWORDS`.
     """
 
     def __init__(self, source: str | os.PathLike, subfolder: str = "", revision: str | None = None, **hub_keywords):
@@ -43,11 +72,7 @@ class CheckpointFiles:
         return self.revision.resolved if isinstance(self.revision, ResolvedRevision) else self.revision
 
     def path(self, name: str) -> Path:
-        """Local path of a file, downloaded where needed.
-
-        Raises:
-            FileNotFoundError: naming the file and the remedy.
-        """
+        """Local path of a file, downloaded if needed, or a FileNotFoundError."""
         subfolder, _, filename = f"{self.subfolder}/{name}".strip("/").rpartition("/")
         try:
             path = cached_file(self.source, filename, subfolder=subfolder, revision=self.revision, **self.hub_keywords)
@@ -62,12 +87,7 @@ class CheckpointFiles:
         return Path(path)
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """All tensors of a safetensors file, as stored.
-
-        Raises:
-            FileNotFoundError: missing.
-            ValueError: truncated or no safetensors file.
-        """
+        """All tensors of a safetensors file, as stored; a ValueError if it is truncated or none."""
         path = self.path(name)
         try:
             with safe_open(path, framework="pt") as file:
@@ -79,12 +99,7 @@ class CheckpointFiles:
             ) from error
 
     def json(self, name: str) -> dict:
-        """A JSON file that holds an object.
-
-        Raises:
-            FileNotFoundError: missing.
-            ValueError: not JSON, or no object.
-        """
+        """The object of a JSON file; a ValueError if it holds none."""
         try:
             content = json.loads(self.path(name).read_text(encoding="utf-8"))
             if not isinstance(content, dict):
@@ -116,6 +131,88 @@ def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
             raise ValueError(
                 f"`{key}` in `{name}` must be finite, got NaN or infinity. Use an earlier checkpoint of the training."
             )
+
+
+def adapter_tensors(model: CLaRaPasses, role: str, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
+    """The live tensors of a role, or those of a state dict of the model, under the names of a plain PEFT file."""
+    if state_dict is not None:
+        state_dict = backbone_part(state_dict)
+    state = get_peft_model_state_dict(
+        model.backbone, state_dict=state_dict, adapter_name=role, save_embedding_layers=False
+    )
+    return {PEFT_PREFIX + name: tensor for name, tensor in state.items()}
+
+
+def special_rows(model: CLaRaPasses, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
+    """memory_embeddings (max(memory_sizes), hidden) and separator_embedding (1, hidden).
+
+    With windows also residual_scale, and if memories are normalised memory_shift and memory_scale, (hidden,) each.
+    """
+    names = [name for name in TRAINED_ROWS if name != "residual_scale" or model.config.memory_layout == "windows"]
+    names += MEMORY_STATISTICS if model.config.memory_normalization else ()
+    return {name: getattr(model, name) if state_dict is None else state_dict[name] for name in names}
+
+
+def load_weights(
+    model: CLaRaPasses, files: CheckpointFiles, *, copy: bool = True
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Check adapters and memory tokens against the model and copy them in, all or nothing; `copy=False` only checks.
+
+    Returns:
+        The stored tensors by role, and those of clara.safetensors under "rows".
+
+    Raises:
+        FileNotFoundError, ValueError: naming file and remedy.
+    """
+    stored, pairs = {}, []
+    for role in ROLES:
+        settings, given = model.config.lora[role], files.json(f"{role}/{ADAPTER_CONFIG_FILE}")
+        wanted = {"r": settings["rank"], "lora_alpha": settings["alpha"], "target_modules": settings["target_modules"]}
+        given["target_modules"] = sorted(given.get("target_modules") or [])
+        for field, value in wanted.items():
+            if given.get(field) != value:
+                raise ValueError(
+                    f"`{field}` in `{role}/{ADAPTER_CONFIG_FILE}` must be {value} as in config.json, got "
+                    f"{given.get(field)}. Use the files of one `save_pretrained`."
+                )
+        name, live = f"{role}/{ADAPTER_FILE}", adapter_tensors(model, role)
+        stored[role] = files.tensors(name)
+        check_tensors(stored[role], live, name)
+        pairs += [(live[key], tensor) for key, tensor in stored[role].items()]
+    stored["rows"], live = files.tensors(SPECIAL_ROWS_FILE), special_rows(model)
+    check_tensors(stored["rows"], live, SPECIAL_ROWS_FILE)
+    pairs += [(live[key], tensor) for key, tensor in stored["rows"].items()]
+    if copy:
+        with torch.no_grad():
+            for live_tensor, tensor in pairs:
+                live_tensor.copy_(tensor)
+    return stored
+
+
+def write_adapter(model: CLaRaPasses, folder: Path, role: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Write the tensors of a role as a plain PEFT folder."""
+    folder.mkdir()
+    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    settings = model.backbone.peft_config[role].to_dict()
+    settings |= {
+        "base_model_name_or_path": model.config.backbone_name_or_path,
+        "revision": model.config.backbone_revision,
+        "target_modules": model.config.lora[role]["target_modules"],  # a list: PEFT's own is an unordered set
+        "inference_mode": True,
+    }
+    text = json.dumps(settings, indent=2, sort_keys=True, default=list) + "\n"
+    (folder / ADAPTER_CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def model_card(config: CLaRaConfig, include_backbone: bool) -> str:
+    """The README.md that a checkpoint starts with."""
+    name = config.backbone_name_or_path or "the backbone"
+    is_hub_id = not include_backbone and config.backbone_revision is not None
+    return CARD.format(
+        base_model=f"base_model: {name}\n" if is_hub_id else "",
+        memory_sizes=", ".join(map(str, config.memory_sizes)),
+        backbone=name if is_hub_id else "the backbone",
+    )
 
 
 def complete_tokenizer_config(folder: Path) -> None:

@@ -1,10 +1,8 @@
-"""The search index: short vectors of all memories in FAISS, which find a shortlist in the whole corpus.
+"""Finds rows of a snapshot by their memories: an index gives a shortlist, the exact cosine ranks it.
 
-Stands between a snapshot and its search. It knows nothing of documents, filters' meaning or exact scores.
-
-A short vector is the memory's retrieval vector on its main directions (truncated SVD of a sample). The vectors are not
-centred: all memories share most of their direction, and so do questions, so the inner product with what is left out
-would otherwise decide the order (recipes/LOG.md has the figures).
+A projected vector is the memory's retrieval vector on its main directions (truncated SVD of a sample). The vectors
+are not centred: all memories share most of their direction, and so do questions, so the inner product with what is
+left out would otherwise decide the order (docs/experiments.md has the figures).
 """
 
 import logging
@@ -31,31 +29,41 @@ logger = logging.getLogger(__name__)
 INDEX_DIMENSIONS = 128
 SAMPLE_ROWS = 4096
 SAMPLE_BYTES = 256 * 2**20
-KINDS = ("flat", "hnsw", "ivf", "ivf_rabitq")
+KINDS = ("flat", "hnsw", "ivf")
 # Rows up to which a kind is taken. Measured with 128 dimensions on one core: flat 0.025 us a row; at 300,000 rows HNSW
 # 0.9 ms and 400 bytes a row, IVF 1.6 ms and 140 bytes.
-KIND_LIMITS = {"flat": 50_000, "hnsw": 200_000, "ivf": 5_000_000}
+KIND_LIMITS = {"flat": 50_000, "hnsw": 200_000}
 HNSW_LINKS, HNSW_EF_CONSTRUCTION, HNSW_EF_SEARCH = 32, 80, 400
 PROBED_SHARE = 8  # one list of IVF in 8 is searched
+SCAN_SCORES = 32 * 2**20  # scores of questions x rows that are held at a time
+QUERY_BLOCK = 32  # questions whose shortlists are decoded together
+ROW_BLOCK = 64  # rows that are decoded and compared at a time
+ROUNDING = 1e-6  # of a cosine in float32
+SMALL = 1024  # rows up to which all are compared exactly
 FILTERED_SHARE = 0.3  # below this share of rows that a filter leaves, HNSW's graph misses too much
+
+
+Ranked = list[list[tuple[int, float]]]  # for each question (row, cosine), best first, one row a document
 
 
 def require_faiss() -> None:
     """Raise an ImportError that names the remedy where FAISS is missing."""
     if faiss is None:
         raise ImportError(
-            'searching a corpus of this size needs FAISS. Install it: pip install "clara-rag[corpus]", or pip install '
-            "faiss-cpu."
+            "searching a corpus of this size needs FAISS: pip install faiss-cpu, or the extra `corpus` from a clone "
+            "of the repository."
         )
 
 
 def choose_kind(n_rows: int) -> str:
     """The kind of index for so many rows."""
-    return next((kind for kind, limit in KIND_LIMITS.items() if n_rows <= limit), "ivf_rabitq")
+    return next((kind for kind, limit in KIND_LIMITS.items() if n_rows <= limit), "ivf")
 
 
 class VectorIndex:
-    """Short vectors of a snapshot, compared by inner product. The first segment lies in FAISS, later ones beside it.
+    """Projected vectors of a snapshot, compared by inner product.
+
+    The first segment is in FAISS, later ones beside it.
 
     Args:
         snapshot: whose rows are found.
@@ -87,7 +95,7 @@ class VectorIndex:
         else:
             self.components, self.index = self._open_base(snapshot, progress)
             known = {}
-        self.tails = [  # (key of the segment, short vectors)
+        self.tails = [  # (key of the segment, projected vectors)
             (segment.key, known[segment.key] if segment.key in known else self._tail(snapshot, number))
             for number, segment in enumerate(snapshot.segments)
             if number
@@ -132,10 +140,10 @@ class VectorIndex:
             # Into one array made before: small ones between large temporaries would keep the heap from shrinking.
             sample = np.empty((n_train, len(self.components)), np.float32)
             for part in np.array_split(np.arange(n_train), max(1, n_train // 256)):
-                sample[part] = self.shorten(snapshot.decode(rows[part], self.memory_size))
+                sample[part] = self.project(snapshot.decode(rows[part], self.memory_size))
             index.train(sample)
         for _, memory in snapshot.blocks(self.memory_size, [0]):
-            index.add(self.shorten(memory))
+            index.add(self.project(memory))
             if progress is not None:
                 progress(len(memory))
         for old in self.folder.glob("*"):
@@ -145,21 +153,21 @@ class VectorIndex:
             faiss.write_index(index, str(partial))
 
     def _tail(self, snapshot: Snapshot, number: int) -> np.ndarray:
-        """(rows, d) float32 short vectors of a later segment, kept in a file."""
+        """(rows, d) float32 projected vectors of a later segment, kept in a file."""
         path = self.folder / f"{self.base_key}-{snapshot.segments[number].key}.npy"
         try:
             return np.load(path)
         except (OSError, ValueError, EOFError):
             vectors = np.concatenate(
-                [self.shorten(memory) for _, memory in snapshot.blocks(self.memory_size, [number])]
+                [self.project(memory) for _, memory in snapshot.blocks(self.memory_size, [number])]
             )
             with replacing(path) as partial, open(partial, "wb") as file:
                 np.save(file, vectors)
             return vectors
 
-    def shorten(self, memory: torch.Tensor) -> np.ndarray:
+    def project(self, memory: torch.Tensor) -> np.ndarray:
         """(rows, d) float32 of (rows, k, H) memories or query memories."""
-        return short_vectors(memory, self.memory_size, self.components)
+        return project_memory(memory, self.memory_size, self.components)
 
     # --- searching ---------------------------------------------------------------------------------------------------
 
@@ -177,7 +185,7 @@ class VectorIndex:
         Returns:
             (questions, n) int64 rows of the snapshot in no particular order, -1 where there are no more.
         """
-        queries = self.shorten(query_memory)
+        queries = self.project(query_memory)
         mask = None if allowed is None else allowed[: self.n_base]
         scores, rows = self._search_base(queries, n, mask)
         for start, (_, vectors) in zip(self.starts[1:], self.tails, strict=False):
@@ -206,16 +214,12 @@ class VectorIndex:
             parameters = faiss.SearchParametersHNSW(sel=selector, efSearch=max(HNSW_EF_SEARCH, 2 * n))
         else:
             inverted = faiss.extract_index_ivf(index)
-            options = {"sel": selector, "nprobe": max(1, inverted.nlist // PROBED_SHARE)}
-            if self.kind == "ivf_rabitq":
-                parameters = faiss.IVFRaBitQSearchParameters(**options)
-            else:
-                parameters = faiss.SearchParametersIVF(**options)
+            parameters = faiss.SearchParametersIVF(sel=selector, nprobe=max(1, inverted.nlist // PROBED_SHARE))
         scores, rows = index.search(queries, n, params=parameters)
         return np.where(rows < 0, -np.inf, scores), rows
 
 
-def short_vectors(memory: torch.Tensor, memory_size: int, components: torch.Tensor) -> np.ndarray:
+def project_memory(memory: torch.Tensor, memory_size: int, components: torch.Tensor) -> np.ndarray:
     """(rows, d) float32: retrieval vectors of (rows, n, H) memories on (d, k * H) main directions, n >= k."""
     return (flatten_memory(memory, memory_size) @ components.T).numpy()
 
@@ -239,7 +243,7 @@ def fit_components(snapshot: Snapshot, memory_size: int) -> torch.Tensor:
 
 
 def _empty_index(kind: str, dimensions: int, n_rows: int):
-    """An index whose codes are 8 bits a dimension, or 4 bits of RaBitQ."""
+    """An index whose codes are 8 bits a dimension."""
     metric = faiss.METRIC_INNER_PRODUCT
     if kind == "flat":
         return faiss.index_factory(dimensions, "SQ8", metric)
@@ -247,8 +251,7 @@ def _empty_index(kind: str, dimensions: int, n_rows: int):
         index = faiss.index_factory(dimensions, f"HNSW{HNSW_LINKS},SQ8", metric)
         index.hnsw.efConstruction = HNSW_EF_CONSTRUCTION
         return index
-    codes = "SQ8" if kind == "ivf" else "RaBitQ4"
-    index = faiss.index_factory(dimensions, f"IVF{max(1, min(int(4 * n_rows**0.5), n_rows // 16))},{codes}", metric)
+    index = faiss.index_factory(dimensions, f"IVF{max(1, min(int(4 * n_rows**0.5), n_rows // 16))},SQ8", metric)
     index.cp.max_points_per_centroid = 64
     index.cp.min_points_per_centroid = 1  # a small corpus whose user asked for this kind
     return index
@@ -257,3 +260,124 @@ def _empty_index(kind: str, dimensions: int, n_rows: int):
 def _read_flags(kind: str) -> int:
     """Flat codes and inverted lists stay on disk, memory-mapped; a graph is read."""
     return {"flat": faiss.IO_FLAG_MMAP_IFC, "hnsw": 0}.get(kind, faiss.IO_FLAG_MMAP)
+
+
+# --- exact search ----------------------------------------------------------------------------------------------------
+
+
+def rank_documents(
+    snapshot: Snapshot,
+    query_memory: torch.Tensor,
+    top_k: int,
+    find: Callable[[torch.Tensor, int, np.ndarray | None], np.ndarray],
+    *,
+    shortlist: int,
+    allowed: np.ndarray | None = None,
+) -> Ranked:
+    """The best documents of every question, each by its best chunk.
+
+    Args:
+        snapshot: that is searched.
+        query_memory: (questions, k, H) float32 on the CPU.
+        top_k: documents a question.
+        find: `(query_memory, n, allowed) -> (questions, n) rows`, as `VectorIndex.shortlist` or `scan`.
+        shortlist: rows a question that are compared exactly.
+        allowed: (rows,) bool; None for all.
+    """
+    candidates = None if allowed is None else np.flatnonzero(allowed)
+    n_allowed = snapshot.n_rows if candidates is None else len(candidates)
+    if not n_allowed:
+        return [[] for _ in query_memory]
+    ranked: Ranked = [[] for _ in query_memory]
+    open_questions, n = np.arange(len(query_memory)), max(shortlist, top_k)
+    n_documents = None
+    while len(open_questions):
+        questions = query_memory[torch.from_numpy(open_questions)]
+        if n_allowed <= max(n, SMALL):
+            n = n_allowed
+            all_rows = np.arange(n_allowed) if candidates is None else candidates
+            rows = np.broadcast_to(all_rows, (len(questions), n_allowed))
+        else:
+            rows = find(questions, n, allowed)
+        for question, hits in zip(open_questions, exact_cosines(snapshot, questions, rows), strict=True):
+            ranked[question] = hits[:top_k]
+        open_questions = np.array([q for q in open_questions if len(ranked[q]) < top_k], dtype=np.int64)
+        if n >= n_allowed:
+            break
+        if len(open_questions) and n_documents is None:  # long documents may fill a shortlist with their chunks
+            everything = np.arange(snapshot.n_rows) if candidates is None else candidates
+            n_documents = len(np.unique(everything - snapshot.spans[everything]))
+            open_questions = np.array(
+                [q for q in open_questions if len(ranked[q]) < min(top_k, n_documents)], dtype=np.int64
+            )
+        n = min(4 * n, n_allowed)
+    return ranked
+
+
+def exact_cosines(snapshot: Snapshot, query_memory: torch.Tensor, rows: np.ndarray) -> Ranked:
+    """Cosines of the given rows (eq. 3.1), the best row of every document, best first; ties go to the lower row.
+
+    Args:
+        snapshot: that holds the rows.
+        query_memory: (questions, k, H) float32 on the CPU.
+        rows: (questions, n) int64, -1 where there is none.
+    """
+    k = query_memory.shape[1]
+    queries = flatten_memory(query_memory, k)
+    ranked = []
+    for start in range(0, len(rows), QUERY_BLOCK):
+        mine = [np.unique(row[row >= 0]) for row in rows[start : start + QUERY_BLOCK]]
+        needed = np.unique(np.concatenate(mine))
+        scores = np.empty((len(mine), len(needed)), np.float32)
+        for first in range(0, len(needed), ROW_BLOCK):
+            vectors = snapshot.decode(needed[first : first + ROW_BLOCK], k).flatten(1)
+            products = queries[start : start + QUERY_BLOCK] @ vectors.T
+            norms = torch.linalg.vector_norm(vectors, dim=-1).clamp_min(1e-12)
+            scores[:, first : first + ROW_BLOCK] = (products / norms).numpy()
+        for row, row_scores in zip(mine, scores, strict=True):
+            ranked.append(_best_rows(snapshot, k, row, row_scores[np.searchsorted(needed, row)]))
+    return ranked
+
+
+def _best_rows(snapshot: Snapshot, memory_size: int, rows: np.ndarray, scores: np.ndarray) -> list[tuple[int, float]]:
+    order = np.lexsort((rows, -scores))
+    # A matrix product may round equal rows differently, by their place in it: memories that are equal shall tie.
+    for close in np.flatnonzero(-np.diff(scores[order]) < ROUNDING):
+        first, second = order[close], order[close + 1]
+        pair = snapshot.decode(rows[[first, second]], memory_size)
+        if torch.equal(pair[0], pair[1]):
+            scores[second] = scores[first]
+    order = np.lexsort((rows, -scores))
+    documents = (rows - snapshot.spans[rows])[order]
+    _, first = np.unique(documents, return_index=True)
+    best = order[np.sort(first)]
+    return [(int(row), float(score)) for row, score in zip(rows[best], scores[best], strict=True)]
+
+
+def best_rows(scores: np.ndarray, n: int) -> np.ndarray:
+    """(min(n, rows),) rows with the largest scores, in no particular order; of ties at the end the lowest rows."""
+    if n >= len(scores):
+        return np.arange(len(scores))
+    last = np.partition(scores, len(scores) - n)[len(scores) - n]
+    if np.isneginf(last):
+        return np.argpartition(-scores, n - 1)[:n]
+    better = np.flatnonzero(scores > last + ROUNDING)
+    tied = np.flatnonzero((scores <= last + ROUNDING) & (scores >= last - ROUNDING))
+    return np.concatenate([better, tied[: n - len(better)]])
+
+
+def scan(snapshot: Snapshot, query_memory: torch.Tensor, n: int, allowed: np.ndarray | None) -> np.ndarray:
+    """(questions, n) rows with the largest cosine over all rows: the exact search that the index is measured by."""
+    k, n = query_memory.shape[1], min(n, snapshot.n_rows)
+    queries = flatten_memory(query_memory, k)
+    found, step = [], max(1, SCAN_SCORES // max(1, snapshot.n_rows))
+    for start in range(0, len(queries), step):
+        block = queries[start : start + step]
+        scores = np.empty((len(block), snapshot.n_rows), np.float32)
+        for first, memory in snapshot.blocks(k):
+            scores[:, first : first + len(memory)] = (block @ flatten_memory(memory, k).T).numpy()
+        if allowed is not None:
+            scores[:, ~allowed] = -np.inf
+        best = np.stack([best_rows(row, n) for row in scores])
+        found.append(np.where(np.isneginf(np.take_along_axis(scores, best, 1)), -1, best))
+    return np.concatenate(found)

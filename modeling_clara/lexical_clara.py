@@ -1,7 +1,6 @@
-"""BM25 over the text of a corpus, and the fusion of its order with that of the memories.
+"""BM25 over title and text, and the fusion of its order with that of the memories.
 
-Stands beside the search index. At small sizes BM25 is the rival of retrieval by memory, and together they are better
-than either. It knows nothing of memories.
+The hybrid search of a corpus and the BM25 baseline of the evaluation are both this `Bm25`.
 """
 
 import hashlib
@@ -12,24 +11,76 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from .search_clara import best_rows
+from .index_clara import best_rows
 from .snapshot_clara import Snapshot
 
 try:
     import bm25s
+    import Stemmer
 except ImportError:  # `require_bm25` names the remedy
-    bm25s = None
+    bm25s = Stemmer = None
 
 FUSIONS = ("ranks", "scores")
 FUSION_CONSTANT = 60  # k of reciprocal rank fusion (Cormack et al. 2009)
-WORDS_WEIGHT = 0.7  # of BM25 where scores are fused; the cosine has the rest (recipes/LOG.md)
+WORDS_WEIGHT = 0.7  # of BM25 if scores are fused; the cosine has the rest (docs/experiments.md)
 SMALLEST_DEVIATION = 1e-6  # of scores in float32; what differs by less is rounding
+WORDS = "english words, stemmed"  # part of an index's name: one of other words is made again
 
 
 def require_bm25() -> None:
-    """Raise an ImportError that names the remedy where bm25s is missing."""
+    """Raise an ImportError that names the remedy if bm25s or PyStemmer is missing."""
     if bm25s is None:
-        raise ImportError('`hybrid` needs bm25s. Install it: pip install "clara-rag[corpus]", or pip install bm25s.')
+        raise ImportError(
+            "BM25 needs bm25s and PyStemmer: pip install bm25s PyStemmer, or the extra `corpus` from a clone of the "
+            "repository."
+        )
+
+
+class Bm25:
+    """BM25 scores of rows: bm25s with its default k1 and b, English stop words left out, words stemmed.
+
+    Args:
+        index: a `bm25s.BM25`; None if no row has a word.
+        n_rows: number of rows.
+    """
+
+    def __init__(self, index, n_rows: int):
+        self.index, self.n_rows = index, n_rows
+
+    @classmethod
+    def of_texts(cls, texts: Sequence[str]) -> "Bm25":
+        """An index of texts."""
+        tokens = _tokens(texts, return_ids=True)
+        return cls(_index(tokens) if any(tokens.vocab) else None, len(texts))
+
+    @classmethod
+    def of_words(cls, words: Sequence[list[str]]) -> "Bm25":
+        """An index of the words of some rows, see `split_words`: rarity is counted among these rows."""
+        return cls(_index(list(words)) if any(map(any, words)) else None, len(words))
+
+    def scores(self, words: Sequence[str]) -> np.ndarray:
+        """(rows,) float32 for the words of one question."""
+        known = [word for word in words if word and self.index is not None and word in self.index.vocab_dict]
+        return self.index.get_scores(known) if known else np.zeros(self.n_rows, np.float32)
+
+
+def split_words(texts: Sequence[str]) -> list[list[str]]:
+    """The words of every text, as `Bm25` compares them."""
+    return _tokens(texts, return_ids=False)
+
+
+def _tokens(texts: Sequence[str], return_ids: bool):
+    require_bm25()
+    stemmer = Stemmer.Stemmer("english")  # one for each call: threads cannot share it
+    return bm25s.tokenize(
+        list(texts), stopwords="en", stemmer=stemmer, return_ids=return_ids, show_progress=False, allow_empty=True
+    )
+
+
+def _index(tokens) -> "bm25s.BM25":
+    index = bm25s.BM25()
+    index.index(tokens, show_progress=False)
+    return index
 
 
 class LexicalIndex:
@@ -46,27 +97,25 @@ class LexicalIndex:
         with FileLock(snapshot.index_folder / "lock"):  # whoever builds for another snapshot removes this one
             if not (folder / "complete").exists():
                 self._build(snapshot, folder)
-            self.index = None  # where no text has a word
-            if not (folder / "empty").exists():
-                self.index = bm25s.BM25.load(str(folder), mmap=True, show_progress=False)
-        self.n_rows = snapshot.n_rows
+            is_empty = (folder / "empty").exists()  # no text has a word
+            index = None if is_empty else bm25s.BM25.load(str(folder), mmap=True, show_progress=False)
+        self.bm25 = Bm25(index, snapshot.n_rows)
 
     def _build(self, snapshot: Snapshot, folder: Path) -> None:
         for old in snapshot.index_folder.glob("bm25-*"):
             shutil.rmtree(old, ignore_errors=True)
-        texts = [
-            f"{title} {text}"
-            for segment in snapshot.segments
-            for title, text in zip(segment.table["title"].to_pylist(), segment.table["text"].to_pylist(), strict=True)
-        ]
+        bm25 = Bm25.of_texts(
+            [
+                f"{title} {text}"
+                for table in (segment.table for segment in snapshot.segments)
+                for title, text in zip(table["title"].to_pylist(), table["text"].to_pylist(), strict=True)
+            ]
+        )
         folder.mkdir(parents=True)
-        tokens = _tokens(texts)
-        if any(map(len, tokens.ids)):
-            index = bm25s.BM25()
-            index.index(tokens, show_progress=False)
-            index.save(str(folder))
-        else:
+        if bm25.index is None:
             (folder / "empty").touch()
+        else:
+            bm25.index.save(str(folder))
         (folder / "complete").touch()
 
     def shortlist(
@@ -74,9 +123,8 @@ class LexicalIndex:
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each question the rows with the largest scores above zero, best first, at most n; and these scores."""
         found = []
-        for question in questions:
-            words = _tokens([question], words=True)[0]
-            scores = self.index.get_scores(words) if words and self.index else np.zeros(self.n_rows)
+        for words in split_words(questions) if questions else []:
+            scores = self.bm25.scores(words)
             if allowed is not None:
                 scores = np.where(allowed, scores, 0.0)
             best = best_rows(scores, n)
@@ -88,11 +136,10 @@ class LexicalIndex:
 
 def lexical_key(snapshot: Snapshot) -> str:
     """Changes with the segments of a snapshot."""
-    return hashlib.sha256("".join(segment.key for segment in snapshot.segments).encode()).hexdigest()[:16]
+    return hashlib.sha256("".join([WORDS, *(segment.key for segment in snapshot.segments)]).encode()).hexdigest()[:16]
 
 
-def _tokens(texts: list[str], words: bool = False):
-    return bm25s.tokenize(texts, stopwords=[], return_ids=not words, show_progress=False)
+# --- fusion ----------------------------------------------------------------------------------------------------------
 
 
 def fuse(

@@ -1,23 +1,36 @@
-"""corpus.json: what a compressed corpus consists of. Whatever it does not name is not part of the corpus.
+"""Reads and checks corpus.json and the Parquet shards that it names.
 
-Stands above the shards and below the corpus. Every change writes a new corpus.json and puts it in place at once. It
-knows nothing of memories, search or models.
+Whatever corpus.json does not name is not part of the corpus.
 """
 
 import base64
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from .codecs_clara import check_codec
-from .storage_clara import write_json
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from .codecs_clara import Codec, check_codec
+from .storage_clara import file_sha256
+
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+except ImportError:  # `require_arrow` names the remedy
+    pa = pq = None
 
 MANIFEST_FILE = "corpus.json"
 FORMAT_VERSION = 1
 BUILD_FOLDER = "build"  # progress of a build that is not finished
 SHARD_PATTERN = re.compile(r"data/[A-Za-z0-9._-]+\.parquet")
 STATE_PATTERN = re.compile(r"[0-9a-f]{12}")
+DATA_FOLDER = "data"
+ROWS_PER_GROUP = 1024
+RESERVED_COLUMNS = ("id", "document_id", "span", "title", "text", "n_tokens", "memory")
 
 
 @dataclass
@@ -57,11 +70,6 @@ class Shard:
                 raise ValueError(f"{self.file} has the tombstone {pair}")
             previous = pair[1]
 
-    def bury(self, rows: range) -> None:
-        """Delete the document that has these rows."""
-        self.tombstones = merge_ranges([*self.tombstones, [rows.start, rows.stop]])
-        self.n_deleted += 1
-
 
 @dataclass
 class Manifest:
@@ -80,7 +88,7 @@ class Manifest:
         n_documents, n_spans: without deleted ones.
         n_rejected: rows that rejected.jsonl lists.
         build: options and input of the build, to tell whether another call means the same.
-        measured: what the codec costs, see `recipes/benchmark_corpus.py`.
+        measured: what the codec costs, see `recipes/benchmarks/corpus.py`.
         shards: in the order of the documents.
     """
 
@@ -184,17 +192,6 @@ class Manifest:
         if len({shard.file for shard in self.shards}) != len(self.shards):
             raise ValueError("a shard is named twice")
 
-    def count(self) -> None:
-        """Set `n_documents` and `n_spans` to what the tombstones leave."""
-        buried = sum(last - first for shard in self.shards for first, last in shard.tombstones)
-        self.n_spans = sum(shard.n_spans for shard in self.shards) - buried
-        self.n_documents = sum(shard.n_documents - shard.n_deleted for shard in self.shards)
-
-    def write(self, folder: Path) -> None:
-        """Put corpus.json in place, at once."""
-        content = asdict(self)
-        write_json(Path(folder) / MANIFEST_FILE, {"format_version": content.pop("format_version"), **content})
-
 
 def _check_types(entry, name: str) -> None:
     """Raise a ValueError unless every field of a dataclass is of the type that it declares."""
@@ -211,16 +208,124 @@ def _damaged(folder, reason: str) -> ValueError:
     )
 
 
-def merge_ranges(ranges: list) -> list[list[int]]:
-    """Ascending disjoint (first, last + 1) ranges that cover the given ones.
+def load_codecs(folder: Path, manifest: Manifest) -> dict[str, Codec]:
+    """The codec with every state that the shards name, by key; with the key "" where there is no state.
 
-    >>> merge_ranges([[4, 5], [0, 2], [2, 3]])
-    [[0, 3], [4, 5]]
+    Raises:
+        FileNotFoundError, ValueError: a state's file is missing or damaged.
     """
-    merged = []
-    for first, last in sorted(ranges):
-        if merged and first <= merged[-1][1]:
-            merged[-1][1] = max(merged[-1][1], last)
-        else:
-            merged.append([first, last])
-    return merged
+    shape = (manifest.codec, manifest.memory_size, manifest.hidden_size)
+    if not manifest.codec_states:
+        return {"": Codec(*shape)}
+    codecs = {}
+    for key, sha256 in manifest.codec_states.items():
+        path = Path(folder) / state_file(key)
+        if not path.is_file():
+            raise FileNotFoundError(f"the codec's state {path} must be there, but is missing. Copy it again.")
+        if file_sha256(path) != sha256:
+            raise ValueError(f"the codec's state {path} must have the checksum that corpus.json names. Copy it again.")
+        try:
+            codecs[key] = Codec(*shape, load_file(path))
+        except SafetensorError as error:
+            raise ValueError(f"the codec's state {path} is damaged: {error}. Copy it again.") from error
+    return codecs
+
+
+def state_file(key: str) -> str:
+    """Where the state of a codec lies inside a corpus."""
+    return f"codec/{key}.safetensors"
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+def require_arrow() -> None:
+    """Raise an ImportError that names the remedy where pyarrow is missing."""
+    if pa is None:
+        raise ImportError(
+            "corpora need pyarrow: pip install pyarrow, or the extra `corpus` from a clone of the repository."
+        )
+
+
+def metadata_types(schema: "pa.Schema") -> "dict[str, pa.DataType]":
+    """The columns that are neither ours nor reserved."""
+    return {column.name: column.type for column in schema if column.name not in RESERVED_COLUMNS}
+
+
+def memory_rows(column: "pa.Array", row_bytes: int, place: str) -> np.ndarray:
+    """(rows, row_bytes) uint8 view of a memory column.
+
+    Raises:
+        ValueError: a row is missing or of another size, naming it.
+    """
+    if not pa.types.is_large_binary(column.type):
+        raise ValueError(
+            f"the column `memory` of {place} must be large_binary, got {column.type}. The shard was not written by "
+            "this package: build the corpus again."
+        )
+    offsets = np.frombuffer(column.buffers()[1], np.int64)[column.offset : column.offset + len(column) + 1]
+    wrong = np.flatnonzero(np.diff(offsets) != row_bytes)
+    if column.null_count or len(wrong):
+        row = int(wrong[0]) if len(wrong) else 0
+        raise ValueError(
+            f"every `memory` of {place} must have {row_bytes} bytes, row {row} has "
+            f"{int(offsets[row + 1] - offsets[row])}. The shard belongs to another corpus or is damaged: copy or "
+            "download it again."
+        )
+    start = int(offsets[0]) if len(offsets) else 0
+    data = np.frombuffer(column.buffers()[2] or b"", np.uint8)
+    return data[start : start + len(column) * row_bytes].reshape(len(column), row_bytes)
+
+
+def check_shard(folder: Path, shard: Shard) -> None:
+    """Raise unless the file of a shard is there and is, byte for byte, the one that was written.
+
+    Raises:
+        FileNotFoundError: missing.
+        ValueError: truncated, changed or of another build.
+    """
+    path = Path(folder) / shard.file
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"the shard {path} must be there, as corpus.json says, but is missing. Copy or download it again."
+        )
+    n_bytes = path.stat().st_size
+    if n_bytes != shard.n_bytes:
+        raise ValueError(
+            f"the shard {path} must have {shard.n_bytes} bytes, got {n_bytes}. It is truncated or of another build: "
+            "copy or download it again."
+        )
+    if file_sha256(path) != shard.sha256:
+        raise ValueError(
+            f"the shard {path} must have the checksum {shard.sha256[:12]}..., which corpus.json names. It is damaged "
+            "or of another build: copy or download it again."
+        )
+
+
+def read_batches(folder: Path, shard: Shard, columns: list[str] | None = None) -> "Iterator[pa.RecordBatch]":
+    """The rows of a shard in batches of at most `ROWS_PER_GROUP`.
+
+    Raises:
+        ValueError: the file is no Parquet file or lacks a column.
+    """
+    path = Path(folder) / shard.file
+    try:
+        with pq.ParquetFile(path) as file:
+            missing = set(columns or RESERVED_COLUMNS) - set(file.schema_arrow.names)
+            if missing:
+                raise ValueError(f"it lacks the columns {sorted(missing)}")
+            if file.metadata.num_rows != shard.n_spans:
+                raise ValueError(f"it has {file.metadata.num_rows} rows in place of {shard.n_spans}")
+            yield from file.iter_batches(batch_size=ROWS_PER_GROUP, columns=columns)
+    except (pa.ArrowException, ValueError) as error:
+        raise ValueError(
+            f"the shard {path} cannot be read: {error}. Copy or download it again, or build the corpus again."
+        ) from error
+
+
+def live_mask(shard: Shard) -> np.ndarray:
+    """(n_spans,) bool, False at deleted rows."""
+    mask = np.ones(shard.n_spans, dtype=bool)
+    for first, last in shard.tombstones:
+        mask[first:last] = False
+    return mask

@@ -1,6 +1,6 @@
-"""Memory tokens as tensors: placing them behind a document, reading them out, writing them into a prompt, L_MSE.
+"""Memories as tensors: memory tokens after a document, windows, normalisation, slots of a prompt, L_MSE.
 
-Stands between the embeddings and the backbone. Pure functions: no model, no config, no text, no device.
+Pure functions between the embeddings and the backbone.
 """
 
 import torch
@@ -14,15 +14,13 @@ def right_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple
 
 
 def segment_mask(segments: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """What the tokens of rows with several prompts may attend to.
+    """What the tokens of rows with several prompts may attend to: (rows, 1, length, length) bool.
+
+    True where the query (first length) sees the key. Padding sees itself, because a softmax over nothing is NaN.
 
     Args:
         segments: (rows, length) int64, 0 in the common beginning of a row's prompts, i in the rest of prompt i.
         attention_mask: (rows, length), 1 at real tokens.
-
-    Returns:
-        (rows, 1, length, length) bool, True where the query (first length) sees the key. Padding sees itself, because
-        a softmax over nothing is NaN.
     """
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
@@ -34,19 +32,16 @@ def segment_mask(segments: torch.Tensor, attention_mask: torch.Tensor) -> torch.
 def place_memory_tokens(
     token_embeddings: torch.Tensor, lengths: torch.Tensor, memory_rows: torch.Tensor
 ) -> torch.Tensor:
-    """Put the learned memory rows directly behind each text.
+    """Put the memory-token embeddings directly after each text: (batch, length + k, hidden).
+
+    What follows them in a shorter text is padding. It needs no mask, because attention is causal.
 
     Args:
         token_embeddings: (batch, length, hidden), the text right-padded.
         lengths: (batch,) int64, real tokens of each text.
-        memory_rows: (k, hidden), the learned rows.
-
-    Returns:
-        (batch, length + k, hidden). What follows the memory rows of a shorter text is padding that no earlier position
-        attends to, the attention being causal; it needs no mask.
+        memory_rows: (k, hidden), the memory-token embeddings.
     """
-    batch, length, _ = token_embeddings.shape
-    n_memory = memory_rows.shape[0]
+    (batch, length, _), n_memory = token_embeddings.shape, memory_rows.shape[0]
     positions = torch.arange(length + n_memory, device=lengths.device)
     is_memory = (positions >= lengths[:, None]) & (positions < lengths[:, None] + n_memory)  # (batch, length + k)
     padded = F.pad(token_embeddings, (0, 0, 0, n_memory))
@@ -55,30 +50,24 @@ def place_memory_tokens(
 
 
 def read_memory(hidden_states: torch.Tensor, lengths: torch.Tensor, memory_size: int) -> torch.Tensor:
-    """The final-layer states of the memory tokens: a document's memory (paper, section 2).
+    """The final-layer states (batch, k, hidden) of the memory tokens: a document's memory (paper, section 2).
 
-    Args:
-        hidden_states: (batch, length + k, hidden) of a text followed by its memory tokens.
-        lengths: (batch,) int64, real tokens of each text.
-        memory_size: k.
-
-    Returns:
-        (batch, k, hidden). Its first j vectors are the memory of size j (nested memory).
+    They follow the `lengths` (batch,) real tokens in `hidden_states` (batch, length + k, hidden). The first j vectors
+    are the memory of size j (nested memory).
     """
     positions = lengths[:, None] + torch.arange(memory_size, device=lengths.device)  # (batch, k)
     return hidden_states.gather(1, positions[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
 def window_means(states: torch.Tensor, lengths: torch.Tensor, n_windows: int) -> torch.Tensor:
-    """Means of the states in equal windows of each text; a state on a border counts in both by its share.
+    """Means (batch, n_windows, hidden) of the states in equal windows of each text, in the dtype of `states`.
+
+    A state on a border counts in both windows by its share. Sums are taken in float32.
 
     Args:
         states: (batch, length, hidden), the text right-padded.
         lengths: (batch,) int64, real tokens of each text.
         n_windows: windows, more or fewer than tokens.
-
-    Returns:
-        (batch, n_windows, hidden) in the dtype of `states`, summed in float32.
 
     >>> window_means(torch.tensor([[[1.0], [2.0], [6.0], [9.0]]]), torch.tensor([3]), 2).flatten()
     tensor([1.3333, 4.6667])
@@ -93,18 +82,11 @@ def window_means(states: torch.Tensor, lengths: torch.Tensor, n_windows: int) ->
 
 
 def nest_windows(windows: torch.Tensor, n_base: int) -> torch.Tensor:
-    """Windows as a nested memory: its first k vectors give the windows of size k (a Haar transform).
+    """Windows (..., n, hidden) as a nested memory (..., n, hidden), n = n_base * 2^i (a Haar transform).
 
-    First the means of the `n_base` widest windows, then for each doubling half the difference of every window's two
-    halves. Those of doubling i are divided by sqrt(2)^(i - 1), which makes a cosine of the first k vectors the cosine
-    of the k windows.
-
-    Args:
-        windows: (..., n, hidden), n = n_base * 2^i.
-        n_base: size of the smallest memory.
-
-    Returns:
-        (..., n, hidden)
+    The first k vectors give the windows of size k. First come the means of the `n_base` widest windows, then for each
+    doubling half the difference of every window's two halves. Those of doubling i are divided by sqrt(2)^(i - 1),
+    which makes a cosine of the first k vectors the cosine of the k windows.
 
     >>> nest_windows(torch.tensor([[1.0], [3.0], [4.0], [8.0]]), 2).flatten()
     tensor([ 2.,  6., -1., -2.])
@@ -129,18 +111,10 @@ def read_windows(memory: torch.Tensor, n_base: int) -> torch.Tensor:
 
 
 def normalize_memory(states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Final-layer states as memories: every channel shifted and scaled by fixed numbers.
+    """Final-layer states (..., hidden) as memories in the same dtype: every channel shifted and scaled, in float32.
 
     A few channels of these states are the same large number in every document. Written into a prompt as they are, they
-    drown what differs; see README.md, section Decisions.
-
-    Args:
-        states: (..., hidden).
-        shift: (hidden,), the mean of every channel.
-        scale: (hidden,), the spread of token embeddings over that of every channel.
-
-    Returns:
-        (..., hidden) in the dtype of `states`, computed in float32.
+    drown what differs. `shift` and `scale`, (hidden,) each, come from `memory_statistics`.
 
     >>> states = torch.tensor([[30.0, 0.5], [32.0, -0.5]])
     >>> normalize_memory(states, *memory_statistics(states, 0.1))
@@ -157,14 +131,9 @@ def restore_states(memory: torch.Tensor, shift: torch.Tensor, scale: torch.Tenso
 
 
 def memory_statistics(states: torch.Tensor, spread: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """`shift` and `scale` of `normalize_memory` that give every channel mean 0 and standard deviation `spread`.
+    """`shift` and `scale`, (hidden,) float32, that give each channel mean 0 and standard deviation `spread`.
 
-    Args:
-        states: (states, hidden) of memories of many documents.
-        spread: standard deviation that is wanted.
-
-    Returns:
-        shift (hidden,), scale (hidden,) float32; a channel that never changes has scale 0.
+    They are measured on (states, hidden) of many memories; a channel that never changes has scale 0.
     """
     states = states.float()
     shift, deviation = states.mean(0), states.std(0, correction=0)
@@ -172,14 +141,9 @@ def memory_statistics(states: torch.Tensor, spread: float) -> tuple[torch.Tensor
 
 
 def check_slots(memory_mask: torch.Tensor, n_rows: torch.Tensor) -> None:
-    """Raise unless every prompt has as many slots as it gets memory rows; costs one host synchronisation.
+    """Raise a ValueError unless each prompt of `memory_mask` (batch, length) bool has `n_rows` (batch,) int64 slots.
 
-    Args:
-        memory_mask: (batch, length) bool.
-        n_rows: (batch,) int64, rows to write into each prompt.
-
-    Raises:
-        ValueError: naming the first prompt that does not fit.
+    It names the first prompt that does not fit and costs one host synchronisation.
     """
     slots = memory_mask.sum(-1)
     wrong = (slots != n_rows.to(slots.device)).nonzero()
@@ -192,23 +156,14 @@ def check_slots(memory_mask: torch.Tensor, n_rows: torch.Tensor) -> None:
 
 
 def write_memory(inputs_embeds: torch.Tensor, memory_mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Write memory rows into the slots of a prompt with one masked_scatter.
-
-    Args:
-        inputs_embeds: (batch, length, hidden).
-        memory_mask: (batch, length) bool, True at slots; see `check_slots`.
-        rows: (rows, hidden) in the order of the slots, batch row by batch row.
-
-    Returns:
-        (batch, length, hidden)
-    """
+    """Prompts (batch, length, hidden) with `rows` (slots, hidden) written into their slots, prompt by prompt."""
     return inputs_embeds.masked_scatter(memory_mask[..., None], rows.to(inputs_embeds.dtype))
 
 
 def memory_alignment_loss(
     document_states: torch.Tensor, document_mask: torch.Tensor, memory: torch.Tensor
 ) -> torch.Tensor:
-    """L_MSE (eq. 2.1): squared distance between the mean state of the document and that of its memory.
+    """L_MSE (eq. 2.1), (batch,) float32: squared distance of a document's mean state from that of its memory.
 
     The formula writes a squared norm; the published numbers were made with the mean over the hidden size, and so is
     this.
@@ -217,9 +172,6 @@ def memory_alignment_loss(
         document_states: (batch, length, hidden), final-layer states of the document tokens.
         document_mask: (batch, length) bool, True at real tokens.
         memory: (batch, k, hidden).
-
-    Returns:
-        (batch,) float32
     """
     weight = document_mask[..., None].float()
     mean_document = (document_states.float() * weight).sum(1) / weight.sum(1).clamp(min=1)

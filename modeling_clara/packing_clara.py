@@ -12,7 +12,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 PACKED = "clara_packed_sdpa"
 # Tokens of a packed pass. Measured on two cores with SmolLM2-135M: below about 1,000 the matrices are too small, above
-# about 2,000 the activations leave the cache (recipes/LOG.md).
+# about 2,000 the activations leave the cache (docs/experiments.md).
 MAX_TOKENS = 1600
 MAX_WEIGHT_BYTES = 8 * 2**30
 
@@ -20,11 +20,7 @@ MAX_WEIGHT_BYTES = 8 * 2**30
 def cut_batches(order: list[int], lengths: list[int], batch_size: int, is_packed: bool) -> Iterator[list[int]]:
     """Cut `order`, a list of text numbers, into batches of `batch_size` texts; packed ones also at `MAX_TOKENS`.
 
-    Args:
-        order: of the texts.
-        lengths: tokens of each text, by its number.
-        batch_size: texts of a batch at most.
-        is_packed: whether the tokens of a batch count.
+    `lengths` has the tokens of each text, by its number.
     """
     batch, n_tokens = [], 0
     for row in order:
@@ -152,20 +148,9 @@ def packed_attention(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention inside each text of a packed row.
+    """Attention (1, tokens, heads, head size) inside each text of a packed row, in transformers' form of the call.
 
-    Args:
-        module: the attention layer that calls.
-        query: (1, heads, tokens, head size).
-        key: (1, key-value heads, tokens, head size).
-        value: as `key`.
-        attention_mask: None.
-        packed_rows: the rows that were packed.
-        scaling: of the scores; default head size ^ -0.5.
-        **kwargs: for transformers' own SDPA function.
-
-    Returns:
-        (1, tokens, heads, head size) and None.
+    `query` is (1, heads, tokens, head size), `key` and `value` (1, key-value heads, tokens, head size).
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _PackedAttention.apply(query, key, value, packed_rows, scaling), None
@@ -175,12 +160,8 @@ def can_pack(backbone: PreTrainedModel, longest: int, n_rows: int = 1) -> bool:
     """Whether packed passes give what padded ones give: a transformers model under SDPA on CPU, no window in the way.
 
     On an accelerator padding costs less than moving tokens. A backward pass needs the attention weights of all layers,
-    which SDPA would compute again: above `MAX_WEIGHT_BYTES` passes are padded.
-
-    Args:
-        backbone: the causal language model.
-        longest: tokens of the longest text.
-        n_rows: texts of the pass.
+    which SDPA would compute again: above `MAX_WEIGHT_BYTES` passes of `n_rows` texts of up to `longest` tokens are
+    padded.
     """
     config = backbone.config
     values = config.to_dict()
@@ -198,15 +179,9 @@ def can_pack(backbone: PreTrainedModel, longest: int, n_rows: int = 1) -> bool:
 
 
 def full_mask(backbone: PreTrainedModel, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Which key every token sees, in the form that the backbone's attention takes.
+    """`seen`, a mask of `segment_mask`, in the form that the backbone's attention takes.
 
-    Args:
-        backbone: the causal language model, of SDPA or eager attention.
-        seen: (rows, 1, length, length) bool, True where a query (first length) sees a key.
-        dtype: of the hidden states.
-
-    Returns:
-        `seen` for SDPA; for eager attention (rows, 1, length, length) of `dtype`, added to the scores.
+    Unchanged for SDPA; for eager attention (rows, 1, length, length) of `dtype`, added to the scores.
 
     Raises:
         ValueError: another attention, which takes no such mask.
@@ -232,3 +207,19 @@ def packed(backbone: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         backbone.config._attn_implementation = before
+
+
+@contextlib.contextmanager
+def head_at(head: torch.nn.Module, positions: tuple[torch.Tensor, torch.Tensor] | None) -> Iterator[None]:
+    """Context: the LM head sees only the states at `positions` (rows, columns), as one row; everywhere for None.
+
+    A hook, because what an architecture does with its logits after the head (scaling, soft capping) stays in force.
+    """
+    if positions is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions][None], *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,7 +1,7 @@
-"""CLaRaProcessor: text -> tensors. Owns special tokens, spans, padding and the prompts.
+"""CLaRaProcessor: text to tensors, with chunks, prompts and padding.
 
-Stands between a user's text and the model. Text is data here: documents and questions are encoded by themselves,
-without added tokens, and spliced as ids into the rendered template. It knows nothing of memories or adapters.
+Text is data: documents and questions are encoded by themselves, without added tokens, and spliced as ids into the
+rendered template.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,17 +32,11 @@ IGNORE_INDEX = -100
 
 
 class Prompt(NamedTuple):
-    """One generator input as id lists of equal length.
+    """One generator input as id lists of equal length."""
 
-    Attributes:
-        input_ids: the prompt, pad ids at memory slots, and the answer where one was given.
-        memory_mask: True at memory slots.
-        labels: the answer's ids, -100 elsewhere.
-    """
-
-    input_ids: list[int]
-    memory_mask: list[bool]
-    labels: list[int]
+    input_ids: list[int]  # the prompt, pad ids at memory slots, and the answer if one was given
+    memory_mask: list[bool]  # True at memory slots
+    labels: list[int]  # the answer's ids, -100 elsewhere
 
 
 class _EncodedPrompt(NamedTuple):
@@ -57,8 +51,8 @@ class CLaRaProcessor(ProcessorMixin):
 
     Args:
         tokenizer: a fast tokenizer, with or without chat template and BOS.
-        document_max_length: tokens of one span, BOS and title included (paper: 256).
-        document_overlap: tokens that two neighbouring spans of a document share.
+        document_max_length: tokens of one chunk, BOS and title included (paper: 256).
+        document_overlap: tokens that two neighbouring chunks of a document share.
         system_prompt: the generator's instruction.
         answer_prompt: the user turn, with `{documents}` and `{question}`.
         paraphrase_prompts: user turns with `{documents}`; inference uses the first, training draws from all.
@@ -97,10 +91,8 @@ class CLaRaProcessor(ProcessorMixin):
         check_prompt(answer_prompt, name="answer_prompt", has_question=True)
         for prompt in paraphrase_prompts:
             check_prompt(prompt, name="paraphrase_prompts", has_question=False)
-        self.document_max_length = document_max_length
-        self.document_overlap = document_overlap
-        self.system_prompt = system_prompt
-        self.answer_prompt = answer_prompt
+        self.document_max_length, self.document_overlap = document_max_length, document_overlap
+        self.system_prompt, self.answer_prompt = system_prompt, answer_prompt
         self.paraphrase_prompts = list(paraphrase_prompts)
         self.chat_template_kwargs = (
             {"enable_thinking": False} if chat_template_kwargs is None else chat_template_kwargs
@@ -129,15 +121,9 @@ class CLaRaProcessor(ProcessorMixin):
         return list(self._bos[2])
 
     def encode_text(self, text: str, name: str = "text") -> list[int]:
-        """Ids of a user's text, none of which is an added token (special or not), and no BOS.
+        """Ids of a user's text, whose markup is plain characters: no BOS and no added token, special or not.
 
-        Args:
-            text: any string; markup in it is plain characters.
-            name: how an error names it, for example `documents[3]`.
-
-        Raises:
-            TypeError: not a string.
-            ValueError: not encodable as UTF-8, or a character that exists as an added token only.
+        Errors, as of `PlainEncoder.encode`, call it by its `name`, for example `documents[3]`.
         """
         return self._encode(text, name)[0]
 
@@ -165,7 +151,7 @@ class CLaRaProcessor(ProcessorMixin):
         """Compressor input of each document: `[BOS?] title "\\n" text`, without the memory tokens.
 
         Raises:
-            TypeError, ValueError: naming the index of a document that is malformed, empty, or longer than one span.
+            TypeError, ValueError: naming the index of a document that is malformed, empty, or longer than one chunk.
         """
         documents = check_list(documents, name)
         names = [f"{name}[{index}]" for index in range(len(documents))]
@@ -187,16 +173,16 @@ class CLaRaProcessor(ProcessorMixin):
         return encoded
 
     def split_document(self, document: str | Mapping, name: str = "document") -> list[dict]:
-        """Cut a document into overlapping spans that share its title and its id.
+        """Cut a document into overlapping chunks that share its title and its id.
 
         Args:
             document: text, or a dict with `text` and optionally `title` and `id` (or `document_id`).
             name: how an error names it, for example `documents[3]`.
 
         Returns:
-            One dict per span with the document's own fields, `span` (its number), `text` (its part of the text) and
-            `n_tokens` (compressor input without memory tokens). A span is a document: `compress` takes it. A title of
-            more than a quarter of a span is not repeated: it becomes the beginning of the text.
+            One dict per chunk with the document's own fields, `span` (its number), `text` (its part of the text) and
+            `n_tokens` (compressor input without memory tokens). A chunk is a document: `compress` takes it. A title of
+            more than a quarter of a chunk is not repeated: it becomes the beginning of the text.
         """
         title, text = read_document(document, name)
         fields = dict(document) if isinstance(document, Mapping) else {}
@@ -206,15 +192,15 @@ class CLaRaProcessor(ProcessorMixin):
         ]
 
     def _spans(self, title: str, text: str, name: str) -> list[tuple[str, str, list[int]]]:
-        """(title, text, ids) of each span, every one at most `document_max_length` ids long."""
+        """(title, text, ids) of each chunk, every one at most `document_max_length` ids long."""
         header = self.bos_ids + (self.encode_text(title + "\n", name) if title else [])
         ids, offsets = self._encode(text, name)
         if len(header) + len(ids) <= self.document_max_length:
             return [(title, text, header + ids)]
-        if len(header) > self.document_max_length // 4:  # too long to stand on every span: read once, as text
+        if len(header) > self.document_max_length // 4:  # too long to stand on every chunk: read once, as text
             return self._spans("", f"{title}\n{text}", name)
         budget = self.document_max_length - len(header)
-        spans, first, covered = [], 0, 0  # the token at which the next span begins, the characters that spans have
+        spans, first, covered = [], 0, 0  # the token at which the next chunk begins, the characters that chunks have
         while first < len(offsets):
             start, last = offsets[first][0], min(first + budget, len(offsets))
             end = len(text) if last == len(offsets) else word_start(text, start, offsets[last][0])
@@ -234,7 +220,7 @@ class CLaRaProcessor(ProcessorMixin):
             following = next((index for index in range(first, len(offsets)) if offsets[index][1] > end), len(offsets))
             if following == len(offsets):
                 break
-            overlap = min(self.document_overlap, (following - first) // 2)  # a short span is not repeated whole
+            overlap = min(self.document_overlap, (following - first) // 2)  # a short chunk is not repeated whole
             first = overlap_start(text, offsets, max(first + 1, following - overlap), following)
         return spans
 
@@ -259,7 +245,7 @@ class CLaRaProcessor(ProcessorMixin):
             memory_size: k.
             answer: target text; it is followed by the token that ends a turn.
             text_documents: documents whose title and text are written out after the memories.
-            prompt: user turn in place of `answer_prompt` or the first of `paraphrase_prompts`.
+            prompt: user turn instead of `answer_prompt` or the first of `paraphrase_prompts`.
             name: how an error names the question.
         """
         if prompt is None:
@@ -292,7 +278,7 @@ class CLaRaProcessor(ProcessorMixin):
 
     @property
     def answer_end_id(self) -> int:
-        """Id that ends an answer: the first token the chat template puts behind one, else EOS."""
+        """Id that ends an answer: the first token the chat template puts after one, else EOS."""
         return self._encoded_prompt(self.answer_prompt).answer_end_id
 
     def _encoded_prompt(self, prompt: str) -> _EncodedPrompt:
@@ -331,11 +317,7 @@ class CLaRaProcessor(ProcessorMixin):
         return torch.tensor(rows)
 
     def pad_prompts(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-        """Left-padded generator inputs.
-
-        Returns:
-            `input_ids`, `attention_mask`, `labels` (batch, length) int64 and `memory_mask` (batch, length) bool.
-        """
+        """Left-padded `input_ids`, `attention_mask`, `labels` int64 and `memory_mask` bool, all (batch, length)."""
         return {
             "input_ids": self.pad([prompt.input_ids for prompt in prompts], self.pad_token_id, "left"),
             "attention_mask": self.pad([[1] * len(prompt.input_ids) for prompt in prompts], 0, "left"),
@@ -344,11 +326,9 @@ class CLaRaProcessor(ProcessorMixin):
         }
 
     def pad_documents(self, encoded: Sequence[Sequence[list[int]]]) -> dict[str, torch.Tensor]:
-        """Right-padded compressor inputs of the documents of each row, from `encode_documents`.
+        """Right-padded `document_input_ids`, `document_attention_mask` (rows, documents, length) int64.
 
-        Returns:
-            `document_input_ids`, `document_attention_mask` (rows, documents, length) int64; what a row with fewer
-            documents lacks has a mask of zeros.
+        `encoded` has for each row what `encode_documents` returns; what a row lacks has a mask of zeros.
         """
         n_documents = max(map(len, encoded))
         flat = [ids for row in encoded for ids in [*row, *[[]] * (n_documents - len(row))]]
@@ -359,11 +339,7 @@ class CLaRaProcessor(ProcessorMixin):
         }
 
     def pad_queries(self, encoded: Sequence[list[int]]) -> dict[str, torch.Tensor]:
-        """Right-padded reasoner inputs, from `encode_questions`.
-
-        Returns:
-            `query_input_ids`, `query_attention_mask` (rows, length) int64.
-        """
+        """Right-padded `query_input_ids`, `query_attention_mask` (rows, length) int64, from `encode_questions`."""
         return {
             "query_input_ids": self.pad(encoded, self.pad_token_id),
             "query_attention_mask": self.pad([[1] * len(ids) for ids in encoded], 0),
@@ -391,9 +367,7 @@ class CLaRaProcessor(ProcessorMixin):
             return_tensors: only "pt".
 
         Returns:
-            `document_input_ids`, `document_attention_mask` (batch, documents, length); `input_ids`, `attention_mask`,
-            `memory_mask`, `labels` (batch, length); with `top_k` also `query_input_ids`, `query_attention_mask`
-            (batch, length). All int64 but the bool mask.
+            What `pad_documents` and `pad_prompts` return; with `top_k` also what `pad_queries` returns.
         """
         if return_tensors != "pt":
             raise ValueError(f"`return_tensors` must be 'pt', got {return_tensors!r}. Leave it out.")
@@ -403,10 +377,8 @@ class CLaRaProcessor(ProcessorMixin):
         lists = {"documents": documents} if answers is None else {"documents": documents, "answers": answers}
         for name, values in lists.items():
             if len(check_list(values, name)) != len(questions):
-                raise ValueError(
-                    f"`{name}` must have one entry per question ({len(questions)}), got {len(values)}. Make the lists "
-                    "equally long."
-                )
+                rule = f"one entry per question ({len(questions)}), got {len(values)}. Make the lists equally long."
+                raise ValueError(f"`{name}` must have {rule}")
         if answers is not None and None in answers:
             raise TypeError(f"`answers[{answers.index(None)}]` must be a str, got NoneType. Leave out `answers`.")
         encoded = [self.encode_documents(row, f"documents[{index}]") for index, row in enumerate(documents)]

@@ -1,7 +1,7 @@
 """Prompts as text: the default instructions and the one renderer that training and inference share.
 
-Stands between the templates of the processor and the tokenizer. It never sees a user's text: documents and questions
-are spliced in later as token ids, so nothing in them can act as markup. It knows nothing of tensors.
+It never sees a user's text: documents and questions are spliced in later as token ids, so nothing in them can act as
+markup.
 """
 
 from collections.abc import Callable
@@ -31,19 +31,12 @@ _SYSTEM, _DOCUMENTS, _QUESTION, _ANSWER = "\ue000s\ue001", "\ue000d\ue001", "\ue
 
 
 class RenderedPrompt(NamedTuple):
-    """A prompt cut at the places where ids are spliced in.
+    """A prompt cut at the places where ids are spliced in."""
 
-    Attributes:
-        segments: pieces of template text, in order, between them the entries of `slots`.
-        slots: `"{documents}"` or `"{question}"`, one fewer than `segments`.
-        answer_prefix: text in front of an answer, a space in the plain format.
-        answer_end: template text after an answer, empty where the tokenizer's EOS ends it.
-    """
-
-    segments: tuple[str, ...]
-    slots: tuple[str, ...]
-    answer_prefix: str
-    answer_end: str
+    segments: tuple[str, ...]  # pieces of template text, in order, between them the entries of `slots`
+    slots: tuple[str, ...]  # `"{documents}"` or `"{question}"`, one fewer than `segments`
+    answer_prefix: str  # text before an answer, a space in the plain format
+    answer_end: str  # template text after an answer, empty if the tokenizer's EOS ends it
 
 
 def check_prompt(prompt: str, *, name: str, has_question: bool) -> None:
@@ -61,13 +54,10 @@ def render_prompt(prompt: str, system_prompt: str, render_chat: Callable[..., st
 
     Args:
         prompt: user text with `{documents}` and, for answers, `{question}`.
-        system_prompt: the instruction. It becomes the system turn, or stands before the user's text where the
-            template has no system role, which is found out by rendering.
+        system_prompt: the instruction. It becomes the system turn, or stands before the user's text if the template
+            has no system role, which is found out by rendering.
         render_chat: `(messages, add_generation_prompt) -> text`, or None for the plain format
             `{system_prompt}\\n\\n{prompt}\\nAnswer:` with a space before the answer and EOS after it.
-
-    Returns:
-        `RenderedPrompt`
 
     Raises:
         ValueError: the template drops or repeats the instruction or the user's text.

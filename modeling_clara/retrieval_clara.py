@@ -1,36 +1,29 @@
-"""Retrieval as tensors: cosine scores, the straight-through top-k and the contrastive term.
+"""Retrieval as tensors: cosine scores, the straight-through top-k, what it chooses and the contrastive term.
 
-Stands between memories and the prompt: a query memory and candidate memories go in, the chosen memories come out.
-Pure functions: no model, no config, no text, no files.
+Pure functions from a query memory and candidate memories to the chosen memories.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 
 def flatten_memory(memory: torch.Tensor, memory_size: int) -> torch.Tensor:
-    """The retrieval vector: the first k memory vectors concatenated and scaled to length one.
+    """The retrieval vectors (..., k * hidden) float32 of memories (..., n >= k, hidden).
 
-    Args:
-        memory: (..., n, hidden) with n >= k.
-        memory_size: k.
-
-    Returns:
-        (..., k * hidden) float32, one L2 norm over the whole vector.
+    Each is the first k memory vectors concatenated and scaled to length one, with one L2 norm over all of them.
     """
     return F.normalize(memory[..., :memory_size, :].float().flatten(-2), dim=-1)
 
 
 def cosine_scores(query: torch.Tensor, memory: torch.Tensor, memory_size: int) -> torch.Tensor:
-    """Score of every candidate, `cos(vec Q, vec M)` (eq. 3.1).
+    """Score of every candidate, `cos(vec Q, vec M)` (eq. 3.1): (batch, candidates) float32 in [-1, 1].
 
     Args:
         query: (batch, n, hidden), n >= k.
         memory: (batch, candidates, n, hidden), n >= k.
         memory_size: k, the same for both.
-
-    Returns:
-        (batch, candidates) float32 in [-1, 1].
     """
     queries = flatten_memory(query, memory_size)[:, None]
     # No matrix product: autocast would take it in bfloat16, which cannot tell apart cosines nearer than 0.004.
@@ -38,15 +31,9 @@ def cosine_scores(query: torch.Tensor, memory: torch.Tensor, memory_size: int) -
 
 
 def batch_scores(query: torch.Tensor, memory: torch.Tensor, memory_size: int) -> torch.Tensor:
-    """Score of every question with the candidates of all rows, for in-batch negatives.
+    """Scores (questions, batch * candidates) of each question with the candidates of all rows, row after row.
 
-    Args:
-        query: (batch, n, hidden), n >= k.
-        memory: (batch, candidates, n, hidden), n >= k.
-        memory_size: k, the same for both.
-
-    Returns:
-        (batch, batch * candidates) float32 in [-1, 1], row after row.
+    For in-batch negatives; arguments as in `cosine_scores`, but there may be any number of questions.
     """
     with torch.autocast(query.device.type, enabled=False):  # see cosine_scores
         return flatten_memory(query, memory_size) @ flatten_memory(memory, memory_size).flatten(0, 1).T
@@ -98,14 +85,11 @@ def straight_through_topk(
 
 
 def select_memory(selection: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-    """The chosen memories, with the gradient of the choice (paper, section 3).
+    """The chosen memories (batch, top_k, k, hidden), with the gradient of the choice (paper, section 3).
 
     Args:
         selection: (batch, top_k, candidates) from `straight_through_topk`.
         memory: (batch, candidates, k, hidden).
-
-    Returns:
-        (batch, top_k, k, hidden)
     """
     return torch.einsum("bjn,bnkh->bjkh", selection.to(memory.dtype), memory)
 
@@ -113,16 +97,13 @@ def select_memory(selection: torch.Tensor, memory: torch.Tensor) -> torch.Tensor
 def contrastive_loss(
     scores: torch.Tensor, positive_mask: torch.Tensor, temperature: float, candidate_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """InfoNCE over the candidates of each question; with several positives, the log of their summed probability.
+    """InfoNCE (batch,) float32 over the candidates; with several positives, the log of their summed probability.
 
     Args:
         scores: (batch, candidates) float.
         positive_mask: (batch, candidates) bool. A question without a positive contributes 0.
         temperature: > 0.
         candidate_mask: (batch, candidates) bool, False where there is no candidate.
-
-    Returns:
-        (batch,) float32
     """
     if candidate_mask is None:
         candidate_mask = torch.ones_like(positive_mask)
@@ -131,3 +112,58 @@ def contrastive_loss(
     has_positive = positive_mask.any(-1)
     positives = logits.masked_fill(~positive_mask & has_positive[:, None], -torch.inf)
     return (logits.logsumexp(-1) - positives.logsumexp(-1)) * has_positive
+
+
+class Choice(NamedTuple):
+    """Documents chosen for each question, with the names and shapes of `CLaRaOutput`."""
+
+    memory: torch.Tensor  # (batch, slots, k, hidden), with the gradient of the choice
+    mask: torch.Tensor  # (batch, slots) bool, False where candidates ran out
+    scores: torch.Tensor
+    selected: torch.Tensor
+    contrastive: torch.Tensor | None  # (batch,)
+
+
+def choose_documents(
+    query: torch.Tensor,
+    memory: torch.Tensor,
+    document_mask: torch.Tensor,
+    positive_mask: torch.Tensor | None,
+    batch_positive_mask: torch.Tensor | None,
+    read_size: int,
+    top_k: int,
+    *,
+    score_size: int,
+    temperature: float,
+) -> Choice:
+    """Choose up to `top_k` documents by the score of `score_size` vectors and take `read_size` vectors of each.
+
+    The masks are those of `CLaRaForRAG.forward`; with one of the positive masks there is a contrastive term.
+    """
+    scores = cosine_scores(query, memory, score_size)
+    selection, selected = straight_through_topk(scores, min(top_k, memory.shape[1]), temperature, document_mask)
+    compared, mask, contrastive = scores, document_mask, None
+    if batch_positive_mask is not None:
+        compared, positive_mask = batch_scores(query, memory, score_size), batch_positive_mask
+        mask = document_mask.flatten().expand_as(positive_mask)
+    if positive_mask is not None:
+        contrastive = contrastive_loss(compared, positive_mask, temperature, mask)
+    read = select_memory(selection, memory[:, :, :read_size])
+    return Choice(read, selected >= 0, scores.masked_fill(~document_mask, -torch.inf), selected, contrastive)
+
+
+def contrast_questions(
+    query: torch.Tensor,
+    memory: torch.Tensor,
+    document_mask: torch.Tensor,
+    query_rows: torch.Tensor,
+    positive_mask: torch.Tensor,
+    *,
+    score_size: int,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores (questions, batch * documents) and contrastive terms (questions,), which sum to the mean of each row."""
+    scores = batch_scores(query, memory, score_size)
+    mask = document_mask.flatten().expand_as(positive_mask)
+    loss = contrastive_loss(scores, positive_mask, temperature, mask)
+    return scores.masked_fill(~mask, -torch.inf), loss / query_rows.bincount()[query_rows]

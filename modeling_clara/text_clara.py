@@ -1,6 +1,6 @@
-"""A user's text: what is a document, what are its ids, where may a span begin and end.
+"""A user's text: checks of what is given, documents, ids without added tokens, borders of chunks.
 
-Stands before the processor. It knows nothing of prompts, tensors or models.
+An error calls a value by the name that it is given, for example `documents[3]`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,12 +43,16 @@ def check_id(document_id) -> str:
     return document_id
 
 
-def read_document(document: str | Mapping, name: str) -> tuple[str, str]:
-    """(title, text) of a document, the title "" where there is none.
+def given_id(document: Mapping):
+    """The id that a document brings: its `id`, else its `document_id`; None if it has neither.
 
-    Raises:
-        TypeError, ValueError: naming the document and the field.
+    `answer` and `build` both take it from here, so that a document has one id in both.
     """
+    return document["id"] if document.get("id") is not None else document.get("document_id")
+
+
+def read_document(document: str | Mapping, name: str) -> tuple[str, str]:
+    """(title, text) of a document, the title "" if it has none; a TypeError or ValueError names it and the field."""
     if isinstance(document, str):
         return "", check_text(document, name)
     if not isinstance(document, Mapping):
@@ -62,11 +66,7 @@ def read_document(document: str | Mapping, name: str) -> tuple[str, str]:
 
 
 class PlainEncoder:
-    """Encodes text as data: the tokenizer without its added tokens.
-
-    Args:
-        tokenizer: a fast tokenizer.
-    """
+    """Encodes text as data: a fast tokenizer without its added tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         backend = tokenizer.backend_tokenizer
@@ -92,11 +92,7 @@ class PlainEncoder:
             ) from error
 
     def encode_many(self, texts: Sequence[str], names: Sequence[str]) -> list[list[int]]:
-        """Ids of many texts, as `encode` gives them one by one; on several cores where the tokenizer may use them.
-
-        Raises:
-            TypeError, ValueError: as `encode`, of the first text that it concerns.
-        """
+        """Ids of many texts, as `encode` gives them one by one; on several cores if the tokenizer may use them."""
         found = []
         for start in range(0, len(texts), BATCH):  # an encoding is many times larger than its ids
             rows = range(start, min(start + BATCH, len(texts)))

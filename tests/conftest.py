@@ -11,8 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
+TESTS = Path(__file__).parent
+for folder in (*(path for path in sorted(TESTS.iterdir()) if path.is_dir()), TESTS, TESTS.parent):
+    sys.path.insert(0, str(folder))  # tests share their rows and models, whichever folder runs
 
 from hub_server import HubServer  # noqa: E402
 
@@ -24,7 +25,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from tiny import randomize_adapters, save_backbone  # noqa: E402
+from tiny import DOCUMENTS, QUESTIONS, randomize_adapters, save_backbone  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from modeling_clara import CLaRaForRAG  # noqa: E402
@@ -38,15 +39,6 @@ logging.disable_progress_bar()
 def no_progress_bars():
     """The command line turns them on, for whatever test comes next in this process as well."""
     logging.disable_progress_bar()
-
-
-DOCUMENTS = [
-    "Paris is the capital of France.",
-    {"id": "berlin", "title": "Berlin", "text": "Berlin is the capital of Germany, a city of 3.7 million people."},
-    "The Seine flows through Paris.",
-    {"title": "Rome", "text": "Rome is the capital of Italy."},
-]
-QUESTIONS = ["What is the capital of Italy?", "Which river flows through Paris, and why?"]
 
 
 @pytest.fixture(scope="session")

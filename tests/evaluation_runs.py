@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
-from leaderboard.validation import check_results
 
 from modeling_clara import CLaRaForRAG
+from recipes.evaluation.validation import check_results
 
 PLACES = "France Germany Italy Spain Norway Egypt Peru Japan India Kenya Chile Cuba Ghana Iran Laos Mali Nepal".split()
 N_QUESTIONS = 10

@@ -1,10 +1,11 @@
 """Makes results.json contents that are valid, and changes of them: for tests of the leaderboard and of the evaluation.
 It stands beside the tests and imports nothing of the project.
-It does not know the schema; tests/test_leaderboard.py holds it against recipes/leaderboard/results.schema.json.
+It does not know the schema; tests/evaluation/test_validation.py holds it against the schema.
 """
 
 import copy
 import hashlib
+from datetime import UTC, datetime, timedelta
 
 DATA_FILES = {
     "musique": {"sha256": hashlib.sha256(b"musique").hexdigest(), "questions": 2417},
@@ -12,6 +13,9 @@ DATA_FILES = {
 }
 METRICS = {"em": 0.3, "f1": 0.41, "containment": 0.45, "bag_containment": 0.47, "recall@5": 0.6, "recall@10": 0.7}
 METRICS |= {"hit@5": 0.8, "hit@10": 0.9, "ndcg@10": 0.5, "mrr": 0.55}
+
+
+HARDWARE = {"cpu": "Some CPU", "cores": 16, "memory_gib": 128.0, "accelerator": "NVIDIA H200", "processes": 1}
 
 
 def metric(value: float, n: int = 2417, width: float = 0.02) -> dict:
@@ -25,7 +29,7 @@ def _base() -> dict:
     return {
         "schema_version": 1,
         "created": "2026-03-01T12:00:00+00:00",
-        "command": "python recipes/evaluate.py --model loopback/clara --data musique.jsonl",
+        "command": "python -m recipes.evaluate --model loopback/clara --data musique.jsonl",
         "system": {
             "name": "clara",
             "kind": "clara",
@@ -71,13 +75,7 @@ def _base() -> dict:
                 "n": 2417,
             }
         ],
-        "hardware": {
-            "cpu": "Some CPU",
-            "cores": 16,
-            "memory_gib": 128.0,
-            "accelerator": "NVIDIA H200",
-            "processes": 1,
-        },
+        "hardware": dict(HARDWARE),
         "versions": {"torch": "2.9.0", "clara": "0.1"},
         "options": {"seed": 0, "limit": None, "batch_size": 8, "confidence": 0.95, "resamples": 1000},
     }
@@ -101,3 +99,62 @@ def valid_results(**changes: object) -> dict:
             place = place[step]
         place[last] = value
     return results
+
+
+LATE = (datetime.now(UTC) + timedelta(days=3)).isoformat()
+PROBLEMS = [  # changes of valid results, and what is told of them
+    ({"schema_version": 2}, "schema_version must be 1, got 2: made by a newer recipes.evaluate; update the leader"),
+    ({"schema_version": 0}, "schema_version must be 1, got 0: made by an older"),
+    ({"schema_version": True}, "schema_version must be 1, got True"),
+    ({"more": 1}, "'more' was unexpected"),
+    ({"setting": "best"}, "setting: 'best' is not one of"),
+    ({"metrics__f1": {**metric(0.5), "value": 1.5, "high": 1}}, "metrics.f1.value: 1.5 is greater than"),
+    ({"metrics__f1": {"value": 0.5, "low": 0.51, "high": 0.6, "n": 9}}, "metrics.f1: low <= value <= high"),
+    ({"metrics": {}}, "metrics must have at least one"),
+    ({"metrics__f1": metric(0.5, n=3)}, "metrics.f1.n must be all 2417 questions"),
+    ({"metrics__mrr": metric(0.5, n=3)}, "metrics.mrr.n must be all 2417 questions"),
+    ({"metrics": {"mrr": 0.1, "hit@1": 0.4}}, "metrics.hit@1 must be <= metrics.mrr"),
+    ({"setting": "closed_book", "metrics": {"f1": 0.5, "mrr": 0.5}}, "metrics.mrr must be left out in the setting"),
+    (
+        {"metrics": {"f1": 0.5}, "counts__answered": 10, "counts__abstained": 2400},
+        "metrics.f1 must be <= the share of questions that were answered",
+    ),
+    ({"metrics__f1": metric(0.5, n=2418)}, "metrics.f1.n must be <= counts.questions (2417), got 2418"),
+    ({"metrics": {"em": 0.5, "f1": 0.4}}, "metrics.em must be <= metrics.f1 (0.4), got 0.5"),
+    ({"metrics": {"em": 0.5, "containment": 0.4}}, "metrics.em must be <= metrics.containment"),
+    ({"metrics": {"recall@5": 0.5, "recall@10": 0.4}}, "metrics.recall@5 must be <= metrics.recall@10 (0.4)"),
+    ({"metrics": {"hit@9": 0.5, "hit@10": 0.4}}, "metrics.hit@9 must be <= metrics.hit@10 (0.4)"),
+    ({"counts__answered": 1}, "answered + abstained + failed must be questions (2417), got 18"),
+    ({"data__questions": 10}, "counts.questions must be data.questions (10), got 2417"),
+    ({"failures": {}}, "failures: their sum must be counts.failed (7), got 0"),
+    ({"counts__without_gold": 9999}, "counts.without_gold must be <= questions"),
+    ({"efficiency__latency_ms__total": {"p50": 2.0, "p95": 1.0}}, "latency_ms.total: p50 must be <= p95"),
+    ({"created": LATE}, "created must not lie in the future"),
+    ({"created": "2026-01-01T00:00:00"}, "created: '2026-01-01T00:00:00' is not a 'date-time'"),
+    ({"system__codec": None}, "system.codec must be given where system.kind is clara"),
+    ({"system__memory_size": None}, "system.memory_size must be given"),
+    ({"system__url": "javascript:alert(1)"}, "system.url: 'javascript:alert(1)' is not a 'uri'"),
+    ({"options": {"a": [float("nan")]}}, "options.a.0: must be a finite number, got nan"),
+    ({"metrics__f1__value": float("inf")}, "metrics.f1.value: must be a finite number, got inf"),
+    ({"options": {"a": 10**400}}, "options.a: must be a finite number"),
+    ({"system__name": "\ud800"}, "system.name: the text has half of a surrogate pair"),
+]
+PLACES = [  # what only the leaderboard asks for
+    ({"data__name": "mine"}, "data.name must be one of data_files.json (hotpotqa, musique), got 'mine'"),
+    ({"data__sha256": "0" * 64}, "data.sha256 must be that of musique"),
+    ({"model__repo": None}, "model.repo must name the model on the Hub, got null"),
+    ({"model__repo": "../../etc"}, "model.repo must be owner/name"),
+    ({"model__revision": None}, "model.revision must be the commit of 40 hex digits, got null"),
+    ({"model__revision": "a" * 40 + "\n"}, "model.revision must be the commit of 40 hex digits"),
+    ({"system__kind": "external", "model__repo": None}, "Give system.url or publish the model"),
+]
+
+
+def limited(n: int = 10) -> dict:
+    """Valid results of a part of the data."""
+    return valid_results(
+        data__questions=n,
+        counts={"questions": n, "answered": n, "abstained": 0, "failed": 0, "without_answers": 0, "without_gold": 0},
+        failures={},
+        metrics={"f1": metric(0.4, n)},
+    )

@@ -39,6 +39,14 @@ TEMPLATES = {"system": CHATML, "no_system": NO_SYSTEM, "none": None}
 SPECIAL = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]
 ADDED = ["<think>", "</think>", "<tool_call>"]  # added tokens with special=False
 
+DOCUMENTS = [
+    "Paris is the capital of France.",
+    {"id": "berlin", "title": "Berlin", "text": "Berlin is the capital of Germany, a city of 3.7 million people."},
+    "The Seine flows through Paris.",
+    {"title": "Rome", "text": "Rome is the capital of Italy."},
+]
+QUESTIONS = ["What is the capital of Italy?", "Which river flows through Paris, and why?"]
+
 ARCHITECTURES = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,

@@ -7,10 +7,10 @@ import json
 
 import pytest
 import torch
-from arguments import CLaRaTrainingArguments, DataArguments, ModelArguments
-from preparation import prepare_trainer, seed_everything
 
 from modeling_clara import CLaRaForRAG
+from recipes.training.arguments import CLaRaTrainingArguments, DataArguments, ModelArguments
+from recipes.training.preparation import prepare_trainer, seed_everything
 
 NAMES = ["Mira", "Anton", "Clara", "Boris", "Dora", "Emil", "Flora", "Gustav"]
 CITIES = ["Paris", "Rome", "Berlin", "Lima", "Oslo", "Cairo", "Prague", "Vienna in the snow"]

@@ -1,1 +1,1 @@
-"""The parts of `recipes/evaluate.py`; `evaluation.py` has the whole way in one place."""
+"""The parts of `recipes.evaluate`; `evaluation.py` has the whole way in one place."""

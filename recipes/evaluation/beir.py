@@ -11,8 +11,9 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data import BadRow, read_rows
 from trl.scripts.utils import DatasetConfig
+
+from recipes.training.data import BadRow, read_rows
 
 Reject = Callable[[BadRow], None]
 

@@ -1,4 +1,4 @@
-"""The options of `recipes/evaluate.py`, their checks, and the table that it prints.
+"""The options of `python -m recipes.evaluate`, their checks, and the table that it prints.
 
 Stands on top; `evaluation.py` does the work.
 """
@@ -15,17 +15,18 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import InitProcessGroupKwargs
-from leaderboard.validation import URL
+from transformers.utils import logging as transformers_logging
 
-from evaluation.evaluation import Evaluation
-from evaluation.questions import HALVES
-from evaluation.report import comparison_table, results_table
-from evaluation.run import is_foreign
-from evaluation.scores import RESAMPLES
-from evaluation.systems import RANKING, SYSTEMS
-from evaluation.tasks import SETTINGS, check_setting
 from modeling_clara.codecs_clara import CODECS
-from modeling_clara.storage_clara import writer_lock
+from modeling_clara.corpus.storage import writer_lock
+from recipes.evaluation.evaluation import Evaluation
+from recipes.evaluation.questions import HALVES
+from recipes.evaluation.report import comparison_table, results_table
+from recipes.evaluation.run import is_foreign
+from recipes.evaluation.scores import RESAMPLES
+from recipes.evaluation.systems import RANKING, SYSTEMS
+from recipes.evaluation.tasks import SETTINGS, check_setting
+from recipes.evaluation.validation import URL
 
 RANKED = set(RANKING) - {"clara"}  # retrievers of which nothing is left where the gold documents are given
 TUNED = {name for name, system in SYSTEMS.items() if system.reader == "tuned_text"}
@@ -36,7 +37,7 @@ EXIT_CODES = "Exit status: 0 done, 1 an error that is printed, 130 interrupted; 
 def build_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(
-        prog="evaluate.py", description=__doc__.splitlines()[0], epilog=EXIT_CODES, allow_abbrev=False
+        prog="python -m recipes.evaluate", description=__doc__.splitlines()[0], epilog=EXIT_CODES, allow_abbrev=False
     )
     settings = "; ".join(f"{name}: {text}" for name, text in SETTINGS.items())
     parser.add_argument("--data", required=True, help="file, BEIR folder or Hub data set with questions")
@@ -63,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--expand", type=int, default=EXPAND, help="best documents that clara_expand reads as text (default: 1)"
     )
     parser.add_argument("--num-candidates", type=int, default=20, help="that BM25 chooses (default: 20)")
-    parser.add_argument("--min-score", type=float, help="cosine below which the model abstains")
+    parser.add_argument("--min-score", type=float, help="cosine of the best document below which the model abstains")
     parser.add_argument("--corpus", help="compressed corpus to search in the setting corpus (default: the data's own)")
     parser.add_argument("--dense", help="sentence-transformers model of dense_text, such as all-MiniLM-L6-v2")
     parser.add_argument("--text-reader", help="checkpoint of the stage text, the reader of tuned_text")
@@ -187,7 +188,7 @@ def _check_unused(arguments: argparse.Namespace) -> None:
 def shown_command(argv: Sequence[str]) -> str:
     """The command for others to read: of absolute paths the last part, because the rest tells them nothing."""
     return shlex.join(
-        ["python", "recipes/evaluate.py", *(Path(word).name if Path(word).is_absolute() else word for word in argv)]
+        ["python", "-m", "recipes.evaluate", *(Path(word).name if Path(word).is_absolute() else word for word in argv)]
     )
 
 
@@ -196,6 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     arguments = build_parser().parse_args(argv)
     arguments.command = shown_command(argv)
+    bars = transformers_logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():  # lines of `progress.py` stand there instead
+        transformers_logging.disable_progress_bar()
     try:
         check_arguments(arguments)
         # waiting for the process that compresses may take hours
@@ -217,4 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
     return 0

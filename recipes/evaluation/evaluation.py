@@ -14,10 +14,14 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from evaluation.external import read_predictions
-from evaluation.questions import EvaluationData, hash_data, read_data
-from evaluation.rankers import Bm25Ranker
-from evaluation.results import (
+from modeling_clara import CLaRaForRAG
+from modeling_clara.corpus.storage import write_lines
+from modeling_clara.manifest_clara import MANIFEST_FILE
+from recipes.evaluation.external import read_predictions
+from recipes.evaluation.progress import Progress
+from recipes.evaluation.questions import EvaluationData, hash_data, read_data
+from recipes.evaluation.rankers import Bm25Ranker
+from recipes.evaluation.results import (
     build_results,
     check_rows,
     describe_corpus,
@@ -27,14 +31,11 @@ from evaluation.results import (
     public_name,
     write_results,
 )
-from evaluation.run import collect, measure_latency, predict, start_run
-from evaluation.scores import compare, score_questions
-from evaluation.spans import Spans, compress_documents, finish_codec, match_documents, open_memories
-from evaluation.systems import SYSTEMS, Bench
-from evaluation.tasks import NOT_THERE, Task, make_tasks, needed_documents
-from modeling_clara import CLaRaForRAG
-from modeling_clara.manifest_clara import MANIFEST_FILE
-from modeling_clara.storage_clara import write_lines
+from recipes.evaluation.run import collect, measure_latency, predict, start_run
+from recipes.evaluation.scores import compare, score_questions
+from recipes.evaluation.spans import Spans, compress_documents, finish_codec, match_documents, open_memories
+from recipes.evaluation.systems import SYSTEMS, Bench
+from recipes.evaluation.tasks import NOT_THERE, Task, make_tasks, needed_documents
 
 logger = logging.getLogger(__name__)
 
@@ -51,15 +52,16 @@ class Evaluation:
 
     def __init__(self, arguments: argparse.Namespace, state: PartialState):
         self.arguments, self.state = arguments, state
-        self.data: EvaluationData = read_data(
-            arguments.data,
-            split=arguments.split,
-            config=arguments.data_config,
-            half=arguments.half,
-            limit=arguments.limit,
-            skip_bad_rows=arguments.skip_bad_rows,
-            may_abstain=arguments.min_score is not None or arguments.predictions is not None,
-        )
+        with self._progress("reading the data"):
+            self.data: EvaluationData = read_data(
+                arguments.data,
+                split=arguments.split,
+                config=arguments.data_config,
+                half=arguments.half,
+                limit=arguments.limit,
+                skip_bad_rows=arguments.skip_bad_rows,
+                may_abstain=arguments.min_score is not None or arguments.predictions is not None,
+            )
         self.model: CLaRaForRAG | None = None
         self.text_reader: CLaRaForRAG | None = None
         self.corpus = None
@@ -113,24 +115,28 @@ class Evaluation:
         arguments, state = self.arguments, self.state
         loader = {name: getattr(arguments, name) for name in ("revision", "backbone", "dtype")}
         loader = {name: value for name, value in loader.items() if value is not None}
-        self.model = CLaRaForRAG.from_pretrained(arguments.model, **loader).to(state.device)
-        if arguments.text_reader is not None:
-            loader.pop("revision", None)
-            self.text_reader = CLaRaForRAG.from_pretrained(arguments.text_reader, **loader).to(state.device)
-        if arguments.corpus is not None:
-            self.corpus = self.model.load_corpus(arguments.corpus)
+        with self._progress("loading the model"):
+            self.model = CLaRaForRAG.from_pretrained(arguments.model, **loader).to(state.device)
+            if arguments.text_reader is not None:
+                loader.pop("revision", None)
+                self.text_reader = CLaRaForRAG.from_pretrained(arguments.text_reader, **loader).to(state.device)
+            if arguments.corpus is not None:
+                self.corpus = self.model.load_corpus(arguments.corpus)
         systems = {name: SYSTEMS[name] for name in arguments.systems}
         folders = {name: self._folder(name) for name in systems}
         sizes = self._sizes()
-        options = self._options(sizes)
+        with self._progress("hashing the weights"):
+            options = self._options(sizes)
         if state.is_main_process:
             for name, folder in folders.items():
                 self._start(folder, {**options, **self._own_options(name), "system": name})
         state.wait_for_everyone()
         tasks, spans = self._prepare(any(system.needs_memory for system in systems.values()))
         bench = self._bench(spans, sizes)
-        for system in systems.values():
-            bench.prepare(system)
+        with self._progress("preparing the retrievers", len(systems), "systems") as progress:
+            for system in systems.values():
+                bench.prepare(system)
+                progress.update()
         process = (state.process_index, state.num_processes)
         for name, system in systems.items():
             predict(
@@ -138,9 +144,13 @@ class Evaluation:
                 batch_size=arguments.batch_size, process=process, description=name,
             )  # fmt: skip
         state.wait_for_everyone()
+        bench.warn_of_chance()
         results = self._score(bench, tasks, folders, options) if state.is_main_process else []
         state.wait_for_everyone()
         return results
+
+    def _progress(self, what: str, total: int | None = None, unit: str = "", **options) -> Progress:
+        return Progress(what, total, unit, shown=self.state.is_main_process, **options)
 
     def _folder(self, name: str) -> Path:
         first = name == self.arguments.systems[0]
@@ -163,18 +173,24 @@ class Evaluation:
             return tasks, spans
         if arguments.setting == "corpus" and not data.documents:
             raise ValueError(f"{data.name} brings no documents to search. Pass --corpus.")
-        everything: list[Spans] = []
-
-        def choose(questions: Sequence[str], n: int) -> list[list[str]]:
-            everything.append(Spans.of_documents(model, data.documents))
-            ranked = Bm25Ranker(everything[0]).rank(questions, [None] * len(questions), n)
-            return [[everything[0].document_ids[row] for row, _ in hits] for hits in ranked]
-
-        tasks = make_tasks(data, arguments.setting, choose, num_candidates=arguments.num_candidates)
+        tasks = make_tasks(data, arguments.setting, self._choose, num_candidates=arguments.num_candidates)
         documents = needed_documents(tasks, data)
         if not needs_memory or not documents:
             return tasks, Spans.of_documents(model, documents)
         return tasks, self._memories(documents)
+
+    def _choose(self, questions: Sequence[str], n: int) -> list[list[str]]:
+        """Of each question the ids of the n documents of the data that BM25 puts first."""
+        chosen = []
+        with self._progress("choosing candidates with BM25", len(questions), "questions") as progress:
+            spans = Spans.of_documents(self.model, self.data.documents)
+            ranker = Bm25Ranker(spans)
+            for question in questions:
+                (hits,) = ranker.rank([question], [None], n)
+                chosen.append([spans.document_ids[row] for row, _ in hits])
+                progress.update()
+        ranker.warn_of_chance()
+        return chosen
 
     def _memories(self, documents: dict[str, dict]) -> Spans:
         """Compress what is not compressed yet, all processes together."""
@@ -185,8 +201,8 @@ class Evaluation:
         folder = (arguments.memories or arguments.output / "memories") / digest
         codec = self._codec()
         if not any((folder / name / MANIFEST_FILE).exists() for name in ("float16", codec)):
-            job = (state.process_index, state.num_processes)
-            compress_documents(model, documents, folder, job=job)
+            share = {"rank": state.process_index, "world_size": state.num_processes}
+            compress_documents(model, documents, folder, **share)
         state.wait_for_everyone()
         if state.is_main_process:
             finish_codec(folder, codec)
@@ -279,9 +295,13 @@ class Evaluation:
             except ValueError as error:
                 problems[name] = str(error)
         usable = [name for name in folders if name not in problems]
-        results = [
-            self._results_of(name, bench, tasks, rows[name], scores, usable, folders[name], options) for name in usable
-        ]
+        results = []
+        with self._progress("scoring and timing", len(usable), "systems") as progress:
+            for name in usable:
+                results.append(
+                    self._results_of(name, bench, tasks, rows[name], scores, usable, folders[name], options)
+                )
+                progress.update()
         if problems:
             written = f" Written are the results of {', '.join(usable)}." if usable else ""
             raise ValueError(" ".join(problems.values()) + written)

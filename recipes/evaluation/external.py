@@ -13,11 +13,11 @@ number in the file, from 0, equal ones counted once. A document that the data do
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from data import BadRow, read_rows
 from trl.scripts.utils import DatasetConfig
 
-from evaluation.run import MAX_REASON, prediction_row
-from evaluation.tasks import Task
+from recipes.evaluation.run import MAX_REASON, prediction_row
+from recipes.evaluation.tasks import Task
+from recipes.training.data import BadRow, read_rows
 
 MAX_NAMED = 3
 KEYS = {"id", "prediction", "abstained", "failure", "retrieved", "n_tokens"}

@@ -3,68 +3,70 @@
 Stands beside the model's own retrieval and has the same surface. It knows nothing of answers.
 """
 
+import logging
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from evaluation.spans import Spans
-from modeling_clara.lexical_clara import fuse
-from modeling_clara.search_clara import best_rows
+from modeling_clara.index_clara import best_rows
+from modeling_clara.lexical_clara import Bm25, fuse, split_words
+from recipes.evaluation.spans import Spans
 
-try:
-    import bm25s
-    import Stemmer
-except ImportError:
-    bm25s = None
+logger = logging.getLogger(__name__)
 
 
 class Bm25Ranker:
-    """BM25 over title and text of spans: bm25s with its default k1 and b, English stop words left out, words stemmed.
+    """`lexical_clara.Bm25` over title and text of spans, which is also the BM25 of the hybrid search of a corpus.
 
-    Where a question brings its candidates, words are weighted by their rarity among these: on development samples of
+    If a question brings its candidates, words are weighted by their rarity among these: on development samples of
     HotpotQA, MuSiQue and 2Wiki that gives a recall@5 of 0.87, 0.54 and 0.84; rarity in the whole file gives 0.82, 0.47
     and 0.72.
+
+    If no word of a question is in any text, the order is one by chance, with scores of 0: the order of the rows would
+    say something of the data. Such questions are counted.
 
     Args:
         spans: that are ranked.
     """
 
     def __init__(self, spans: Spans):
-        if bm25s is None:
-            raise ImportError('BM25 needs bm25s and PyStemmer. Install them: pip install "clara-rag[eval]".')
-        self.spans, self.stemmer = spans, Stemmer.Stemmer("english")
-        self.words = self._words([f"{title} {text}" for title, text in zip(spans.titles, spans.texts, strict=True)])
-        self.index = None  # of all rows, made when it is first needed
-
-    def _words(self, texts: list[str]) -> list[list[str]]:
-        return bm25s.tokenize(
-            texts, stopwords="en", stemmer=self.stemmer, return_ids=False, show_progress=False, allow_empty=True
-        )
+        self.asked: set[str] = set()
+        self.by_chance: set[str] = set()  # questions of which no word was found
+        self.spans = spans
+        self.words = split_words([f"{title} {text}" for title, text in zip(spans.titles, spans.texts, strict=True)])
+        self.bm25 = None  # of all rows, made when it is first needed
 
     def rank(self, questions: Sequence[str], rows: Sequence[np.ndarray | None], depth: int) -> list[list[tuple]]:
         """For each question (row, score) of the best `depth` documents among its rows; None ranks all."""
         ranked = []
-        for words, mine in zip(self._words(list(questions)), rows, strict=True):
+        for question, words, mine in zip(questions, split_words(questions), rows, strict=True):
             if mine is None:
-                self.index = self.index or _index(self.words)
-                ranked.append(_rank_all(self.spans, _scores(self.index, words, len(self.spans)), depth))
+                self.bm25 = self.bm25 or Bm25.of_words(self.words)
+                scores = self.bm25.scores(words)
             else:
-                scores = _scores(_index([self.words[row] for row in mine]), words, len(mine))
-                ranked.append(self.spans.best_of_documents(mine, scores, depth))
+                scores = Bm25.of_words([self.words[row] for row in mine]).scores(words)
+            self.asked.add(question)
+            found = len(scores) == 0 or scores.max() > 0
+            if not found:
+                self.by_chance.add(question)
+                scores = np.random.default_rng(zlib.crc32(question.encode())).random(len(scores), np.float32)
+            if mine is None:
+                best = _rank_all(self.spans, scores, depth)
+            else:
+                best = self.spans.best_of_documents(mine, scores, depth)
+            ranked.append(best if found else [(row, 0.0) for row, _ in best])
         return ranked
 
-
-def _index(words: list[list[str]]):
-    index = bm25s.BM25()
-    if any(words):  # bm25s refuses texts without a word
-        index.index(words, show_progress=False)
-    return index
-
-
-def _scores(index, words: list[str], n_rows: int) -> np.ndarray:
-    known = [word for word in words if word and word in getattr(index, "vocab_dict", ())]
-    return index.get_scores(known) if known else np.zeros(n_rows, np.float32)
+    def warn_of_chance(self) -> None:
+        """Log how many questions have no word in the texts, if there are any."""
+        if self.by_chance:
+            logger.warning(
+                "BM25 found no word of %d of %d questions in the documents; its order of their documents is one by "
+                "chance. Leave BM25 out for such texts: rows with `docs`, or --setting corpus, need none.",
+                len(self.by_chance), len(self.asked),
+            )  # fmt: skip
 
 
 class DenseRanker:

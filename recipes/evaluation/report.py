@@ -10,7 +10,8 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_entries_to_yaml
-from leaderboard.validation import check_results
+
+from recipes.evaluation.validation import check_results
 
 SHOWN = ("f1", "em", "containment", "recall@1", "recall@5", "mrr", "abstention")
 CARD_METRICS = ("f1", "em", "containment", "recall@1", "recall@5")
@@ -33,17 +34,23 @@ def read_results(paths: Iterable[Path], *, with_baselines: bool = True) -> list[
             files = sorted(path.rglob("results.json"), key=lambda file: (len(file.parts), file))
             files = [file for file in files if with_baselines or "baselines" not in file.relative_to(path).parts]
         if not files or not files[0].exists():
-            raise FileNotFoundError(f"{path} must be a results.json or a folder with one. Run recipes/evaluate.py.")
+            raise FileNotFoundError(f"{path} must be a results.json or a folder with one. Run recipes.evaluate.")
         for file in files:
             try:
                 content = json.loads(file.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise ValueError(f"{file} must be JSON: {error}. Run recipes/evaluate.py again.") from error
+                raise ValueError(f"{file} must be JSON: {error}. Run recipes.evaluate again.") from error
             problems = check_results(content)
             if problems:
-                raise ValueError(f"{file} must be valid results: {problems[0]}. Run recipes/evaluate.py again.")
+                raise ValueError(f"{file} must be valid results: {problems[0]}. Run recipes.evaluate again.")
             found.append(content)
     return found
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
 
 
 def results_table(results: Sequence[Mapping]) -> str:
@@ -70,9 +77,8 @@ def results_table(results: Sequence[Mapping]) -> str:
         for column, name in enumerate(header)
         if several.get(name, True) and any(row[column] is not None for row in lines)
     ]
-    cells = [[header[column] for column in kept], ["---"] * len(kept)]
-    cells += [["" if row[column] is None else _escape(row[column]) for column in kept] for row in lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+    cells = [["" if row[column] is None else _escape(row[column]) for column in kept] for row in lines]
+    return table([header[column] for column in kept], cells)
 
 
 def data_name(data: Mapping) -> str:
@@ -83,12 +89,11 @@ def data_name(data: Mapping) -> str:
 
 def comparison_table(content: Mapping) -> str:
     """F1, containment and recall@1 against every other system; empty where there is none."""
-    lines = ["| against | metric | difference | p |", "| --- | --- | --- | --- |"]
-    rows = [row for row in content["comparisons"] if row["metric"] in TABLE_COMPARISONS]
-    for row in rows:
+    rows = []
+    for row in (row for row in content["comparisons"] if row["metric"] in TABLE_COMPARISONS):
         difference = f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
-        lines.append(f"| {_escape(row['system'])} | {row['metric']} | {difference} | {row['p_value']:.4f} |")
-    return "\n".join(lines) if rows else ""
+        rows.append([_escape(row["system"]), row["metric"], difference, f"{row['p_value']:.4f}"])
+    return table(["against", "metric", "difference", "p"], rows) if rows else ""
 
 
 def _interval(metric: Mapping | None) -> str | None:

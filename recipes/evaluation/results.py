@@ -1,4 +1,4 @@
-"""Scores -> results.json, whose schema is leaderboard/results.schema.json.
+"""Scores -> results.json, whose schema is results.schema.json.
 
 Stands between the scores and everything that shows them. It knows nothing of how answers were made.
 """
@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from leaderboard.validation import SCHEMA_VERSION, check_results
 
-from evaluation.questions import EvaluationData
-from evaluation.scores import CONFIDENCE, Scores, quantiles, with_intervals
-from evaluation.systems import COMPARING, RANKING, Bench, System
-from evaluation.tasks import Task
 from modeling_clara import CLaRaForRAG
 from modeling_clara.storage_clara import write_json
+from recipes.evaluation.questions import EvaluationData
+from recipes.evaluation.scores import CONFIDENCE, Scores, quantiles, with_intervals
+from recipes.evaluation.systems import COMPARING, RANKING, Bench, System
+from recipes.evaluation.tasks import Task
+from recipes.evaluation.validation import SCHEMA_VERSION, check_results
 
 RESULTS_FILE = "results.json"
 PACKAGES = ("clara-rag", "torch", "transformers", "peft", "datasets", "evaluate", "bm25s")
@@ -48,7 +48,7 @@ def build_results(
     Args:
         system: as `describe_system` or `describe_external` gives it.
         model: as `describe_model` gives it.
-        corpus: as `describe_corpus` gives it; None where none was searched.
+        corpus: as `describe_corpus` gives it; None if none was searched.
         data: that was asked.
         setting: of the run.
         tasks: of the run.
@@ -64,50 +64,64 @@ def build_results(
     Raises:
         ValueError: every question failed, or nothing could be scored.
     """
-    failures = Counter(row["failure"].partition(":")[0][:60] for row in rows if row["failure"] is not None)
     check_rows(system["name"], rows, scores)
-    content = {
-        "schema_version": SCHEMA_VERSION,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "system": system,
-        "model": model,
-        "corpus": corpus,
-        "data": {
-            "name": data.name,
-            "sha256": data.sha256,
-            "format": data.format,
-            "half": data.half,
-            "questions": len(tasks),
-        },
-        "setting": setting,
-        "counts": {
-            "questions": len(rows),
-            "answered": sum(row["prediction"] is not None for row in rows),
-            "abstained": sum(row["abstained"] for row in rows),
-            "failed": failures.total(),
-            "without_answers": sum(not task.question.answers for task in tasks),
-            "without_gold": sum(not task.question.gold for task in tasks),
-        },
-        "failures": dict(failures),
-        "metrics": with_intervals(scores, seed=options["seed"], resamples=options["resamples"]),
-        "efficiency": {
-            "bytes_per_span": _mean(row["span_bytes"] for row in rows),
-            "tokens_read": _mean(row["n_tokens"] for row in rows),
-            "latency_ms": quantiles(latency),
-            "latency_questions": len(latency),
-            "seconds": _sum(row["seconds"] for row in rows),
-            "model_seconds": _sum(row["model_seconds"] for row in rows),
-        },
-        "comparisons": comparisons,
-        "hardware": describe_hardware(device, processes),
-        "versions": describe_versions(),
-        "options": {**options, "confidence": CONFIDENCE},
-    }
+    return _checked(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": command,
+            "system": system,
+            "model": model,
+            "corpus": corpus,
+            "data": _describe_data(data, len(tasks)),
+            "setting": setting,
+            **_count(tasks, rows),
+            "metrics": with_intervals(scores, seed=options["seed"], resamples=options["resamples"]),
+            "efficiency": _measure(rows, latency),
+            "comparisons": comparisons,
+            "hardware": describe_hardware(device, processes),
+            "versions": describe_versions(),
+            "options": {**options, "confidence": CONFIDENCE},
+        }
+    )
+
+
+def _checked(content: dict) -> dict:
     problems = check_results(content)
     if problems:
         raise ValueError(f"the results do not fit their own schema, which is a bug: {problems[0]}.")
     return content
+
+
+def _describe_data(data: EvaluationData, n_asked: int) -> dict:
+    known = {name: getattr(data, name) for name in ("name", "sha256", "format", "half")}
+    return {**known, "questions": n_asked, "file_questions": len(data.ids)}
+
+
+def _count(tasks: Sequence[Task], rows: Sequence[Mapping]) -> dict:
+    """`counts` and `failures`."""
+    failures = Counter(row["failure"].partition(":")[0][:60] for row in rows if row["failure"] is not None)
+    counts = {
+        "questions": len(rows),
+        "answered": sum(row["prediction"] is not None for row in rows),
+        "abstained": sum(row["abstained"] for row in rows),
+        "failed": failures.total(),
+        "without_answers": sum(not task.question.answers for task in tasks),
+        "without_gold": sum(not task.question.gold for task in tasks),
+    }
+    return {"counts": counts, "failures": dict(failures)}
+
+
+def _measure(rows: Sequence[Mapping], latency: list[dict[str, float]]) -> dict:
+    """`efficiency`."""
+    return {
+        "bytes_per_span": _mean(row["span_bytes"] for row in rows),
+        "tokens_read": _mean(row["n_tokens"] for row in rows),
+        "latency_ms": quantiles(latency),
+        "latency_questions": len(latency),
+        "seconds": _sum(row["seconds"] for row in rows),
+        "model_seconds": _sum(row["model_seconds"] for row in rows),
+    }
 
 
 def check_rows(name: str, rows: Sequence[Mapping], scores: Scores) -> None:

@@ -6,17 +6,17 @@ become predictions.jsonl, in the order of the data. It knows nothing of answers 
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from transformers.utils.logging import tqdm
 
-from evaluation.systems import Bench, Clock, System, read, retrieve, rows_to_read, span_bytes, time_one
-from evaluation.tasks import Task
-from modeling_clara.storage_clara import read_lines, write_json, write_lines
+from modeling_clara.corpus.storage import append_lines, foreign_files, read_lines, write_lines
+from modeling_clara.storage_clara import write_json
+from recipes.evaluation.progress import Progress
+from recipes.evaluation.systems import Bench, Clock, System, read, retrieve, rows_to_read, span_bytes, time_one
+from recipes.evaluation.tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +26,7 @@ MAX_REASON = 500  # characters of an error that are kept
 
 def is_foreign(folder: Path) -> bool:
     """Whether a folder holds what is no run; files with a dot do not count, such as what a killed start left."""
-    if not folder.is_dir() or (folder / RUN_FILE).exists():
-        return False
-    return any(not path.name.startswith(".") for path in folder.iterdir())
+    return not (folder / RUN_FILE).exists() and bool(foreign_files(folder, [".*"]))
 
 
 def start_run(folder: Path, options: dict) -> None:
@@ -76,19 +74,19 @@ def predict(
         folder: of the run.
         batch_size: questions that are retrieved and read together; of one that fails each is tried alone.
         process: (i, N).
-        description: of the progress bar.
+        description: of the work, in its progress.
     """
     index, count = process
     done = {row["id"] for row in finished_rows(folder)}
     mine = [task for number, task in enumerate(tasks) if number % count == index and task.question.id not in done]
     if not mine:
         return
-    with _Appender(folder / PARTS_FOLDER / f"{index}-of-{count}.jsonl") as part:
-        with tqdm(total=len(mine), desc=description, unit=" questions", delay=2, leave=False) as bar:
-            for start in range(0, len(mine), batch_size):
-                batch = mine[start : start + batch_size]
-                part.write(predict_batch(bench, system, batch))
-                bar.update(len(batch))
+    part = folder / PARTS_FOLDER / f"{index}-of-{count}.jsonl"
+    with Progress(f"answering with {description}", len(mine), "questions", shown=index == 0) as progress:
+        for start in range(0, len(mine), batch_size):
+            batch = mine[start : start + batch_size]
+            append_lines(part, predict_batch(bench, system, batch))
+            progress.update(len(batch))
 
 
 def predict_batch(bench: Bench, system: System, tasks: Sequence[Task]) -> list[dict]:
@@ -204,24 +202,3 @@ def measure_latency(bench: Bench, system: System, tasks: Sequence[Task], n_quest
             logger.warning("question %s cannot be timed: %s. It is left out of the latency.", task.question.id, error)
             times.append(None)
     return [row for row in times[1:] if row is not None]
-
-
-class _Appender:
-    """A JSONL file that only grows; a line that a killed process did not finish is cut off first."""
-
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "ab")
-        whole = path.read_bytes().rpartition(b"\n")[:2]
-        self.file.truncate(sum(map(len, whole)))
-
-    def __enter__(self) -> "_Appender":
-        return self
-
-    def write(self, rows: Sequence[dict]) -> None:
-        self.file.writelines(json.dumps(row, ensure_ascii=True).encode() + b"\n" for row in rows)
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def __exit__(self, *_) -> None:
-        self.file.close()

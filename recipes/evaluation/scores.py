@@ -7,10 +7,10 @@ questions with their uncertainty. It knows nothing of models.
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from metrics.rag_answer.rag_answer import MEASURES, score_answer
-from metrics.retrieval.retrieval import score_ranking
 
-from evaluation.tasks import Task
+from recipes.evaluation.tasks import Task
+from recipes.spaces.metrics.rag_answer.rag_answer import MEASURES, score_answer
+from recipes.spaces.metrics.retrieval.retrieval import score_ranking
 
 CUTOFFS = (1, 3, 5, 10)
 COMPARED = ("em", "f1", "containment", "recall@1", "recall@5", "mrr")

@@ -6,15 +6,16 @@ that only what ranks and what reads them differs. It knows nothing of questions 
 
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus
+from modeling_clara.candidates_clara import Source
 from modeling_clara.manifest_clara import MANIFEST_FILE
-from modeling_clara.search_clara import exact_cosines
+from recipes.evaluation.progress import Progress
 
 
 class Spans:
@@ -65,18 +66,15 @@ class Spans:
     @classmethod
     def of_corpus(cls, corpus: CompressedCorpus) -> "Spans":
         """All spans of a corpus; their texts are held in memory."""
-        snapshot, columns = corpus.snapshot, {"document_id": [], "title": [], "text": []}
-        for segment in snapshot.segments:
-            for name, values in columns.items():
-                values += segment.table[name].to_pylist()
-        return cls(
-            columns["document_id"],
-            snapshot.spans,
-            columns["title"],
-            columns["text"],
-            live=snapshot.live,
-            corpus=corpus,
-        )
+        found = list(corpus.rows())
+        n_rows = found[-1]["row"] + 1 if found else 0
+        ids, titles, texts = ([""] * n_rows for _ in range(3))  # deleted rows keep their numbers and nothing else
+        numbers, live = np.zeros(n_rows, dtype=np.int64), np.zeros(n_rows, dtype=bool)
+        for values in found:
+            row = values["row"]
+            ids[row], titles[row], texts[row] = values["document_id"], values["title"], values["text"]
+            numbers[row], live[row] = values["span"], True
+        return cls(ids, numbers, titles, texts, live=live, corpus=corpus)
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
@@ -88,6 +86,11 @@ class Spans:
     def document(self, row: int) -> dict:
         """`{title, text}` of a row's span."""
         return {"title": self.titles[row], "text": self.texts[row]}
+
+    def source(self, row: int) -> Source:
+        """A row's span as the model's own retrieval gives it; its score is not known here."""
+        span = int(self.numbers[row])
+        return Source(self.document_ids[row], span, 0.0, self.titles[row], self.texts[row])
 
     def best_of_documents(self, rows: np.ndarray, scores: np.ndarray, depth: int) -> list[tuple[int, float]]:
         """(row, score) of the best `depth` documents, each by its best span; ties go to the lower row."""
@@ -117,15 +120,15 @@ class Spans:
         if rows is None:
             (hits,) = self.corpus.search(query[None], min(depth, len(self.corpus)), **options)
             return [(self.rows[hit["document_id"]].start + hit["span"], hit["score"]) for hit in hits]
-        return exact_cosines(self.corpus.snapshot, query[None], rows[None])[0][:depth]
+        return self.corpus.cosines(query[None], rows[None])[0][:depth]
 
     def memories(self, rows: Sequence[int], memory_size: int) -> torch.Tensor:
         """(rows, k, H) float32."""
-        return self.corpus.snapshot.decode(np.asarray(rows, dtype=np.int64), memory_size)
+        return self.corpus.decode(rows, memory_size)
 
     def memory_bytes(self, memory_size: int) -> int:
         """Stored bytes of k vectors of a span."""
-        return memory_size * self.corpus.snapshot.codec.vector_bytes
+        return memory_size * self.corpus.vector_bytes
 
 
 def compress_documents(
@@ -134,7 +137,8 @@ def compress_documents(
     folder: Path,
     *,
     batch_size: int = 16,
-    job: tuple[int, int] = (0, 1),
+    rank: int = 0,
+    world_size: int = 1,
 ) -> None:
     """Compress documents into a float16 corpus; what is there is kept.
 
@@ -143,18 +147,37 @@ def compress_documents(
         documents: id -> `{title, text}`.
         folder: the corpus goes into `folder/float16`.
         batch_size: documents a pass.
-        job: (i, N) where N processes share the work; the rows are in the order of `documents` for every N.
+        rank: of this process.
+        world_size: processes that share the work; the rows are in the order of `documents` for every number.
 
     Raises:
         ValueError: the folder holds memories of other documents or of another model.
     """
     given = [{"id": document_id, **document} for document_id, document in documents.items()]
     rows, start = [{}] * len(given), 0
-    for number in range(job[1]):  # a job takes every N-th row and they stand job after job: so the order is kept
-        size = len(range(number, len(given), job[1]))
-        rows[number :: job[1]] = given[start : start + size]
+    for number in range(world_size):  # a rank takes every N-th row and they stand rank after rank: the order is kept
+        size = len(range(number, len(given), world_size))
+        rows[number::world_size] = given[start : start + size]
         start += size
-    CompressedCorpus.build(model, rows, folder / "float16", codec="float16", batch_size=batch_size, job=job)
+    with Progress("compressing", len(rows), "documents", shown=rank == 0, own_bar=False) as progress:
+        counted, share = _Counted(rows, progress), {"rank": rank, "world_size": world_size}
+        CompressedCorpus.build(model, counted, folder / "float16", codec="float16", batch_size=batch_size, **share)
+
+
+class _Counted:
+    """A list whose rows are counted when they are read, anew each time."""
+
+    def __init__(self, rows: Sequence[Mapping], progress: Progress):
+        self.rows, self.progress = rows, progress
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Mapping]:
+        self.progress.done = 0
+        for row in self.rows:
+            self.progress.update()
+            yield row
 
 
 def finish_codec(folder: Path, codec: str) -> None:

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 from transformers.generation import BaseStreamer
 
-from evaluation.rankers import Bm25Ranker, DenseRanker, HybridRanker
-from evaluation.spans import Spans
-from evaluation.tasks import Task
 from modeling_clara import CLaRaForRAG
-from modeling_clara.generation_clara import eval_mode
+from modeling_clara.generation_clara import eval_mode, prepare_reading
+from modeling_clara.processing_clara import Prompt
+from recipes.evaluation.rankers import Bm25Ranker, DenseRanker, HybridRanker
+from recipes.evaluation.spans import Spans
+from recipes.evaluation.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ class Bench:
         memory_size: k that is read.
         retrieval_memory_size: k that is compared.
         max_new_tokens: of an answer.
-        min_score: cosine below which the model's own retrieval abstains.
+        min_score: cosine that a document must reach, or nothing is read and the model abstains, as `min_score` of a
+            model's config.json does.
         dense: encoder of the dense baseline.
         text_reader: whose generator was trained on texts (stage "text"), for the readers "tuned_text".
         expand: spans that the reader "memory_and_text" reads as text, the best first; the rest from memory.
@@ -160,6 +163,11 @@ class Bench:
                 "CHECKPOINT, or leave it out."
             )
         return self.text_reader
+
+    def warn_of_chance(self) -> None:
+        """Say of how many questions BM25 has found nothing, so that their documents are in an order by chance."""
+        if "bm25" in self._made:
+            self._made["bm25"].warn_of_chance()
 
     def prepare(self, system: System) -> None:
         """Make what a system works with; what is missing is an error here, not a failure of every question."""
@@ -226,11 +234,15 @@ def wrong_rows(bench: Bench, task: Task) -> list[int]:
 
 
 def rows_to_read(bench: Bench, system: System, hits: Hits) -> list[int]:
-    """Rows of the documents that are read, best first; `min_score` is a cosine and asks the model's retrieval only."""
-    if bench.read_all:
-        return [row for row, _ in hits]
-    least = bench.min_score if system.retriever in COMPARING else None
-    return [row for row, score in hits[: bench.top_k] if least is None or score >= least]
+    """Rows of the documents that are read, best first; none if no cosine reaches `min_score`.
+
+    Of retrievers without a cosine `min_score` asks nothing. If one document reaches it, all are read.
+    """
+    chosen = hits if bench.read_all else hits[: bench.top_k]
+    asks = bench.min_score not in (None, -1) and system.retriever in COMPARING and not bench.read_all
+    if asks and all(score < bench.min_score for _, score in chosen):
+        return []
+    return [row for row, _ in chosen]
 
 
 def read(
@@ -250,29 +262,42 @@ def read(
         ValueError: a prompt does not fit into the backbone's window.
     """
     model = bench.reader(system)
-    processor, device = model.processor, model.memory_embeddings.device
     generation = model.build_generation_config(None, bench.max_new_tokens)
-    prompts, memories = [], []
-    hidden = model.config.text_config.hidden_size
-    for task, mine in zip(tasks, rows, strict=True):
-        question, name = task.question.text, f"question {task.question.id}"
-        n_texts = system.n_texts(len(mine), bench.expand)
-        documents, from_memory = [bench.spans.document(row) for row in mine[:n_texts]], mine[n_texts:]
-        if system.reads_memory:
-            prompt = model.checked_prompt(question, len(from_memory), bench.memory_size, generation, name, documents)
-        else:
-            prompt = processor.build_prompt(question, 0, bench.memory_size, text_documents=documents, name=name)
-            model.check_window(len(prompt.input_ids) + bench.max_new_tokens, name, "Lower --top-k.")
-        memory = torch.zeros(0, bench.memory_size, hidden, device=device)
-        if from_memory:
-            memory = bench.spans.memories(from_memory, bench.memory_size).to(device)
-        prompts.append(prompt)
-        memories.append(memory)
+    readings = [
+        _read_memories(bench, model, system, task, mine, generation)
+        if system.reads_memory
+        else _read_texts(bench, model, task, mine)
+        for task, mine in zip(tasks, rows, strict=True)
+    ]
+    prompts, memories = [prompt for prompt, _ in readings], [memory for _, memory in readings]
     clock.mark("prepare")
     with model.lock, eval_mode(model), torch.no_grad():
         texts = model.generate_texts(prompts, memories, generation, role=ROLES[system.reader], **kwargs)
     clock.mark("decode")
     return texts, [len(prompt.input_ids) for prompt in prompts]
+
+
+def _read_memories(
+    bench: Bench, model: CLaRaForRAG, system: System, task: Task, rows: Sequence[int], generation: GenerationConfig
+) -> tuple[Prompt, torch.Tensor]:
+    """Prompt and memories (rows that are not read as text, k, hidden), as the model's own `answer` prepares them."""
+    question, name = task.question.text, f"question {task.question.id}"
+    memories = bench.spans.memories(rows, bench.memory_size).to(model.memory_embeddings.device)
+    hits = [(bench.spans.source(row), memory) for row, memory in zip(rows, memories, strict=True)]
+    n_texts = system.n_texts(len(rows), bench.expand)
+    reading = prepare_reading(model, question, hits, bench.memory_size, n_texts, generation, name)
+    return reading.prompt, reading.memory
+
+
+def _read_texts(bench: Bench, model: CLaRaForRAG, task: Task, rows: Sequence[int]) -> tuple[Prompt, torch.Tensor]:
+    """Prompt with the texts of the rows, and a memory of no documents."""
+    name, documents = f"question {task.question.id}", [bench.spans.document(row) for row in rows]
+    prompt = model.processor.build_prompt(
+        task.question.text, 0, bench.memory_size, text_documents=documents, name=name
+    )
+    model.check_window(len(prompt.input_ids) + bench.max_new_tokens, name, "Lower --top-k.")
+    hidden, device = model.config.text_config.hidden_size, model.memory_embeddings.device
+    return prompt, torch.zeros(0, bench.memory_size, hidden, device=device)
 
 
 def time_one(bench: Bench, system: System, task: Task) -> dict[str, float]:

@@ -6,7 +6,8 @@ Stands between the data and the systems, which all get the same tasks. It knows 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from evaluation.questions import EvaluationData, Question
+from recipes.evaluation.formats import Question
+from recipes.evaluation.questions import EvaluationData
 
 SETTINGS = {
     "normal": "the candidates of the data; where it brings none, those that BM25 chooses out of all its documents",
@@ -76,6 +77,29 @@ def make_tasks(
             Task(question, None, tuple(dict.fromkeys(names.get(name, NOT_THERE + name) for name in question.gold)))
             for question in questions
         ]
+    _check_documents(data, setting)
+    if setting == "gold_only":
+        return [Task(question, question.gold, question.gold) for question in questions]
+    open_questions = [question for question in questions if not question.candidates]
+    chosen = choose([question.text for question in open_questions], num_candidates) if open_questions else []
+    chosen_for = {question.id: ids for question, ids in zip(open_questions, chosen, strict=True)}
+    tasks = []
+    for question in questions:
+        candidates = list(dict.fromkeys(chosen_for.get(question.id, question.candidates)))
+        if setting == "oracle":
+            added = [name for name in question.gold if name not in candidates]
+            if added and question.id in chosen_for:
+                kept = [name for name in candidates if name not in question.gold]
+                n_kept = max(0, num_candidates - len(question.gold))
+                candidates = [name for name in candidates if name in question.gold or name in kept[:n_kept]]
+            candidates += added
+        tasks.append(Task(question, tuple(candidates), question.gold))
+    return tasks
+
+
+def _check_documents(data: EvaluationData, setting: str) -> None:
+    """Raise a ValueError unless the data has the documents that the setting needs."""
+    questions = data.questions
     missing = next(
         (question for question in questions if any(name not in data.documents for name in question.gold)), None
     )
@@ -92,27 +116,11 @@ def make_tasks(
                 f"the setting 'gold_only' needs gold documents, {without.place} has none. Add `pos_index`, or use "
                 "another setting."
             )
-        return [Task(question, question.gold, question.gold) for question in questions]
     if setting == "oracle" and not any(question.gold for question in questions):
         raise ValueError(
             f"the setting 'oracle' needs gold documents, no question has any ({questions[0].place} is the first). Add "
             "`pos_index`, or use --setting normal."
         )
-    open_questions = [question for question in questions if not question.candidates]
-    chosen = choose([question.text for question in open_questions], num_candidates) if open_questions else []
-    chosen_for = {question.id: ids for question, ids in zip(open_questions, chosen, strict=True)}
-    tasks = []
-    for question in questions:
-        candidates = list(dict.fromkeys(chosen_for.get(question.id, question.candidates)))
-        if setting == "oracle":
-            added = [name for name in question.gold if name not in candidates]
-            if added and question.id in chosen_for:
-                kept = [name for name in candidates if name not in question.gold]
-                n_kept = max(0, num_candidates - len(question.gold))
-                candidates = [name for name in candidates if name in question.gold or name in kept[:n_kept]]
-            candidates += added
-        tasks.append(Task(question, tuple(candidates), question.gold))
-    return tasks
 
 
 def needed_documents(tasks: Sequence[Task], data: EvaluationData) -> dict[str, dict]:

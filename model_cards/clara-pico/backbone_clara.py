@@ -1,1 +1,0 @@
-../../modeling_clara/backbone_clara.py

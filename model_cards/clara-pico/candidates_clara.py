@@ -1,1 +1,0 @@
-../../modeling_clara/candidates_clara.py

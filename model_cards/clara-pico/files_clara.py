@@ -1,1 +1,0 @@
-../../modeling_clara/files_clara.py

@@ -1,1 +1,0 @@
-../../modeling_clara/generation_clara.py

@@ -1,1 +1,0 @@
-../../modeling_clara/index_clara.py

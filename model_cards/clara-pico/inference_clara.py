@@ -1,1 +1,0 @@
-../../modeling_clara/inference_clara.py

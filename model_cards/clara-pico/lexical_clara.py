@@ -1,1 +1,0 @@
-../../modeling_clara/lexical_clara.py

@@ -1,1 +1,0 @@
-../../modeling_clara/modeling_clara.py

@@ -1,1 +1,0 @@
-../../modeling_clara/processing_clara.py

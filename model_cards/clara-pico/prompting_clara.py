@@ -1,1 +1,0 @@
-../../modeling_clara/prompting_clara.py

@@ -1,1 +1,0 @@
-../../modeling_clara/search_clara.py

@@ -1,1 +1,0 @@
-../../modeling_clara/shards_clara.py

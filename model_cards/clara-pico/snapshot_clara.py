@@ -1,1 +1,0 @@
-../../modeling_clara/snapshot_clara.py

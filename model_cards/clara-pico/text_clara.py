@@ -1,1 +1,0 @@
-../../modeling_clara/text_clara.py

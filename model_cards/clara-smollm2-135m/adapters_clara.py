@@ -1,1 +1,0 @@
-../../modeling_clara/adapters_clara.py

@@ -1,1 +1,0 @@
-../../modeling_clara/builder_clara.py

@@ -1,1 +1,0 @@
-../../modeling_clara/card_clara.py

@@ -1,1 +1,0 @@
-../../modeling_clara/checkpoint_clara.py

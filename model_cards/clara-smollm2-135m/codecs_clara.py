@@ -1,1 +1,0 @@
-../../modeling_clara/codecs_clara.py

@@ -1,1 +1,0 @@
-../../modeling_clara/configuration_clara.py

@@ -1,1 +1,0 @@
-../../modeling_clara/corpus_search_clara.py

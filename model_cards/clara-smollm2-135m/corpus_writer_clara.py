@@ -1,1 +1,0 @@
-../../modeling_clara/corpus_writer_clara.py

@@ -1,1 +1,0 @@
-../../modeling_clara/digest_clara.py

@@ -1,1 +1,0 @@
-../../modeling_clara/filters_clara.py

@@ -1,1 +1,0 @@
-../../modeling_clara/jobs_clara.py

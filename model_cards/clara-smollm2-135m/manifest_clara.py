@@ -1,1 +1,0 @@
-../../modeling_clara/manifest_clara.py

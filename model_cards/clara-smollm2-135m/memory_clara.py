@@ -1,1 +1,0 @@
-../../modeling_clara/memory_clara.py

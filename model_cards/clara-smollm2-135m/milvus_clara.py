@@ -1,1 +1,0 @@
-../../modeling_clara/milvus_clara.py

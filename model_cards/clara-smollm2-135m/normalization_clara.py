@@ -1,1 +1,0 @@
-../../modeling_clara/normalization_clara.py

@@ -1,1 +1,0 @@
-../../modeling_clara/packing_clara.py

@@ -1,1 +1,0 @@
-../../modeling_clara/pipeline_clara.py

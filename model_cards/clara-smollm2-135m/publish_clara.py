@@ -1,1 +1,0 @@
-../../modeling_clara/publish_clara.py

@@ -1,1 +1,0 @@
-../../modeling_clara/retrieval_clara.py

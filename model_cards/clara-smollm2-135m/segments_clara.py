@@ -1,1 +1,0 @@
-../../modeling_clara/segments_clara.py

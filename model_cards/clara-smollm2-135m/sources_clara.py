@@ -1,1 +1,0 @@
-../../modeling_clara/sources_clara.py

@@ -1,1 +1,0 @@
-../../modeling_clara/storage_clara.py

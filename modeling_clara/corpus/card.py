@@ -1,0 +1,165 @@
+"""Renders the card of a corpus from corpus.json: README.md with the metadata of a Hub dataset.
+
+What lies between the two marks is rendered anew after every change. What a user writes outside of them stays, and so
+does metadata that is not ours.
+"""
+
+from pathlib import Path
+
+import yaml
+
+from ..manifest_clara import Manifest
+from ..storage_clara import replacing
+
+CARD_FILE = "README.md"
+BEGIN, END = "<!-- clara: begin -->", "<!-- clara: end -->"
+TAGS = ["clara", "compressed-corpus", "soft-compression", "retrieval-augmented-generation"]
+SIZES = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10**7, "1M<n<10M")]
+
+BODY = """{begin}
+
+# {name}
+
+{n_documents:,} documents in {n_spans:,} spans, each compressed into {memory_size} memory tokens of {hidden_size}
+values by the compressor of a CLaRa model ([arXiv 2511.18659](https://arxiv.org/abs/2511.18659)). A question is
+compared with the memories and answered from them; the text is for people.
+
+```python
+{load}
+corpus = model.load_corpus("path or id of this corpus")
+model.answer(["..."], corpus=corpus)
+```
+
+| | |
+| --- | --- |
+| compressor | {compressor} |
+| fingerprint | `{fingerprint}` |
+| spans | at most {document_max_length} tokens with the title, overlap {document_overlap} |
+| memory | {memory_size} x {hidden_size}; also usable as {memory_sizes} |
+| codec | {codec}, {bytes_per_span:,.0f} bytes a span |
+| files | {n_shards} Parquet shards, {megabytes:,.1f} MB |
+| text | {text} |
+| metadata columns | {metadata} |
+| rows left out | {rejected} |
+
+The column `memory` holds the memory of a span, encoded with {codec}; `corpus.json` names every shard with its
+checksum.
+{loss}
+{end}
+"""
+
+FROM_HUB = """from transformers import AutoModel
+
+model = AutoModel.from_pretrained({name!r}, trust_remote_code=True)"""
+FROM_FOLDER = """from modeling_clara import CLaRaForRAG
+
+model = CLaRaForRAG.from_pretrained({name!r})"""
+
+
+def write_card(folder: Path, manifest: Manifest) -> None:
+    """Write README.md anew."""
+    path = Path(folder) / CARD_FILE
+    data, before, after = {}, "", ""
+    if path.exists():
+        data, body = _split(path.read_text(encoding="utf-8", errors="replace"))
+        before, after = _own_text(body)
+    data |= _ours(manifest)
+    tags = data.get("tags") or []
+    tags = [tags] if isinstance(tags, str) else tags
+    data["tags"] = [*tags, *(tag for tag in TAGS if tag not in tags)]
+    head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    with replacing(path) as partial:
+        partial.write_text(f"---\n{head}---\n\n{before}{render(manifest)}{after}", encoding="utf-8")
+
+
+def _split(text: str) -> tuple[dict, str]:
+    """The metadata and the text of a card; what cannot be read as metadata is text."""
+    if text.startswith("---\n") and "\n---\n" in text[3:]:
+        head, _, body = text[4:].partition("\n---\n")
+        try:
+            data = yaml.safe_load(head)
+        except yaml.YAMLError:
+            return {}, text
+        if isinstance(data, dict):
+            return data, body.lstrip("\n")
+    return {}, text
+
+
+def _own_text(text: str) -> tuple[str, str]:
+    """What a user wrote before and behind the marks."""
+    before, mark, rest = text.partition(BEGIN)
+    if mark:
+        return before, rest.partition(END)[2].removeprefix("\n")
+    return (text.rstrip() + "\n\n" if text.strip() else ""), ""
+
+
+def _ours(manifest: Manifest) -> dict:
+    """The metadata that follows from the manifest."""
+    size = next((name for limit, name in SIZES if manifest.n_spans < limit), "n>10M")
+    metadata = {
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}],
+        "size_categories": [size],
+        "clara": {
+            "format_version": manifest.format_version,
+            "compressor": manifest.compressor,
+            "memory_shape": [manifest.memory_size, manifest.hidden_size],
+            "codec": manifest.codec,
+        },
+    }
+    for name in ("license", "language"):
+        if manifest.source.get(name):
+            metadata[name] = manifest.source[name]
+    return metadata
+
+
+def render(manifest: Manifest) -> str:
+    """The text between the marks."""
+    name = manifest.compressor.get("name_or_path") or ""
+    revision = manifest.compressor.get("revision")
+    compressor = f"`{name}`" + (f" at `{revision}`" if revision else "") if name else "not named"
+    spans = sum(shard.n_spans for shard in manifest.shards)
+    n_bytes = sum(shard.n_bytes for shard in manifest.shards)
+    source = manifest.source
+    text = ", ".join(filter(None, [source.get("name"), source.get("license"), source.get("language")]))
+    return BODY.format(
+        begin=BEGIN,
+        end=END,
+        name=source.get("name") or "A compressed corpus",
+        load=(FROM_HUB if revision else FROM_FOLDER).format(name=name or "the model that made it"),
+        compressor=compressor,
+        fingerprint=manifest.fingerprint[:16],
+        n_documents=manifest.n_documents,
+        n_spans=manifest.n_spans,
+        memory_size=manifest.memory_size,
+        hidden_size=manifest.hidden_size,
+        memory_sizes=" or ".join(map(str, manifest.memory_sizes)),
+        document_max_length=manifest.document_max_length,
+        document_overlap=manifest.document_overlap,
+        codec=manifest.codec,
+        bytes_per_span=n_bytes / spans if spans else 0,
+        n_shards=len(manifest.shards),
+        megabytes=n_bytes / 1e6,
+        text=text or "source and license not stated",
+        metadata=", ".join(f"`{column}` {kind}" for column, kind in manifest.metadata.items()) or "none",
+        rejected=f"{manifest.n_rejected}, see `rejected.jsonl`" if manifest.n_rejected else "none",
+        loss=_loss(manifest),
+    )
+
+
+def _loss(manifest: Manifest) -> str:
+    """What the codec costs, as far as it was measured."""
+    if not manifest.measured:
+        return "\nWhat the codec loses was not measured on this corpus.\n"
+    measured, rows = manifest.measured, manifest.measured["codecs"].values()
+    names = ("recall@5", "f1", "em", "containment")
+    columns = [name for name in names if any(name in row for row in rows)]
+    lines = [
+        f"\nMeasured with {measured['questions']} questions of {measured['data']}; recall@5 is the share of the five "
+        "best documents of float16 memories that are found, answers are compared with the gold ones:\n",
+        "| codec | bytes a memory | " + " | ".join(columns) + " |",
+        "| --- |" + " --- |" * (len(columns) + 1),
+    ]
+    for codec, row in measured["codecs"].items():
+        cells = [f"{row[name]:.3f}" if name in row else "" for name in columns]
+        lines.append(f"| {codec} | {row['bytes']:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

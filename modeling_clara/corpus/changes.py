@@ -1,0 +1,189 @@
+"""Changes a corpus: adds, replaces and deletes documents.
+
+Every change writes new shards, then one new corpus.json, then removes what it no longer names. If it is killed in
+between, the corpus is as it was. Readers keep the snapshot that they have.
+"""
+
+import base64
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+from transformers.utils.logging import tqdm
+
+from ..manifest_clara import Manifest, pa
+from ..snapshot_clara import WHEN_CHANGED
+from ..text_clara import check_count, check_id, check_list
+from .card import write_card
+from .jobs import REJECTED_FILE
+from .pipeline import ShardPipeline, ShardResult
+from .shards import count_live, delete_rows, remove_unreferenced, write_manifest
+from .sources import DocumentSource, InputRow
+from .storage import append_lines, corpus_lock, read_lines, write_lines
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a change did.
+
+    Attributes:
+        n_documents, n_spans: added or put in place of earlier ones.
+        rejected: `{row, place, id, reason}` of the rows that were skipped; they also stand in rejected.jsonl.
+    """
+
+    n_documents: int
+    n_spans: int
+    rejected: list[dict] = field(default_factory=list)
+
+
+def append(corpus, documents, *, shard_size: int, batch_size: int, is_update: bool, **columns) -> Changes:
+    rows = DocumentSource(documents, **columns)
+    check_count(shard_size, "shard_size", "Default: 1024.")
+    check_count(batch_size, "batch_size", "Default: 16.")
+    if corpus.model is not None:
+        corpus.check_model(corpus.model)
+    with writing(corpus) as manifest:
+        snapshot = corpus.snapshot
+        given: set[str] = set()
+
+        def refusal(document_id: str) -> str | None:
+            if document_id in given:
+                return "it was given twice. Give it once."
+            is_there = snapshot.find(document_id) is not None
+            if is_there and not is_update:
+                return "it is there already. Rename it, or use `update`."
+            if is_update and not is_there:
+                return "it is not there to be replaced. Use `add`."
+            given.add(document_id)
+            return None
+
+        numbers = itertools.count(sum(shard.n_documents for shard in manifest.shards))
+
+        def new_id(row: InputRow) -> str:
+            return next(name for name in map(str, numbers) if name not in given and snapshot.find(name) is None)
+
+        codecs = [codec for codec in corpus.snapshot.codecs.values() if codec.is_fitted]
+        pipeline = ShardPipeline(
+            corpus.folder,
+            corpus.model,
+            codec=codecs[-1] if codecs else manifest.codec,
+            memory_size=manifest.memory_size,
+            hidden_size=manifest.hidden_size,
+            types=_metadata_types(corpus.manifest),
+            refusal=refusal,
+            forget=given.discard,
+            new_id=new_id,
+            shard_size=shard_size,
+            batch_size=batch_size,
+            prefix=f"{manifest.generation + 1:05d}",
+        )
+        wanted = _with_remedy(rows, corpus.model is not None, is_update)
+        n_documents = n_spans = 0
+        rejected: list[dict] = []
+        with tqdm(total=rows.length, desc="compressing", unit=" documents", delay=2) as bar:
+            for result in pipeline.run(_counted(wanted, bar.update)):
+                _commit_result(corpus, manifest, result, pipeline, is_update)
+                rejected += result.rejected
+                if result.shard is not None:
+                    n_documents += result.shard.n_documents
+                    n_spans += result.shard.n_spans
+    return Changes(n_documents, n_spans, rejected)
+
+
+def delete(corpus, ids: Sequence[str]) -> int:
+    """Do what `CompressedCorpus.delete` says."""
+    ids = [check_id(name) for name in check_list(ids, "ids")]
+    if len(set(ids)) != len(ids):
+        raise ValueError("`ids` must be different, got one twice. Remove the second.")
+    with writing(corpus) as manifest:
+        places = []
+        for document_id in ids:
+            rows = corpus.snapshot.find(document_id)
+            if rows is None:
+                raise KeyError(f"`ids` must be documents of the corpus, {document_id!r} is none. Check the id.")
+            places.append(corpus.snapshot.shard_rows(rows))
+        for shard, rows in places:
+            delete_rows(manifest.shards[shard], rows)
+        commit(corpus, manifest)
+    return len(ids)
+
+
+def record_measurement(corpus, measured: dict) -> None:
+    """Do what `CompressedCorpus.record_measurement` says."""
+    with writing(corpus) as manifest:
+        manifest.measured = measured
+        commit(corpus, manifest)
+
+
+# --- how a change is made --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def writing(corpus) -> Iterator[Manifest]:
+    """Hold the corpus's lock; gives a copy of the newest manifest to change and commit."""
+    if corpus.repo_id is not None:
+        raise ValueError(
+            f"a corpus of the Hub must be copied to a folder to be changed, got {corpus.repo_id}. Copy it: "
+            f"`hf download {corpus.repo_id} --repo-type dataset --local-dir FOLDER`, open FOLDER, then push."
+        )
+    with corpus_lock(corpus.folder):
+        corpus.refresh()
+        lines = read_lines(corpus.folder / REJECTED_FILE)
+        if len(lines) > corpus.manifest.n_rejected:  # of a writer that was killed before its commit
+            write_lines(corpus.folder / REJECTED_FILE, lines[: corpus.manifest.n_rejected])
+        try:
+            yield deepcopy(corpus.manifest)
+        finally:
+            # What is on the disk counts, not what this object shows: a commit may have failed half way.
+            with contextlib.suppress(OSError, ValueError):
+                remove_unreferenced(corpus.folder, Manifest.read(corpus.folder))
+
+
+def commit(corpus, manifest: Manifest, limits=WHEN_CHANGED) -> None:
+    """Make a manifest the corpus's, and show it."""
+    manifest.generation += 1
+    count_live(manifest)
+    write_card(corpus.folder, manifest)
+    write_manifest(corpus.folder, manifest)
+    corpus.reload(limits, manifest)
+
+
+def _with_remedy(rows: Iterable[InputRow], has_model: bool, is_update: bool) -> Iterator[InputRow]:
+    """The rows; a text without a model to compress it stops everything, because all would be rejected."""
+    for row in rows:
+        if not has_model and row.document is not None and row.document.get("memory") is None:
+            raise ValueError(
+                f"`{row.place}` must have a `memory`, because the corpus was opened without a model. Open it with "
+                "`model.load_corpus(...)`, or `CompressedCorpus.open(..., model=model)`."
+            )
+        if is_update and row.document is not None and row.document.get("id") is None:
+            row = InputRow(row.index, row.place, None, f"`{row.place}` must have an id to replace a document by.")
+        yield row
+
+
+def _commit_result(corpus, manifest: Manifest, result: ShardResult, pipeline: ShardPipeline, is_update: bool) -> None:
+    """Make one shard part of the corpus, and what it replaces no part of it, at once."""
+    append_lines(corpus.folder / REJECTED_FILE, result.rejected)
+    manifest.n_rejected += len(result.rejected)
+    if result.shard is not None:
+        if is_update:
+            for document_id in result.document_ids:
+                number, rows = corpus.snapshot.shard_rows(corpus.snapshot.find(document_id))
+                delete_rows(manifest.shards[number], rows)
+        manifest.codec_states |= pipeline.codec_states
+        manifest.shards.append(result.shard)
+    if result.shard is not None or result.rejected:
+        commit(corpus, manifest)
+
+
+def _metadata_types(manifest: Manifest) -> "dict[str, pa.DataType]":
+    schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(manifest.metadata_schema)))
+    return {column.name: column.type for column in schema}
+
+
+def _counted(rows: Iterable[InputRow], count: Callable[[int], object]) -> Iterator[InputRow]:
+    for row in rows:
+        count(1)
+        yield row

@@ -1,0 +1,230 @@
+"""Gets the shortlist of a search from Milvus: Milvus Lite in a file, or a server by URI.
+
+Milvus holds the projected vectors and what filters compare. The memories stay in the corpus, where the exact cosine
+ranks the shortlist.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+
+from ..index_clara import fit_components, project_memory
+from ..manifest_clara import Shard
+from ..search_clara import JUNCTIONS, conditions
+from ..snapshot_clara import Snapshot
+from ..storage_clara import replacing
+
+INSERT_ROWS = 1000
+MAX_LIMIT = 16_384  # rows that Milvus returns at most
+TITLE_LENGTH = 1024
+SIGNS = {"$eq": "==", "$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<=", "$in": "in"}
+IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+MILVUS_WORDS = {"and", "or", "not", "in", "like", "true", "false", "is", "null", "exists"}
+
+
+def import_pymilvus():
+    """The module, imported here: it takes a second, which others shall not wait.
+
+    Raises:
+        ImportError: it is missing, naming the remedy.
+    """
+    try:
+        import pymilvus
+    except ImportError as error:
+        raise ImportError(
+            '`backend="milvus"` needs pymilvus: pip install pymilvus milvus-lite, or the extra `milvus` from a clone '
+            "of the repository."
+        ) from error
+    return pymilvus
+
+
+class MilvusIndex:
+    """Projected vectors of a snapshot in a Milvus collection, which is brought up to date on opening.
+
+    Args:
+        snapshot: whose rows are found.
+        memory_size: k that is compared.
+        uri: of a server, or a file of Milvus Lite; default a file in the index folder.
+        collection: the beginning of its name; default from the corpus's folder. k and a digest follow.
+        progress: called with a number of rows while they are inserted.
+        previous: an index of an earlier snapshot, whose connection is used again.
+
+    Raises:
+        RuntimeError: Milvus cannot be reached, or another process has the file open.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        memory_size: int,
+        uri: str | None = None,
+        collection: str | None = None,
+        progress: Callable[[int], None] | None = None,
+        previous: "MilvusIndex | None" = None,
+    ):
+        self.memory_size = memory_size
+        self.components = self._components(snapshot)
+        digest = hashlib.sha256(self.components.numpy().tobytes()).hexdigest()[:12]
+        place = hashlib.sha256(str(snapshot.folder.resolve()).encode()).hexdigest()[:8]
+        # The directions are part of the name: vectors of others could not be compared.
+        self.collection = f"{collection or f'clara_{place}'}_k{memory_size}_{digest}"
+        self.uri = uri or str(snapshot.index_folder / "milvus.db")
+        self.client = previous.client if previous is not None else connect(self.uri)
+        self._open_collection()
+        self.firsts = dict(zip(map(_shard_key, snapshot.manifest.shards), _starts(snapshot), strict=True))
+        self._update(snapshot, progress)
+
+    def _components(self, snapshot: Snapshot) -> torch.Tensor:
+        """The main directions, fitted once: a collection can only be compared with the ones it was made with."""
+        path = snapshot.index_folder / f"milvus-k{self.memory_size}.safetensors"
+        if not path.exists():
+            with replacing(path) as partial:
+                partial.write_bytes(save({"components": fit_components(snapshot, self.memory_size)}))
+        return load_file(path)["components"]
+
+    def _open_collection(self) -> None:
+        pymilvus = import_pymilvus()
+        if not self.client.has_collection(self.collection):
+            schema = self.client.create_schema(enable_dynamic_field=True)
+            schema.add_field("clara_row", pymilvus.DataType.VARCHAR, is_primary=True, max_length=64)
+            schema.add_field("clara_shard", pymilvus.DataType.VARCHAR, max_length=32)
+            schema.add_field("clara_vector", pymilvus.DataType.FLOAT_VECTOR, dim=len(self.components))
+            parameters = self.client.prepare_index_params()
+            parameters.add_index("clara_vector", index_type="AUTOINDEX", metric_type="IP")
+            self.client.create_collection(
+                self.collection, schema=schema, index_params=parameters, consistency_level="Strong"
+            )
+        self.client.load_collection(self.collection)
+
+    def _update(self, snapshot: Snapshot, progress) -> None:
+        """Insert the shards that are missing, remove what is no longer live."""
+        manifest, starts = snapshot.manifest, _starts(snapshot)
+        if self.firsts:
+            listed = ", ".join(f'"{key}"' for key in self.firsts)
+            self.client.delete(self.collection, filter=f"clara_shard not in [{listed}]")
+        for shard, start in zip(manifest.shards, starts, strict=True):
+            key, live = _shard_key(shard), snapshot.live[start : start + shard.n_spans]
+            n_stored = self._count(f'clara_shard == "{key}"')
+            if n_stored == shard.n_spans > live.sum() and n_stored:
+                dead = [f"{key}:{row}" for row in np.flatnonzero(~live)]
+                for first in range(0, len(dead), INSERT_ROWS):
+                    self.client.delete(self.collection, ids=dead[first : first + INSERT_ROWS])
+            elif n_stored != live.sum():
+                self.client.delete(self.collection, filter=f'clara_shard == "{key}"')
+                for rows in self._rows(snapshot, key, np.flatnonzero(live), start):
+                    self.client.insert(self.collection, rows)
+            if progress is not None:
+                progress(shard.n_spans)
+        self.client.flush(self.collection)
+
+    def _count(self, expression: str) -> int:
+        found = self.client.query(self.collection, filter=expression, output_fields=["count(*)"])
+        return int(found[0]["count(*)"])
+
+    def _rows(self, snapshot: Snapshot, key: str, places: np.ndarray, start: int) -> Iterator[list[dict]]:
+        columns = ["document_id", "title", "span", *snapshot.manifest.metadata]
+        for first in range(0, len(places), INSERT_ROWS):
+            mine = places[first : first + INSERT_ROWS]
+            vectors = self.project(snapshot.decode(mine + start, self.memory_size))
+            rows = []
+            for place, vector in zip(mine.tolist(), vectors, strict=True):
+                record = snapshot.record(start + place, columns)
+                record = {name: value for name, value in record.items() if isinstance(value, str | int | float | bool)}
+                record["title"] = record["title"][:TITLE_LENGTH]
+                rows.append(
+                    {**record, "clara_row": f"{key}:{place}", "clara_shard": key, "clara_vector": vector.tolist()}
+                )
+            yield rows
+
+    def project(self, memory: torch.Tensor) -> np.ndarray:
+        """(rows, d) float32 of (rows, k, H) memories or query memories."""
+        return project_memory(memory, self.memory_size, self.components)
+
+    def shortlist(
+        self, query_memory: torch.Tensor, n: int, allowed: np.ndarray | None, where: Mapping | None = None
+    ) -> np.ndarray:
+        """As `VectorIndex.shortlist`; Milvus filters by itself where its rules on missing values are ours."""
+        n = min(n, MAX_LIMIT)
+        expression = (milvus_expression(where) if where is not None else None) or ""
+        found = self.client.search(
+            self.collection,
+            data=self.project(query_memory).tolist(),
+            limit=n,
+            filter=expression,
+            anns_field="clara_vector",
+        )
+        rows = np.full((len(query_memory), n), -1, dtype=np.int64)
+        for question, hits in enumerate(found):
+            keys = [hit["clara_row"].rpartition(":") for hit in hits]
+            mine = np.array([self.firsts[key] + int(place) for key, _, place in keys if key in self.firsts], np.int64)
+            if allowed is not None:
+                mine = mine[allowed[mine]]
+            rows[question, : len(mine)] = mine
+        return rows
+
+
+def connect(uri: str):
+    """A client of a server, or of a file of Milvus Lite.
+
+    Raises:
+        RuntimeError: it cannot be reached or opened.
+    """
+    pymilvus, token = import_pymilvus(), os.environ.get("MILVUS_TOKEN", "")
+    try:
+        return pymilvus.MilvusClient(uri, token=token)
+    except pymilvus.exceptions.MilvusException as error:
+        raise RuntimeError(
+            f"Milvus at {uri} must be reachable, and a file of Milvus Lite open in one process only: {error} Start "
+            "the server, or close the other process."
+        ) from error
+
+
+def _shard_key(shard: Shard) -> str:
+    return shard.sha256[:16]
+
+
+def _starts(snapshot: Snapshot) -> list[int]:
+    """The first row of every shard."""
+    return np.cumsum([0, *(shard.n_spans for shard in snapshot.manifest.shards)])[:-1].tolist()
+
+
+# --- filters ---------------------------------------------------------------------------------------------------------
+
+
+def milvus_expression(where: Mapping) -> str | None:
+    """A checked filter in the language of Milvus; None where Milvus would not say the same.
+
+    That is: a negation, about which missing values disagree, a column that is no identifier, a number that is not
+    finite, and text with control characters.
+    """
+    parts = []
+    for key, value in where.items():
+        if key in JUNCTIONS:
+            inner = [milvus_expression(part) for part in value]
+            if None in inner:
+                return None
+            parts.append((" and " if key == "$and" else " or ").join(f"({part})" for part in inner))
+            continue
+        if not IDENTIFIER.fullmatch(key) or key.lower() in MILVUS_WORDS or key.startswith("clara_"):
+            return None
+        for operator, operand in conditions(value):
+            if operator not in SIGNS or not _is_plain(operand):
+                return None
+            parts.append(f"{key} {SIGNS[operator]} {json.dumps(operand, ensure_ascii=False)}")
+    return " and ".join(f"({part})" for part in parts)
+
+
+def _is_plain(operand) -> bool:
+    """Whether a value is written in Milvus as in JSON."""
+    if isinstance(operand, list | tuple):
+        return all(map(_is_plain, operand))
+    if isinstance(operand, str):
+        return operand.isprintable()
+    return not isinstance(operand, float) or math.isfinite(operand)

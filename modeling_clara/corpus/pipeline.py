@@ -1,0 +1,329 @@
+"""Turns rows of an input into shards: documents are checked, split, compressed, encoded and written.
+
+The memory that it needs does not depend on the number of documents.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..codecs_clara import Codec
+from ..manifest_clara import RESERVED_COLUMNS, Shard, pa
+from .encode import encode, fit_codec, fits
+from .shards import ShardWriter, shard_schema, write_state
+from .sources import InputRow, is_utf8
+
+COMPRESSED_SPANS = 1024  # compressed in one call, and the sample that a codec is fitted on
+OURS = ("span", "n_tokens")  # columns that a document cannot bring
+
+
+@dataclass
+class ShardResult:
+    """A shard that was written, and the input rows behind it.
+
+    Attributes:
+        shard: None where all of these rows were rejected.
+        next_row: number of the first input row that is not among them.
+        input_sha256: over the rows.
+        rejected: `{row, place, id, reason}` of each rejected one.
+        document_ids, rows: of the documents in the shard: their ids and the numbers of their input rows.
+    """
+
+    shard: Shard | None
+    next_row: int
+    input_sha256: str
+    rejected: list[dict] = field(default_factory=list)
+    document_ids: list[str] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+
+
+class ShardPipeline:
+    """Makes shards.
+
+    Args:
+        folder: of the corpus.
+        model: `CLaRaForRAG`; None where every document brings its memory.
+        codec: name of a codec, fitted on the first memories, or a fitted one.
+        memory_size, hidden_size: n and H of the memories.
+        types: Arrow types of the metadata.
+        refusal: takes an id; why a document cannot have it, or None.
+        forget: takes an id that was not refused, but whose document was rejected later.
+        new_id: takes a row without an id; the id that it gets.
+        shard_size: spans at which a shard is closed.
+        batch_size: documents per pass, see `CLaRaForRAG.compress`.
+        prefix: of the shards' names.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model,
+        *,
+        codec: str | Codec,
+        memory_size: int,
+        hidden_size: int,
+        types: "dict[str, pa.DataType]",
+        refusal: Callable[[str], str | None],
+        forget: Callable[[str], object],
+        new_id: Callable[[InputRow], str],
+        shard_size: int,
+        batch_size: int,
+        prefix: str,
+    ):
+        self.folder, self.model, self.prefix = Path(folder), model, prefix
+        self.codec_name = codec.name if isinstance(codec, Codec) else codec
+        self.codec = codec if isinstance(codec, Codec) else None
+        self.memory_size, self.hidden_size = memory_size, hidden_size
+        self.types, self.schema = types, shard_schema(types)
+        self.refusal, self.forget, self.new_id = refusal, forget, new_id
+        self.shard_size, self.batch_size = shard_size, batch_size
+        self.codec_states: dict[str, str] = {}  # files of states that were fitted here
+
+    def run(self, rows: Iterator[InputRow], first_shard: int = 0) -> Iterator[ShardResult]:
+        """Write shards of these rows; each result comes when its shard is on disk."""
+        with ThreadPoolExecutor(1) as writer:  # a shard is written while the next one is compressed
+            writing: Future | None = None
+            try:
+                for number, chunk in enumerate(self._chunks(rows), start=first_shard):
+                    encoded = self._encode(chunk)
+                    if writing is not None:
+                        done, writing = writing, None
+                        yield done.result()
+                    writing = writer.submit(self._write, f"{self.prefix}-{number:06d}", chunk, encoded)
+            except Exception:  # of the input or the model: the shard that is being written is not lost
+                if writing is not None:
+                    yield writing.result()
+                raise
+            if writing is not None:
+                yield writing.result()
+
+    def _chunks(self, rows: Iterator[InputRow]) -> Iterator["_Chunk"]:
+        """Rows of one shard each; a document is never cut in two."""
+        chunk = _Chunk()
+        for row in rows:
+            chunk.digest.update(row_digest(row))
+            chunk.next_row = row.index + 1
+            try:
+                chunk.add(row, self._spans(row))
+            except (TypeError, ValueError) as error:
+                chunk.reject(row, str(error))
+            if len(chunk.spans) >= self.shard_size or len(chunk.rejected) >= COMPRESSED_SPANS:
+                yield chunk
+                chunk = _Chunk(chunk.next_row)
+        if chunk.next_row > chunk.first_row or chunk.rejected:
+            yield chunk
+
+    # --- documents -> spans ------------------------------------------------------------------------------------------
+
+    def _spans(self, row: InputRow) -> list[dict]:
+        """The spans of a document, each with all columns but the memory."""
+        if row.document is None:
+            raise ValueError(row.problem)
+        document_id = self._document_id(row)
+        metadata = self._metadata(row)
+        fields = {name: row.document.get(name) for name in ("title", "text")}
+        for name, value in {**fields, "id": document_id}.items():
+            if value and not is_utf8(value):
+                raise ValueError(
+                    f"`{row.place}[{name!r}]` must be valid UTF-8, got a lone surrogate. Correct its source."
+                )
+        if row.document.get("memory") is not None:
+            memory = self._given_memory(row)
+            spans = [{"title": (fields["title"] or "").strip(), "text": fields["text"], "span": 0, "n_tokens": None}]
+            spans[0]["memory"] = memory
+        else:
+            spans = self.model.processor.split_document(fields, row.place)
+        reason = self.refusal(document_id)
+        if reason is not None:
+            raise ValueError(f"`{row.place}` cannot have the id {document_id!r}: {reason}")
+        common = {"document_id": document_id, **metadata}
+        return [{**span, **common, "id": f"{document_id}#{span['span']}"} for span in spans]
+
+    def _document_id(self, row: InputRow) -> str:
+        given = row.document.get("id")
+        if given is None:
+            return self.new_id(row)
+        if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
+            raise TypeError(f"`{row.place}['id']` must be text or an int, got {given!r}. Give it one.")
+        return str(given)
+
+    def _metadata(self, row: InputRow) -> dict:
+        values = {name: value for name, value in row.document.items() if name not in RESERVED_COLUMNS}
+        values = {
+            name: None if value == {} else value for name, value in values.items()
+        }  # no type holds an empty object
+        taken = [name for name in OURS if name in row.document]
+        if taken:
+            raise ValueError(f"`{row.place}` must not have the column {taken[0]!r}, which is ours. Rename it.")
+        for name, value in values.items():
+            if name not in self.types:
+                raise ValueError(
+                    f"`{row.place}` must have the metadata of the corpus ({', '.join(self.types) or 'none'}), got "
+                    f"{name!r}. Build the corpus with `metadata={{{name!r}: 'string'}}`, or leave it out."
+                )
+            try:
+                is_kept = _is_kept(value, pa.scalar(value, self.types[name]).as_py())
+            except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+                raise TypeError(
+                    f"`{row.place}[{name!r}]` must be {self.types[name]}, got {value!r}. Convert it."
+                ) from error
+            if not is_kept:
+                raise TypeError(f"`{row.place}[{name!r}]` must be {self.types[name]}, got {value!r}. Convert it.")
+        return {name: values.get(name) for name in self.types}
+
+    def _given_memory(self, row: InputRow) -> torch.Tensor:
+        try:
+            memory = torch.as_tensor(row.document["memory"], dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"`{row.place}['memory']` must be numbers. Pass a tensor.") from error
+        if memory.ndim != 2 or memory.shape[0] < self.memory_size or memory.shape[1] != self.hidden_size:
+            raise ValueError(
+                f"`{row.place}['memory']` must have the shape ({self.memory_size}, {self.hidden_size}), got "
+                f"{tuple(memory.shape)}. Compress the document with the corpus's model."
+            )
+        if not memory.isfinite().all():
+            raise ValueError(f"`{row.place}['memory']` must be finite, got NaN or infinity. Compress it again.")
+        return memory[: self.memory_size]
+
+    # --- spans -> memories -> codes ----------------------------------------------------------------------------------
+
+    def _encode(self, chunk: "_Chunk") -> np.ndarray:
+        """(spans, row_bytes) uint8; documents without a usable memory are rejected."""
+        parts, is_good = [], []
+        for start in range(0, len(chunk.spans), COMPRESSED_SPANS):
+            memory = self._memories(chunk.spans[start : start + COMPRESSED_SPANS])
+            good = memory.isfinite().flatten(1).all(-1)
+            if self.codec is None and good.any():
+                self._fit(memory[good])
+            if self.codec is not None:
+                good &= fits(self.codec, memory)
+                parts.append(encode(self.codec, torch.where(good[:, None, None], memory, 0.0)))
+            is_good += good.tolist()
+        broken = {
+            span["document_id"]: chunk.documents[span["document_id"]]
+            for span, good in zip(chunk.spans, is_good, strict=True)
+            if not good
+        }
+        compressed = {span["document_id"] for span in chunk.spans if "memory" not in span}
+        if len(compressed) > 1 and compressed <= set(broken):
+            raise ValueError(
+                f"memories must be finite and fit into {self.codec_name}, but none of a shard does. The weights of "
+                "the model are broken: reload it with `from_pretrained`, or take an earlier checkpoint."
+            )
+        for document_id, row in broken.items():
+            self.forget(document_id)
+            chunk.reject(
+                row, f"the memory of `{row.place}` must be finite and fit into {self.codec_name}. Check its text."
+            )
+        keep = [span["document_id"] not in broken for span in chunk.spans]
+        chunk.spans = [span for span, kept in zip(chunk.spans, keep, strict=True) if kept]
+        return np.concatenate(parts)[np.array(keep)] if chunk.spans else np.empty((0, 0), np.uint8)
+
+    def _memories(self, spans: Sequence[Mapping]) -> torch.Tensor:
+        """(spans, n, H) float32, NaN where a memory is not finite."""
+        memory = torch.full((len(spans), self.memory_size, self.hidden_size), torch.nan)
+        given = [place for place, span in enumerate(spans) if "memory" in span]
+        for place in given:
+            memory[place] = spans[place]["memory"]
+        texts = [place for place, span in enumerate(spans) if "memory" not in span]
+        if texts:
+            memory[texts] = self._compress([spans[place] for place in texts])
+        return memory
+
+    def _compress(self, spans: list[Mapping]) -> torch.Tensor:
+        options = {"memory_size": self.memory_size, "batch_size": self.batch_size}
+        try:
+            return self.model.compress(spans, **options).cpu()
+        except ValueError:  # one of them has a memory that is not finite: find it
+            memory = torch.full((len(spans), self.memory_size, self.hidden_size), torch.nan)
+            for place, span in enumerate(spans):
+                with contextlib.suppress(ValueError):
+                    memory[place] = self.model.compress([span], **options)[0].cpu()
+            return memory
+
+    def _fit(self, memory: torch.Tensor) -> None:
+        """Fit the codec and write its state, before the first shard that needs it."""
+        self.codec = fit_codec(self.codec_name, memory)
+        self.codec_states |= write_state(self.folder, self.codec)
+
+    # --- codes -> shard ----------------------------------------------------------------------------------------------
+
+    def _write(self, name: str, chunk: "_Chunk", codes: np.ndarray) -> ShardResult:
+        shard = None
+        if chunk.spans:
+            writer = ShardWriter(self.folder, self.schema, name, self.codec.key)
+            try:
+                columns = {n: [span[n] for span in chunk.spans] for n in self.schema.names if n != "memory"}
+                writer.write(columns, codes)
+                shard = writer.close()
+            finally:
+                writer.abandon()
+        ids = list(dict.fromkeys(span["document_id"] for span in chunk.spans))
+        rows = [chunk.documents[document_id].index for document_id in ids]
+        rejected = sorted(chunk.rejected, key=lambda row: row["row"])
+        return ShardResult(shard, chunk.next_row, chunk.digest.hexdigest(), rejected, ids, rows)
+
+
+class _Chunk:
+    """What becomes one shard."""
+
+    def __init__(self, first_row: int = 0):
+        self.first_row = self.next_row = first_row
+        self.digest = hashlib.sha256()
+        self.spans: list[dict] = []
+        self.documents: dict[str, InputRow] = {}
+        self.rejected: list[dict] = []
+
+    def add(self, row: InputRow, spans: list[dict]) -> None:
+        self.spans += spans
+        document_id = spans[0]["document_id"]
+        self.documents[document_id] = InputRow(row.index, row.place, {"id": document_id})
+
+    def reject(self, row: InputRow, reason: str) -> None:
+        given = row.document.get("id") if row.document else None
+        self.rejected.append({"row": row.index, "place": row.place, "id": given, "reason": reason})
+
+
+def row_digest(row: InputRow) -> bytes:
+    """What tells that an input has not changed: the row with all of its columns."""
+    if row.document is None:
+        return f"{row.index} {row.problem}".encode("utf-8", "surrogatepass")
+    try:
+        text = json.dumps(row.document, sort_keys=True, default=_as_text, ensure_ascii=False)
+    except (
+        TypeError,
+        ValueError,
+        RecursionError,
+    ):  # keys that are no text, a list in itself: no document will be made
+        text = f"{sorted(map(repr, row.document))}"
+    return f"{row.index} {text}".encode("utf-8", "surrogatepass")
+
+
+def _is_kept(given, stored) -> bool:
+    """Whether Arrow has kept a value as it was; it cuts 1.5 to 1 and a text into letters without a word."""
+    if isinstance(given, Mapping):
+        if not isinstance(stored, Mapping) or not set(given) <= set(stored):
+            return False
+        return all(_is_kept(given.get(name), value) for name, value in stored.items())
+    if isinstance(stored, list):
+        if isinstance(given, str | bytes) or len(given) != len(stored):
+            return False
+        return all(map(_is_kept, given, stored))
+    if isinstance(stored, float):
+        return True  # float32 rounds
+    return bool(given == stored)
+
+
+def _as_text(value) -> str:
+    """A value that JSON does not have; of a memory a hash, because it is large."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        array = value.detach().cpu().float().numpy() if isinstance(value, torch.Tensor) else value
+        return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+    return str(value)

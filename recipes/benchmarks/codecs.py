@@ -1,0 +1,107 @@
+"""Measures the codecs of a corpus: `python -m recipes.benchmarks.codecs MODEL --data FILE --questions FILE`.
+
+Compresses the documents once as float16, converts the corpus, and compares retrieval and answers, question by
+question. Stands on the public API; `--record CORPUS` writes the result into a corpus's card.
+"""
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from modeling_clara import CLaRaForRAG, CompressedCorpus
+from modeling_clara.codecs_clara import CODECS
+from recipes.benchmarks.shared import add_outputs, describe_machine, read_rows, show
+from recipes.evaluation.report import table
+from recipes.evaluation.results import public_name
+from recipes.spaces.metrics.rag_answer.rag_answer import score_answer
+
+ANSWERS = ("f1", "em", "containment")
+
+
+def found(corpus: CompressedCorpus, queries: torch.Tensor, top_k: int = 5) -> list[set[str]]:
+    """The ids of the best documents of every question, by exact cosine."""
+    return [{hit["document_id"] for hit in row} for row in corpus.search(queries, top_k, exact=True)]
+
+
+def measure_codecs(
+    model: CLaRaForRAG,
+    folder: Path,
+    questions: Sequence[str],
+    answers: Sequence[Sequence[str]] | None,
+    *,
+    top_k: int | None = None,
+    max_new_tokens: int = 16,
+) -> dict[str, dict]:
+    """Recall@5 against float16, and the answers, with every codec.
+
+    Args:
+        model: of the corpus.
+        folder: of a float16 corpus; copies of it are converted.
+        questions: texts.
+        answers: gold answers of each; None leaves the answers out.
+        top_k: documents that are read; default the model's.
+        max_new_tokens: of an answer.
+
+    Returns:
+        For each codec `bytes` of a memory, `recall@5`, and `f1`, `em` and `containment` where there are answers.
+    """
+    queries = model.encode_queries(questions, memory_size=model.config.retrieval_memory_size)
+    results, reference = {}, None
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        for codec in CODECS:
+            copy = Path(temporary) / codec
+            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("index"))
+            corpus = model.load_corpus(copy)
+            corpus.convert(codec)
+            hits = found(corpus, queries)
+            reference = reference or hits
+            overlap = [len(mine & best) / len(best) for mine, best in zip(hits, reference, strict=True)]
+            results[codec] = {
+                "bytes": corpus.vector_bytes * corpus.manifest.memory_size,
+                "recall@5": sum(overlap) / len(overlap),
+            }
+            if answers is not None:
+                options = {"top_k": top_k, "max_new_tokens": max_new_tokens, "min_score": -1}
+                texts = [answer.text for answer in model.answer(questions, corpus=corpus, **options)]
+                # an empty answer is a wrong one
+                pairs = zip(texts, answers, strict=True)
+                answered = [score_answer(text, gold) if text else dict.fromkeys(ANSWERS, 0.0) for text, gold in pairs]
+                results[codec] |= {name: sum(row[name] for row in answered) / len(answered) for name in ANSWERS}
+    return results
+
+
+def render(results: dict[str, dict]) -> str:
+    """A Markdown table."""
+    columns = [name for name in ("recall@5", *ANSWERS) if name in results["float16"]]
+    rows = [[codec, f"{row['bytes']:,}", *(f"{row[name]:.3f}" for name in columns)] for codec, row in results.items()]
+    return table(["codec", "bytes a memory", *columns], rows)
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="checkpoint folder or Hub id")
+    parser.add_argument("--data", required=True, help="documents, as `clara compress` takes them")
+    parser.add_argument("--questions", required=True, help="JSONL of {question, answers}, .gz or plain")
+    parser.add_argument("--number", type=int, default=200, help="questions that are asked (default: 200)")
+    parser.add_argument("--record", type=Path, help="corpus whose card gets the result")
+    arguments = add_outputs(parser).parse_args()
+    model = CLaRaForRAG.from_pretrained(arguments.model)
+    rows = read_rows(arguments.questions)[: arguments.number]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "corpus"
+        CompressedCorpus.build(model, arguments.data, folder, codec="float16")
+        results = measure_codecs(model, folder, [row["question"] for row in rows], [row["answers"] for row in rows])
+    measured = {"data": Path(arguments.questions).name, "questions": len(rows), "codecs": results}
+    if arguments.record:
+        CompressedCorpus.open(arguments.record).record_measurement(measured)
+    text = f"{len(rows):,} questions, {public_name(arguments.model)}.\n\n{render(results)}"
+    show("codecs", {**describe_machine(), **measured}, text, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Chooses the cosine below which a model does not answer: `min_score` of its config.json.
+
+    python -m recipes.evaluation.calibrate MODEL --data ANSWERABLE... --unanswerable FILE... [--write]
+
+Asks answerable questions, whose candidates contain the gold documents, and two kinds that cannot be answered: those of
+`--unanswerable` (rows with `answers: []`) beside their passages, and the answerable ones beside other documents. All
+have the same number of candidates, because the best of many is nearer than the best of few. It reads no answers.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from modeling_clara import CLaRaForRAG
+from modeling_clara.storage_clara import replacing, write_json
+from recipes.evaluation.abstention import LOSSES, area_under_curve, signals, trade_off
+from recipes.evaluation.formats import Question
+from recipes.evaluation.questions import HALVES, EvaluationData, read_data
+from recipes.evaluation.rankers import Bm25Ranker
+from recipes.evaluation.report import CALIBRATION_FILE, table
+from recipes.evaluation.spans import Spans, compress_documents, open_memories
+
+ANSWERABLE, SAME, OTHER = "answerable", "same subject", "other documents"
+
+
+def with_candidates(
+    model: CLaRaForRAG, data: EvaluationData, questions: Sequence[Question], n: int
+) -> list[tuple[str, list[str]]]:
+    """(text, ids of documents): gold, what the row brings, and BM25's best of the file until there are n."""
+    spans = Spans.of_documents(model, data.documents)
+    texts = [question.text for question in questions]
+    ranker = Bm25Ranker(spans)
+    ranked = ranker.rank(texts, [None] * len(texts), n)
+    ranker.warn_of_chance()
+    found = []
+    for question, hits in zip(questions, ranked, strict=True):
+        own = dict.fromkeys((*question.gold, *question.candidates))
+        names = dict.fromkeys((*own, *(spans.document_ids[row] for row, _ in hits)))
+        found.append((question.text, list(names)[: max(n, len(own))]))
+    return found
+
+
+def with_others(
+    asked: Sequence[tuple[str, list[str]]], names: Sequence[str], seed: int = 0
+) -> list[tuple[str, list[str]]]:
+    """The same questions beside as many documents that are not their candidates; left out where there is none."""
+    draws, found = random.Random(seed), []
+    for text, candidates in asked:
+        others = sorted(set(names).difference(candidates))
+        if others:
+            found.append((text, draws.sample(others, min(len(candidates), len(others)))))
+    return found
+
+
+def measure(
+    model: CLaRaForRAG, documents: Mapping[str, Mapping], asked: Sequence[tuple[str, list[str]]]
+) -> list[list[float]]:
+    """For each question the cosines of its documents, best first, each by its best span."""
+    needed = {name for _, names in asked for name in names}
+    documents = {name: document for name, document in documents.items() if name in needed}
+    queries = model.encode_queries([text for text, _ in asked], memory_size=model.config.retrieval_memory_size).cpu()
+    with tempfile.TemporaryDirectory() as folder:
+        compress_documents(model, documents, Path(folder))
+        spans = open_memories(model, Path(folder), "float16", len(documents))
+        return [
+            [cosine for _, cosine in spans.cosines(query, spans.rows_of(names), len(names))]
+            for query, (_, names) in zip(queries, asked, strict=True)
+        ]
+
+
+def read_questions(path: str, arguments: argparse.Namespace, answerable: bool) -> tuple[EvaluationData, list]:
+    """The questions of a file that are of use; a ValueError if there is none."""
+    data = read_data(path, half=arguments.half, limit=arguments.limit, may_abstain=True)
+    kept = [
+        question
+        for question in data.questions
+        if bool(question.answers) == answerable and question.asks_answer and data.documents.keys() >= {*question.gold}
+    ]
+    kept = [question for question in kept if question.gold or not answerable]
+    if not kept or not data.documents:
+        wanted = "answers and gold documents" if answerable else "`answers: []` and documents"
+        raise ValueError(f"{path} must have questions with {wanted}, found none. Leave it out.")
+    return data, kept
+
+
+def score_files(model: CLaRaForRAG, arguments: argparse.Namespace) -> dict[str, list[list[float]]]:
+    """Kind of question -> for each question the cosines of its candidates; kinds without questions are left out."""
+    kinds: dict[str, list] = {ANSWERABLE: [], SAME: [], OTHER: []}
+    for path in arguments.data:
+        data, questions = read_questions(path, arguments, answerable=True)
+        asked = with_candidates(model, data, questions, arguments.num_candidates)
+        others = with_others(asked, list(data.documents))
+        cosines = measure(model, data.documents, asked + others)
+        kinds[ANSWERABLE] += cosines[: len(asked)]
+        kinds[OTHER] += cosines[len(asked) :]
+    for path in arguments.unanswerable:
+        data, questions = read_questions(path, arguments, answerable=False)
+        kinds[SAME] += measure(
+            model, data.documents, with_candidates(model, data, questions, arguments.num_candidates)
+        )
+    return {kind: rows for kind, rows in kinds.items() if rows}
+
+
+def report(cosines: Mapping[str, list[list[float]]], max_loss: float) -> tuple[str, dict]:
+    """Tables of both signals, and the row of the cosine for `max_loss` with its areas under the curve."""
+    found = {kind: signals(rows) for kind, rows in cosines.items()}
+    parts, chosen = [], {}
+    for name in found[ANSWERABLE]:
+        answerable = found[ANSWERABLE][name]
+        unanswerable = {kind: scores[name] for kind, scores in found.items() if kind != ANSWERABLE}
+        rows = trade_off(answerable, unanswerable, sorted({*LOSSES, max_loss}))
+        areas = {kind: area_under_curve(answerable, scores) for kind, scores in unanswerable.items()}
+        cells = [
+            [f"{row['threshold']:.4f}", f"{row['lost']:.3f}", *(f"{share:.3f}" for share in row["refused"].values())]
+            for row in rows
+        ]
+        cells.append(["AUC", "", *(f"{area:.3f}" for area in areas.values())])
+        header = [name, f"lost of {len(answerable)}"]
+        header += [f"refused of {len(scores)}, {kind}" for kind, scores in unanswerable.items()]
+        parts.append(table(header, cells))
+        if name == "cosine":
+            row = next(row for row in rows if row["max_loss"] == max_loss)
+            chosen = {"min_score": row["threshold"], **{key: row[key] for key in ("max_loss", "lost", "refused")}}
+            chosen |= {"area_under_curve": areas, "questions": {kind: len(rows) for kind, rows in cosines.items()}}
+    return "\n\n".join(parts), chosen
+
+
+def write(folder: Path, chosen: Mapping) -> None:
+    """Put the threshold into config.json, and how it was chosen beside it."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    with replacing(folder / "config.json") as partial:
+        text = json.dumps(
+            {**config, "min_score": chosen["min_score"]}, indent=2, sort_keys=True
+        )  # as transformers does
+        partial.write_text(f"{text}\n", encoding="utf-8")
+    write_json(folder / CALIBRATION_FILE, dict(chosen))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="checkpoint folder or Hub id")
+    parser.add_argument("--data", nargs="+", required=True, help="files of answerable questions with gold documents")
+    parser.add_argument("--unanswerable", nargs="+", default=[], help="files with rows whose `answers` are []")
+    parser.add_argument("--max-loss", type=float, default=0.05, help="share that may be lost (default: 0.05)")
+    parser.add_argument("--num-candidates", type=int, default=20, help="documents of a question (default: 20)")
+    parser.add_argument("--half", choices=HALVES, help="of the questions, as in recipes.evaluate")
+    parser.add_argument("--limit", type=int, help="first questions of every file only")
+    parser.add_argument("--backbone", help="where the model's backbone is")
+    parser.add_argument("--write", action="store_true", help=f"into config.json and {CALIBRATION_FILE} of MODEL")
+    arguments = parser.parse_args(argv)
+    try:
+        if not 0 <= arguments.max_loss < 1:
+            raise ValueError(f"--max-loss must be from 0 to below 1, got {arguments.max_loss}. Correct it.")
+        if arguments.write and not (Path(arguments.model) / "config.json").exists():
+            raise ValueError(f"--write needs a checkpoint in a folder, got {arguments.model}. Download it first.")
+        model = CLaRaForRAG.from_pretrained(arguments.model, backbone=arguments.backbone)
+        text, chosen = report(score_files(model, arguments), arguments.max_loss)
+        print(f"{text}\n\nmin_score {chosen['min_score']} loses {chosen['lost']:.1%} of the answerable questions.")
+        chosen |= {name: [Path(path).name for path in getattr(arguments, name)] for name in ("data", "unanswerable")}
+        chosen |= {"half": arguments.half, "num_candidates": arguments.num_candidates}
+        if arguments.write:
+            write(Path(arguments.model), chosen)
+            print(f"Written: {arguments.model}/config.json, {arguments.model}/{CALIBRATION_FILE}")
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

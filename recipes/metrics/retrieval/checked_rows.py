@@ -1,1 +1,0 @@
-../checked_rows.py

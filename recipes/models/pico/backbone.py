@@ -1,0 +1,166 @@
+"""A tiny Llama with its own tokenizer, trained from scratch until it copies and reads: the backbone of clara-pico.
+
+Stands before stage 1: it knows nothing of memories or roles. Two phases of plain language modelling. First sequences
+that are repeated, on which copying heads form (a model without them only guesses among the values of a sheet, for
+thousands of steps); then questions with the sheet's text in view, in the prompt format of the other stages.
+
+    python -m recipes.models.pico.backbone --data data/pico --output runs/pico/backbone
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import Dataset
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from modeling_clara import CLaRaProcessor
+
+# The prompts of clara-pico, as short as they can be: every token costs time on two cores.
+PROMPTS = {
+    "system_prompt": "",
+    "answer_prompt": "{documents}\nQuestion: {question}",
+    "paraphrase_prompts": ["{documents}\nTell the sheet again."],
+}
+VOCABULARY = 2048
+COPY_LENGTHS = (8, 24)  # tokens that are repeated
+
+
+def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: any text can be written, the words of the sheets are one or two tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """The random backbone: hidden 128, four layers, tied embeddings."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+class RepeatedSequences(Dataset):
+    """Random tokens, twice: only the second half has labels, since nothing tells the first."""
+
+    def __init__(self, n_rows: int, vocabulary: int):
+        self.n_rows, self.vocabulary = n_rows, vocabulary
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        generator = torch.Generator().manual_seed(index)
+        length = int(torch.randint(*COPY_LENGTHS, (), generator=generator))
+        ids = torch.randint(2, self.vocabulary, (length,), generator=generator).tolist()
+        return {"input_ids": ids + ids, "labels": [-100] * length + ids}
+
+
+class SheetsInView(Dataset):
+    """Questions and paraphrases after the text of their sheet; labels on the answer and the sheet, for fluency."""
+
+    def __init__(self, rows: list[dict], processor: CLaRaProcessor):
+        self.rows = [(row, pair["question"], pair["answers"][0]) for row in rows for pair in row.get("qas", [])]
+        self.rows += [(row, None, row["paraphrase"]) for row in rows if "paraphrase" in row]
+        self.processor = processor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        row, question, answer = self.rows[index]
+        prompt = self.processor.build_prompt(question, 0, 1, answer, text_documents=[row])
+        return {"input_ids": prompt.input_ids, "labels": prompt.input_ids}
+
+
+class Collator:
+    """Right-padded `input_ids`, `attention_mask`, `labels`, each (batch, length) int64."""
+
+    def __init__(self, processor: CLaRaProcessor):
+        self.processor = processor
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        pad = self.processor.pad
+        return {
+            "input_ids": pad([row["input_ids"] for row in rows], self.processor.pad_token_id),
+            "attention_mask": pad([[1] * len(row["input_ids"]) for row in rows], 0),
+            "labels": pad([row["labels"] for row in rows], -100),
+        }
+
+
+def train_phase(model, processor: CLaRaProcessor, dataset: Dataset, folder: Path, n_steps: int) -> None:
+    """One phase with a checkpoint every 200 steps; run again, it goes on from the last one."""
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=n_steps,
+        per_device_train_batch_size=64,
+        learning_rate=2e-3,  # AdamW without weight decay at this size: what the first trials on symbolic sheets took
+        warmup_steps=20,
+        adam_beta2=0.95,
+        logging_steps=20,
+        save_steps=200,
+        save_total_limit=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=0,
+    )
+    trainer = Trainer(model, arguments, data_collator=Collator(processor), train_dataset=dataset)
+    trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("data/pico"))
+    parser.add_argument("--output", type=Path, default=Path("runs/pico/backbone"))
+    parser.add_argument("--copy-steps", type=int, default=400)
+    parser.add_argument("--reading-steps", type=int, default=1200)
+    arguments = parser.parse_args()
+    set_seed(0)
+    with open(arguments.data / "pretrain.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line, _ in zip(file, range(20_000), strict=False)]
+    texts = [f"{row['title']}\n{row['text']}\nTell the sheet again.\nQuestion:\nAnswer:" for row in rows]
+    texts += [pair["question"] for row in rows for pair in row.get("qas", [])]  # by itself, as it is encoded
+    texts += [f" {pair['answers'][0]}" for row in rows for pair in row.get("qas", [])]
+    tokenizer = build_tokenizer(texts)
+    processor = CLaRaProcessor(tokenizer, **PROMPTS)
+    model = build_model(tokenizer)
+    copies = RepeatedSequences(64 * arguments.copy_steps, len(tokenizer))
+    train_phase(model, processor, copies, arguments.output / "copying", arguments.copy_steps)
+    reading = SheetsInView(rows, processor)
+    train_phase(model, processor, reading, arguments.output / "reading", arguments.reading_steps)
+    model.save_pretrained(arguments.output)
+    tokenizer.save_pretrained(arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Measure a checkpoint on fact sheets about people it never saw: `python -m recipes.models.pico.evaluate CHECKPOINT`.
+
+It asks through the public calls, `compress`, `retrieve` and `answer`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from modeling_clara import CLaRaForRAG
+from recipes.models.pico.facts import RELATIONS, FactSheets
+
+SPLITS = {"unseen people": False, "unseen people and wordings": True}
+
+
+def share(answers: list[str], expected: list[str]) -> float:
+    """Share of answers that are the expected value, letter case aside."""
+    same = [answer.strip().lower() == value.lower() for answer, value in zip(answers, expected, strict=True)]
+    return sum(same) / len(same)
+
+
+def texts(answers) -> list[str]:
+    return [answer.text for answer in answers]
+
+
+def read_rows(n_rows: int, n_documents: int, seed: int, unseen_wordings: bool) -> tuple[list, list, list, list]:
+    """Questions, expected answers, documents `{title, text}` of each, and the index of the gold one."""
+    sheets = FactSheets(seed, test=True, unseen_wordings=unseen_wordings)
+    rows = list(sheets.retrieval_rows(n_rows, n_documents))
+    documents = [
+        [dict(zip(("title", "text"), document.split("\n", 1), strict=True)) for document in row["docs"]]
+        for row in rows
+    ]
+    return [r["question"] for r in rows], [r["answers"][0] for r in rows], documents, [r["pos_index"][0] for r in rows]
+
+
+def evaluate_split(model: CLaRaForRAG, n_rows: int, n_documents: int, seed: int, unseen_wordings: bool) -> dict:
+    """Answers from the gold memory at every k, from retrieved memories, from a wrong one; and the retrieval itself."""
+    questions, expected, lists, gold = read_rows(n_rows, n_documents, seed, unseen_wordings)
+    memory = model.compress([document for documents in lists for document in documents], batch_size=64)
+    memory = memory.unflatten(0, (n_rows, n_documents))
+    stored = [
+        [{**document, "memory": rows} for document, rows in zip(documents, memories, strict=True)]
+        for documents, memories in zip(lists, memory, strict=True)
+    ]
+    ranked = model.retrieve(questions, documents=stored, top_k=n_documents)
+    ranks = [
+        [source.document_id for source in sources].index(str(index))
+        for sources, index in zip(ranked, gold, strict=True)
+    ]
+    given = [[documents[index]] for documents, index in zip(stored, gold, strict=True)]
+    wrong = [[documents[(index + 1) % n_documents]] for documents, index in zip(stored, gold, strict=True)]
+    options = {"max_new_tokens": 8, "min_score": -1}
+    return {
+        "answers_gold_given": {
+            str(k): share(texts(model.answer(questions, documents=given, memory_size=k, **options)), expected)
+            for k in model.config.memory_sizes
+        },
+        "answers_retrieved": share(texts(model.answer(questions, documents=stored, top_k=1, **options)), expected),
+        "answers_wrong_memory": share(texts(model.answer(questions, documents=wrong, **options)), expected),
+        "recall@1": sum(rank == 0 for rank in ranks) / n_rows,
+        "recall@5": sum(rank < 5 for rank in ranks) / n_rows,
+        "mrr": sum(1 / (1 + rank) for rank in ranks) / n_rows,
+    }
+
+
+def evaluate(model: CLaRaForRAG, n_rows: int = 500, n_documents: int = 20, seed: int = 77) -> dict:
+    """All splits; and what guessing gives."""
+    values = sum(len(relation["values"]) for relation in RELATIONS.values()) / len(RELATIONS)
+    return {
+        "questions": n_rows,
+        "candidates": n_documents,
+        "seed": seed,
+        "chance": {"answers": 1 / values, "recall@1": 1 / n_documents},
+        **{name: evaluate_split(model, n_rows, n_documents, seed, unseen) for name, unseen in SPLITS.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint")
+    parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=77, help="of the sheets, none of which training showed")
+    parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
+    arguments = parser.parse_args()
+    results = evaluate(CLaRaForRAG.from_pretrained(arguments.checkpoint), arguments.questions, seed=arguments.seed)
+    print(json.dumps(results, indent=2))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

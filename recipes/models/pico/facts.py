@@ -1,0 +1,323 @@
+"""Generated English fact sheets: what clara-pico learns from, and what its tests ask.
+
+First in the data's way: it writes records that `data.py` reads like any other data. It knows nothing of tokenizers,
+models or training. Everything comes from a seed; the test split has people and wordings that training never shows.
+
+    python -m recipes.models.pico.facts --output data/pico
+"""
+
+import argparse
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from modeling_clara.corpus.storage import write_lines
+
+# Statements and questions of each relation; the last of each are the unseen wordings of the test split. Their words
+# all occur in training, in other sentences: a model of this size cannot know a word that it has never seen.
+RELATIONS = {
+    "job": {
+        "values": "baker teacher pilot farmer lawyer nurse painter sailor carpenter doctor tailor miner chemist "
+        "butcher "
+        "gardener plumber writer barber waiter banker driver judge dancer singer",
+        "statements": (
+            "{first} works as a {value}.",
+            "The job of {first} is {value}.",
+            "{first} is a {value} by trade.",
+            "By trade, {first} is a {value}.",
+            "As a job, {first} works as a {value}.",
+        ),
+        "questions": (
+            "What is the job of {name}?",
+            "What does {name} work as?",
+            "What is {name} by trade?",
+            "By trade, what is {name}?",
+        ),
+    },
+    "city": {
+        "values": "Paris Rome Oslo Cairo Lima Madrid Vienna Dublin Athens Berlin Prague Tokyo Delhi Boston Denver "
+        "Seoul "
+        "Havana Lisbon Warsaw Zurich Geneva Naples Munich Bergen",
+        "statements": (
+            "{first} lives in {value}.",
+            "The home of {first} is in {value}.",
+            "{first} has a home in {value}.",
+            "In {value} is the home of {first}.",
+            "The city where {first} lives is {value}.",
+        ),
+        "questions": (
+            "Where does {name} live?",
+            "In which city is the home of {name}?",
+            "Which city does {name} live in?",
+            "Where is the home of {name}?",
+        ),
+    },
+    "animal": {
+        "values": "cat dog horse goat parrot rabbit turtle snake hamster pony donkey duck goose pigeon lizard frog "
+        "sheep "
+        "canary mouse ferret falcon owl hen spider",
+        "statements": (
+            "{first} keeps a {value} as a pet.",
+            "The pet of {first} is a {value}.",
+            "A {value} is the pet of {first}.",
+            "{first} owns a pet, a {value}.",
+            "As a pet, {first} owns a {value}.",
+        ),
+        "questions": (
+            "What is the pet of {name}?",
+            "Which animal does {name} keep?",
+            "What pet does {name} own?",
+            "Which animal is the pet of {name}?",
+        ),
+    },
+    "instrument": {
+        "values": "piano violin guitar flute drum trumpet cello harp banjo organ clarinet oboe tuba horn fiddle lute "
+        "mandolin trombone saxophone accordion viola bugle zither bassoon",
+        "statements": (
+            "{first} plays the {value}.",
+            "The instrument of {first} is the {value}.",
+            "{first} makes music on the {value}.",
+            "On the {value}, {first} makes music.",
+            "The instrument that {first} plays is the {value}.",
+        ),
+        "questions": (
+            "Which instrument does {name} play?",
+            "What is the instrument of {name}?",
+            "On what does {name} make music?",
+            "What does {name} make music on?",
+        ),
+    },
+    "colour": {
+        "values": "red blue green yellow purple orange black white brown pink grey silver golden crimson violet "
+        "scarlet "
+        "turquoise beige maroon olive indigo amber cream teal",
+        "statements": (
+            "{first} likes the colour {value} best.",
+            "The best colour for {first} is {value}.",
+            "{value} is the colour that {first} likes.",
+            "Of all colours, {first} likes {value}.",
+            "The colour that {first} likes best is {value}.",
+        ),
+        "questions": (
+            "Which colour does {name} like best?",
+            "What is the best colour for {name}?",
+            "Of all colours, which does {name} like?",
+            "Which colour is best for {name}?",
+        ),
+    },
+    "drink": {
+        "values": "tea coffee milk water cider cocoa lemonade beer wine juice rum brandy whisky soda punch mead "
+        "sherry "
+        "gin vodka syrup nectar broth ale port",
+        "statements": (
+            "{first} drinks {value} in the morning.",
+            "In the morning {first} drinks {value}.",
+            "The morning drink of {first} is {value}.",
+            "{first} starts the morning with {value}.",
+            "{first} drinks {value} to start the morning.",
+        ),
+        "questions": (
+            "What does {name} drink in the morning?",
+            "What is the morning drink of {name}?",
+            "What does {name} start the morning with?",
+            "In the morning, what does {name} drink?",
+        ),
+    },
+    "sport": {
+        "values": "tennis football chess golf boxing rowing hockey rugby cricket fencing judo sailing skiing cycling "
+        "wrestling archery polo squash bowling climbing running surfing darts swimming",
+        "statements": (
+            "The sport of {first} is {value}.",
+            "{first} trains in {value}.",
+            "{first} has {value} as a sport.",
+            "{value} is the sport of {first}.",
+            "The sport that {first} trains in is {value}.",
+        ),
+        "questions": (
+            "What is the sport of {name}?",
+            "Which sport does {name} train in?",
+            "What does {name} have as a sport?",
+            "Which sport is the sport of {name}?",
+        ),
+    },
+    "fruit": {
+        "values": "apples pears plums grapes lemons cherries figs dates melons peaches oranges limes mangoes bananas "
+        "olives quinces berries apricots kiwis currants papayas nuts guavas lychees",
+        "statements": (
+            "{first} grows {value} in the garden.",
+            "In the garden {first} grows {value}.",
+            "The garden of {first} is full of {value}.",
+            "{value} grow in the garden of {first}.",
+            "The garden where {first} grows {value} is full.",
+        ),
+        "questions": (
+            "What does {name} grow in the garden?",
+            "What is the garden of {name} full of?",
+            "In the garden, what does {name} grow?",
+            "What grows in the garden of {name}?",
+        ),
+    },
+    "vehicle": {
+        "values": "car bus bicycle tram truck van tractor scooter train boat ferry canoe wagon sledge taxi jeep "
+        "carriage "
+        "yacht kayak raft coach lorry buggy glider",
+        "statements": (
+            "{first} travels by {value}.",
+            "On the road {first} uses a {value}.",
+            "{first} uses a {value} to travel.",
+            "To travel, {first} uses a {value}.",
+            "{first} travels on the road by {value}.",
+        ),
+        "questions": (
+            "How does {name} travel?",
+            "What does {name} use to travel?",
+            "What does {name} use on the road?",
+            "How does {name} travel on the road?",
+        ),
+    },
+    "language": {
+        "values": "French Dutch Greek Latin Arabic Polish Danish Turkish Hindi Swedish Russian Czech Welsh Irish "
+        "Persian "
+        "Korean Spanish German Finnish Hebrew Basque Thai Swahili Tamil",
+        "statements": (
+            "{first} speaks {value} at home.",
+            "The language of {first} is {value}.",
+            "At home {first} speaks {value}.",
+            "{first} has {value} as a language.",
+            "The language that {first} speaks is {value}.",
+        ),
+        "questions": (
+            "Which language does {name} speak?",
+            "What is the language of {name}?",
+            "What does {name} speak at home?",
+            "Which language does {name} speak at home?",
+        ),
+    },
+}
+FIRST_NAMES = (
+    "Mira Anton Clara Boris Dora Emil Flora Gustav Helga Ivan Julia Karl Lena Marco Nora Oscar Petra Quentin Rosa "
+    "Simon "
+    "Tilda Ulrich Vera Walter Xenia Yvonne Zoe Albert Berta Cedric Diana Edgar Fanny Gilbert Hanna Igor Jasmin Kuno "
+    "Lydia Moritz Nadia Otto Paula Ralf Selma Theo Ursula Viktor"
+).split()
+LAST_NAMES = (
+    "Talbot Brandt Castle Dover Ellis Foster Grant Harlow Ingram Jarvis Keller Lambert Mercer Norris Oakley Palmer "
+    "Quincy Rowland Sutton Turner Underhill Vaughn Weaver Yates Zeller Archer Barlow Conrad Dalton Everett Fleming "
+    "Garner Hobson Irving Jordan Kendall Lowell Morton Nelson Osborn Parker Ramsey Sheldon Thorne Upton Vernon "
+    "Wallace "
+    "York"
+).split()
+for relation in RELATIONS.values():
+    relation["values"] = relation["values"].split()
+
+
+def is_test_person(first: str, last: str) -> bool:
+    """Whether this combination of names is held back; about one in eight, every single name occurs in training."""
+    return (FIRST_NAMES.index(first) * 5 + LAST_NAMES.index(last) * 3) % 8 == 0
+
+
+class FactSheets:
+    """Sheets of facts about people, without end.
+
+    Args:
+        seed: of everything drawn.
+        test: people that training never shows.
+        unseen_wordings: write and ask in the wordings that training never shows.
+        n_facts: facts of a sheet, each of another relation.
+    """
+
+    def __init__(self, seed: int, *, test: bool = False, unseen_wordings: bool = False, n_facts: int = 4):
+        self.random = random.Random(seed)
+        self.unseen_wordings = unseen_wordings
+        self.n_facts = n_facts
+        self.people = [(a, b) for a in FIRST_NAMES for b in LAST_NAMES if is_test_person(a, b) == test]
+
+    def _wording(self, relation: str, kind: str) -> str:
+        wordings = RELATIONS[relation][kind]
+        return wordings[-1] if self.unseen_wordings else self.random.choice(wordings[:-1])
+
+    def _write(self, facts: dict[str, str], first: str) -> str:
+        sentences = [
+            self._wording(relation, "statements").format(first=first, value=value) for relation, value in facts.items()
+        ]
+        return " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
+
+    def sheet(self, person: tuple[str, str] | None = None) -> tuple[dict, dict[str, str]]:
+        """A document `{title, text}` and its facts, relation -> value, in the order of the text."""
+        first, last = person or self.random.choice(self.people)
+        relations = self.random.sample(sorted(RELATIONS), self.n_facts)
+        facts = {relation: self.random.choice(RELATIONS[relation]["values"]) for relation in relations}
+        return {"title": f"{first} {last}", "text": self._write(facts, first)}, facts
+
+    def question(self, document: dict, facts: dict[str, str]) -> tuple[str, str]:
+        """A question about a sheet and its answer."""
+        relation = self.random.choice(list(facts))
+        return self._wording(relation, "questions").format(name=document["title"]), facts[relation]
+
+    def paraphrase(self, document: dict, facts: dict[str, str]) -> str:
+        """The sheet again, every fact in a wording drawn anew."""
+        first, _, _ = document["title"].partition(" ")
+        return f"{document['title']}\n{self._write(facts, first)}"
+
+    def pretraining_rows(self, n_rows: int, n_questions: int = 4, paraphrased: float = 0.2) -> Iterator[dict]:
+        """Rows of stage 1: `{title, text, qas}`, questions drawn with replacement, or `{title, text, paraphrase}`.
+
+        Asked once each, the answers already given would betray the others. A paraphrase stands in a row of its own,
+        because it is twice as long as a question and would pad those.
+        """
+        for _ in range(n_rows):
+            document, facts = self.sheet()
+            if self.random.random() < paraphrased:
+                yield {**document, "paraphrase": self.paraphrase(document, facts)}
+                continue
+            pairs = [self.question(document, facts) for _ in range(n_questions)]
+            yield {**document, "qas": [{"question": question, "answers": [answer]} for question, answer in pairs]}
+
+    def retrieval_rows(
+        self, n_rows: int, n_documents: int | tuple[int, int], n_sheets: int | None = None
+    ) -> Iterator[dict]:
+        """Rows of the other stages: `{question, answers, docs, pos_index}`, no person twice among the documents.
+
+        Args:
+            n_rows: rows.
+            n_documents: documents of each row, one of them the gold one; a pair draws from its range.
+            n_sheets: how many sheets there are in all; default: every row has its own.
+        """
+        pool = [self.sheet() for _ in range(n_sheets)] if n_sheets else None
+        for _ in range(n_rows):
+            n = n_documents if isinstance(n_documents, int) else self.random.randint(*n_documents)
+            sheets = {}
+            while len(sheets) < n:
+                document, facts = self.random.choice(pool) if pool else self.sheet()
+                sheets.setdefault(document["title"], (document, facts))
+            documents = list(sheets.values())
+            gold = self.random.randrange(n)
+            question, answer = self.question(*documents[gold])
+            docs = [f"{document['title']}\n{document['text']}" for document, _ in documents]
+            yield {"question": question, "answers": [answer], "docs": docs, "pos_index": [gold]}
+
+
+def write_files(folder: Path, scale: float = 1.0) -> None:
+    """All data of clara-pico; `scale` shrinks the training files for a trial."""
+    write_lines(folder / "pretrain.jsonl", FactSheets(1).pretraining_rows(int(60_000 * scale)))
+    write_lines(folder / "instruct.jsonl", FactSheets(2).retrieval_rows(int(40_000 * scale), (1, 3)))
+    write_lines(
+        folder / "joint.jsonl", FactSheets(3).retrieval_rows(int(40_000 * scale), 20, max(100, int(8_000 * scale)))
+    )
+    for name, unseen in (("test", False), ("test_wordings", True)):
+        sheets = FactSheets(4, test=True, unseen_wordings=unseen)
+        write_lines(folder / f"{name}_pretrain.jsonl", sheets.pretraining_rows(500, paraphrased=0.0))
+        write_lines(folder / f"{name}_instruct.jsonl", sheets.retrieval_rows(500, (1, 3)))
+        write_lines(folder / f"{name}_joint.jsonl", sheets.retrieval_rows(500, 20))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("data/pico"))
+    parser.add_argument("--scale", type=float, default=1.0, help="shrinks the training files for a trial")
+    arguments = parser.parse_args()
+    write_files(arguments.output, arguments.scale)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,317 @@
+"""Rows of clara-smollm2-135m: `python -m recipes.models.smollm2_135m.data SOURCE --output data/smollm2`.
+
+What is held out is in no training file: neither its title in a file that has titles, nor its text in any. SOURCE holds
+passages_*.jsonl.gz, corpus_*, multihop_*_train, multihop_*_dev and unanswerable_*. It becomes
+
+    reading.jsonl              the first run: pieces, then passages, multi-hop rows and texts in steps of 16
+    reading_hard.jsonl         the second run: more questions over several documents that look alike
+    pretrain_questions.jsonl   for the paper's stage 1: passages with their questions
+    pretrain_paraphrase.jsonl  passages and texts of corpora that are paraphrased
+    pretrain_cloze.jsonl       questions for words that are missing in sentences of corpora
+    curriculum.jsonl           pieces of passages, from single sentences to whole ones, in the order to train on
+    instruct.jsonl             for stage 2: questions over five documents, some unanswerable
+    retrieval.jsonl            for contrastive and joint: up to twenty candidates, the gold ones marked
+    dev/*.jsonl                a tenth of the titles of every passages file, and the multihop development files
+    corpus.jsonl               documents to search: corpus_wikipedia_2wiki and all of the multihop development files
+    counts.json                the rows of every file, written last
+"""
+
+import argparse
+import hashlib
+import random
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from trl.scripts.utils import DatasetConfig
+
+from modeling_clara.corpus.storage import write_lines
+from modeling_clara.storage_clara import write_json
+from recipes.models.smollm2_135m.reading_rows import HARD_NUM_READ, hard_reading_rows, reading_rows
+from recipes.models.smollm2_135m.retrieval_rows import with_distractors
+from recipes.training.curriculum import curriculum_rows, sentences, to_passage
+from recipes.training.data import read_documents, read_positives, read_rows
+
+PATTERNS = {
+    "passages": "passages_*.jsonl.gz",
+    "corpora": "corpus_*.jsonl.gz",
+    "multihop": "multihop_*_train*.jsonl.gz",
+    "development": "multihop_*_dev.jsonl.gz",
+    "unanswerable": "unanswerable_*.jsonl.gz",
+}
+DEV_SHARE = 10  # one title in so many is held out
+MIN_WORDS, MAX_WORDS = 12, 180  # of a passage that is paraphrased: what a chunk holds
+NUM_READ, NUM_CANDIDATES = 5, 20  # documents of an instruct row, candidates of a retrieval row
+NO_ANSWER = "The background does not say."
+CLOZE = 'Which words are missing in "{sentence}"?'
+GAP = "____"
+SEED = 42
+COUNTS_FILE = "counts.json"
+# Files whose licence lets what is trained on them be Apache-2.0 or CC BY-SA.
+FREE_PASSAGES = ("passages_squad", "passages_nq", "passages_qed", "passages_adversarialqa")
+SEARCHED = "corpus_wikipedia_2wiki.jsonl.gz"  # to which the documents of the development questions are added
+
+
+def words(text: str) -> str:
+    """A text without case, white space and punctuation, to tell whether two are the same."""
+    return re.sub(r"[\W_]+", "", text.casefold())
+
+
+def is_held_back(title: str, text: str) -> bool:
+    """One title in ten, the same in every run; of untitled passages one text in ten."""
+    digest = hashlib.sha256((words(title) or words(text)).encode()).digest()
+    return digest[0] * 256 + digest[1] < 65536 // DEV_SHARE
+
+
+def read_file(path: Path) -> list[dict]:
+    """Rows of a .jsonl or .jsonl.gz file."""
+    return [row for _, row in read_rows(DatasetConfig(str(path)))]
+
+
+class HeldBack:
+    """Texts and titles that no training row may have.
+
+    Args:
+        passages: rows of the passages files, by file name.
+        multihop: rows of the multihop development files.
+    """
+
+    def __init__(self, passages: Mapping[str, Sequence[Mapping]], multihop: Sequence[Mapping]):
+        self.passages = {
+            name: [row for row in rows if is_held_back(row.get("title", ""), row["text"])]
+            for name, rows in passages.items()
+        }
+        held = [row for rows in self.passages.values() for row in rows]
+        self.titles = {words(row.get("title", "")) for row in held} - {""}
+        self.texts = {words(row["text"]) for row in held}
+        self.questions = {words(row["question"]) for row in multihop}
+        self.questions |= {words(pair["question"]) for row in held for pair in row["qas"]}
+        for row in multihop:
+            documents = read_documents(row)
+            self.texts |= {words(documents[index]["text"]) for index in read_positives(row, len(documents))}
+
+    def has(self, title: str, text: str) -> bool:
+        """Whether a document is held out."""
+        return words(text) in self.texts or (bool(title) and words(title) in self.titles)
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def paraphrased(title: str, text: str) -> dict | None:
+    """A row whose target is the text itself; None where it is too short to teach, or too long for a span."""
+    n_words = len(text.split())
+    return {"title": title, "text": text, "paraphrase": text} if MIN_WORDS <= n_words <= MAX_WORDS else None
+
+
+def cloze(title: str, text: str, n_questions: int = 2) -> dict | None:
+    """A row with questions for numbers and names that are taken out of its sentences; None where there are none.
+
+    >>> cloze("Rome", "The old town of Rome has had some 2,873,000 people since the year 2019.")["qas"][0]["answers"]
+    ['2,873,000']
+    """
+    pairs = []
+    for sentence in sentences(text):
+        if not 8 <= len(sentence.split()) <= 40:
+            continue
+        # numbers, and runs of capitalised words behind the first word
+        found = re.search(r"(?<=\s)(?:\d[\d,.]*\d|(?:[A-Z][\w-]+)(?:\s[A-Z][\w-]+)+)(?=[\s,;.])", sentence)
+        if found and sentence.count(found[0]) == 1:
+            question = CLOZE.format(sentence=sentence.replace(found[0], GAP))
+            pairs.append({"question": question, "answers": [found[0]]})
+        if len(pairs) == n_questions:
+            break
+    return {"title": title, "text": text, "qas": pairs} if pairs and len(text.split()) <= MAX_WORDS else None
+
+
+def pretraining_rows(passages: Sequence[Mapping], corpora: Sequence[Mapping], held: HeldBack) -> dict[str, list[dict]]:
+    """Stage 1, by file: every passage with its questions, every text to be said again, cloze questions on corpora."""
+    passages, corpora = (
+        [row for row in rows if not held.has(row.get("title", ""), row["text"])] for rows in (passages, corpora)
+    )
+    texts = [(row.get("title", ""), row["text"]) for row in [*passages, *corpora]]
+    made = {
+        "questions": [{"title": row.get("title", ""), "text": row["text"], "qas": row["qas"]} for row in passages],
+        "paraphrase": [paraphrased(*text) for text in texts],
+        "cloze": [cloze(*text) for text in texts[len(passages) :]],
+    }
+    return {f"pretrain_{kind}": [row for row in rows if row] for kind, rows in made.items()}
+
+
+def piece_rows(passages: Sequence[Mapping], held: HeldBack) -> list[dict]:
+    """The beginning of stage 1: passages in pieces, see `curriculum.py`."""
+    trained = [to_passage(row) for row in passages if not held.has(row.get("title", ""), row["text"])]
+    rows = curriculum_rows(trained)
+    return [row for row in rows if not held.has(row["title"], row["text"])]  # another file may hold a piece
+
+
+def question_rows(passages: Sequence[Mapping], held: HeldBack) -> list[dict]:
+    """One row a question of a passage: `{question, answers, gold}`."""
+    return [
+        {"question": pair["question"], "answers": pair["answers"], "gold": [{"title": title, "text": row["text"]}]}
+        for row in passages
+        for title in [row.get("title", "")]
+        if not held.has(title, row["text"])
+        for pair in row["qas"]
+        if words(pair["question"]) not in held.questions and pair["answers"]
+    ]
+
+
+def questions_of(passages: Sequence[Mapping], held: HeldBack) -> list[dict]:
+    """Passages that are not held out, with those of their questions that are not and have an answer; each once."""
+    found = {}
+    for row in passages:
+        title = row.get("title", "")
+        if held.has(title, row["text"]):
+            continue
+        passage = found.setdefault(words(row["text"]), {"title": title, "text": row["text"], "qas": []})
+        known = {words(pair["question"]) for pair in passage["qas"]}
+        for pair in row["qas"]:
+            if pair["answers"] and words(pair["question"]) not in known | held.questions:
+                passage["qas"].append({"question": pair["question"], "answers": pair["answers"]})
+                known.add(words(pair["question"]))
+    return list(found.values())
+
+
+def multihop_rows(rows: Sequence[Mapping], held: HeldBack) -> Iterator[dict]:
+    """Rows with their own candidates, but for those whose question or a document of which is held out."""
+    for row in rows:
+        documents = read_documents(row)
+        gold = read_positives(row, len(documents))
+        is_held = any(held.has(document["title"], document["text"]) for document in documents)
+        if is_held or words(row["question"]) in held.questions:
+            continue
+        yield {"question": row["question"], "answers": row["answers"], "docs": documents, "pos_index": gold}
+
+
+def cut(row: Mapping, n_documents: int, generator: random.Random) -> dict:
+    """A row with its gold documents and as many others as make `n_documents`, in their order."""
+    others = [index for index in range(len(row["docs"])) if index not in row["pos_index"]]
+    n_others = max(0, n_documents - len(row["pos_index"]))
+    kept = sorted([*row["pos_index"], *generator.sample(others, min(n_others, len(others)))])
+    gold = [place for place, index in enumerate(kept) if index in row["pos_index"]]
+    return {**row, "docs": [row["docs"][index] for index in kept], "pos_index": gold}
+
+
+def searched_rows(corpus: Sequence[Mapping], development: Mapping[str, Sequence[Mapping]]) -> list[dict]:
+    """Documents of a corpus in which every development question finds its own: `{id, title, text}`, each once.
+
+    Args:
+        corpus: rows `{id, title?, text}`.
+        development: rows of the multihop development files, by file name.
+    """
+    found = {}
+    for row in corpus:
+        document = {"id": str(row["id"]), "title": row.get("title", ""), "text": row["text"]}
+        found.setdefault((words(document["title"]), words(document["text"])), document)
+    for name, rows in development.items():
+        for number, document in enumerate(document for row in rows for document in read_documents(row)):
+            key = words(document["title"]), words(document["text"])
+            found.setdefault(key, {"id": f"{name.split('.')[0]}-{number}", **document})
+    return list(found.values())
+
+
+def unanswerable_rows(rows: Sequence[Mapping], held: HeldBack) -> Iterator[dict]:
+    """Rows whose documents do not answer them, with the words that say so."""
+    for row in rows:
+        documents = read_documents(row)
+        if not any(held.has(document["title"], document["text"]) for document in documents):
+            yield {"question": row["question"], "answers": [NO_ANSWER], "docs": documents, "pos_index": []}
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_files(source: Path, output: Path, seed: int = SEED) -> dict[str, int]:
+    """All files; the number of rows of each.
+
+    Args:
+        source: folder with the data.
+        output: folder of what is written.
+        seed: of the order of documents.
+
+    Raises:
+        FileNotFoundError: a kind of data is missing.
+    """
+    (output / COUNTS_FILE).unlink(missing_ok=True)
+    groups = {}
+    for kind, pattern in PATTERNS.items():
+        paths = sorted(source.glob(pattern))
+        if not paths:
+            raise FileNotFoundError(f"{source} must have {pattern}, found none. Name another folder.")
+        groups[kind] = {path.name: read_file(path) for path in paths}
+    passages, development = groups["passages"], groups["development"]
+    held = HeldBack(passages, [row for rows in development.values() for row in rows])
+    texts, corpora, train, unanswerable = (
+        [row for rows in groups[kind].values() for row in rows]
+        for kind in ("passages", "corpora", "multihop", "unanswerable")
+    )
+    multihop = list(multihop_rows(train, held))
+    free = [row for name, rows in passages.items() if name.startswith(FREE_PASSAGES) for row in rows]
+    files = {
+        "curriculum": piece_rows(texts, held),
+        **pretraining_rows(texts, corpora, held),
+        **stage_rows(texts, multihop, unanswerable, held, random.Random(seed)),
+    }
+    files |= run_rows(free, multihop, files["pretrain_cloze"], held, seed)
+    files |= {f"dev/{name.removesuffix('.jsonl.gz')}": rows for name, rows in {**held.passages, **development}.items()}
+    files["corpus"] = searched_rows(groups["corpora"].get(SEARCHED, ()), development)
+    counts = {name: write_lines(output / f"{name}.jsonl", rows) for name, rows in files.items()}
+    write_json(output / COUNTS_FILE, {"rows": counts})
+    return counts
+
+
+def stage_rows(
+    texts: Sequence[Mapping],
+    multihop: Sequence[Mapping],
+    unanswerable: Sequence[Mapping],
+    held: HeldBack,
+    generator: random.Random,
+) -> dict[str, list[dict]]:
+    """Stages 2 and 3 of the paper, by file; neighbours share documents, so the files pack well."""
+    candidates = list(with_distractors(question_rows(texts, held), NUM_CANDIDATES, generator))
+    instruct = [cut(row, NUM_READ, generator) for row in [*candidates, *multihop]]
+    return {
+        "instruct": instruct + list(unanswerable_rows(unanswerable, held)),
+        "retrieval": [row for row in [*candidates, *multihop] if len(row["docs"]) >= NUM_READ],
+    }
+
+
+def run_rows(
+    passages: Sequence[Mapping], multihop: Sequence[Mapping], cloze_rows: Sequence[Mapping], held: HeldBack, seed: int
+) -> dict[str, list[dict]]:
+    """What the two runs of the published model read, by file.
+
+    Args:
+        passages: whose licence lets the model be free.
+        multihop: of `multihop_rows`.
+        cloze_rows: texts of corpora with questions.
+        held: what no row may have.
+        seed: of every choice.
+    """
+    asked = [row for row in questions_of(passages, held) if row["qas"]]
+    found = with_distractors(question_rows(asked, held), HARD_NUM_READ["candidates"], random.Random(seed))
+    return {
+        "reading": reading_rows(piece_rows(asked, held), asked, multihop, cloze_rows, seed),
+        "reading_hard": hard_reading_rows(asked, multihop, list(found), cloze_rows),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, help="folder with the data")
+    parser.add_argument("--output", type=Path, default=Path("data/smollm2"))
+    arguments = parser.parse_args(argv)
+    try:
+        counts = write_files(arguments.source, arguments.output)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(f"{name}: {count:,} rows" for name, count in counts.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

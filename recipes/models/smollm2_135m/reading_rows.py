@@ -1,0 +1,125 @@
+"""Rows of the two runs: `reading.jsonl` (pieces, passages, multi-hop questions, texts), `reading_hard.jsonl` after it.
+
+Every step has rows of all kinds, so that a long run may be stopped at any step. Passages of one title stand next to
+each other: they are each other's hardest negatives in the contrastive term.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+
+# Rows of a step by kind.
+STEP = {"passages": 10, "multihop": 3, "texts": 3}
+HARD_STEP = {"passages": 8, "multihop": 3, "candidates": 3, "texts": 2}
+PIECES = 480  # of the curriculum at most, evenly spaced: 30 steps until memories are read at all
+MAX_WORDS = 170  # of a passage: a chunk holds about 180
+MAX_QUESTIONS = 5  # of a row; a passage with more has further rows
+PARAPHRASED = 0.25  # share of the passages and texts with their own text as a further target
+NUM_READ = {"multihop": 3}  # documents of a row
+HARD_NUM_READ = {"multihop": 5, "candidates": 3}
+TITLE_RUN = 4  # passages of one title next to each other
+
+
+def passage_rows(passages: Sequence[Mapping], generator: random.Random) -> list[dict]:
+    """Passages with their questions, each question once, runs of one title in random order."""
+    rows = []
+    for passage in passages:
+        if len(passage["text"].split()) > MAX_WORDS:
+            continue
+        pairs = generator.sample(passage["qas"], len(passage["qas"]))
+        for start in range(0, len(pairs), MAX_QUESTIONS):
+            rows.append(
+                {"title": passage["title"], "text": passage["text"], "qas": pairs[start : start + MAX_QUESTIONS]}
+            )
+    generator.shuffle(rows)
+    rows.sort(key=lambda row: row["title"])
+    runs = []
+    for _, group in groupby(rows, key=lambda row: row["title"]):
+        group = list(group)
+        runs += [group[start : start + TITLE_RUN] for start in range(0, len(group), TITLE_RUN)]
+    generator.shuffle(runs)
+    return [row for run in runs for row in run]
+
+
+def several_documents(rows: Sequence[Mapping], num_read: int, generator: random.Random) -> list[dict]:
+    """Questions over their gold documents and others of the same row, `num_read` in all, in random places."""
+    chosen = []
+    for row in rows:
+        gold = [row["docs"][index] for index in row["pos_index"]]
+        others = [document for index, document in enumerate(row["docs"]) if index not in row["pos_index"]]
+        if not 1 <= len(gold) <= num_read:
+            continue
+        documents = gold + generator.sample(others, min(num_read - len(gold), len(others)))
+        generator.shuffle(documents)
+        places = [place for place, document in enumerate(documents) if document in gold]
+        chosen.append({"question": row["question"], "answers": row["answers"], "docs": documents, "pos_index": places})
+    generator.shuffle(chosen)
+    return chosen
+
+
+def with_paraphrases(rows: Sequence[Mapping], generator: random.Random) -> list[dict]:
+    """Some of the rows with their own text as a further target."""
+    return [{**row, "paraphrase": row["text"]} if generator.random() < PARAPHRASED else row for row in rows]
+
+
+def reading_rows(
+    pieces: Sequence[Mapping],
+    passages: Sequence[Mapping],
+    multihop: Sequence[Mapping],
+    texts: Sequence[Mapping],
+    seed: int = 42,
+) -> list[dict]:
+    """Some pieces, then all passages once in steps of `STEP`; multi-hop rows and texts begin again where they end.
+
+    Args:
+        pieces: rows of `curriculum.py`, in its order.
+        passages: `{title, text, qas}`.
+        multihop: `{question, answers, docs, pos_index}`.
+        texts: `{title, text, qas}` with cloze questions.
+        seed: of every choice.
+    """
+    generator = random.Random(seed)
+    kinds = {
+        "passages": with_paraphrases(passage_rows(passages, generator), generator),
+        "multihop": several_documents(multihop, NUM_READ["multihop"], generator),
+        "texts": with_paraphrases(generator.sample(texts, len(texts)), generator),
+    }
+    n_pieces = min(PIECES, len(pieces))
+    rows = [pieces[place * len(pieces) // n_pieces] for place in range(n_pieces)]
+    return rows + in_turn(kinds, STEP)
+
+
+def hard_reading_rows(
+    passages: Sequence[Mapping],
+    multihop: Sequence[Mapping],
+    candidates: Sequence[Mapping],
+    texts: Sequence[Mapping],
+    seed: int = 43,
+) -> list[dict]:
+    """All passages once in steps of `HARD_STEP`, beside questions over several documents: `reading_hard.jsonl`.
+
+    Args:
+        passages: as `reading_rows` takes them.
+        multihop: the same.
+        texts: the same.
+        candidates: questions of passages, `{question, answers, docs, pos_index}`, among what BM25 takes for the best.
+        seed: of every choice.
+    """
+    generator = random.Random(seed)
+    kinds = {
+        "passages": with_paraphrases(passage_rows(passages, generator), generator),
+        "multihop": several_documents(multihop, HARD_NUM_READ["multihop"], generator),
+        "candidates": several_documents(candidates, HARD_NUM_READ["candidates"], generator),
+        "texts": with_paraphrases(generator.sample(texts, len(texts)), generator),
+    }
+    return in_turn(kinds, HARD_STEP)
+
+
+def in_turn(kinds: Mapping[str, Sequence[Mapping]], step: Mapping[str, int]) -> list[dict]:
+    """Steps of so many rows of every kind until the passages end; other kinds begin again where they end."""
+    rows = []
+    for number in range(len(kinds["passages"]) // step["passages"]):
+        for kind, n_rows in step.items():
+            source = kinds[kind]
+            rows += [source[place % len(source)] for place in range(number * n_rows, (number + 1) * n_rows)]
+    return rows

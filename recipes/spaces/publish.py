@@ -1,0 +1,159 @@
+"""Builds and publishes a metric or the leaderboard as a Space, and describes the data that a leaderboard accepts.
+
+    python -m recipes.spaces.publish build recipes/spaces/leaderboard OUT
+    python -m recipes.spaces.publish push recipes/spaces/metrics/rag_answer org/rag_answer
+    python -m recipes.spaces.publish push recipes/spaces/leaderboard org/board --variable RESULTS_REPO=org/results
+    python -m recipes.spaces.publish describe questions.jsonl.gz more.jsonl.gz > data_files.json
+
+A Space is a folder that stands by itself: its own files, and copies of what it shares with others (`SHARED`).
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+SPACES = Path(__file__).resolve().parent
+METRICS, LEADERBOARD, EVALUATION = SPACES / "metrics", SPACES / "leaderboard", SPACES.parent / "evaluation"
+SHARED = {  # name in the Space -> file that is copied there
+    "metric": {"app.py": METRICS / "space_app.py", "checked_rows.py": METRICS / "checked_rows.py"},
+    "leaderboard": {name: EVALUATION / name for name in ("validation.py", "results.schema.json")},
+}
+IN_THE_CLONE, IN_A_SPACE = b"from recipes.spaces.metrics.checked_rows import", b"from .checked_rows import"
+SUFFIXES = (".py", ".md", ".txt", ".json", ".js", ".css")
+KEPT = (".gitattributes",)  # of the Hub's own
+
+
+def space_files(folder: Path) -> dict[str, bytes]:
+    """Path in the Space -> content of every file: those of the folder, and those that it shares with others.
+
+    Raises:
+        FileNotFoundError: the folder is no Space, because README.md or app.py is missing.
+    """
+    folder = Path(folder).resolve()
+    kind = "metric" if folder.parent == METRICS else "leaderboard" if folder == LEADERBOARD else None
+    sources = {
+        path.relative_to(folder).as_posix(): path
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix in SUFFIXES and "__pycache__" not in path.parts
+    } | SHARED.get(kind, {})
+    for name in ("README.md", "app.py"):
+        if name not in sources:
+            raise FileNotFoundError(f"{folder} must have {name} to be a Space, found none. Name another folder.")
+    files = {name: path.read_bytes() for name, path in sorted(sources.items())}
+    # `evaluate` copies what a metric imports from its own folder; in a clone the file is one for all metrics
+    return {name: content.replace(IN_THE_CLONE, IN_A_SPACE) for name, content in files.items()}
+
+
+def build_space(folder: Path, output: Path) -> list[Path]:
+    """Write the files of a Space into a new or empty folder; the files.
+
+    Raises:
+        FileNotFoundError: the folder is no Space.
+        FileExistsError: the output holds files already.
+    """
+    files = space_files(folder)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"the output must be a new or empty folder, got {output}. Choose another one.")
+    for name, content in files.items():
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_bytes(content)
+    return [output / name for name in files]
+
+
+def push_space(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> str:
+    """Make the Space or update it, in one commit; files that the folder no longer has are removed.
+
+    Args:
+        folder: with README.md and app.py.
+        repo_id: of the Space.
+        private: of a new one.
+        token: for the Hub.
+        variables: of the Space's environment.
+
+    Returns:
+        URL of the commit.
+    """
+    files = space_files(folder)
+    api = HfApi(token=token)
+    api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+    info = api.repo_info(repo_id, repo_type="space")
+    stale = {sibling.rfilename for sibling in info.siblings or []} - set(files) - set(KEPT)
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    operations += [CommitOperationDelete(name) for name in sorted(stale)]
+    commit = api.create_commit(
+        repo_id, operations, commit_message="Upload a Space", repo_type="space", parent_commit=info.sha
+    )
+    for name, value in (variables or {}).items():
+        api.add_space_variable(repo_id, name, value)
+    return commit.commit_url
+
+
+def describe_data(paths: Sequence[str]) -> dict[str, dict]:
+    """`data_files.json` of a results repository: name -> `{sha256, questions, halves}` of each data file.
+
+    Raises:
+        FileNotFoundError, ValueError: a file cannot be read, or two have one name.
+    """
+    from recipes.evaluation.questions import HALVES, half_of, read_data  # with torch; the other commands need none
+
+    described = {}
+    for path in paths:
+        data = read_data(path, may_abstain=True)
+        if data.name in described:
+            raise ValueError(f"the data files must have different names, got {data.name} twice. Rename one.")
+        halves = Counter(half_of(question.text) for question in data.questions)
+        described[data.name] = {"sha256": data.sha256, "questions": len(data.questions)}
+        described[data.name] |= {"halves": {half: halves[half] for half in HALVES}}
+    return described
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do it; the exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m recipes.spaces.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    build = commands.add_parser("build", help="write the files of a Space into a folder, to run it here")
+    build.add_argument("folder", type=Path)
+    build.add_argument("output", type=Path, help="new or empty folder")
+    push = commands.add_parser("push", help="upload a folder as a Space")
+    push.add_argument("folder", type=Path)
+    push.add_argument("repo_id")
+    push.add_argument("--private", action="store_true", default=None)
+    push.add_argument("--variable", action="append", default=[], metavar="NAME=VALUE", help="of the Space")
+    describe = commands.add_parser("describe", help="print data_files.json for these data files")
+    describe.add_argument("data", nargs="+")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "describe":
+            print(json.dumps(describe_data(arguments.data), indent=1))
+            return 0
+        if arguments.command == "build":
+            build_space(arguments.folder, arguments.output)
+            print(f"Written: {arguments.output}. Run it: python {arguments.output / 'app.py'}")
+            return 0
+        wrong = [entry for entry in arguments.variable if "=" not in entry]
+        if wrong:
+            raise ValueError(f"--variable must be NAME=VALUE, got {wrong[0]!r}. Correct it.")
+        variables = dict(entry.split("=", 1) for entry in arguments.variable)
+        print(push_space(arguments.folder, arguments.repo_id, private=arguments.private, variables=variables))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

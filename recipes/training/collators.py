@@ -1,0 +1,288 @@
+"""Records -> tensors of a batch, for every k of `memory_sizes`, so that the trainer can draw k per optimizer step.
+
+Stands between the records of `records.py` and the trainer. It knows nothing of models or losses.
+"""
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+
+from modeling_clara import CLaRaProcessor
+from modeling_clara.processing_clara import Prompt
+from recipes.training.data import document_key, text_places
+from recipes.training.memories import DocumentMemories
+
+
+def with_slots(prompt: Prompt, n_slots: int, pad_id: int) -> Prompt:
+    """The same prompt with another number of memory slots; they stand in one block.
+
+    >>> with_slots(Prompt([7, 0, 0, 8], [False, True, True, False], [-100, -100, -100, 8]), 1, 0)
+    Prompt(input_ids=[7, 0, 8], memory_mask=[False, True, False], labels=[-100, -100, 8])
+    """
+    if True not in prompt.memory_mask:  # all of its documents are read as text
+        return prompt
+    start = prompt.memory_mask.index(True)
+    end = start + sum(prompt.memory_mask)
+    return Prompt(
+        prompt.input_ids[:start] + [pad_id] * n_slots + prompt.input_ids[end:],
+        prompt.memory_mask[:start] + [True] * n_slots + prompt.memory_mask[end:],
+        prompt.labels[:start] + [-100] * n_slots + prompt.labels[end:],
+    )
+
+
+def shared_prompt(prompts: Sequence[Prompt]) -> tuple[Prompt, list[int], list[int]]:
+    """Prompts in one row that read what they have in common once.
+
+    The prefix ends before the first answer: the token in front of an answer must stand directly before it.
+
+    Returns:
+        The row; the position of every token, counted as in its own prompt; and its segment: 0 in the common prefix, i
+        in the rest of prompt i - 1. A token attends to the prefix and to what precedes it in its own segment.
+
+    >>> first = Prompt([7, 0, 5, 8, 1], [False, True, False, False, False], [-100, -100, -100, -100, 1])
+    >>> other = Prompt([7, 0, 6, 8, 2], [False, True, False, False, False], [-100, -100, -100, -100, 2])
+    >>> row, positions, segments = shared_prompt([first, other])
+    >>> row.input_ids, positions, segments
+    ([7, 0, 5, 8, 1, 6, 8, 2], [0, 1, 2, 3, 4, 2, 3, 4], [0, 0, 1, 1, 1, 2, 2, 2])
+    """
+    columns = [list(zip(prompt.input_ids, prompt.memory_mask, strict=True)) for prompt in prompts]
+    starts = [next((i for i, label in enumerate(p.labels) if label != -100), len(p.labels)) for p in prompts]
+    limit = min(starts) - 1 if len(prompts) > 1 else 0
+    length = next((i for i in range(max(limit, 0)) if any(column[i] != columns[0][i] for column in columns)), limit)
+    length = max(length, 0)
+    if any(any(prompt.memory_mask[length:]) for prompt in prompts) and len(prompts) > 1:
+        raise ValueError(
+            "`answer_prompt` and `paraphrase_prompts` must begin alike up to `{documents}` for records of several "
+            "targets. Put `{documents}` first, or set `targets_per_document: 1`."
+        )
+    first = prompts[0]
+    parts = [
+        [*getattr(first, name)[:length], *(value for prompt in prompts for value in getattr(prompt, name)[length:])]
+        for name in Prompt._fields
+    ]
+    rests = [range(length, len(prompt.input_ids)) for prompt in prompts]
+    positions = [*range(length), *(place for rest in rests for place in rest)]
+    segments = [0] * length + [number for number, rest in enumerate(rests, 1) for _ in rest]
+    return Prompt(*parts), positions, segments
+
+
+class ReadingCollator:
+    """Batches of the stages that read memories: documents to compress and the prompts that read them.
+
+    The prompts of a record stand in one row and share what they have in common (`shared_prompt`).
+
+    Args:
+        processor: makes ids of text.
+        memory_sizes: layouts of the prompts that are made, ascending.
+        n_queries: questions of a record that the reasoner encodes for the contrastive term, 0 for none.
+        text_share: of the records whose prompts read one document as text, see `data.text_places`.
+
+    Returns of a call with `rows` records:
+        - `document_input_ids`, `document_attention_mask`: (rows, documents, length) int64.
+        - with `n_queries`: `query_input_ids`, `query_attention_mask` (questions, length) int64, `query_rows`
+          (questions,) int64, the record of each, and `batch_positive_mask` (questions, rows * documents) bool.
+        - `prompts`: k -> `input_ids`, `attention_mask`, `memory_mask`, `labels`, `position_ids`, `prompt_segments`,
+          each (rows, length of this k).
+        - `labels`: those of the largest k, for the Trainer's count of targets.
+        - with `text_share`: `prompt_document_mask` (rows, documents) bool, False for a document that is read as text.
+    """
+
+    def __init__(
+        self, processor: CLaRaProcessor, memory_sizes: Sequence[int], *, n_queries: int = 0, text_share: float = 0.0
+    ):
+        self.processor, self.memory_sizes = processor, list(memory_sizes)
+        self.n_queries, self.text_share = n_queries, text_share
+
+    def __call__(self, records: list[dict]) -> dict:
+        prompts, as_text = [], []
+        for record in records:
+            places = text_places(record, self.text_share)
+            texts = [record["documents"][place] for place in places]
+            n_memories = len(record["documents"]) - len(places)
+            targets = zip(record["questions"], record["answers"], strict=True)
+            prompts.append(([self.prompt(record, *target, n_memories, texts) for target in targets], n_memories))
+            as_text.append(places)
+        batch = {**self.documents(records), **self.queries(records), **self.layouts(prompts)}
+        if self.text_share:
+            n_documents = max(len(record["documents"]) for record in records)
+            mask = [[place not in places for place in range(n_documents)] for places in as_text]
+            batch["prompt_document_mask"] = torch.tensor(mask)
+        return batch
+
+    def queries(self, records: list[dict]) -> dict[str, torch.Tensor]:
+        """The first questions of each record, and their gold documents among those of all records."""
+        asked = [[question for question in r["questions"] if question is not None][: self.n_queries] for r in records]
+        rows = [row for row, questions in enumerate(asked) for _ in questions]
+        if not rows:
+            return {}
+        gold = batch_positive_mask([{**r, "positives": r["positives"] or range(len(r["documents"]))} for r in records])
+        return {
+            **self.processor.pad_queries(
+                self.processor.encode_questions([question for questions in asked for question in questions])
+            ),
+            "query_rows": torch.tensor(rows),
+            "batch_positive_mask": gold[rows],
+        }
+
+    def documents(self, records: list[dict]) -> dict[str, torch.Tensor]:
+        """(rows, documents, length) ids and mask; a row with fewer documents has rows of zeros."""
+        return self.processor.pad_documents(
+            [self.processor.encode_documents(record["documents"], f"{record['source']} docs") for record in records]
+        )
+
+    def prompt(self, record: dict, question: str | None, answer: str, n_documents: int, texts=()) -> Prompt:
+        """The prompt of the largest k. A paraphrase takes one of the instructions, the same one every time."""
+        instructions = self.processor.paraphrase_prompts
+        instruction = (
+            instructions[zlib.crc32(record["source"].encode()) % len(instructions)] if question is None else None
+        )
+        return self.processor.build_prompt(
+            question,
+            n_documents,
+            self.memory_sizes[-1],
+            answer,
+            text_documents=texts,
+            prompt=instruction,
+            name=f"{record['source']} question",
+        )
+
+    def layouts(self, prompts: list[tuple[list[Prompt], int]]) -> dict:
+        """`prompts` and `labels` of (prompts of a row, documents that they read) pairs."""
+        pad_id = self.processor.pad_token_id
+        layouts = {
+            size: self.pad_rows([[with_slots(p, n * (size + 1), pad_id) for p in row] for row, n in prompts])
+            for size in self.memory_sizes
+        }
+        return {"prompts": layouts, "labels": layouts[self.memory_sizes[-1]]["labels"]}
+
+    def pad_rows(self, rows: list[list[Prompt]]) -> dict[str, torch.Tensor]:
+        """What `forward` takes of rows of prompts; rows of one prompt need neither positions nor segments."""
+        shared = [shared_prompt(row) for row in rows]
+        padded = self.processor.pad_prompts([row for row, _, _ in shared])
+        if any(len(row) > 1 for row in rows):
+            padded["position_ids"] = self.processor.pad([positions for _, positions, _ in shared], 0, "left")
+            padded["prompt_segments"] = self.processor.pad([segments for _, _, segments in shared], 0, "left")
+        return padded
+
+
+class TextCollator(ReadingCollator):
+    """Batches of the text baseline: the prompts have the documents' text where the other stages have slots.
+
+    Args:
+        processor: makes ids of text.
+        memory_sizes: of the model; the prompts are the same for all.
+        hidden_size: of the backbone.
+
+    Returns of a call with `rows` records: `prompts` and `labels` as `ReadingCollator`, and
+        - `memory`: (rows, 0, n, hidden) float32, no documents.
+    """
+
+    def __init__(self, processor: CLaRaProcessor, memory_sizes: Sequence[int], hidden_size: int):
+        super().__init__(processor, memory_sizes)
+        self.hidden_size = hidden_size
+
+    def __call__(self, records: list[dict]) -> dict:
+        rows = [
+            [
+                self.processor.build_prompt(
+                    question, 0, self.memory_sizes[-1], answer,
+                    text_documents=record["documents"], name=f"{record['source']} question",
+                )
+                for question, answer in zip(record["questions"], record["answers"], strict=True)
+            ]
+            for record in records
+        ]  # fmt: skip
+        layout = self.pad_rows(rows)
+        return {
+            "memory": torch.zeros(len(records), 0, self.memory_sizes[-1], self.hidden_size),
+            "prompts": dict.fromkeys(self.memory_sizes, layout),
+            "labels": layout["labels"],
+        }
+
+
+class SelectingCollator(ReadingCollator):
+    """Batches of the stages that select: a question, its candidates, and a prompt with open slots.
+
+    Args:
+        processor: makes ids of text.
+        memory_sizes: layouts of the prompts that are made, ascending.
+        top_k: documents that a prompt reads.
+        store: memories of the candidates; None compresses them in the step.
+        from_corpus: the trainer searches the candidates; here are none.
+        with_prompts: False for a stage that does not generate.
+        num_candidates: candidates of each row with `from_corpus`.
+        in_batch_negatives: the documents of the other rows are candidates of the contrastive term.
+
+    Returns of a call with `rows` records, beside `prompts` and `labels` (see `ReadingCollator`):
+        - `query_input_ids`, `query_attention_mask`: (rows, length) int64.
+        - `positive_mask`: (rows, documents) bool, the gold ones, with `in_batch_negatives` also
+          `batch_positive_mask`: (rows, rows * documents) bool, the same among the documents of all rows; and
+        - `memory` (rows, documents, n, hidden) float32 with `document_mask` (rows, documents) bool, or the two
+          `document_` tensors without a store; or
+        - with `from_corpus` only `gold_documents`: the gold documents of each row.
+    """
+
+    def __init__(
+        self,
+        processor: CLaRaProcessor,
+        memory_sizes: Sequence[int],
+        *,
+        top_k: int,
+        store: DocumentMemories | None,
+        from_corpus: bool = False,
+        with_prompts: bool = True,
+        num_candidates: int = 20,
+        in_batch_negatives: bool = False,
+    ):
+        super().__init__(processor, memory_sizes)
+        self.top_k, self.store, self.from_corpus = top_k, store, from_corpus
+        self.with_prompts, self.num_candidates = with_prompts, num_candidates
+        self.in_batch_negatives = in_batch_negatives
+
+    def __call__(self, records: list[dict]) -> dict:
+        questions = [record["questions"][0] for record in records]
+        batch = self.processor.pad_queries(self.processor.encode_questions(questions))
+        if self.from_corpus:
+            gold = [[record["documents"][index] for index in record["positives"]] for record in records]
+            batch["gold_documents"] = gold
+            n_candidates = [self.num_candidates] * len(records)
+        else:
+            batch |= self.documents(records) if self.store is None else self.memories(records)
+            n_candidates = [len(record["documents"]) for record in records]
+            positives = [[i in record["positives"] for i in range(max(n_candidates))] for record in records]
+            batch["positive_mask"] = torch.tensor(positives)
+            if self.in_batch_negatives:
+                batch["batch_positive_mask"] = batch_positive_mask(records)
+        if self.with_prompts:
+            reads = [min(self.top_k, n) for n in n_candidates]
+            batch |= self.layouts(
+                [
+                    ([self.prompt(record, question, record["answers"][0], n)], n)
+                    for record, question, n in zip(records, questions, reads, strict=True)
+                ]
+            )
+        return batch
+
+    def memories(self, records: list[dict]) -> dict[str, torch.Tensor]:
+        """Stored memories of all candidates, zeros where a row has fewer."""
+        n_documents = max(len(record["documents"]) for record in records)
+        n, hidden = self.store.memory_shape
+        memory = torch.zeros(len(records), n_documents, n, hidden)
+        mask = torch.zeros(len(records), n_documents, dtype=torch.bool)
+        for row, record in enumerate(records):
+            memory[row, : len(record["documents"])] = self.store.lookup(record["documents"])
+            mask[row, : len(record["documents"])] = True
+        return {"memory": memory, "document_mask": mask}
+
+
+def batch_positive_mask(records: list[dict]) -> torch.Tensor:
+    """(rows, rows * documents) bool: gold documents of each row, in whichever row they stand.
+
+    What is gold for one question and stands among another's candidates would be its own negative otherwise.
+    """
+    n_documents = max(len(record["documents"]) for record in records)
+    keys = [[document_key(document) for document in record["documents"]] for record in records]
+    places = [key for row in keys for key in [*row, *[None] * (n_documents - len(row))]]
+    gold = [{row[place] for place in record["positives"]} for row, record in zip(keys, records, strict=True)]
+    return torch.tensor([[key in own for key in places] for own in gold])

@@ -1,0 +1,265 @@
+"""Rows out of files or the Hub, and what a row may say: documents, questions, answers, gold documents.
+
+`records.py` makes records of them. Formats of a row:
+
+    {title?, text, qas: [{question, answers}], paraphrase?}           stage 1; a passage with its questions
+    {data_type, question: [], answers: [], docs: []}                  stage 1 as the reference publishes it
+    {question, docs, answer | gold_answer | answers, pos_index?}      the other stages, the reference's as well
+
+A document is a text, "title\\n text", or a dict with `text` and optionally `title`.
+
+Raw text needs no questions: a row whose `paraphrase` is its own `text` makes stage 1 reconstruct the document from its
+memory. For a file of `{title?, text}`:
+
+    jq -c '{title, text, paraphrase: .text}' documents.jsonl > paraphrase.jsonl
+"""
+
+import glob
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Features, List, Value, load_dataset
+from trl.scripts.utils import DatasetConfig
+
+from modeling_clara.corpus.storage import iter_lines
+from modeling_clara.storage_clara import file_sha256
+from modeling_clara.text_clara import read_document
+
+# One record: chunks of the documents, indices of the gold ones among them, targets (a paraphrase has no question), the
+# tokens of its longest prompt (for `train_sampling_strategy: group_by_length`), and the file and line.
+FEATURES = Features(
+    {
+        "documents": List({"title": Value("string"), "text": Value("string")}),
+        "positives": List(Value("int32")),
+        "questions": List(Value("string")),
+        "answers": List(Value("string")),
+        "length": Value("int32"),
+        "source": Value("string"),
+    }
+)
+MAX_TITLE = 200  # characters of a first line that can still be a title
+
+
+class BadRow(ValueError):
+    """A row that cannot be used; `place` is its file and line, which the message begins with, where that is known."""
+
+    def __init__(self, message: str, place: str = ""):
+        super().__init__(f"{place} {message}".strip())
+        self.place = place
+
+
+# --- rows out of files ---------------------------------------------------------------------------------------------
+
+
+def read_rows(source: DatasetConfig, on_bad_row: Callable[[BadRow], None] | None = None) -> Iterator[tuple[str, dict]]:
+    """(place, row) of every row of a source; the place is "file:line", or the row's number.
+
+    Args:
+        source: file or data set.
+        on_bad_row: called with what is no JSON object, and reading goes on; without it that is raised.
+
+    Raises:
+        FileNotFoundError, ValueError: naming file and line.
+    """
+    path = Path(source.path)
+    if path.suffix in (".jsonl", ".gz", ".json"):
+        yield from _read_jsonl(path, on_bad_row)
+        return
+    if path.suffix == ".parquet" and not path.is_dir():
+        yield from _read_parquet(path)
+        return
+    if path.is_file():
+        raise ValueError(f"{path} must be a .jsonl, .jsonl.gz or .parquet file. Convert it.")
+    if path.is_dir() and glob.has_magic(source.path):
+        raise ValueError(
+            f"`path` must not have the characters *, ? or [ in the name of a folder, which `datasets` takes for a "
+            f"pattern, got {source.path}. Rename the folder, or name its files."
+        )
+    options = {"data_dir": source.data_dir, "data_files": _exact(source)}
+    rows = load_dataset(source.path, source.name, split=source.split, **options)
+    for number, row in enumerate(rows, 1):
+        yield f"{source.path}:{number}", row
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
+    """The rows of this very file; `load_dataset` would take its name for a pattern."""
+    if not path.exists():
+        raise FileNotFoundError(f"`{path}` must be a file, found none. Correct the path.")
+    try:
+        with pq.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                yield f"{path}:{number}", row
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}. Copy the file again.") from error
+
+
+def _exact(source: DatasetConfig):
+    """`data_files`, in which a name of a file that exists is no pattern."""
+
+    def one(name):
+        places = (Path(source.path) / str(name), Path(source.data_dir or ".") / str(name))
+        return glob.escape(str(name)) if any(place.is_file() for place in places) else name
+
+    files = source.data_files
+    if isinstance(files, str):
+        return one(files)
+    if isinstance(files, Mapping):
+        return {split: [one(n) for n in names] if _is_list(names) else one(names) for split, names in files.items()}
+    return [one(name) for name in files] if files else files
+
+
+def local_files(source: DatasetConfig) -> list[Path]:
+    """The files of a source on this machine; none of a data set of the Hub."""
+    path, files = Path(source.path), source.data_files or []
+    files = files.values() if isinstance(files, Mapping) else [files] if isinstance(files, str) else files
+    names = [name for entry in files for name in (entry if _is_list(entry) else [entry])]
+    paths = sorted(path.rglob("*")) if path.is_dir() else [path]
+    paths += [path / str(name) for name in names] + [Path(str(name)) for name in names]
+    return [found for found in dict.fromkeys(paths) if found.is_file()]
+
+
+def hash_files(sources: Sequence[DatasetConfig]) -> dict[str, str]:
+    """Path -> SHA-256 of all local files of these sources."""
+    return {str(path): file_sha256(path) for source in sources for path in local_files(source)}
+
+
+def _read_jsonl(path: Path, on_bad_row: Callable[[BadRow], None] | None) -> Iterator[tuple[str, dict]]:
+    if not path.exists():
+        raise FileNotFoundError(f"`{path}` must be a file, found none. Correct the path.")
+    for number, row, problem in iter_lines(path):
+        place = f"{path}:{number}"
+        if problem is None and isinstance(row, dict):
+            yield place, row
+            continue
+        found = problem or f"must be a JSON object, got {type(row).__name__}"
+        error = BadRow(f"{found}. Correct or remove the line.", place)
+        if on_bad_row is None:
+            raise error
+        on_bad_row(error)
+
+
+# --- rows to records -------------------------------------------------------------------------------------------------
+
+
+def read_documents(row: Mapping) -> list[dict]:
+    """The documents of a row as `{title, text}`.
+
+    Raises:
+        BadRow: there are none, or one is empty.
+    """
+    documents = row.get("docs", row.get("documents"))
+    if documents is None and "text" in row:
+        documents = [row]
+    if isinstance(documents, str | Mapping):
+        documents = [documents]
+    if not documents or not _is_list(documents):
+        raise BadRow("must have `docs` or `text` with at least one document")
+    read = []
+    for index, document in enumerate(documents):
+        if isinstance(document, str):
+            title, newline, text = document.partition("\n")
+            if newline and title.strip() and text.strip() and len(title) <= MAX_TITLE:
+                document = {"title": title, "text": text}
+        try:
+            title, text = read_document(document, f"docs[{index}]")
+        except (TypeError, ValueError) as error:
+            raise BadRow(str(error)) from error
+        read.append({"title": title, "text": text.strip()})
+    return read
+
+
+def read_targets(row: Mapping, gold_first: bool = False) -> list[tuple[str | None, str]]:
+    """(question, answer) pairs of a row; the question of a paraphrase is None.
+
+    Args:
+        row: of any format.
+        gold_first: take the gold answer of a row that also has a teacher's.
+
+    Raises:
+        BadRow: there is no answer, or questions and answers do not pair.
+    """
+    question, answers = row.get("question"), row.get("answers")
+    is_paraphrase = "qas" not in row and row.get("data_type") == "paraphrase"
+    if "qas" in row:
+        if not _is_list(row["qas"]) or not all(isinstance(pair, Mapping) for pair in row["qas"]):
+            raise BadRow(f"`qas` must be a list of {{question, answers}}, got {row['qas']!r}")
+        pairs = [(pair.get("question", ""), pair.get("answers") or pair.get("answer")) for pair in row["qas"]]
+    elif is_paraphrase:  # the reference's instruction is left aside for our own
+        pairs = [(None, answers)]
+    elif _is_list(question):
+        if not _is_list(answers) or len(answers) != len(question):
+            raise BadRow("must have as many `answers` as entries in `question`")
+        pairs = list(zip(question, answers, strict=True))
+    elif question is not None:
+        order = ("gold_answer", "answer") if gold_first else ("answer", "gold_answer")
+        given = [row[name] for name in (*order, "answers") if row.get(name) is not None]
+        pairs = [(question, given[0] if given else None)]
+    else:
+        pairs = []
+    targets = [(None if is_paraphrase else _question(question), _answer(answer)) for question, answer in pairs]
+    if row.get("paraphrase") is not None:
+        targets.append((None, _answer(row["paraphrase"])))
+    if not targets:
+        raise BadRow("must have `question` and `answers`, `qas`, or `paraphrase`")
+    return targets
+
+
+def _is_list(value) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _question(question) -> str:
+    if not isinstance(question, str) or not question.strip():
+        raise BadRow(f"`question` must be a text that is not empty, got {question!r}")
+    return question.strip()
+
+
+def _answer(answer) -> str:
+    """The first of several answers; never an empty one."""
+    if _is_list(answer):
+        answer = answer[0] if answer else None
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)
+    if not isinstance(answer, str) or not answer.strip():
+        raise BadRow(f"must have an answer that is a text and not empty, got {answer!r}")
+    return answer.strip()
+
+
+def read_positives(row: Mapping, n_documents: int) -> list[int]:
+    """Indices of the gold documents, empty where they are not known."""
+    positives = row.get("pos_index", [])
+    if not n_documents and positives not in ([], ()):
+        raise BadRow(f"`pos_index` must be left out where there are no documents, got {positives}")
+    positives = [positives] if not _is_list(positives) else list(positives)
+    if any(
+        isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < n_documents for index in positives
+    ):
+        raise BadRow(f"`pos_index` must hold numbers from 0 to {n_documents - 1}, got {positives}")
+    return sorted(set(positives))
+
+
+def text_places(record: Mapping, share: float) -> list[int]:
+    """Places of the documents that a record's prompts read as text instead of from memory: one, or none.
+
+    The draw depends on the record's source alone, so it is the same in every epoch and process. Every document is as
+    likely as the others, gold or not: the answer is not always in the text. A record with a paraphrase reads no text,
+    which it would only copy.
+
+    Args:
+        record: with `source`, `documents` and `questions`.
+        share: of the records with a text, between 0 and 1.
+    """
+    if None in record["questions"]:
+        return []
+    generator = random.Random(record["source"])
+    return [generator.randrange(len(record["documents"]))] if generator.random() < share else []
+
+
+def document_key(document: Mapping) -> str:
+    """What tells documents apart: a hash of title and text."""
+    return hashlib.sha256(f"{document['title']}\x00{document['text']}".encode()).hexdigest()

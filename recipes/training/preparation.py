@@ -1,0 +1,299 @@
+"""Arguments -> model, records, memories and trainer: everything that happens before the first step.
+
+Every bad input ends here, in an error that names it.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+from modeling_clara import CLaRaForRAG
+from modeling_clara.backbone_clara import check_digests
+from recipes.training.arguments import FRESH, CLaRaTrainingArguments, DataArguments, ModelArguments
+from recipes.training.candidates import CorpusCandidates
+from recipes.training.checkpoints import CACHE_FOLDER, MEMORY_FOLDER
+from recipes.training.memories import DocumentMemories, open_or_compress
+from recipes.training.mixtures import distinct_documents, load_records
+from recipes.training.records import RecordReader
+from recipes.training.samplers import data_seed
+from recipes.training.stages import STAGES, Batching, Stage
+from recipes.training.trainer import CLaRaTrainer, part_of
+
+logger = logging.getLogger(__name__)
+
+MEASURED_DOCUMENTS = 128  # of which memories are normalised
+QUERIES_PER_RECORD = 2  # of the contrastive term in the stages that read memories
+CHANGES_MEMORIES = ("compressor", "rows", "backbone")
+
+
+def prepare_model(arguments: ModelArguments, training: CLaRaTrainingArguments) -> CLaRaForRAG:
+    """The model with what trains in float32, its roles set and its reasoner initialised.
+
+    Raises:
+        OSError, ValueError: the model cannot be loaded, or is of another backbone.
+    """
+    loader = {
+        name: getattr(arguments, name)
+        for name in ("dtype", "attn_implementation")
+        if getattr(arguments, name) is not None
+    }
+    if arguments.checkpoint is None:
+        model = _fresh_model(arguments, loader)
+    else:
+        loader |= {"backbone": arguments.backbone} if arguments.backbone else {}
+        model = CLaRaForRAG.from_pretrained(arguments.checkpoint, revision=arguments.revision, **loader)
+        check_backbone(model, arguments)
+        check_settings(model, arguments)
+        model.config.min_score = None  # of other cosines than those of the trained model
+        for name in arguments.CONFIG_FIELDS:
+            if getattr(arguments, name) is not None:
+                setattr(model.config, name, getattr(arguments, name))
+        type(model.config).__post_init__(model.config)  # the checks of the fields, on the new values
+    initialise_reasoner(model, arguments.reasoner_init, STAGES[training.stage])
+    model.set_trainable_roles(training.roles)
+    if arguments.train_backbone:
+        for name, parameter in model.backbone.named_parameters():
+            if "lora_" not in name:
+                parameter.requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _fresh_model(arguments: ModelArguments, loader: dict) -> CLaRaForRAG:
+    given = {
+        name: getattr(arguments, name)
+        for name in ("memory_sizes", "lora_rank", "lora_alpha", "lora_dropout", "processor_kwargs")
+        if getattr(arguments, name) is not None
+    }
+    fields = (*arguments.CONFIG_FIELDS, "document_max_length", "memory_layout")
+    config = {name: getattr(arguments, name) for name in fields if getattr(arguments, name) is not None}
+    return CLaRaForRAG.from_backbone(
+        arguments.backbone, revision=arguments.revision, config_kwargs=config, **given, **loader
+    )
+
+
+def check_settings(model: CLaRaForRAG, arguments: ModelArguments) -> None:
+    """A checkpoint keeps what it was made with; raise if the command line says otherwise, log if a file does."""
+    config, lora, processor = model.config, model.config.lora["compressor"], arguments.processor_kwargs or {}
+    has = {f"lora_{name}": lora[name] for name in ("rank", "alpha", "dropout")}
+    has |= {name: getattr(config, name) for name in FRESH if name not in has and name != "processor_kwargs"}
+    has |= {f"processor_kwargs.{name}": getattr(model.processor, name, None) for name in processor}
+    given = vars(arguments) | {f"processor_kwargs.{name}": value for name, value in processor.items()}
+    differing = [name for name, value in has.items() if given[name] is not None and given[name] != value]
+    wrong = [name for name in differing if name.partition(".")[0] not in arguments.from_files]
+    if wrong:
+        asked, kept = ({name: values[name] for name in wrong} for values in (given, has))
+        raise ValueError(f"{asked} must be what `checkpoint` has, {kept}. Leave them out, or start from `backbone`.")
+    if differing:
+        kept = ", ".join(f"{name} {has[name]!r} (not {given[name]!r})" for name in differing)
+        logger.warning("The checkpoint keeps its own %s; the recipe's are for fresh adapters on `backbone`.", kept)
+
+
+def check_backbone(model: CLaRaForRAG, arguments: ModelArguments) -> None:
+    """Raise unless the backbone is the one that the checkpoint was trained on.
+
+    `from_pretrained` lets another one pass with a warning if it is named; to train on would be to lose the work.
+    """
+    check_digests(model.backbone, model.config, str(arguments.backbone), is_explicit=False)
+
+
+def is_untrained(model: CLaRaForRAG, role: str) -> bool:
+    """Whether a role's adapters change nothing, as fresh ones do."""
+    state = get_peft_model_state_dict(model.backbone, adapter_name=role, save_embedding_layers=False)
+    return not any(tensor.any() for name, tensor in state.items() if "lora_B" in name)
+
+
+def initialise_reasoner(model: CLaRaForRAG, choice: str | None, stage: Stage | None = None) -> None:
+    """Copy the compressor into the reasoner if `ModelArguments.reasoner_init` says so, or by default a stage."""
+    if choice is None:
+        needs_copy = stage is not None and stage.selects and is_untrained(model, "reasoner")
+        choice = "compressor" if needs_copy else "keep"
+    if choice == "compressor":
+        own = get_peft_model_state_dict(model.backbone, adapter_name="compressor", save_embedding_layers=False)
+        set_peft_model_state_dict(
+            model.backbone, {name: t.clone() for name, t in own.items()}, adapter_name="reasoner"
+        )
+    elif choice == "random":
+        for layer in model.roles.layers:
+            layer.reset_lora_parameters("reasoner", init_lora_weights=True)
+
+
+def normalize_memories(model: CLaRaForRAG, train: Dataset, training: CLaRaTrainingArguments) -> None:
+    """Fix the space of memories by documents from all parts of the training data, the same ones on every process."""
+    documents = list(distinct_documents([train]).values())
+    number = min(MEASURED_DOCUMENTS, len(documents))
+    documents = [documents[place * len(documents) // number] for place in range(number)]
+    model.to(training.device).normalize_memories(documents, batch_size=training.per_device_eval_batch_size)
+
+
+def read_data(
+    model: CLaRaForRAG, data: DataArguments, training: CLaRaTrainingArguments
+) -> tuple[Dataset, Dataset | None]:
+    """Training and evaluation records, every row checked."""
+    reader = RecordReader(
+        model.processor,
+        training.stage,
+        window=model.config.text_config.max_position_embeddings,
+        memory_size=model.config.max_memory_size,
+        top_k=model.config.retrieval_top_k,
+        targets_per_document=data.targets_per_document,
+        long_documents=data.long_documents,
+        num_candidates=data.num_candidates,
+        needs_candidates=data.candidates == "given",
+        text_share=data.text_share,
+    )
+    folder = Path(training.output_dir) / CACHE_FOLDER
+    with training.main_process_first(desc="reading the data"):
+        train = load_records(data.datasets, reader, data_seed(training), folder)
+        evaluation = load_records(data.eval_datasets, reader, training.seed, folder) if data.eval_datasets else None
+    return train, evaluation
+
+
+def prepare_memories(
+    model: CLaRaForRAG, data: DataArguments, training: CLaRaTrainingArguments, datasets: Sequence[Dataset]
+) -> tuple[DocumentMemories | None, DocumentMemories | None]:
+    """(corpus to search or None, memories of the records' documents or None)."""
+    if data.compress_online:
+        return None, None
+    if any(
+        parameter.requires_grad for name, parameter in model.named_parameters() if part_of(name) in CHANGES_MEMORIES
+    ):
+        raise ValueError(
+            "`trainable_roles` must not have the compressor, and `train_backbone` must be false, when stored memories "
+            "are read: they would go stale. Leave them out, or set `compress_online`."
+        )
+    corpus = DocumentMemories(model.load_corpus(data.corpus)) if data.corpus else None
+    documents = distinct_documents(datasets)
+    needed = [document for key, document in documents.items() if corpus is None or key not in corpus.rows]
+    if corpus is not None and (not needed or (data.candidates == "corpus" and not data.add_gold)):
+        return corpus, corpus
+    batch_size = training.per_device_eval_batch_size
+    with training.main_process_first(desc="compressing the documents"):
+        store = open_or_compress(
+            model, list(documents.values()), Path(training.output_dir) / MEMORY_FOLDER, batch_size
+        )
+    return corpus or store, store
+
+
+def check_drawn_sizes(drawn: list[int] | None, sizes: list[int]) -> None:
+    """Raise a ValueError unless a run draws k from some of the model's sizes; None draws from all."""
+    if drawn is not None and not 0 < len(drawn) == len(set(drawn) & set(sizes)):
+        raise ValueError(
+            f"`train_memory_sizes` must name some of the model's `memory_sizes` {sizes}, each once, got {drawn}. "
+            "Correct it, or leave it out to draw from all."
+        )
+
+
+def check_stage(
+    model: CLaRaForRAG, arguments: ModelArguments, data: DataArguments, training: CLaRaTrainingArguments
+) -> None:
+    """Raise a ValueError if the arguments ask for what the stage has no term or no pass for."""
+    stage, name, config = STAGES[training.stage], training.stage, model.config
+    if data.text_share and not stage.reads_memories:
+        readers = " and ".join(other for other, one in STAGES.items() if one.reads_memories)
+        raise ValueError(
+            f"`text_share` must be 0 in the stage {name!r}, got {data.text_share}. Leave it out; it is for {readers}."
+        )
+    if arguments.contrastive_weight and "contrastive" not in stage.losses:
+        raise ValueError(
+            f"`contrastive_weight` must be 0 in the stage {name!r}, got {arguments.contrastive_weight}: it has no "
+            "contrastive term. Leave it out."
+        )
+    if arguments.contrastive_weight and stage.reads_memories and "reasoner" not in training.roles:
+        raise ValueError(
+            f"`trainable_roles` must have the reasoner with `contrastive_weight` > 0 in the stage {name!r}, got "
+            f"{list(training.roles)}: only the reasoner encodes questions. Add it, or leave the weight out."
+        )
+    if stage.selects and data.num_candidates < config.retrieval_top_k:
+        raise ValueError(
+            f"`num_candidates` must be >= `retrieval_top_k` ({config.retrieval_top_k}), got {data.num_candidates}. "
+            "Raise it."
+        )
+    if data.in_batch_negatives and stage.selects and stage.generates and not config.contrastive_weight:
+        raise ValueError(
+            "`in_batch_negatives` must be false if `contrastive_weight` is 0, since no term has negatives. Raise the "
+            "weight, or leave it out."
+        )
+    implementation = model.backbone.config._attn_implementation
+    if data.targets_per_document > 1 and not stage.selects and implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"`attn_implementation` must be 'sdpa' or 'eager' with several targets per document, got "
+            f"{implementation!r}, which does not take the mask of several prompts in a row. Change it, or set "
+            "`targets_per_document: 1`."
+        )
+
+
+def prepare_batches(
+    model: CLaRaForRAG, data: DataArguments, training: CLaRaTrainingArguments, datasets: Sequence[Dataset]
+) -> tuple[Batching, CorpusCandidates | None]:
+    """What the batches are made with, and the candidates that are searched live, if any."""
+    stage, config = STAGES[training.stage], model.config
+    batching = Batching(
+        model.processor,
+        config,
+        text_share=data.text_share,
+        num_candidates=data.num_candidates,
+        in_batch_negatives=data.in_batch_negatives,
+    )
+    if not stage.selects:
+        if "contrastive" in stage.losses and config.contrastive_weight > 0 and "reasoner" in training.roles:
+            batching.n_queries = QUERIES_PER_RECORD
+        return batching, None
+    corpus, batching.store = prepare_memories(model.to(training.device), data, training, datasets)
+    if data.candidates != "corpus":
+        return batching, None
+    if len(corpus) < config.retrieval_top_k:
+        raise ValueError(
+            f"the corpus must hold at least `retrieval_top_k` ({config.retrieval_top_k}) documents, got "
+            f"{len(corpus)}. Lower `retrieval_top_k` or add documents."
+        )
+    batching.from_corpus, batching.num_candidates = True, min(data.num_candidates, len(corpus))
+    return batching, CorpusCandidates(corpus, data.num_candidates, add_gold=data.add_gold, gold_store=batching.store)
+
+
+def prepare_trainer(
+    model_arguments: ModelArguments, data: DataArguments, training: CLaRaTrainingArguments
+) -> CLaRaTrainer:
+    """Everything before the first step.
+
+    Raises:
+        OSError, ValueError: whatever is wrong with model, data or folders, named.
+    """
+    if training.n_gpu > 1:
+        raise ValueError(
+            f"one process must have one GPU, got {training.n_gpu}. Start it with `accelerate launch --config_file "
+            "recipes/configs/accelerate/ddp.yaml`, or set CUDA_VISIBLE_DEVICES=0."
+        )
+    model = prepare_model(model_arguments, training)
+    check_stage(model, model_arguments, data, training)
+    check_drawn_sizes(training.train_memory_sizes, model.config.memory_sizes)
+    train, evaluation = read_data(model, data, training)
+    if model_arguments.memory_normalization and model_arguments.checkpoint is None:
+        normalize_memories(model, train, training)
+    datasets = [dataset for dataset in (train, evaluation) if dataset is not None]
+    batching, candidates = prepare_batches(model, data, training, datasets)
+    samples = datasets[-1].select(range(min(training.num_samples, len(datasets[-1]))))
+    trainer = CLaRaTrainer(
+        model,
+        training,
+        candidates=candidates,
+        train_backbone=model_arguments.train_backbone,
+        samples=list(samples),
+        data_collator=STAGES[training.stage].collator(batching),
+        train_dataset=train,
+        eval_dataset=evaluation,
+    )
+    n_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    logger.info("%d records, %s trainable parameters, roles %s", len(train), f"{n_trainable:,}", training.roles)
+    return trainer
+
+
+def seed_everything(training: CLaRaTrainingArguments) -> None:
+    """Fresh adapters are drawn before the Trainer sets its seed."""
+    torch.manual_seed(training.seed)

@@ -1,0 +1,228 @@
+"""`clara compress`, `ask`, `info`, `convert`: a folder becomes a corpus and answers; errors are one line, status 1."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_clara import CompressedCorpus, cli
+
+CAPITALS = {"rome": "Rome is the capital of Italy.", "paris": "Paris is the capital of France.", "bad": ""}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for name, text in CAPITALS.items():
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(texts, checkpoint, tmp_path_factory) -> Path:
+    """A corpus that `clara compress` has made."""
+    folder = tmp_path_factory.mktemp("built") / "corpus"
+    assert cli.main(["compress", str(texts), "-o", str(folder), "--model", str(checkpoint), "--license", "mit"]) == 0
+    return folder
+
+
+def run(capsys, *arguments: str) -> dict:
+    """The JSON object that a call prints; it must end with status 0."""
+    assert cli.main([*arguments, "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+def test_compress_says_what_it_made_and_again_does_nothing(texts, checkpoint, tmp_path, capsys):
+    arguments = ["compress", str(texts), "-o", str(tmp_path / "c"), "--model", str(checkpoint), "--codec", "int4"]
+    report = run(capsys, *arguments)
+    assert report["documents"] == report["spans"] == 2 and report["rejected"] == 1 and report["complete"]
+    assert report["codec"] == "int4" and report["bytes"] > 0
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "c" / "data").iterdir()}
+    assert run(capsys, *arguments) == report
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "c" / "data").iterdir()} == shards
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "2 documents, 2 spans" in out and "1 rows were left out: see" in out
+
+
+def test_memories_are_computed_in_another_dtype(texts, built, checkpoint, tmp_path, capsys):
+    folder = tmp_path / "c"
+    run(capsys, "compress", str(texts), "-o", str(folder), "--model", str(checkpoint), "--dtype", "bfloat16")
+    exact, rounded = (CompressedCorpus.open(place) for place in (built, folder))
+    assert rounded.manifest.fingerprint == exact.manifest.fingerprint
+    ours, theirs = (corpus.get(["rome.txt"])[0]["memory"] for corpus in (rounded, exact))
+    assert not torch.equal(ours, theirs) and torch.cosine_similarity(ours.flatten(), theirs.flatten(), 0) > 0.99
+    with pytest.raises(SystemExit):
+        cli.main(["compress", str(texts), "-o", str(folder), "--model", str(checkpoint), "--dtype", "float8"])
+    assert "--dtype" in capsys.readouterr().err
+
+
+def test_ranks_by_hand_make_one_corpus(texts, checkpoint, tmp_path, capsys):
+    """The second by the old form of the two options, which help does not show."""
+    arguments = ["compress", str(texts), "-o", str(tmp_path / "c"), "--model", str(checkpoint)]
+    assert not run(capsys, *arguments, "--rank", "1", "--world-size", "2")["complete"]
+    assert cli.main(["info", str(tmp_path / "c"), "--json"]) == 1
+    assert "must be finished first" in json.loads(capsys.readouterr().out)["problems"][0]
+    assert run(capsys, *arguments, "--shard", "0/2")["documents"] == 2
+    assert sorted(CompressedCorpus.open(tmp_path / "c").document_ids()) == ["paris.txt", "rome.txt"]
+    with pytest.raises(SystemExit):
+        cli.main(["compress", "--help"])
+    assert "--rank" in (shown := capsys.readouterr().out) and "--shard " not in shown
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_any_console_takes_any_title(checkpoint, tmp_path, capsys, monkeypatch, options):
+    """A console that has no letter for a title: printed with question marks, as JSON whole and in ASCII."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"id": "tokyo", "title": "東京", "text": "Tokyo is the capital of Japan."}))
+    run(capsys, "compress", str(rows), "-o", str(tmp_path / "c"), "--model", str(checkpoint))
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252", write_through=True)
+    monkeypatch.setattr(sys, "stdout", console)
+    assert (
+        cli.main(["ask", str(tmp_path / "c"), "What is the capital of 日本?", "--max-new-tokens", "4", *options]) == 0
+    )
+    printed = console.buffer.getvalue()
+    if options:
+        (answer,) = json.loads(printed.decode("ascii"))["answers"]
+        assert answer["sources"][0]["title"] == "東京" and "日本" in answer["question"]
+    else:
+        assert "tokyo  ??" in printed.decode("cp1252") and "the capital of ??" in printed.decode("cp1252")
+
+
+def test_columns_and_metadata_by_name(checkpoint, tmp_path, capsys):
+    rows = [{"key": "a", "head": "Rome", "body": "It is old.", "year": 1}, {"key": "b", "body": "It is new."}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    options = ["--text-column", "body", "--title-column", "head", "--id-column", "key", "--metadata", "year=int32"]
+    run(capsys, "compress", str(path), "-o", str(tmp_path / "c"), "--model", str(checkpoint), *options)
+    corpus = CompressedCorpus.open(tmp_path / "c")
+    (first, second) = corpus.get(["a", "b"])
+    assert first["title"] == "Rome" and first["metadata"] == {"year": 1} and second["metadata"] == {"year": None}
+    assert corpus.manifest.metadata == {"year": "int32"}
+
+
+def test_ask_answers_from_the_corpus(built, shared_model, capsys):
+    question = "What is the capital of Italy?"
+    report = run(capsys, "ask", str(built), question, "What else?", "--top-k", "1", "--max-new-tokens", "8")
+    assert [row["question"] for row in report["answers"]] == [question, "What else?"]
+    corpus = shared_model.load_corpus(built)
+    expected = shared_model.answer([question], corpus=corpus, top_k=1, max_new_tokens=8)[0]
+    assert report["answers"][0]["answer"] == expected.text
+    assert report["answers"][0]["sources"][0]["document_id"] == expected.sources[0].document_id
+    filtered = run(capsys, "ask", str(built), question, "--where", '{"document_id": "paris.txt"}', "--hybrid")
+    assert [source["document_id"] for source in filtered["answers"][0]["sources"]] == ["paris.txt"]
+    assert run(capsys, "ask", str(built), question, "--min-score", "2")["answers"][0]["abstained"]
+    assert cli.main(["ask", str(built), question, "--top-k", "1"]) == 0
+    assert "rome.txt" in (out := capsys.readouterr().out) or "paris.txt" in out
+
+
+@pytest.mark.parametrize("expand", [0, 1, 5])
+def test_ask_says_what_was_read_as_text_and_how_much(built, shared_model, capsys, expand):
+    """As JSON and printed: how each source was read, the tokens of each prompt, the time of the call."""
+    questions = ["What is the capital of Italy?", "And of France?"]
+    options = ["ask", str(built), *questions, "--max-new-tokens", "4", "--expand", str(expand)]
+    report = run(capsys, *options)
+    corpus = shared_model.load_corpus(built)
+    expected = shared_model.answer(questions, corpus=corpus, max_new_tokens=4, expand=expand)
+    as_read = (["text"] * expand + ["memory"] * 2)[:2]
+    for row, answer in zip(report["answers"], expected, strict=True):
+        assert (row["answer"], row["prompt_tokens"]) == (answer.text, answer.prompt_tokens)
+        assert [source["read_as"] for source in row["sources"]] == as_read
+    assert report["answer_ms"] > 0
+    assert cli.main(options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if ".txt  " in line] == as_read * 2
+    counts = [line for line in lines if line.endswith(" prompt tokens")]
+    assert counts == [f"  {answer.prompt_tokens} prompt tokens" for answer in expected]
+    assert lines[-1].startswith("retrieved and answered in ") and lines[-1].endswith(" ms")
+    if not expand:
+        assert run(capsys, *options[:-2])["answers"] == report["answers"]
+
+
+def test_info_describes_and_verifies(built, capsys):
+    report = run(capsys, "info", str(built), "--verify")
+    assert report["documents"] == 2 and report["codec"] == "int8" and report["problems"] == []
+    assert report["source"] == {"license": "mit"} and len(report["fingerprint"]) == 64
+    assert cli.main(["info", str(built), "--verify"]) == 0
+    assert "every byte is right" in capsys.readouterr().out
+
+
+def test_convert(texts, checkpoint, tmp_path, capsys):
+    folder = str(tmp_path / "c")
+    run(capsys, "compress", str(texts), "-o", folder, "--model", str(checkpoint), "--codec", "float16")
+    report = run(capsys, "convert", folder, "--codec", "int8")
+    assert (report["codec_before"], report["codec"]) == ("float16", "int8") and report["bytes"] > 0
+    assert run(capsys, "info", folder, "--verify")["codec"] == "int8"
+    assert cli.main(["convert", folder, "--codec", "int4"]) == 0
+    assert "int8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compress", "missing.jsonl", "-o", "{new}", "--model", "{model}"], "`documents` must be a file"),
+        (["compress", "{texts}", "-o", "{new}", "--model", "{model}", "--codec", "int2"], "`codec` must be one of"),
+        (["compress", "{texts}", "-o", "{built}", "--model", "{model}", "--codec", "int4"], "`codec` was int8"),
+        (["compress", "{texts}", "-o", "{new}", "--model", "{model}", "--metadata", "text=string"], "`metadata` must"),
+        (["compress", "{texts}", "-o", "{new}", "--model", "{texts}"], "`config.json` must be in"),
+        (["compress", "{texts}", "-o", "{new}", "--model", "{model}", "--rank", "2"], "`--rank` must be from 0 to"),
+        (["compress", "{texts}", "-o", "{new}", "--model", "{model}", "--world-size", "0"], "`--rank` must be"),
+        (["ask", "{texts}", "Why?"], "`corpus.json` must be in"),
+        (["ask", "{built}", "Why?", "--model", "{texts}"], "`config.json` must be in"),
+        (["ask", "{built}", "Why?", "--where", '{"year": 1}'], "`where` must name columns"),
+        (["ask", "{built}", "Why?", "--top-k", "0"], "`top_k` must be an int >= 1"),
+        (["ask", "{built}", "Why?", "--expand", "-1"], "`expand` must be an int >= 0"),
+        (["ask", "{built}", " "], "must not be empty"),
+        (["convert", "{built}", "--codec", "int2"], "`codec` must be one of"),
+        (["convert", "{texts}", "--codec", "int4"], "`corpus.json` must be in"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_errors_are_one_line_and_status_1(arguments, message, texts, built, checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = {"texts": texts, "built": built, "model": checkpoint, "new": tmp_path / "new"}
+    given = [str(places.get(argument.strip("{}"), argument)) for argument in arguments]
+    assert cli.main(given) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err
+    assert cli.main([*given, "--json"]) == 1
+    assert message in json.loads(capsys.readouterr().out)["problem"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--shard", "2/2"], ["--shard", "1"], ["--rank", "x"], ["--metadata", "year"], ["--metadata", "=int64"]],
+    ids=" ".join,
+)
+def test_wrong_calls_are_status_2(arguments, texts, checkpoint, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["compress", str(texts), "-o", str(tmp_path / "c"), "--model", str(checkpoint), *arguments])
+    assert exit_.value.code == 2 and arguments[0] in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("where", ["{year: 1}", "[1]", "year"])
+def test_a_filter_that_is_no_json_object_is_status_2(built, capsys, where):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["ask", str(built), "Why?", "--where", where])
+    assert exit_.value.code == 2 and "--where: must be" in capsys.readouterr().err
+
+
+def test_two_workers_of_the_recipe_make_the_corpus(checkpoint, tmp_path):
+    """Real processes under datatrove; given again, the command does nothing more."""
+    rows = [{"title": f"City {n}", "text": f"The city number {n} is the capital of country {n}."} for n in range(30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = Path(__file__).parents[2] / "recipes" / "compress.py"
+    command = [sys.executable, str(recipe), "rows.jsonl", "-o", "corpus", "--model", str(checkpoint)]
+    command += ["--tasks", "3", "--workers", "2", "--shard-size", "4", "--codec", "float16"]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "documents=30" in done.stdout
+    corpus = CompressedCorpus.open(tmp_path / "corpus")
+    assert sorted(corpus.document_ids(), key=int) == [str(n) for n in range(30)] and corpus.verify() == []
+    assert {shard.file.split("/")[1].split("-")[0] for shard in corpus.manifest.shards} == {"00000", "00001", "00002"}

@@ -1,0 +1,271 @@
+"""Hybrid search: the order of BM25 over title and text, fused with that of the memories by reciprocal rank.
+
+BM25 is computed here by bm25s itself, the fusion by hand.
+"""
+
+import doctest
+import threading
+
+import numpy as np
+import pytest
+import torch
+from test_corpus_search import assert_ranked, ids, make_documents, make_memory, ranking
+
+from modeling_clara import CompressedCorpus, lexical_clara
+from modeling_clara.lexical_clara import fuse, fuse_ranks, fuse_scores
+
+bm25s = pytest.importorskip("bm25s")
+Stemmer = pytest.importorskip("Stemmer")
+
+WORDS = [
+    "river",
+    "city",
+    "capital",
+    "bridge",
+    "museum",
+    "harbour",
+    "tower",
+    "market",
+    "opera",
+    "park",
+    "über",
+    "東京都",
+]
+
+
+def make_texts(n: int, seed: int = 0) -> list[dict]:
+    """Documents of 3 to 30 random words, with titles."""
+    random = np.random.default_rng(seed)
+    documents = make_documents(n, seed)
+    for row, document in enumerate(documents):
+        document["title"] = f"{random.choice(WORDS)} Number{row}"
+        document["text"] = " ".join(random.choice(WORDS, random.integers(3, 30)))
+    return documents
+
+
+def words_scores(documents: list[dict], question: str) -> dict[str, float]:
+    """Ids of the documents that have a word of the question, the best by BM25 first, with their scores."""
+    index, options = bm25s.BM25(), {"stopwords": "en", "stemmer": Stemmer.Stemmer("english"), "show_progress": False}
+    texts = [f"{document['title']} {document['text']}" for document in documents]
+    index.index(bm25s.tokenize(texts, **options), show_progress=False)
+    (words,) = bm25s.tokenize([question], return_ids=False, allow_empty=False, **options)
+    scores = index.get_scores(words) if words else np.zeros(len(documents))
+    order = np.argsort(-scores, kind="stable")
+    return {documents[row]["id"]: float(scores[row]) for row in order if scores[row] > 0}
+
+
+def words_order(documents: list[dict], question: str) -> list[str]:
+    return list(words_scores(documents, question))
+
+
+def fused_order(by_memory: list[str], by_words: list[str], depth: int = 100) -> list[tuple[str, float]]:
+    """Ids with their summed reciprocal ranks, the best first."""
+    scores = {}
+    for order in (by_memory[:depth], by_words[:depth]):
+        for place, document_id in enumerate(order):
+            scores[document_id] = scores.get(document_id, 0) + 1 / (61 + place)
+    return sorted(scores.items(), key=lambda item: -item[1])
+
+
+def assert_fused(found: list[dict], expected: list[tuple[str, float]]) -> None:
+    """The ids are those expected; ones of equal scores may stand in any order among each other."""
+    scores = dict(expected)
+    assert len({hit["document_id"] for hit in found}) == len(found)
+    assert [scores[hit["document_id"]] for hit in found] == pytest.approx(
+        [score for _, score in expected[: len(found)]]
+    )
+
+
+@pytest.fixture(scope="module")
+def queries() -> torch.Tensor:
+    return make_memory(4, seed=7)
+
+
+QUESTIONS = ["Which river flows under the bridge?", "opera OPERA über", "number17 東京都", "museum"]
+
+
+@pytest.mark.parametrize("n", [30, 250, 1500])
+def test_both_orders_are_fused_by_reciprocal_rank(shared_model, queries, tmp_path, n):
+    documents = make_texts(n)
+    corpus = CompressedCorpus.build(shared_model, documents, tmp_path / "corpus", shard_size=400)
+    dense = [[row[0] for row in rows] for rows in ranking(corpus, queries, 100)]
+    # Of many documents only words that few of them have, so that no tie stands where an order is cut off.
+    questions = (
+        QUESTIONS if n < 1000 else ["Number7 and number1200", "NUMBER3?", "Number4 Number5 Number6", "number99"]
+    )
+    found = corpus.search(queries, 20, hybrid=True, questions=questions)
+    for hits, by_memory, question in zip(found, dense, questions, strict=True):
+        assert len(hits) == 20
+        assert_fused(hits, fused_order(by_memory, words_order(documents, question)))
+    view = corpus.with_options(hybrid=True)
+    assert ids(view.search(queries, 20, questions=questions)) == ids(found)
+    assert ids(view.search(queries, 20, questions=questions, hybrid=False)) == [row[:20] for row in dense]
+    again = CompressedCorpus.open(tmp_path / "corpus").search(queries, 20, hybrid=True, questions=questions)
+    assert ids(again) == ids(found)
+
+
+def test_scores_are_fused_over_what_both_have_found(shared_model, queries, tmp_path):
+    """By hand: 0.3 times the cosine and 0.7 times BM25, each with mean 0 and deviation 1 over all 60 documents."""
+    documents = make_texts(60)
+    corpus = CompressedCorpus.build(shared_model, documents, tmp_path / "corpus")
+    found = corpus.with_options(hybrid="scores").search(queries, 60, questions=QUESTIONS)
+    for hits, dense, question in zip(found, ranking(corpus, queries, 60), QUESTIONS, strict=True):
+        names, cosines = [row[0] for row in dense], np.array([row[2] for row in dense])
+        words = words_scores(documents, question)
+        words = np.array([words.get(name, 0.0) for name in names])
+        fused = sum(
+            share * (scores - scores.mean()) / scores.std() for share, scores in ((0.3, cosines), (0.7, words))
+        )
+        expected = dict(zip(names, fused, strict=True))
+        assert [expected[hit["document_id"]] for hit in hits] == pytest.approx(sorted(fused, reverse=True), abs=1e-5)
+        assert [hit["score"] for hit in hits] == pytest.approx(
+            [dict(zip(names, cosines, strict=True))[hit["document_id"]] for hit in hits], abs=1e-5
+        )
+    assert ids(corpus.search(queries, 9, hybrid="ranks", questions=QUESTIONS)) == ids(
+        corpus.search(queries, 9, hybrid=True, questions=QUESTIONS)
+    )
+    for call in (lambda: corpus.with_options(hybrid="rank"), lambda: corpus.search(queries, 9, hybrid="rank")):
+        with pytest.raises(ValueError, match="`hybrid` must be True, False, 'ranks' or 'scores', got 'rank'"):
+            call()
+
+
+def test_equal_words_tie_to_the_lower_row(shared_model, queries, tmp_path):
+    documents = [{**document, "text": "the same"} for document in make_documents(900)]
+    corpus = CompressedCorpus.build(shared_model, documents, tmp_path / "corpus")
+    options = {"hybrid": True, "questions": ["same"], "shortlist": 10}
+    best = ids(corpus.search(queries[:1], 10, shortlist=10))[0]
+    expected = fused_order(best, [f"d{row}" for row in range(10)], depth=10)
+    assert_fused(corpus.search(queries[:1], 10, **options)[0], expected)
+
+
+def test_a_short_shortlist_limits_both_orders(shared_model, queries, tmp_path):
+    documents = make_texts(60)
+    corpus = CompressedCorpus.build(shared_model, documents, tmp_path / "corpus")
+    dense = [[row[0] for row in rows] for rows in ranking(corpus, queries, 10)]
+    found = corpus.search(queries, 4, hybrid=True, questions=QUESTIONS, shortlist=10)
+    for hits, by_memory, question in zip(found, dense, QUESTIONS, strict=True):
+        assert_fused(hits, fused_order(by_memory, words_order(documents, question), depth=10))
+
+
+def test_the_score_is_the_cosine_also_where_only_the_words_were_found(shared_model, queries, tmp_path):
+    documents = make_texts(1500)
+    nearest = CompressedCorpus.build(shared_model, documents, tmp_path / "first").search(-queries[:1], 1500)[0][0]
+    documents[int(nearest["document_id"][1:])]["text"] += " xylophonium"
+    corpus = CompressedCorpus.build(shared_model, documents, tmp_path / "corpus")
+    farthest = nearest["document_id"]
+    assert farthest not in ids(corpus.search(queries[:1], 1000))[0]
+    (hits,) = corpus.search(queries[:1], 5, hybrid=True, questions=["What is a Xylophonium?"])
+    assert farthest in [hit["document_id"] for hit in hits[:2]]
+    cosines = {row[0]: row[2] for row in ranking(corpus, queries[:1], 1500)[0]}
+    for hit in hits:
+        assert hit["score"] == pytest.approx(cosines[hit["document_id"]], abs=1e-5)
+        assert hit["text"] == documents[int(hit["document_id"][1:])]["text"]
+
+
+def test_filters_and_deletions_hold_for_words_too(shared_model, queries, tmp_path):
+    documents = make_texts(120)
+    for row in (3, 14, 25):
+        documents[row]["text"] += " xylophonium"
+    corpus = CompressedCorpus.build(shared_model, documents, tmp_path / "corpus")
+    options = {"hybrid": True, "questions": ["xylophonium"] * 4}
+    assert all({"d3", "d14", "d25"} <= set(row) for row in ids(corpus.search(queries, 120, **options)))
+    for row in ids(corpus.search(queries, 120, {"year": {"$gte": 2004}}, **options)):
+        assert {"d14", "d25"} <= set(row) and all(int(name[1:]) % 10 >= 4 for name in row) and len(row) == 72
+    corpus.delete(["d14"])
+    for row in ids(corpus.search(queries, 5, {"year": {"$lt": 2006}}, **options)):
+        assert set(row[:3]) >= {"d3", "d25"} and "d14" not in row
+    assert corpus.search(queries, 5, {"document_id": "d14"}, **options) == [[]] * 4
+
+
+def test_added_text_is_found_and_replaced_text_is_not(shared_model, queries, tmp_path):
+    corpus = CompressedCorpus.build(shared_model, make_texts(150), tmp_path / "corpus").with_options(hybrid=True)
+    asked = {"questions": ["xylophonium"]}
+    before = ids(corpus.search(queries[:1], 3, **asked))
+    corpus.add([{"id": "new", "text": "A xylophonium.", "memory": -queries[0], "year": 1}])
+    assert "new" in ids(corpus.search(queries[:1], 3, **asked))[0]
+    corpus.update([{"id": "new", "text": "A glockenspiel.", "memory": -queries[0], "year": 1}])
+    assert ids(corpus.search(queries[:1], 3, **asked)) == before
+    assert "new" in ids(corpus.search(queries[:1], 3, questions=["glockenspiel"]))[0]
+    corpus.compact()
+    assert "new" in ids(corpus.search(queries[:1], 3, questions=["glockenspiel"]))[0]
+    other = CompressedCorpus.open(tmp_path / "corpus")
+    assert "new" in ids(other.search(queries[:1], 3, hybrid=True, questions=["Glockenspiel?"]))[0]
+
+
+def test_every_span_is_found_by_its_own_words(shared_model, queries, tmp_path):
+    filler = " ".join(["The Seine flows through Paris."] * 20)
+    long = {"id": "long", "text": f"{filler} A xylophonium. {filler}"}
+    corpus = CompressedCorpus.build(shared_model, [*make_texts(1100), long], tmp_path / "corpus")
+    (hits,) = corpus.search(queries[:1], 3, hybrid=True, questions=["xylophonium"])
+    (hit,) = [hit for hit in hits if hit["document_id"] == "long"]
+    memory = corpus.get(["long"])[0]["memory"][hit["span"]]
+    assert torch.equal(hit["memory"], memory)
+    assert hit["score"] == pytest.approx(float(torch.cosine_similarity(memory.flatten(), queries[0].flatten(), dim=0)))
+
+
+@pytest.mark.parametrize("question", ["zzz qqq", "?", "", "a b c", "\ud800", "🇫🇷", "\x00"])
+def test_a_question_without_a_known_word_goes_by_memories_alone(shared_model, queries, tmp_path, question):
+    corpus = CompressedCorpus.build(shared_model, make_texts(40), tmp_path / "corpus")
+    found = corpus.search(queries[:1], 7, hybrid=True, questions=[question])
+    assert_ranked(found, ranking(corpus, queries[:1], 7))
+
+
+@pytest.mark.parametrize("text", ["a", "?!", "🇫🇷 🇩🇪"])
+def test_a_corpus_without_any_word_goes_by_memories_alone(shared_model, queries, tmp_path, text):
+    documents = [{**document, "text": text} for document in make_documents(5)]
+    corpus = CompressedCorpus.build(shared_model, documents, tmp_path / "corpus")
+    found = corpus.search(queries, 7, hybrid=True, questions=QUESTIONS)
+    assert_ranked(found, ranking(corpus, queries, 7))
+
+
+def test_no_questions_find_nothing(shared_model, queries, tmp_path):
+    corpus = CompressedCorpus.build(shared_model, make_texts(5), tmp_path / "corpus")
+    assert corpus.search(queries[:0], 7) == []
+    assert corpus.search(queries[:0], 7, hybrid=True, questions=[]) == []
+
+
+def test_fused_ranks():
+    failed, attempted = doctest.testmod(lexical_clara)
+    assert failed == 0 and attempted >= 1
+    assert fuse_scores([0.5, 0.5, 0.5], [1.0, 3.0, 2.0], 0.5) == pytest.approx([-(1.5**0.5) / 2, 1.5**0.5 / 2, 0])
+    assert fuse_scores([0.2, 0.4], [0, 0]).tolist() == pytest.approx([-0.3, 0.3]) and fuse_scores([], []).size == 0
+    assert fuse_scores([0.1] * 3, [7.7] * 3).tolist() == [0, 0, 0]  # equal scores have no deviation to divide by
+    cosines = {4: 0.5, 3: 0.5, 9: 0.6, 1: 0.1}
+    assert fuse([9, 3, 4, 1], {}, cosines, "scores") == [9, 3, 4, 1]  # ties go to the lower item
+    assert fuse([9, 3, 4, 1], {1: 3.0}, cosines, "scores") == [1, 9, 3, 4]
+    assert fuse([9, 3], {1: 3.0, 4: 2.0}, cosines) == [9, 1, 3, 4]  # equal ranks: the larger cosine
+    assert fuse_ranks([]) == {} and fuse_ranks([[], []]) == {}
+    assert fuse_ranks([["a", "b"], ["b"]]) == pytest.approx({"a": 1 / 61, "b": 1 / 62 + 1 / 61})
+    both, one = fuse_ranks([[1, 2], [3, 1]]), fuse_ranks([[1]])
+    assert max(both, key=both.get) == 1 and one[1] < both[1]
+
+
+def test_several_objects_search_while_one_changes_the_corpus(shared_model, queries, tmp_path):
+    corpus = CompressedCorpus.build(shared_model, make_texts(1100), tmp_path / "corpus")
+    others = [CompressedCorpus.open(tmp_path / "corpus") for _ in range(4)]
+    problems, stopped = [], threading.Event()
+
+    def search(other: CompressedCorpus) -> None:
+        try:
+            while not stopped.is_set():
+                (hits,) = other.refresh().search(queries[:1], 5, hybrid=True, questions=["xylophonium river"])
+                assert len({hit["document_id"] for hit in hits}) == 5
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=search, args=(other,)) for other in others]
+    for thread in threads:
+        thread.start()
+    for number in range(30):
+        corpus.add([{"id": f"new{number}", "text": "xylophonium", "memory": queries[1]}])
+        if number % 10 == 9:
+            corpus.delete([f"new{number - 1}"])
+            corpus.compact()
+    stopped.set()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    found = [
+        ids(opened.refresh().search(queries[:1], 70, hybrid=True, questions=["xylophonium"])) for opened in others
+    ]
+    assert all(row == found[0] for row in found) and "new29" in found[0][0] and "new28" not in found[0][0]

@@ -1,0 +1,227 @@
+"""A corpus whose shortlist comes from Milvus Lite: the same results as with FAISS, kept up to date, in a file.
+
+Milvus Lite lets one process at a time open a file, so clients are closed before another process comes.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_corpus_filters import FILTERS, columns_of, make_rows
+from test_corpus_search import ids, make_documents, make_memory
+
+import modeling_clara
+from modeling_clara import CompressedCorpus
+
+pytest.importorskip("pymilvus")
+lite = pytest.importorskip("milvus_lite.server_manager").server_manager_instance
+
+# Conditions that leave more rows than are compared one by one, so that Milvus has to understand them.
+BROAD = {
+    "range": ({"year": {"$gt": 2000, "$lte": 2008}}, lambda row: row["year"] in range(2001, 2009)),
+    "not equal": ({"year": {"$ne": 2003}}, lambda row: row["year"] != 2003),
+    "not missing": ({"lang": {"$gte": ""}}, lambda row: row["lang"] is not None),
+    "not in": ({"lang": {"$nin": ["en", "q\"uo'te\\"]}}, lambda row: row["lang"] not in ("en", "q\"uo'te\\")),
+    "in": (
+        {"lang": {"$in": ["en", "de", "q\"uo'te\\", "日本 語"]}},
+        lambda row: row["lang"] in ("en", "de", "q\"uo'te\\", "日本 語"),
+    ),
+    "not": ({"$not": {"year": 2003, "lang": "en"}}, lambda row: not (row["year"] == 2003 and row["lang"] == "en")),
+    "not in an or": (
+        {"$or": [{"$not": {"year": {"$lt": 2002}}}, {"lang": "en"}]},
+        lambda row: not (row["year"] is not None and row["year"] < 2002) or row["lang"] == "en",
+    ),
+    "or": (
+        {"$or": [{"year": {"$gte": 2003}}, {"is_new": True}]},
+        lambda row: (row["year"] is not None and row["year"] >= 2003) or row["is_new"],
+    ),
+    "bool": (
+        {"$or": [{"is_new": False}, {"year": {"$gte": 2006}}]},
+        lambda row: not row["is_new"] or (row["year"] is not None and row["year"] >= 2006),
+    ),
+    "float": ({"weight": {"$lt": 5}}, lambda row: row["weight"] < 5),
+    "text": ({"title": {"$ne": "Title 1"}, "weight": {"$gte": 0}}, lambda row: row["title"] != "Title 1"),
+    "name with a space": ({"birth year": {"$lt": 1905}}, lambda row: row["birth year"] < 1905),
+    "name of an operator": ({"in": {"$lte": 2}}, lambda row: row["in"] <= 2),
+    "name of a field of ours": ({"vector": {"$in": ["v0", "v1"]}}, lambda row: True),
+    "name of another field of ours": ({"shard": {"$lt": "s9"}}, lambda row: True),
+}
+
+
+def close(corpus: CompressedCorpus, uri: str) -> None:
+    """Give the file to other processes; closing the client does not."""
+    for index in corpus._state.indexes.values():
+        index.client.close()
+    corpus._state.indexes.clear()
+    lite.release_server(uri)
+
+
+def assert_alike(found: list[list[dict]], expected: list[list[dict]]) -> None:
+    """As many results each, at least 95 % of them the same, with the same scores."""
+    assert [len(hits) for hits in found] == [len(hits) for hits in expected]
+    both = 0
+    for mine, others in zip(found, expected, strict=True):
+        scores = {hit["document_id"]: hit["score"] for hit in others}
+        both += len(scores.keys() & {hit["document_id"] for hit in mine})
+        for hit in mine:
+            assert hit["score"] == pytest.approx(scores.get(hit["document_id"], hit["score"]), abs=1e-6)
+        assert [hit["score"] for hit in mine] == sorted((hit["score"] for hit in mine), reverse=True)
+    assert both >= 0.95 * sum(map(len, expected))
+
+
+@pytest.fixture(scope="module")
+def queries() -> torch.Tensor:
+    return make_memory(6, seed=7)
+
+
+@pytest.fixture(scope="module")
+def built(shared_model, tmp_path_factory) -> Path:
+    """1,600 documents in two shards; copy the folder before changing it."""
+    folder = tmp_path_factory.mktemp("built") / "corpus"
+    CompressedCorpus.build(shared_model, make_rows(1600), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened(built, tmp_path_factory):
+    """The corpus with Milvus, and without; only read."""
+    folder = tmp_path_factory.mktemp("opened")
+    shutil.copytree(built, folder / "corpus")
+    uri = str(folder / "vectors.db")
+    corpus = CompressedCorpus.open(folder / "corpus", backend="milvus", uri=uri)
+    yield corpus, CompressedCorpus.open(built)
+    close(corpus, uri)
+
+
+@pytest.fixture(scope="module")
+def documents(built) -> dict[str, dict]:
+    """The columns of every document."""
+    corpus = CompressedCorpus.open(built)
+    return {document["document_id"]: columns_of(document) for document in corpus.get(list(corpus.document_ids()))}
+
+
+@pytest.fixture
+def copied(built, tmp_path) -> Path:
+    shutil.copytree(built, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_milvus_finds_what_faiss_finds(opened, queries, size):
+    corpus, plain = opened
+    asked = queries[:, :size]
+    for top_k in (1, 10, 50):
+        assert_alike(corpus.search(asked, top_k), plain.search(asked, top_k, exact=True))
+    assert ids(corpus.search(asked, 10, exact=True)) == ids(plain.search(asked, 10, exact=True))
+    alone = [corpus.search(query[None], 5)[0] for query in asked]
+    assert_alike(alone, corpus.search(asked, 5))
+    questions = ["text 7"] * len(asked)
+    fused = [view.search(asked, 10, hybrid=True, questions=questions) for view in (corpus, plain)]
+    assert_alike([sorted(hits, key=lambda hit: -hit["score"]) for hits in fused[0]], fused[1])
+
+
+@pytest.mark.parametrize("name", BROAD)
+def test_broad_filters_mean_the_same_to_milvus(opened, documents, queries, name):
+    corpus, plain = opened
+    where, is_met = BROAD[name]
+    assert sum(map(is_met, documents.values())) > 1024
+    found = corpus.search(queries, 10, where)
+    assert all(is_met(documents[hit["document_id"]]) for hits in found for hit in hits)
+    assert_alike(found, plain.search(queries, 10, where, exact=True))
+
+
+def test_all_filters_mean_the_same_to_milvus(opened, queries):
+    corpus, plain = opened
+    for where, _ in FILTERS.values():
+        assert_alike(corpus.search(queries[:2], 10, where), plain.search(queries[:2], 10, where, exact=True))
+
+
+# --- changes and files -----------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from modeling_clara import CompressedCorpus
+corpus = CompressedCorpus.open(sys.argv[2], backend="milvus", uri=sys.argv[3] or None)
+found = corpus.search(torch.load(sys.argv[4]), 10)
+print(json.dumps([[hit["document_id"] for hit in hits] for hits in found]))
+for index in corpus._state.indexes.values():
+    index.client.close()
+"""
+
+
+def test_changes_reach_milvus_and_stay_in_its_file(copied, queries, tmp_path):
+    uri = str(tmp_path / "vectors.db")
+    corpus, plain = CompressedCorpus.open(copied, backend="milvus", uri=uri), CompressedCorpus.open(copied)
+    best = sorted({row[0] for row in ids(corpus.search(queries, 1))})
+    corpus.delete(best)
+    new = make_documents(6, prefix="new")
+    corpus.add([{"id": row["id"], "text": "new", "memory": queries[n], "year": 3000} for n, row in enumerate(new)])
+    corpus.update([{"id": "d7", "text": "other", "memory": -queries[0]}])
+    found = corpus.search(queries, 10)
+    assert [row[0] for row in ids(found)] == [row["id"] for row in new]
+    assert not set(best) & set(sum(ids(found), []))
+    assert_alike(found, plain.refresh().search(queries, 10, exact=True))
+    assert ids(corpus.search(queries[:2], 9, {"year": {"$gte": 3000}}))[0][0] == "new0"
+    assert "d7" in ids(corpus.search(-queries[:1], 1))[0]
+    close(corpus, uri)
+    torch.save(queries, tmp_path / "queries.pt")
+    package = str(Path(modeling_clara.__file__).parent.parent)
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, package, str(copied), uri, str(tmp_path / "queries.pt")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == ids(found)
+    again = CompressedCorpus.open(copied, backend="milvus", uri=uri)
+    again.compact()
+    assert_alike(again.search(queries, 10), found)
+    assert "new3" in ids(again.search(queries[3:4], 1))[0]
+    close(again, uri)
+
+
+def test_the_default_file_lies_in_the_index_folder(shared_model, queries, tmp_path):
+    folder = CompressedCorpus.build(shared_model, make_documents(1100), tmp_path / "corpus").folder
+    uri = str(folder / "index" / "milvus.db")
+    corpus = CompressedCorpus.open(folder, backend="milvus")
+    assert Path(uri).exists()
+    found = ids(corpus.search(queries, 5))
+    close(corpus, uri)
+    again = CompressedCorpus.open(folder, backend="milvus")
+    assert ids(again.search(queries, 5)) == found
+    close(again, uri)
+
+
+def test_two_corpora_under_one_name_have_collections_of_their_own(shared_model, queries, tmp_path):
+    uri = str(tmp_path / "vectors.db")
+    mine = CompressedCorpus.build(shared_model, make_documents(1100), tmp_path / "mine").folder
+    other = CompressedCorpus.build(shared_model, make_documents(1100, seed=3), tmp_path / "other")
+    corpus = CompressedCorpus.open(mine, backend="milvus", uri=uri, collection="mine")
+    expected = ids(corpus.search(queries, 5))
+    beside = CompressedCorpus.open(other.folder, backend="milvus", uri=uri, collection="mine")
+    assert_alike(beside.search(queries, 5), other.search(queries, 5, exact=True))
+    assert ids(corpus.search(queries, 5)) == expected
+    close(corpus, uri)
+
+
+def test_wrong_options_are_named(built, tmp_path):
+    for option in ({"uri": str(tmp_path / "vectors.db")}, {"collection": "mine"}):
+        with pytest.raises(ValueError, match="`uri` and `collection` must go with `backend='milvus'`"):
+            CompressedCorpus.open(built, **option)
+    with pytest.raises(ValueError, match="`index`"):
+        CompressedCorpus.open(built, backend="milvus", uri=str(tmp_path / "vectors.db"), index="annoy")
+    with pytest.raises((RuntimeError, ValueError), match="Milvus"):
+        CompressedCorpus.open(built, backend="milvus", uri=str(tmp_path / "no folder" / "vectors.db"))

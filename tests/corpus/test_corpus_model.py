@@ -1,0 +1,313 @@
+"""Answers from a corpus: the same as from the texts, refused for other compressors, in threads, by remote code."""
+
+import random
+import threading
+
+import numpy as np
+import pytest
+import torch
+from test_corpus_search import ids, make_documents, make_memory
+from tiny import randomize_adapters
+
+from modeling_clara import CompressedCorpus
+
+CITIES = ["Paris", "Rome", "Berlin", "Madrid", "Oslo", "Wien"]
+TEXTS = [
+    *({"id": f"city{n}", "title": name, "text": f"{name} is a capital.", "n": n} for n, name in enumerate(CITIES)),
+    {"id": "long", "title": "Rivers", "text": "The Seine flows through Paris. " * 30, "n": 6},
+    {"id": "rare", "title": "", "text": "A xylophonium stands in the museum.", "n": 7},
+]
+QUESTIONS = ["What is the capital of Italy?", "Which river flows through Paris, and why?", "xylophonium"]
+
+
+@pytest.fixture(scope="module")
+def corpus(shared_model, tmp_path_factory) -> CompressedCorpus:
+    """`TEXTS` as float16; only read."""
+    folder = tmp_path_factory.mktemp("corpus") / "corpus"
+    return CompressedCorpus.build(shared_model, TEXTS, folder, codec="float16", shard_size=4)
+
+
+@pytest.fixture
+def foreign(shared_model, model, tmp_path):
+    """A corpus of another compressor, and the model that made it."""
+    randomize_adapters(model, seed=5)
+    assert model.fingerprint != shared_model.fingerprint
+    return CompressedCorpus.build(model, TEXTS, tmp_path / "foreign"), model
+
+
+def assert_same_sources(found: list, expected: list) -> None:
+    assert [(s.document_id, s.span, s.title, s.text) for s in found] == [
+        (s.document_id, s.span, s.title, s.text) for s in expected
+    ]
+    assert [source.score for source in found] == pytest.approx([source.score for source in expected], abs=1e-3)
+
+
+def read_stream(stream) -> tuple[str, object]:
+    """The joined pieces and the answer."""
+    pieces = []
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as stop:
+            return "".join(pieces), stop.value
+
+
+# --- the same as from texts ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 1}, {"top_k": 8}, {"top_k": 3, "retrieval_memory_size": 2}], ids=str
+)
+def test_retrieving_from_a_corpus_is_retrieving_from_its_texts(shared_model, corpus, options):
+    found = shared_model.retrieve(QUESTIONS, corpus=corpus, **options)
+    expected = shared_model.retrieve(QUESTIONS, documents=TEXTS, **options)
+    assert [len(row) for row in found] == [options.get("top_k", 2)] * 3
+    for mine, other in zip(found, expected, strict=True):
+        assert_same_sources(mine, other)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"memory_size": 2}, {"retrieval_memory_size": 2, "top_k": 3}, {"explain": True, "top_k": 1}],
+    ids=str,
+)
+def test_answers_from_a_corpus_are_those_from_its_texts(shared_model, corpus, options):
+    found = shared_model.answer(QUESTIONS, corpus=corpus, max_new_tokens=8, **options)
+    expected = shared_model.answer(QUESTIONS, documents=TEXTS, max_new_tokens=8, **options)
+    for mine, other in zip(found, expected, strict=True):
+        assert_same_sources(mine.sources, other.sources)
+        assert (mine.text, mine.keywords, mine.abstained) == (other.text, other.keywords, False)
+    stored = [
+        {"id": d["document_id"], "title": s["title"], "text": s["text"], "memory": memory}
+        for d in corpus.get([source.document_id for source in found[0].sources])
+        for s, memory in zip(d["spans"], d["memory"], strict=True)
+    ][:1]
+    assert shared_model.answer(QUESTIONS[:1], documents=stored, max_new_tokens=8)[0].text
+
+
+def test_streaming_gives_the_answer_in_pieces(shared_model, corpus):
+    text, answer = read_stream(shared_model.stream(QUESTIONS[0], corpus=corpus, max_new_tokens=8, memory_size=2))
+    (expected,) = shared_model.answer(QUESTIONS[:1], corpus=corpus, max_new_tokens=8, memory_size=2)
+    assert answer == expected and text.strip() == expected.text
+
+
+def test_more_documents_than_there_are_give_all(shared_model, corpus):
+    found = shared_model.retrieve(QUESTIONS, corpus=corpus, top_k=100)
+    assert [sorted(s.document_id for s in row) for row in found] == [sorted(text["id"] for text in TEXTS)] * 3
+    (answer,) = shared_model.answer(QUESTIONS[:1], corpus=corpus, top_k=100, max_new_tokens=4)
+    assert len(answer.sources) == 8
+
+
+def test_a_score_that_nothing_reaches_abstains(shared_model, corpus):
+    found = shared_model.retrieve(QUESTIONS, corpus=corpus, top_k=8)
+    limit = (found[0][3].score + found[0][4].score) / 2
+    kept = shared_model.retrieve(QUESTIONS, corpus=corpus, top_k=8, min_score=limit)
+    assert kept == [[source for source in row if source.score >= limit] for row in found] and len(kept[0]) == 4
+    for view in (corpus, corpus.with_options(hybrid=True)):
+        (answer,) = shared_model.answer(QUESTIONS[:1], corpus=view, min_score=1.01)
+        assert (answer.text, answer.sources, answer.abstained) == ("", [], True)
+    assert read_stream(shared_model.stream(QUESTIONS[0], corpus=corpus, min_score=1.01)) == ("", answer)
+
+
+def test_views_filter_and_fuse(shared_model, corpus):
+    view = corpus.with_options(where={"n": {"$in": [2, 3]}})
+    found = shared_model.retrieve(QUESTIONS, corpus=view, top_k=5)
+    assert [{source.document_id for source in row} for row in found] == [{"city2", "city3"}] * 3
+    (answer,) = shared_model.answer(QUESTIONS[:1], corpus=corpus.with_options(where={"n": 77}))
+    assert answer.abstained and answer.sources == []
+    view = corpus.with_options(where={"n": {"$gte": 4}}, hybrid=True)
+    found = shared_model.retrieve(QUESTIONS, corpus=view, top_k=1)
+    assert found[2][0].document_id == "rare"
+    for row, answer in zip(found, shared_model.answer(QUESTIONS, corpus=view, top_k=1, max_new_tokens=4), strict=True):
+        assert answer.sources == row
+    dense = {
+        source.document_id: source.score for source in shared_model.retrieve(QUESTIONS, corpus=corpus, top_k=8)[2]
+    }
+    assert found[2][0].score == pytest.approx(dense["rare"], abs=1e-6)
+    assert shared_model.stream(QUESTIONS[2], corpus=view, max_new_tokens=2)
+
+
+def test_a_corpus_of_short_memories_says_what_it_lacks(shared_model, tmp_path):
+    short = CompressedCorpus.build(shared_model, TEXTS, tmp_path / "corpus", memory_size=2, codec="float16")
+    options = {"corpus": short, "retrieval_memory_size": 2, "top_k": 2}
+    expected = shared_model.answer(
+        QUESTIONS, documents=TEXTS, memory_size=2, retrieval_memory_size=2, top_k=2, max_new_tokens=4
+    )
+    for answer, other in zip(
+        shared_model.answer(QUESTIONS, memory_size=2, max_new_tokens=4, **options), expected, strict=True
+    ):
+        assert_same_sources(answer.sources, other.sources)
+        assert answer.text == other.text
+    with pytest.raises(
+        ValueError, match=r"memory of '.*' in the corpus` must have the shape \(>= 4, 32\), got \(2, 32"
+    ):
+        shared_model.answer(QUESTIONS, **options)
+    with pytest.raises(ValueError, match=r"with k one of \[2\]"):
+        shared_model.retrieve(QUESTIONS, corpus=short, retrieval_memory_size=4)
+
+
+def test_a_corpus_and_documents_exclude_each_other(shared_model, corpus):
+    for options in ({}, {"corpus": corpus, "documents": TEXTS}):
+        with pytest.raises(ValueError, match="`documents` or `corpus` must be given"):
+            shared_model.retrieve(QUESTIONS, **options)
+    for top_k in (0, True, "2"):
+        with pytest.raises(ValueError, match="`top_k` must be an int >= 1"):
+            shared_model.retrieve(QUESTIONS, corpus=corpus, top_k=top_k)
+    with pytest.raises(ValueError, match="retrieval_memory_size"):
+        shared_model.retrieve(QUESTIONS, corpus=corpus, retrieval_memory_size=3)
+
+
+# --- another compressor ----------------------------------------------------------------------------------------------
+
+
+def test_a_foreign_corpus_is_refused_with_both_fingerprints(shared_model, foreign):
+    corpus, other = foreign
+    both = f"(?s){other.fingerprint[:12]}.*{shared_model.fingerprint[:12]}"
+    assert other.retrieve(QUESTIONS, corpus=corpus)
+    bare = CompressedCorpus.open(corpus.folder)
+    for opened in (corpus, bare, bare.with_options(hybrid=True, where={"n": 1})):
+        with pytest.raises(ValueError, match=both):
+            shared_model.retrieve(QUESTIONS, corpus=opened)
+        with pytest.raises(ValueError, match=both):
+            shared_model.answer(QUESTIONS, corpus=opened)
+        with pytest.raises(ValueError, match=both):
+            shared_model.stream(QUESTIONS[0], corpus=opened)
+    with pytest.raises(ValueError, match=both):
+        shared_model.load_corpus(corpus.folder)
+    with pytest.raises(ValueError, match=both):
+        CompressedCorpus.open(corpus.folder, model=shared_model)
+    with pytest.raises(ValueError, match=both):
+        bare.attach(shared_model)
+    assert bare.model is None and other.retrieve(QUESTIONS, corpus=bare)
+    assert len(other.load_corpus(corpus.folder)) == 8
+
+
+def change_without_gradient(model):
+    with torch.no_grad():
+        model.memory_embeddings += 0.5
+
+
+def change_data(model):
+    model.memory_embeddings.data += 0.5
+
+
+def change_parameter(model):
+    model.memory_embeddings = torch.nn.Parameter(model.memory_embeddings + 0.5)
+
+
+def change_adapter(model):
+    randomize_adapters(model, seed=9)
+
+
+def change_length(model):
+    model.config.document_max_length = 32
+    model.processor.document_max_length = 32
+
+
+@pytest.mark.parametrize(
+    "change", [change_without_gradient, change_data, change_parameter, change_adapter, change_length]
+)
+def test_a_model_that_was_changed_is_refused_again(model, corpus, change):
+    opened = model.load_corpus(corpus.folder)
+    assert model.retrieve(QUESTIONS, corpus=opened)
+    before = model.fingerprint
+    change(model)
+    assert model.fingerprint != before
+    both = f"(?s){before[:12]}.*{model.fingerprint[:12]}"
+    with pytest.raises(ValueError, match=both):
+        model.retrieve(QUESTIONS, corpus=opened)
+    with pytest.raises(ValueError, match=both):
+        opened.add([{"id": "new", "text": "new"}])
+    with pytest.raises(ValueError, match=both):
+        model.load_corpus(corpus.folder)
+
+
+def test_a_document_has_one_id_in_a_call_and_in_a_corpus(shared_model, tmp_path):
+    documents = [
+        {"id": "a", "document_id": "b", "text": "Rome is old."},
+        {"id": None, "document_id": "c", "text": "Paris is large."},
+        {"document_id": 7, "text": "Cairo is far."},
+        {"text": "Oslo is cold."},
+    ]
+    corpus = CompressedCorpus.build(shared_model, documents, tmp_path / "corpus")
+    (sources,) = shared_model.retrieve(["Which city?"], documents=documents, top_k=4)
+    assert sorted(source.document_id for source in sources) == sorted(corpus.document_ids()) == ["3", "7", "a", "c"]
+
+
+def test_rows_are_read_decoded_and_compared_by_their_numbers(shared_model, tmp_path):
+    documents = make_documents(30)
+    corpus = CompressedCorpus.build(shared_model, documents, tmp_path / "corpus", codec="float16", shard_size=7)
+    corpus.add([{"id": "new", "text": "new text", "memory": make_memory(1, seed=3)[0], "year": 2005}])
+    corpus.delete(["d3", "d29"])
+    rows = list(corpus.rows(["document_id", "title", "text", "n_tokens", "year"]))
+    assert [row["document_id"] for row in rows] == list(corpus.document_ids()) and len(rows) == len(corpus) == 29
+    assert all(set(row) == {"row", "document_id", "title", "text", "n_tokens", "year"} for row in rows)
+    numbers = [row["row"] for row in rows]
+    assert numbers == [n for n in range(31) if n not in (3, 29)]
+    memory = torch.cat([document["memory"] for document in corpus.get([row["document_id"] for row in rows])])
+    assert torch.equal(corpus.decode(numbers), memory)
+    assert torch.equal(corpus.decode(numbers[::-1], 2), memory.flip(0)[:, :2])
+    assert corpus.decode([]).shape == (0, *memory.shape[1:])
+    assert corpus.vector_bytes == 2 * memory.shape[2]
+    queries = make_memory(2, seed=7)
+    for query, hits in zip(queries, corpus.cosines(queries, np.array([numbers[:5], numbers[5:10]])), strict=True):
+        assert [score for _, score in hits] == sorted((score for _, score in hits), reverse=True)
+        for row, score in hits:
+            mine = memory[numbers.index(row)]
+            assert score == pytest.approx(float(torch.cosine_similarity(mine.flatten(), query.flatten(), dim=0)))
+    for wrong in (-1, 31):
+        with pytest.raises(ValueError, match=f"`rows` must be numbers of `corpus.rows\\(\\)`, got {wrong}"):
+            corpus.decode([0, wrong])
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "n_documents, n_searches", [(200, 400), (1500, 400), pytest.param(1500, 10_000, marks=pytest.mark.slow)]
+)
+def test_threads_search_while_documents_come_and_go(shared_model, tmp_path, n_documents, n_searches):
+    corpus = CompressedCorpus.build(shared_model, make_documents(n_documents), tmp_path / "corpus")
+    view = corpus.with_options(hybrid=True, where={"year": {"$gte": 2004}})
+    queries, new = make_memory(16, seed=7), make_memory(16, seed=8)
+    texts = {document["id"]: document["text"] for document in make_documents(n_documents)}
+    ever, problems, counts = set(texts), [], [0] * 8
+
+    def search(thread: int) -> None:
+        draw = random.Random(thread)
+        try:
+            while counts[thread] < n_searches // 8:
+                asked = queries[draw.randrange(16)][None, : draw.choice([2, 4])]
+                is_view = draw.random() < 0.2
+                (hits,) = view.search(asked, 5, questions=["text 7"]) if is_view else corpus.search(asked, 5)
+                scores, names = [hit["score"] for hit in hits], [hit["document_id"] for hit in hits]
+                assert is_view or scores == sorted(scores, reverse=True)
+                assert len(set(names)) == 5 and set(names) <= ever
+                for hit in hits:
+                    assert hit["text"] == texts.get(hit["document_id"], "new text")
+                    cosine = torch.cosine_similarity(hit["memory"][: asked.shape[1]].flatten(), asked.flatten(), dim=0)
+                    assert abs(float(cosine) - hit["score"]) < 1e-5
+                    assert not is_view or hit["metadata"]["year"] >= 2004
+                counts[thread] += 1
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=search, args=(thread,)) for thread in range(8)]
+    for thread in threads:
+        thread.start()
+    number = 0
+    while any(thread.is_alive() for thread in threads) and not problems:
+        ever.add(f"new{number}")
+        document = {"id": f"new{number}", "text": "new text", "memory": new[number % 16], "year": 2005}
+        assert corpus.add([document]).n_documents == 1
+        if number >= 3:
+            corpus.delete([f"new{number - 3}", f"d{number}"])
+        if number % 20 == 19:
+            corpus.compact()
+        number += 1
+    for thread in threads:
+        thread.join()
+    assert problems == [] and sum(counts) == n_searches // 8 * 8 and number > 3
+    again = CompressedCorpus.open(tmp_path / "corpus")
+    assert ids(again.search(queries, 5, exact=True)) == ids(corpus.search(queries, 5, exact=True))
+    assert len(again) == len(corpus) == len(list(corpus.document_ids()))

@@ -1,0 +1,309 @@
+"""corpus.json: round trips, every damage that a stranger or half a download can bring, and ranges of deleted rows.
+
+A damaged file is an error that names the corpus and the remedy; it is never read half.
+"""
+
+import copy
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from modeling_clara.corpus.shards import count_live, delete_rows, merge_ranges, write_manifest
+from modeling_clara.manifest_clara import FORMAT_VERSION, Manifest, Shard
+
+KEY = "0123456789ab"
+
+
+def manifest() -> Manifest:
+    """Two shards of a codec with a state; the second has deleted documents."""
+    return Manifest(
+        compressor={"fingerprint": "ab" * 32, "name_or_path": "org/modèle", "revision": None},
+        hidden_size=576,
+        memory_size=16,
+        memory_sizes=[4, 8, 16],
+        retrieval_memory_size=8,
+        document_max_length=256,
+        document_overlap=32,
+        codec="int8",
+        codec_states={KEY: "cd" * 32},
+        source={"name": 'Flüsse "und" Seen', "license": "cc0-1.0", "language": "de"},
+        metadata={"year": "int64", "tags": "list<item: string>"},
+        generation=3,
+        n_documents=11,
+        n_spans=15,
+        n_rejected=2,
+        build={"codec": "int8", "input": {"kind": "list", "rows": 14}},
+        measured={"recall@5": 0.99},
+        shards=[
+            Shard("data/00000-000000-abc.parquet", "ef" * 32, 12345, 10, 8, KEY),
+            Shard("data/00000-000001-def.parquet", "01" * 32, 2345, 8, 6, KEY, 3, [[0, 1], [4, 6]]),
+        ],
+    )
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    write_manifest(tmp_path / "corpus", manifest())
+    return tmp_path / "corpus"
+
+
+def edit(folder: Path, change) -> None:
+    path = folder / "corpus.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+# --- corpus.json -----------------------------------------------------------------------------------------------------
+
+
+def test_a_manifest_comes_back_from_its_file(folder):
+    assert Manifest.read(folder) == Manifest.read(str(folder)) == manifest()
+    first = (folder / "corpus.json").read_bytes()
+    write_manifest(folder, Manifest.read(folder))
+    assert (folder / "corpus.json").read_bytes() == first
+    assert json.loads(first)["format_version"] == FORMAT_VERSION and next(iter(json.loads(first))) == "format_version"
+    assert sorted(path.name for path in folder.iterdir()) == ["corpus.json"]
+
+
+def test_an_empty_corpus_and_a_float16_corpus_come_back(tmp_path):
+    for number, shards in enumerate([[], [Shard("data/a.parquet", "00" * 32, 5, 1, 1)]]):
+        given = manifest()
+        given.codec, given.codec_states, given.shards = "float16", {}, shards
+        write_manifest(tmp_path / str(number), given)
+        assert Manifest.read(tmp_path / str(number)) == given
+
+
+def test_fields_of_a_later_release_of_the_same_format_are_passed_over(folder):
+    edit(folder, lambda content: content.update(comment="ours"))
+    assert Manifest.read(folder) == manifest()
+
+
+def test_what_the_manifest_says_of_itself(folder):
+    read = Manifest.read(folder)
+    assert read.fingerprint == "ab" * 32 and read.has_tombstones
+    count_live(read)
+    assert (read.n_documents, read.n_spans) == (11, 15)
+    delete_rows(read.shards[1], range(1, 4))
+    assert read.shards[1].tombstones == [[0, 6]] and read.shards[1].n_deleted == 4
+    count_live(read)
+    read.check()
+    assert (read.n_documents, read.n_spans) == (10, 12)
+    read.shards[1].tombstones = []
+    assert not read.has_tombstones
+    assert manifest().shards[1].tombstones == [[0, 1], [4, 6]]
+
+
+def test_no_manifest_is_an_error_with_a_remedy(tmp_path):
+    with pytest.raises(FileNotFoundError, match="`corpus.json` must be in .*clara compress"):
+        Manifest.read(tmp_path)
+    with pytest.raises(FileNotFoundError, match="`corpus.json` must be in .*none"):
+        Manifest.read(tmp_path / "none")
+    (tmp_path / "build").mkdir()
+    with pytest.raises(FileNotFoundError, match="must be finished first.*same build again"):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b"5",
+        b'"text"',
+        b"\xff\xfe{}",
+        b"{}",
+        b'{"a": 1}{"b": 2}',
+        b"[" * 100_000,
+        b"9" * 9999,
+    ],
+    ids=lambda content: ascii(content[:12]),
+)
+def test_what_is_no_manifest_is_an_error_that_names_the_folder(folder, content):
+    (folder / "corpus.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"`corpus.json` of .*corpus is damaged.*build the corpus again"):
+        Manifest.read(folder)
+
+
+def test_half_a_manifest_is_damaged_wherever_it_ends(folder):
+    content = (folder / "corpus.json").read_bytes()
+    for end in random.Random(0).sample(range(len(content) - 2), 50):
+        (folder / "corpus.json").write_bytes(content[:end])
+        with pytest.raises(ValueError, match="is damaged"):
+            Manifest.read(folder)
+
+
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 99])
+def test_a_newer_format_is_an_error_that_says_so(folder, version):
+    edit(folder, lambda content: (content.clear(), content.update(format_version=version)))
+    with pytest.raises(ValueError, match=f"got {version}.*upgrade clara-rag"):
+        Manifest.read(folder)
+
+
+@pytest.mark.parametrize("version", [0, -1, None, "1", [1], 1.5])
+def test_a_format_that_never_was_is_damaged(folder, version):
+    edit(folder, lambda content: content.update(format_version=version))
+    with pytest.raises(ValueError, match="damaged: its format_version is"):
+        Manifest.read(folder)
+
+
+@pytest.mark.parametrize("name", [name for name in vars(manifest()) if name != "format_version"])
+def test_a_missing_field_is_named(folder, name):
+    edit(folder, lambda content: content.pop(name))
+    with pytest.raises(ValueError, match=f"damaged: it lacks .*'{name}'"):
+        Manifest.read(folder)
+
+
+@pytest.mark.parametrize("name", [name for name in vars(manifest()) if name != "format_version"])
+def test_a_field_of_another_type_is_damaged(folder, name):
+    value = vars(manifest())[name]
+    others = [None, "5", -1, 1.5, True, ["x"], {"x": "y"}, [[]], {"x": []}]
+    if isinstance(value, dict):
+        others = [other for other in others if not isinstance(other, dict)]
+    accepted = []
+    for other in others:
+        edit(folder, lambda content, other=other: content.update({name: other}))
+        try:
+            Manifest.read(folder)
+        except ValueError as error:
+            assert "is damaged" in str(error)
+        else:
+            accepted.append(other)
+    assert accepted == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"compressor": {}},
+        {"compressor": {"fingerprint": None}},
+        {"compressor": {"fingerprint": 5}},
+        {"memory_size": 0},
+        {"retrieval_memory_size": 5},
+        {"memory_sizes": [4, 8]},
+        {"memory_sizes": []},
+        {"memory_sizes": [0, 8, 16]},
+        {"memory_sizes": [8, 16, "32"]},
+        {"memory_sizes": [8, 16, 32]},
+        {"codec": "zip"},
+        {"codec_states": {}},
+        {"codec_states": {"../../../etc": "x"}},
+        {"codec_states": {KEY: "x", f"{KEY}\n": "x"}},
+        {"codec_states": {KEY.upper(): "x"}},
+        {"codec_states": {KEY: None}},
+        {"codec_states": [KEY]},
+        {"metadata": {"year": 5}},
+        {"shards": {"file": "data/a.parquet"}},
+        {"shards": ["data/a.parquet"]},
+        {"shards": [None]},
+        {"shards": [{}]},
+    ],
+    ids=ascii,
+)
+def test_a_field_that_cannot_be_right_is_damaged(folder, fields):
+    edit(folder, lambda content: content.update(fields))
+    with pytest.raises(ValueError, match="is damaged"):
+        Manifest.read(folder)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../x.parquet",
+        "/etc/x.parquet",
+        "data/../x.parquet",
+        "data/../../x.parquet",
+        "data/sub/x.parquet",
+        "data//etc/x.parquet",
+        "./data/x.parquet",
+        "data\\x.parquet",
+        "data/x.parquet\n",
+        "data/x\0.parquet",
+        "data/x.txt",
+        "data/.parquet/../../x",
+        "data/é.parquet",
+        "corpus.json",
+        "",
+        None,
+        5,
+    ],
+    ids=ascii,
+)
+def test_a_shard_lies_under_data_and_nowhere_else(folder, file):
+    edit(folder, lambda content: content["shards"][0].update(file=file))
+    with pytest.raises(ValueError, match="is damaged"):
+        Manifest.read(folder)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"codec_state": "ffffffffffff"},
+        {"codec_state": ""},  # memories of int8 without a state cannot be read
+        {"codec_state": None},
+        {"codec_state": [KEY]},
+        {"sha256": 5},
+        {"n_bytes": None},
+        {"n_bytes": -1},
+        {"n_spans": "10"},
+        {"n_spans": -10, "tombstones": []},
+        {"n_documents": 9.5},
+        {"n_documents": 11},  # more than spans
+        {"n_deleted": 9},  # more than documents
+        {"n_deleted": None},
+        {"tombstones": None},
+        {"tombstones": 5},
+        {"tombstones": [5]},
+        {"tombstones": ["ab"]},
+        {"tombstones": [[0]]},
+        {"tombstones": [[0, 1, 2]]},
+        {"tombstones": [[0, 11]]},
+        {"tombstones": [[-1, 2]]},
+        {"tombstones": [[3, 3]]},
+        {"tombstones": [[4, 2]]},
+        {"tombstones": [[4, 6], [0, 1]]},
+        {"tombstones": [[0, 4], [3, 6]]},
+        {"tombstones": [[0.0, 1.0]]},
+        {"tombstones": [[0, 1.5]]},
+        {"tombstones": [[False, True]]},
+        {"tombstones": {"0": 1}},
+        {"unknown": 5},
+    ],
+    ids=ascii,
+)
+def test_a_shard_that_cannot_be_right_is_damaged(folder, fields):
+    edit(folder, lambda content: content["shards"][0].update(fields))
+    with pytest.raises(ValueError, match="is damaged"):
+        Manifest.read(folder)
+
+
+@pytest.mark.parametrize("name", ["file", "sha256", "n_bytes", "n_spans", "n_documents"])
+def test_a_shard_without_a_field_is_damaged(folder, name):
+    edit(folder, lambda content: content["shards"][1].pop(name))
+    with pytest.raises(ValueError, match=f"is damaged.*{name}"):
+        Manifest.read(folder)
+
+
+def test_a_shard_that_is_named_twice_is_damaged(folder):
+    edit(folder, lambda content: content["shards"].append(content["shards"][0]))
+    with pytest.raises(ValueError, match="damaged: a shard is named twice"):
+        Manifest.read(folder)
+
+
+def test_merged_ranges_cover_what_was_given():
+    random_ = random.Random(0)
+    assert merge_ranges([]) == []
+    for _ in range(300):
+        ranges = [
+            [first, first + random_.randint(1, 6)] for first in random_.choices(range(40), k=random_.randint(1, 9))
+        ]
+        before = copy.deepcopy(ranges)
+        merged = merge_ranges(ranges)
+        assert ranges == before and merge_ranges(merged) == merged
+        covered = {row for first, last in ranges for row in range(first, last)}
+        assert [row for first, last in merged for row in range(first, last)] == sorted(covered)
+        assert all(one[1] < other[0] for one, other in zip(merged, merged[1:], strict=False))

@@ -1,0 +1,397 @@
+"""Where documents come from: rows, places and problems of every kind of input, and the types of their metadata.
+
+Files are written as users have them: nested, half copied, in the wrong encoding, zipped.
+"""
+
+import datetime as dt
+import decimal
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
+
+from modeling_clara.corpus.sources import DocumentSource, infer_types, type_from_name
+
+ROWS = [
+    {"id": "a", "title": "A", "text": "Alpha.", "year": 2001},
+    {"id": "b", "title": None, "text": "Beta.", "year": None},
+    {"id": "c", "title": "", "text": "Gamma.\nDelta.", "year": 2003},
+]
+
+
+def lines(*rows) -> bytes:
+    return b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def parquet(path: Path, columns) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(columns if isinstance(columns, pa.Table) else pa.Table.from_pylist(columns), path)
+    return path
+
+
+def good(source) -> list[dict]:
+    return [row.document for row in source if row.document is not None]
+
+
+def problems(source) -> dict[str, str]:
+    found = {row.place: row.problem for row in source if row.document is None}
+    assert all(place in problem for place, problem in found.items())
+    return found
+
+
+# --- the same documents from everywhere ------------------------------------------------------------------------------
+
+INPUTS = {
+    "list": lambda path: ROWS,
+    "tuple": lambda path: tuple(ROWS),
+    "generator": lambda path: (row for row in ROWS),
+    "jsonl": lambda path: write(path / "rows.jsonl", lines(*ROWS)),
+    "ndjson": lambda path: write(path / "rows.ndjson", lines(*ROWS)),
+    "JSONL": lambda path: write(path / "ROWS.JSONL", lines(*ROWS)),
+    "crlf": lambda path: write(path / "rows.jsonl", lines(*ROWS).replace(b"\n", b"\r\n")),
+    "no last newline": lambda path: write(path / "rows.jsonl", lines(*ROWS).rstrip(b"\n")),
+    "byte order mark": lambda path: write(path / "rows.jsonl", b"\xef\xbb\xbf" + lines(*ROWS)),
+    "gzip": lambda path: write(path / "rows.jsonl.gz", gzip.compress(lines(*ROWS))),
+    "gzip, two members": lambda path: write(
+        path / "rows.jsonl.gz", gzip.compress(lines(ROWS[0])) + gzip.compress(lines(*ROWS[1:]))
+    ),
+    "parquet": lambda path: parquet(path / "rows.parquet", ROWS),
+    "PARQUET": lambda path: parquet(path / "ROWS.PARQUET", ROWS),
+    "path as text": lambda path: str(parquet(path / "rows.parquet", ROWS)),
+    "folder": lambda path: parquet(path / "in" / "deep" / "rows.parquet", ROWS).parent.parent,
+    "folder with a README": lambda path: (
+        write(path / "in" / "README.md", b"# Data") and write(path / "in" / "rows.jsonl", lines(*ROWS)).parent
+    ),
+    "Dataset": lambda path: Dataset.from_list(ROWS),
+    "IterableDataset": lambda path: Dataset.from_list(ROWS).to_iterable_dataset(),
+    "IterableDataset without features": lambda path: IterableDataset.from_generator(lambda: iter(ROWS)),
+}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_every_kind_of_input_gives_the_same_documents(kind, tmp_path):
+    source = DocumentSource(INPUTS[kind](tmp_path))
+    rows = list(source)
+    assert [row.document for row in rows] == ROWS
+    assert [row.index for row in rows] == [0, 1, 2] and all(row.problem is None for row in rows)
+    assert len({row.place for row in rows}) == 3 and source.length in (None, 3)
+    if kind != "generator":
+        assert list(source) == rows
+
+
+@pytest.mark.parametrize("kind", [kind for kind in INPUTS if kind != "PARQUET"])
+def test_an_input_is_described_alike_twice_and_in_json(kind, tmp_path):
+    first = DocumentSource(INPUTS[kind](tmp_path)).description
+    assert first == DocumentSource(INPUTS[kind](tmp_path)).description == json.loads(json.dumps(first))
+
+
+def test_another_input_is_described_otherwise(tmp_path):
+    def description(rows, name="rows.jsonl") -> dict:
+        return DocumentSource(write(tmp_path / "in" / name, lines(*rows)).parent).description
+
+    first = description(ROWS)
+    longer, more = description([*ROWS, {"text": "x"}]), description(ROWS, "more.jsonl")
+    assert first != longer != more != first
+    assert DocumentSource(ROWS).description != DocumentSource(ROWS[:2]).description
+    assert DocumentSource(ROWS).description != DocumentSource(iter(ROWS)).description
+
+
+# --- folders of text -------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_texts_names_documents_by_their_path(tmp_path):
+    write(tmp_path / "b.txt", "Zwölf.\n".encode())
+    write(tmp_path / "a_first note.md", b"One.")
+    write(tmp_path / "deep" / "er" / "C.TXT", b"Three.")
+    write(tmp_path / "ignored.pdf", b"%PDF")
+    source = DocumentSource(tmp_path)
+    assert good(source) == [
+        {"id": "a_first note.md", "title": "a first note", "text": "One."},
+        {"id": "b.txt", "title": "b", "text": "Zwölf.\n"},
+        {"id": "deep/er/C.TXT", "title": "C", "text": "Three."},
+    ]
+    assert source.length == 3 and problems(source) == {}
+    assert good(DocumentSource(tmp_path / "b.txt")) == good(source)[1:2]
+
+
+def test_a_text_that_cannot_be_read_is_a_problem_with_its_name(tmp_path):
+    write(tmp_path / "good.txt", b"fine")
+    write(tmp_path / "sub" / "latin.txt", "Düsseldorf".encode("latin-1"))
+    write(tmp_path / "empty.txt", b"")
+    write(tmp_path / "blank.md", b" \n\t\n")
+    write(tmp_path / "utf16.txt", "text".encode("utf-16"))
+    source = DocumentSource(tmp_path)
+    found = problems(source)
+    assert set(found) == {"blank.md", "empty.txt", "sub/latin.txt", "utf16.txt"}
+    assert "UTF-8" in found["sub/latin.txt"] and "empty" in found["empty.txt"] and "empty" in found["blank.md"]
+    assert [row.index for row in source] == list(range(5)) and len(good(source)) == 1
+
+
+def test_no_file_of_a_folder_is_left_out_without_a_word(tmp_path):
+    write(tmp_path / "a.txt", b"a")
+    write(tmp_path / "b.jsonl", lines({"text": "b"}))
+    try:
+        documents = good(DocumentSource(tmp_path))
+    except ValueError as error:
+        assert ".jsonl" in str(error)
+    else:
+        assert [document["text"] for document in documents] == ["a", "b"]
+
+
+# --- rows that cannot be read ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_a_bad_line_is_a_problem_with_its_file_and_number(tmp_path, name):
+    bad = {
+        b"[1, 2]": "list",
+        b"5": "int",
+        b"null": "null",
+        b"not json": "JSON",
+        b'{"text": "cut': "JSON",
+        b'{"text": "\xff"}': "UTF-8",
+        b'{"text": ""}': "empty",
+        b'{"text": " \\n"}': "empty",
+        b'{"text": null}': "NoneType",
+        b'{"text": ["a"]}': "list",
+        b'{"body": "a"}': "'text'",
+        b'{"text": "a", "title": 5}': "title",
+        b"[" * 50_000: "JSON",
+    }
+    content = lines({"text": "first"}, b"", *bad, b'"a bare text"', {"text": "last"})
+    source = DocumentSource(write(tmp_path / name, gzip.compress(content) if name.endswith("gz") else content))
+    assert good(source) == [{"text": "first"}, {"text": "a bare text"}, {"text": "last"}]
+    found = problems(source)
+    assert list(found) == [f"{name}:{number}" for number in range(3, 3 + len(bad))]
+    for reason, expected in zip(found.values(), bad.values(), strict=True):
+        assert expected in reason
+    assert [row.index for row in source] == list(range(len(bad) + 3))
+
+
+def test_a_bad_entry_of_a_list_is_a_problem_with_its_number():
+    bad = [None, 5, b"text", ["text"], {}, {"text": 5}, {"text": ""}, {"title": "x"}, {"text": "x", "title": b"y"}]
+    source = DocumentSource(["first", *bad, {"text": "last"}])
+    assert list(problems(source)) == [f"documents[{number}]" for number in range(1, 10)]
+    assert good(source) == [{"text": "first"}, {"text": "last"}]
+
+
+def test_a_column_whose_name_is_no_text_is_a_problem():
+    # its row could be neither stored nor hashed
+    source = DocumentSource([{"text": "a", 5: "five"}, {"text": "b", None: 1}, {"text": "c"}])
+    assert list(problems(source)) == ["documents[0]", "documents[1]"]
+    assert good(source) == [{"text": "c"}]
+
+
+def test_lone_surrogates_do_not_stop_the_stream(tmp_path):
+    content = lines({"text": "a", "note": "\ud800"}, {"text": "b", "\udfff": 1}, {"text": "c\ud800"}, {"text": "d"})
+    source = DocumentSource(write(tmp_path / "rows.jsonl", content))
+    assert len(list(source)) == 4 and good(source)[-1] == {"text": "d"}
+    types = infer_types(good(source))
+    assert types["note"] == pa.string()
+
+
+@pytest.mark.parametrize("kind", ["text", "date"])
+def test_a_parquet_value_that_cannot_be_read_is_one_problem(kind, tmp_path):
+    offsets = pa.py_buffer(np.array([0, 1, 3, 4], np.int32))
+    broken = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"a\xff\xfeb")])
+    when = pa.array([0, 2**62, 0], pa.timestamp("us"))  # far beyond the year 9999
+    table = pa.table({"text": broken} if kind == "text" else {"text": ["a", "x", "b"], "when": when})
+    source = DocumentSource(parquet(tmp_path / "rows.parquet", table))
+    assert [document["text"] for document in good(source)] == ["a", "b"]
+    assert list(problems(source)) == ["rows.parquet[1]"]
+
+
+@pytest.fixture(scope="module")
+def damaged() -> dict[str, bytes]:
+    """What half a download, a bad disk and a wrong name leave."""
+    zipped = gzip.compress(lines(*({"text": f"text {number} " * 20} for number in range(3000))))
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": [f"text {number}" for number in range(5000)]}), buffer)
+    rows = buffer.getvalue().to_pybytes()
+    return {
+        "cut.jsonl.gz": zipped[: len(zipped) // 2],
+        "flipped.jsonl.gz": zipped[:5000] + bytes(50) + zipped[5050:],
+        "plain.jsonl.gz": b"not gzip at all",
+        "cut.parquet": rows[:-100],
+        "empty.parquet": b"",
+        "text.parquet": b"not parquet at all",
+        "holed.parquet": rows[:50] + bytes(1950) + rows[2000:],
+    }
+
+
+@pytest.mark.parametrize("name", ["cut", "flipped", "plain", "cut.parquet", "empty", "text", "holed"])
+def test_a_damaged_file_is_an_error_that_names_it(damaged, name, tmp_path):
+    name = next(file for file in damaged if file.startswith(name))
+    path = write(tmp_path / "in" / name, damaged[name])
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        list(DocumentSource(path))
+
+
+def test_a_damaged_file_in_a_folder_is_the_one_that_is_named(tmp_path):
+    content = parquet(tmp_path / "a.parquet", ROWS).read_bytes()
+    write(tmp_path / "b.parquet", content[:-20])
+    with pytest.raises(ValueError, match=r"b\.parquet"):
+        list(DocumentSource(tmp_path))
+
+
+def test_rows_before_the_end_of_a_cut_gzip_file_are_not_lost(damaged, tmp_path):
+    taken = []
+    with pytest.raises(ValueError, match=r"cut\.jsonl\.gz"):
+        for row in DocumentSource(write(tmp_path / "cut.jsonl.gz", damaged["cut.jsonl.gz"])):
+            taken.append(row)
+    assert len(taken) > 100 and taken[0].document == {"text": "text 0 " * 20}
+
+
+# --- columns ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_named_columns_win_over_columns_of_our_names(order):
+    row = {"body": "B", "text": "T", "name": "N", "title": "X", "url": "U", "id": "I"}
+    source = DocumentSource(
+        [dict(list(row.items())[::order])], text_column="body", title_column="name", id_column="url"
+    )
+    assert [{name: document[name] for name in ("text", "title", "id")} for document in good(source)] == [
+        {"text": "B", "title": "N", "id": "U"}
+    ]
+
+
+def test_columns_are_renamed_and_the_others_stay():
+    source = DocumentSource([{"body": "B", "name": "N", "url": 7, "year": 1}], text_column="body", title_column="name")
+    assert good(source) == [{"text": "B", "title": "N", "url": 7, "year": 1}]
+    source = DocumentSource([{"text": "B", "url": 7}, {"text": "C"}], id_column="url")
+    assert good(source) == [{"text": "B", "id": 7}, {"text": "C"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "document_id"),
+    [({"id": 1}, 1), ({"document_id": 2}, 2), ({"id": 1, "document_id": 2}, 1), ({"id": None, "document_id": 2}, 2)],
+    ids=str,
+)
+def test_an_id_is_called_id_or_document_id(row, document_id):
+    assert good(DocumentSource([{"text": "a", **row}])) == [{"text": "a", "id": document_id}]
+
+
+def test_the_rows_that_were_given_stay_as_they_are():
+    rows = [{"body": "B", "document_id": 3}]
+    assert good(DocumentSource(rows, text_column="body")) and rows == [{"body": "B", "document_id": 3}]
+
+
+# --- types of metadata -----------------------------------------------------------------------------------------------
+
+
+def test_a_schema_tells_the_types(tmp_path):
+    table = pa.table(
+        {
+            "body": ["a"],
+            "url": ["u"],
+            "year": pa.array([1], pa.int16()),
+            "tags": [["x"]],
+            "none": pa.nulls(1, pa.float32()),
+            "n_tokens": [5],
+            "memory": [b""],
+        }
+    )
+    source = DocumentSource(parquet(tmp_path / "a.parquet", table), text_column="body", id_column="url")
+    types = source.metadata_types()
+    assert list(types) == ["year", "tags", "none"]
+    assert types["year"] == pa.int16() and types["none"] == pa.float32() and types["tags"].value_type == pa.string()
+    features = Features({"text": Value("string"), "year": Value("int32"), "lang": Value("large_string")})
+    dataset = Dataset.from_dict({"text": ["a"], "year": [1], "lang": [None]}, features=features)
+    expected = {"year": pa.int32(), "lang": pa.large_string()}
+    assert DocumentSource(dataset).metadata_types() == expected
+    assert DocumentSource(dataset.to_iterable_dataset()).metadata_types() == expected
+    for untold in (ROWS, iter(ROWS), write(tmp_path / "a.jsonl", lines(*ROWS))):
+        assert DocumentSource(untold).metadata_types() is None
+
+
+TEXT, TEXTS = pa.string(), pa.list_(pa.string())
+INFERRED = {
+    pa.int64(): [[1, 2], [1, None], [1, "a"], [1, "\ud800"]],
+    pa.float64(): [[1, 2.5]],
+    pa.bool_(): [[True, False], [True, 1]],
+    TEXT: [["a", None], [None, None], ["a", 1], [2**70], [["a", 1]], [1j], ["\ud800"], ["a", "\ud800"]],
+    TEXTS: [[[], ["a"]], [[]], [[None]]],
+    pa.struct({"a": pa.int64()}): [[{"a": 1}]],
+    pa.date32(): [[dt.date(2020, 1, 1)]],
+    pa.timestamp("us"): [[dt.datetime(2020, 1, 1)]],
+    pa.timestamp("us", "UTC"): [[dt.datetime(2020, 1, 1, tzinfo=dt.UTC)]],
+    pa.decimal128(3, 2): [[decimal.Decimal("1.25")]],
+    pa.binary(): [[b"x"]],
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"), [(values, kind) for kind, columns in INFERRED.items() for values in columns], ids=ascii
+)
+def test_values_tell_the_types(values, kind):
+    assert infer_types([{"text": "a", "id": 1, "m": value} for value in values]) == {"m": kind}
+
+
+@pytest.mark.parametrize("value", [[], {}, {"a": {}}, {"a": None}, [[]], [{}], None, {"a": [{}]}], ids=str)
+def test_inferred_types_can_be_written_to_parquet(value, tmp_path):
+    (kind,) = infer_types([{"text": "a", "m": value}]).values()
+    pq.write_table(pa.table({"m": pa.array([None], kind)}), tmp_path / "a.parquet")
+    assert pq.read_table(tmp_path / "a.parquet")["m"].to_pylist() == [None]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in INFERRED if not pa.types.is_struct(kind)], ids=str)
+def test_a_type_comes_back_from_its_name(kind):
+    assert type_from_name(str(kind)) == kind
+
+
+def test_types_have_names_that_users_know():
+    assert [type_from_name(name) for name in ("str", "int", "float")] == [pa.string(), pa.int64(), pa.float64()]
+    assert type_from_name("list<element: string not null>").value_type == pa.string()
+    for name in ("", "text", "list<", "list<>", "list<item: nonsense>", "INT"):
+        with pytest.raises(ValueError, match="Arrow types"):
+            type_from_name(name)
+
+
+# --- no input --------------------------------------------------------------------------------------------------------
+
+
+def test_no_documents_are_no_rows(tmp_path):
+    for nothing in (
+        [],
+        iter([]),
+        write(tmp_path / "a.jsonl", b""),
+        write(tmp_path / "b.jsonl.gz", gzip.compress(b"")),
+    ):
+        assert list(DocumentSource(nothing)) == []
+    assert infer_types([]) == {}
+
+
+@pytest.mark.parametrize("value", [5, None, b"text", {"text": "a"}, DatasetDict(train=Dataset.from_list(ROWS)), 1.5])
+def test_what_is_no_list_is_a_type_error(value):
+    with pytest.raises(
+        TypeError, match=rf"`documents` must be a path, a data set or a list, got {type(value).__name__}"
+    ):
+        DocumentSource(value)
+
+
+@pytest.mark.parametrize(
+    "missing", ["", "missing.jsonl", "/missing/folder", "x" * 5000, "A text."], ids=lambda m: m[:9]
+)
+def test_a_path_that_leads_nowhere_is_an_error(missing, tmp_path, monkeypatch):
+    monkeypatch.chdir(write(tmp_path / "here" / "stray.txt", b"not meant").parent)
+    with pytest.raises((FileNotFoundError, ValueError), match="`documents`"):
+        DocumentSource(missing)
+
+
+def test_files_of_other_kinds_are_an_error_that_lists_ours(tmp_path):
+    with pytest.raises(ValueError, match=r"`documents` must be a .txt, .*table\.csv.*Convert it"):
+        DocumentSource(write(tmp_path / "in" / "table.csv", b"a,b"))
+    with pytest.raises(ValueError, match=r"found none in .*Name another"):
+        DocumentSource(tmp_path / "in")

@@ -1,0 +1,257 @@
+"""Files that are whole or not there, locks that die with their process, JSON lines that were cut, the set of ids.
+
+Locks are held by real processes, one of which is killed.
+"""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modeling_clara.corpus.ids import SeenIds
+from modeling_clara.corpus.storage import append_lines, foreign_files, iter_lines, read_lines, write_lines, writer_lock
+from modeling_clara.storage_clara import file_sha256, replacing, write_json
+
+# --- files that are whole or not there -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, OSError])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, failure):
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(failure), replacing(path) as partial:
+        partial.write_bytes(b"half")
+        raise failure
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError), replacing(path):
+        pass  # nothing was written
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    with replacing(path) as partial:
+        partial.write_bytes(b"new")
+        assert path.read_bytes() == b"old" and partial.parent == path.parent
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+    assert file_sha256(path) == "11507a0e2f5e69d5dfa40a62a1bd7b6ee57e6bcd85c67c9b8431b36fff21c437"
+
+
+@pytest.mark.parametrize("content", [{"a": 1j}, {"a": "\ud800"}, {("a",): 1}], ids=ascii)
+def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path, content):
+    path = tmp_path / "deep" / "file.json"
+    write_json(path, {"ä": "ü"})
+    with pytest.raises((TypeError, ValueError)):
+        write_json(path, content)
+    assert json.loads(path.read_text(encoding="utf-8")) == {"ä": "ü"} and list(path.parent.iterdir()) == [path]
+
+
+def test_two_threads_that_write_one_file_do_not_share_a_temporary(tmp_path):
+    path, failures = tmp_path / "file.json", []
+    barrier = threading.Barrier(2)
+
+    def work(value: str) -> None:
+        try:
+            with replacing(path) as partial:
+                barrier.wait(10)
+                partial.write_text(value * 1000)
+                barrier.wait(10)
+        except (OSError, threading.BrokenBarrierError) as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(value,)) for value in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == [] and path.read_text() in ("a" * 1000, "b" * 1000)
+
+
+# --- locks -----------------------------------------------------------------------------------------------------------
+
+# the package without its __init__, which imports transformers
+HOLD = """
+import sys, time, types
+from pathlib import Path
+package = sys.modules["modeling_clara"] = types.ModuleType("modeling_clara")
+package.__path__ = [sys.argv[2]]
+from modeling_clara.corpus.storage import writer_lock
+with writer_lock(Path(sys.argv[1]), "the corpus"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+PACKAGE = Path(__file__).parents[2] / "modeling_clara"
+
+
+def test_a_second_process_is_told_who_writes_and_a_killed_one_lets_go(tmp_path):
+    path = tmp_path / "deep" / ".lock"
+    command = [sys.executable, "-c", HOLD, str(path), str(PACKAGE)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            for _ in range(2):  # a refusal takes nothing away
+                with pytest.raises(RuntimeError, match=f"the folder .*one writer.*process {holder.pid} "):
+                    with writer_lock(path, "the folder"):
+                        pass
+        finally:
+            holder.kill()
+    with writer_lock(path, "the folder", timeout=10):
+        with pytest.raises(RuntimeError, match=f"process {os.getpid()} "), writer_lock(path, "the folder"):
+            pass
+    with writer_lock(path, "the folder"):
+        path.with_name(path.name + ".pid").unlink()  # as a holder does that is about to release it
+        with pytest.raises(RuntimeError, match="process unknown "), writer_lock(path, "the folder"):
+            pass
+    with pytest.raises(KeyError), writer_lock(path, "the folder"):
+        raise KeyError
+    with writer_lock(path, "the folder"):
+        pass
+
+
+def test_another_thread_waits_its_turn(tmp_path):
+    path, inside, entered = tmp_path / ".lock", threading.Event(), []
+
+    def second() -> None:
+        inside.wait(10)
+        with writer_lock(path, "it", timeout=10):
+            entered.append("second")
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with writer_lock(path, "it"):
+        inside.set()
+        thread.join(0.2)
+        entered.append("first")
+    thread.join()
+    assert entered == ["first", "second"]
+
+
+# --- lines ---------------------------------------------------------------------------------------------------------
+
+NASTY = [{"a": 1}, {"id": None, "reason": "ü \u2028 \x85 \n \ud800"}, {"path": Path("x")}]
+
+
+def test_lines_come_back_up_to_one_that_was_not_finished(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert read_lines(path) == []
+    append_lines(path, [])
+    assert not path.exists()
+    append_lines(path, NASTY[:1])
+    append_lines(path, iter(NASTY[1:]))
+    rows = [*NASTY[:2], {"path": "x"}]
+    assert read_lines(path) == rows
+    content = path.read_bytes()
+    ends = [number + 1 for number, byte in enumerate(content) if byte == ord("\n")]
+    for end in range(len(content)):
+        path.write_bytes(content[:end])
+        whole = sum(last <= end + 1 for last in ends)  # the newline itself may be missing
+        assert read_lines(path) == rows[:whole]
+
+
+def test_lines_after_one_that_was_not_finished_are_not_lost(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_lines(path, [{"a": 1}, {"a": 2}])
+    path.write_bytes(path.read_bytes()[:-4])
+    append_lines(path, [{"a": 3}])
+    assert {"a": 1} in read_lines(path) and {"a": 3} in read_lines(path)
+
+
+@pytest.mark.parametrize("n_bytes", [1, 2**16 - 1, 2**16, 2**16 + 1, 2**17 + 3])
+def test_a_line_that_was_not_finished_is_cut_off_whatever_its_length(tmp_path, n_bytes):
+    path = tmp_path / "deep" / "rows.jsonl"
+    append_lines(path, [{"a": "x" * n_bytes}, {"a": 2}])
+    with open(path, "ab") as file:
+        file.write(b"{" * n_bytes)
+    append_lines(path, [{"a": 3}])
+    assert read_lines(path) == [{"a": "x" * n_bytes}, {"a": 2}, {"a": 3}]
+    path.write_bytes(b"{" * n_bytes)
+    append_lines(path, [{"a": 4}])
+    assert path.read_bytes() == b'{"a": 4}\n'
+
+
+def test_written_lines_replace_the_file_at_once(tmp_path):
+    path = tmp_path / "deep" / "rows.jsonl"
+    assert write_lines(path, []) == 0 and not path.exists()
+    assert write_lines(path, iter(NASTY)) == 3
+    assert read_lines(path) == [*NASTY[:2], {"path": "x"}]
+    assert write_lines(path, [{"title": "Zürich"}]) == 1 and "Zürich" in path.read_text(encoding="utf-8")
+    with pytest.raises(KeyError):
+        write_lines(path, ({"a": row["missing"]} for row in NASTY))
+    assert read_lines(path) == [{"title": "Zürich"}] and list(path.parent.iterdir()) == [path]
+    assert write_lines(path, []) == 0 and list(path.parent.iterdir()) == []
+
+
+def test_lines_have_their_numbers_and_their_problems(tmp_path):
+    content = b'\xef\xbb\xbf{"a": 1}\n\n  \n[2]\nnull\n{\n"\xff"\n' + b"[" * 100_000 + b"\n5"
+    for name, write in (("rows.jsonl", open), ("rows.jsonl.gz", gzip.open)):
+        with write(tmp_path / name, "wb") as file:
+            file.write(content)
+        found = list(iter_lines(tmp_path / name))
+        assert [row[:2] for row in found if row[2] is None] == [(1, {"a": 1}), (4, [2]), (5, None), (9, 5)]
+        assert [(row[0], row[1]) for row in found if row[2] is not None] == [(6, None), (7, None), (8, None)]
+        assert all(row[2].startswith("must be JSON in UTF-8: ") for row in found if row[2] is not None)
+    whole = (tmp_path / "rows.jsonl.gz").read_bytes()
+    (tmp_path / "rows.jsonl.gz").write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match="must be a whole gzip file"):
+        list(iter_lines(tmp_path / "rows.jsonl.gz"))
+
+
+def test_foreign_files_are_those_that_no_name_and_no_pattern_expects(tmp_path):
+    assert foreign_files(tmp_path / "none", []) == foreign_files(tmp_path, []) == []
+    for name in ("b", "a", ".x.1.partial", "data"):
+        (tmp_path / name).touch()
+    assert foreign_files(tmp_path, []) == [".x.1.partial", "a", "b", "data"]
+    assert foreign_files(tmp_path, ["data", ".*.partial"]) == ["a", "b"]
+
+
+# --- ids -------------------------------------------------------------------------------------------------------------
+
+TEXTS = [
+    "a",
+    "A",
+    "",
+    "ü",
+    "u\u0308",
+    "1",
+    "1.0",
+    "a\0b",
+    "a\0c",
+    "x" * 10_000,
+    " a",
+    "a ",
+    "\ud800",
+]
+
+
+@pytest.mark.parametrize("n_hashes", [None, 1, 3])
+def test_ids_are_seen_once_also_if_their_hashes_are_equal(monkeypatch, n_hashes):
+    """With one hash for all ids, only reading the shards tells them apart."""
+    if n_hashes is not None:
+        monkeypatch.setattr("modeling_clara.corpus.ids.id_hash", lambda text: np.uint64(len(text) % n_hashes))
+    shards = [TEXTS[:4], TEXTS[4:5], [], TEXTS[5:]]
+    n_read = []
+    seen = SeenIds(lambda number: n_read.append(number) or shards[number])
+    for number, ids in enumerate(shards):
+        assert [seen.add(text) for text in ids] == [True] * len(ids)
+        assert [seen.add(text) for text in ids] == [False] * len(ids)  # before the shard is written
+        seen.settle(number, ids)
+        assert [seen.add(text) for text in ids] == [False] * len(ids)
+    assert [seen.add(text) for text in TEXTS] == [False] * len(TEXTS)
+    if n_hashes is None:
+        assert len(n_read) == 2 * len(TEXTS)  # an id is looked up in its own shard, and only when it comes again
+    assert seen.add("new")
+    seen.remove("new")
+    assert seen.add("new") and not seen.add("new")
+
+
+def test_ids_beyond_those_in_the_dictionary_are_seen_too():
+    n, size = 200_000, 1000
+    names = [f"document {number}" for number in range(n)]
+    seen = SeenIds(lambda number: names[number * size : (number + 1) * size])
+    for number in range(n // size):
+        seen.settle(number, names[number * size : (number + 1) * size])
+    assert len(seen.hashes) > n // 2 and np.all(seen.hashes[:-1] <= seen.hashes[1:])
+    assert not any(seen.add(name) for name in names[::997])
+    assert all(seen.add(f"other {number}") for number in range(1000))

@@ -1,0 +1,273 @@
+"""Checkpoints in local folders: what is written, and that it comes back bit for bit. It does not know the Hub, see
+test_hub_loading.py, nor what is wrong with a folder, see test_checkpoint_faults.py.
+"""
+
+import ast
+import copy
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_hub_loading import contents, observe, observe_clean_process
+from tiny import randomize_adapters, save_backbone
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
+
+import modeling_clara
+from modeling_clara import ROLES, CLaRaConfig, CLaRaForRAG, CLaRaProcessor
+from modeling_clara.backbone_clara import backbone_digests
+
+CODE = {
+    f"{name}_clara.py"
+    for name in "adapters backbone candidates checkpoint codecs configuration corpus files generation index lexical "
+    "manifest memory modeling packing passes processing prompting retrieval search snapshot storage text".split()
+}
+WEIGHTS = {"clara.safetensors", *(f"{role}/adapter_model.safetensors" for role in ROLES)}
+JSON = {"config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"} | {
+    f"{role}/adapter_config.json" for role in ROLES
+}
+
+
+@pytest.fixture
+def texts(documents, questions) -> dict:
+    return {"documents": documents, "questions": questions}
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_has_exactly_the_files_of_the_layout(checkpoint):
+    assert set(contents(checkpoint)) == CODE | WEIGHTS | JSON | {"README.md", "chat_template.jinja"}
+
+
+def test_the_code_that_travels_is_the_import_closure_of_the_registered_classes():
+    package = Path(modeling_clara.__file__).parent
+    todo = [path.name for path in package.glob("*.py") if "register_for_auto_class(" in path.read_text()]
+    found = set()
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            nodes = ast.walk(ast.parse((package / name).read_text()))
+            todo += [f"{node.module}.py" for node in nodes if isinstance(node, ast.ImportFrom) and node.level]
+    assert found == CODE
+
+
+def test_weights_are_special_rows_and_lora_only(checkpoint, shared_model):
+    rows = load_file(checkpoint / "clara.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in rows.items()}
+    assert shapes == {"memory_embeddings": (4, 32), "separator_embedding": (1, 32)}
+    for role in ROLES:
+        names = list(load_file(checkpoint / role / "adapter_model.safetensors"))
+        assert len(names) == 2 * len(shared_model.roles.layers)
+        assert all(re.fullmatch(r"base_model\.model\.model\..+\.lora_[AB]\.weight", name) for name in names)
+
+
+def test_processor_files_hold_every_template_and_no_trace_of_where_they_came_from(checkpoint, shared_model):
+    settings = json.loads((checkpoint / "processor_config.json").read_text())
+    for name in ("system_prompt", "answer_prompt", "paraphrase_prompts", "chat_template_kwargs"):
+        assert settings[name] == getattr(shared_model.processor, name)
+    template = shared_model.processor.tokenizer.chat_template
+    tokenizer = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    assert (checkpoint / "chat_template.jinja").read_text() == tokenizer["chat_template"] == template
+    assert not {"is_local", "local_files_only", "token"} & set(tokenizer)
+
+
+# --- coming back -----------------------------------------------------------------------------------------------------
+
+
+def test_memories_answers_and_fingerprint_come_back_equal(checkpoint, shared_model, texts):
+    loaded = CLaRaForRAG.from_pretrained(checkpoint)
+    assert observe(loaded, texts) == observe(shared_model, texts)
+    assert not loaded.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_load_save_is_equal_byte_for_byte(checkpoint, tmp_path, dtype):
+    CLaRaForRAG.from_pretrained(checkpoint, dtype=dtype).save_pretrained(tmp_path)
+    assert contents(tmp_path) == contents(checkpoint)
+
+
+def test_saving_over_a_checkpoint_keeps_its_card_and_removes_what_is_stale(model, checkpoint_copy, tmp_path):
+    model.save_pretrained(checkpoint_copy, include_backbone=True, max_shard_size="20KB")
+    assert len(list(checkpoint_copy.glob("backbone/*.safetensors"))) > 2
+    (checkpoint_copy / "README.md").write_text("mine")
+    (checkpoint_copy / "notes.txt").write_text("mine")
+    model.processor.tokenizer.chat_template = model.processor.chat_template = None
+    for target in (checkpoint_copy, tmp_path / "new"):
+        model.save_pretrained(target, include_backbone=True)
+    old, new = contents(checkpoint_copy), contents(tmp_path / "new")
+    assert old.pop("README.md") == old.pop("notes.txt") == b"mine" != new.pop("README.md")
+    assert old == new and "chat_template.jinja" not in new
+
+
+def test_a_lost_chat_template_file_changes_no_prompt(checkpoint_copy, shared_model, texts):
+    (checkpoint_copy / "chat_template.jinja").unlink()
+    assert observe(CLaRaForRAG.from_pretrained(checkpoint_copy), texts) == observe(shared_model, texts)
+
+
+def test_the_fingerprint_ignores_dtype_merging_and_random_state(checkpoint, shared_model):
+    model = CLaRaForRAG.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    torch.manual_seed(12345)
+    assert model.fingerprint == copy.deepcopy(model).fingerprint == shared_model.fingerprint
+    with model.bulk_compression():
+        assert model.fingerprint == shared_model.fingerprint
+    assert CLaRaForRAG.from_pretrained(checkpoint).to(torch.bfloat16).fingerprint == shared_model.fingerprint
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+@pytest.mark.parametrize("part", ["compressor", "memory_embeddings", "separator_embedding", "reasoner", "generator"])
+def test_the_fingerprint_changes_with_compressor_and_special_rows_alone(checkpoint, model, is_loaded, part):
+    model = CLaRaForRAG.from_pretrained(checkpoint) if is_loaded else model
+    before = model.fingerprint
+    name = [name for name, _ in model.named_parameters() if part in name][-1]
+    model.get_parameter(name).data[0, 0] += 1.0
+    assert (model.fingerprint == before) == (part in ("reasoner", "generator"))
+
+
+def test_the_fingerprint_changes_with_document_length_and_tokenizer(model):
+    seen = [model.fingerprint]
+    model.config.document_max_length = 128
+    seen.append(model.fingerprint)
+    model.processor.tokenizer.add_tokens(["<other>"])
+    seen.append(model.fingerprint)
+    assert len(set(seen)) == 3
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks transformers for it
+@pytest.mark.parametrize("role", ROLES)
+def test_plain_peft_loads_a_role_folder(checkpoint, shared_model, backbone_folder, role):
+    peft_model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(backbone_folder), checkpoint / role)
+    ids = torch.tensor([[3, 50, 70, 90, 110, 130]])
+    with torch.no_grad(), shared_model.roles.use(role):
+        ours = shared_model.backbone(ids).logits
+        assert torch.equal(peft_model.eval()(ids).logits, ours)
+        with peft_model.disable_adapter():
+            assert not torch.allclose(peft_model(ids).logits, ours, atol=1e-2)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_included_backbone_needs_no_other_folder(tmp_path, texts, tied):
+    backbone = save_backbone(tmp_path / "backbone", tied=tied)
+    model = CLaRaForRAG.from_backbone(backbone, memory_sizes=(2, 4), lora_rank=4)
+    randomize_adapters(model)
+    with model.bulk_compression():  # its merged weights are not the ones to write
+        model.save_pretrained(tmp_path / "whole", include_backbone=True)
+    shutil.rmtree(backbone)
+    loaded = CLaRaForRAG.from_pretrained(tmp_path / "whole")
+    assert observe(loaded, texts) == observe(model, texts)
+    assert ("lm_head.weight" in load_file(tmp_path / "whole/backbone/model.safetensors")) is not tied
+    loaded.save_pretrained(tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+    loaded.save_pretrained(tmp_path / "small", include_backbone=False)
+    with pytest.raises(OSError, match=r"(?s)the backbone `.*` could not be found.*Pass `backbone=PATH`"):
+        CLaRaForRAG.from_pretrained(tmp_path / "small")
+    small = CLaRaForRAG.from_pretrained(tmp_path / "small", backbone=tmp_path / "whole/backbone")
+    assert observe(small, texts) == observe(model, texts)
+
+
+# --- keywords --------------------------------------------------------------------------------------------------------
+
+
+def test_dtype_is_float32_on_cpu_whatever_the_backbone_was_saved_in(checkpoint, backbone_folder, tmp_path):
+    backbone = AutoModelForCausalLM.from_pretrained(backbone_folder, dtype=torch.bfloat16)
+    backbone.save_pretrained(tmp_path)
+
+    def dtypes(**keywords):
+        model = CLaRaForRAG.from_pretrained(checkpoint, backbone=tmp_path, **keywords)
+        return {parameter.dtype for parameter in model.parameters()}
+
+    for device_map in (None, "cpu", {"": "cpu"}, torch.device("cpu")):
+        assert dtypes(device_map=device_map) == {torch.float32}
+    assert dtypes(dtype="auto") == dtypes(dtype=torch.bfloat16) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("auto_class", [CLaRaForRAG, AutoModel])
+@pytest.mark.parametrize(
+    "keywords, tolerance",
+    [
+        ({"device_map": "cpu"}, 0.0),
+        ({"attn_implementation": "eager"}, 1e-4),
+        ({"attn_implementation": "sdpa"}, 0.0),
+        ({"dtype": "bfloat16"}, 0.2),
+        ({"torch_dtype": torch.bfloat16}, 0.2),
+    ],
+)
+def test_loader_keywords_reach_the_backbone(checkpoint, shared_model, texts, auto_class, keywords, tolerance):
+    model = auto_class.from_pretrained(checkpoint, **keywords)
+    assert model.backbone.config._attn_implementation == keywords.get("attn_implementation", "sdpa")
+    assert model.dtype == (torch.bfloat16 if tolerance == 0.2 else torch.float32)
+    memory = model.compress(texts["documents"])
+    assert memory.dtype == torch.float32
+    torch.testing.assert_close(memory, shared_model.compress(texts["documents"]), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("auto_class", [CLaRaForRAG, AutoModel])
+def test_a_quantised_backbone_loads_and_saves_its_adapters(checkpoint, shared_model, tmp_path, texts, auto_class):
+    torchao = pytest.importorskip("torchao.quantization")
+    from transformers import TorchAoConfig
+
+    quantization = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    model = auto_class.from_pretrained(checkpoint, quantization_config=quantization)
+    assert backbone_digests(model.backbone)["layer_signs"] is None
+    expected = shared_model.compress(texts["documents"])
+    assert 0 < (model.compress(texts["documents"]) - expected).abs().max() < 0.1 * expected.abs().max()
+    assert model.fingerprint == shared_model.fingerprint
+    model.save_pretrained(tmp_path / "saved")
+    assert contents(tmp_path / "saved") == contents(checkpoint)
+    with pytest.raises(ValueError, match="`include_backbone` must be False for a quantised backbone"):
+        model.save_pretrained(tmp_path / "whole", include_backbone=True)
+
+
+@pytest.mark.parametrize("include_backbone", [False, True])
+def test_a_checkpoint_loads_from_a_subfolder(shared_model, tmp_path, texts, include_backbone):
+    shared_model.save_pretrained(tmp_path / "runs/best", include_backbone=include_backbone)
+    for auto_class in (CLaRaForRAG, AutoModel):
+        model = auto_class.from_pretrained(tmp_path, subfolder="runs/best")
+        assert observe(model, texts) == observe(shared_model, texts)
+    with pytest.raises(FileNotFoundError, match=r"`config.json` must be in"):
+        CLaRaForRAG.from_pretrained(tmp_path)
+
+
+def test_a_given_config_takes_the_place_of_the_file(checkpoint_copy, shared_model, texts):
+    config = CLaRaConfig.from_pretrained(checkpoint_copy, retrieval_top_k=1)
+    (checkpoint_copy / "config.json").unlink()
+    model = CLaRaForRAG.from_pretrained(checkpoint_copy, config=config)
+    assert torch.equal(model.compress(texts["documents"]), shared_model.compress(texts["documents"]))
+    assert [len(row) for row in model.retrieve(texts["questions"], documents=texts["documents"])] == [1, 1]
+    model.config.retrieval_top_k = 3
+    assert config.retrieval_top_k == 1
+
+
+def test_a_deep_copy_is_independent(shared_model, texts):
+    before, other = observe(shared_model, texts), copy.deepcopy(shared_model)
+    assert observe(other, texts) == before
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1)
+    with other.roles.use("generator"):
+        assert observe(shared_model, texts) == before
+    assert other.fingerprint != before["fingerprint"]
+    assert not torch.allclose(other.compress(texts["documents"]), torch.tensor(before["memory"]), atol=1e-2)
+
+
+# --- Auto classes ----------------------------------------------------------------------------------------------------
+
+
+def test_auto_classes_know_the_package_without_remote_code(checkpoint, shared_model, texts):
+    model = AutoModel.from_pretrained(checkpoint)
+    assert type(model) is CLaRaForRAG and type(AutoProcessor.from_pretrained(checkpoint)) is CLaRaProcessor
+    assert observe(model, texts) == observe(shared_model, texts)
+
+
+@pytest.mark.parametrize("name", ["shared_model", "shared_windows"])
+def test_a_clean_process_loads_a_folder_with_remote_code_and_saves_it_again(request, tmp_path, texts, hub, name):
+    model, saved = request.getfixturevalue(name), tmp_path / "saved"
+    model.save_pretrained(saved)
+    seen = observe_clean_process(saved, texts, hub.environment(tmp_path / "home"), tmp_path)
+    assert seen == json.loads(json.dumps(observe(model, texts)))
+    assert contents(tmp_path / "again") == contents(saved)

@@ -1,0 +1,210 @@
+"""`retrieve` and what `answer` reads of it, against cosines computed here: ties, sizes, spans, stored memories."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from readings import ExactScan, corpus_documents, cosines, greedy_reference, random_texts, read_stream, texts
+from tiny import DOCUMENTS, HIDDEN, QUESTIONS
+
+from modeling_clara import Answer, CLaRaForRAG
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_retrieval_is_the_exact_cosine_of_the_first_k_vectors(shared_model, k):
+    documents, questions = random_texts(17, seed=1), random_texts(5, seed=9)
+    rows = shared_model.retrieve(questions, documents=documents, top_k=17, retrieval_memory_size=k)
+    scores = cosines(shared_model.encode_queries(questions), shared_model.compress(documents), k)
+    for row, expected in zip(rows, scores, strict=True):
+        order = sorted(range(17), key=lambda index, expected=expected: (-round(expected[index], 6), index))
+        assert [int(source.document_id) for source in row] == order
+        assert [source.score for source in row] == pytest.approx([expected[index] for index in order], abs=1e-5)
+        assert [source.text for source in row] == [documents[index] for index in order]
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_ties_go_to_the_lower_index_and_duplicates_are_kept(shared_model, stored):
+    few = ["A b", "Paris is.", "A b", "x", "A b"]
+    memories = dict(zip(few, shared_model.compress(few), strict=True))
+    questions = random_texts(4)
+    for n in range(2, 40):  # a matrix product rounds equal rows differently for some of these
+        documents = [{"text": text, "memory": memories[text]} if stored else text for text in (few * 8)[:n]]
+        for row in shared_model.retrieve(questions, documents=documents, top_k=n):
+            assert len({source.score for source in row}) == len({source.text for source in row})
+            assert row == sorted(row, key=lambda source: (-source.score, int(source.document_id)))
+            assert sorted(int(source.document_id) for source in row) == list(range(n))
+
+
+def test_top_k_defaults_to_the_smaller_of_config_and_candidates(shared_model):
+    assert [len(row) for row in shared_model.retrieve(QUESTIONS, documents=DOCUMENTS)] == [2, 2]
+    assert [len(row) for row in shared_model.retrieve(QUESTIONS, documents=DOCUMENTS[:1])] == [1, 1]
+    assert [len(row) for row in shared_model.retrieve(QUESTIONS, documents=DOCUMENTS, top_k=4)] == [4, 4]
+    ragged = shared_model.retrieve(QUESTIONS, documents=[DOCUMENTS[:1], DOCUMENTS])
+    assert [len(row) for row in ragged] == [1, 2]
+
+
+def test_lists_per_question_give_what_each_question_gives_alone(shared_model):
+    lists = [DOCUMENTS[:1], random_texts(7), DOCUMENTS[1:]]
+    questions = [*QUESTIONS, "Which?"]
+    together = shared_model.answer(questions, documents=lists, max_new_tokens=6)
+    for question, documents, found in zip(questions, lists, together, strict=True):
+        (alone,) = shared_model.answer([question], documents=documents, max_new_tokens=6)
+        assert alone.text == found.text
+        assert [source.document_id for source in alone.sources] == [source.document_id for source in found.sources]
+    shared = shared_model.retrieve(questions, documents=DOCUMENTS)
+    assert shared == shared_model.retrieve(questions, documents=[DOCUMENTS] * 3)
+
+
+def test_a_document_counts_once_by_its_best_span_and_that_span_is_read(shared_model):
+    long = {"id": "long", "title": "Cities", "text": " ".join(random_texts(20, seed=3))}
+    spans = shared_model.processor.split_document(long)
+    assert len(spans) > 3
+    question = "capital of Italy"
+    scores = cosines(shared_model.encode_queries([question]), shared_model.compress(spans), 4)[0]
+    best = max(range(len(spans)), key=scores.__getitem__)
+    (row,) = shared_model.retrieve([question], documents=["Paris", long], top_k=2)
+    assert sorted(source.document_id for source in row) == ["0", "long"]
+    source = next(source for source in row if source.document_id == "long")
+    assert (source.span, source.text, source.title) == (best, spans[best]["text"], "Cities")
+    assert source.score == pytest.approx(scores[best], abs=1e-5)
+    (answer,) = shared_model.answer([question], documents=[long], max_new_tokens=8)
+    memory = shared_model.compress([spans[best]])
+    assert answer.text == greedy_reference(shared_model, question, memory, 8)
+
+
+def test_ids_are_the_index_unless_a_document_has_one(shared_model):
+    documents = ["a", {"text": "b", "id": 7}, {"text": "c", "document_id": "x"}, {"text": "d", "id": None}]
+    (row,) = shared_model.retrieve(["q"], documents=documents, top_k=4)
+    assert {source.text: source.document_id for source in row} == {"a": "0", "b": "7", "c": "x", "d": "3"}
+
+
+def test_min_score_keeps_what_reaches_it(shared_model):
+    (row,) = shared_model.retrieve(QUESTIONS[:1], documents=DOCUMENTS, top_k=4)
+    for n in range(1, 5):
+        kept = shared_model.retrieve(QUESTIONS[:1], documents=DOCUMENTS, top_k=4, min_score=row[n - 1].score)
+        assert kept == [row[:n]]
+
+
+def test_below_min_score_the_model_abstains_and_does_not_generate(shared_model):
+    def switches(call) -> int:
+        before = shared_model.roles.switches
+        call()
+        return shared_model.roles.switches - before
+
+    options = {"documents": DOCUMENTS, "min_score": 1.1}
+    answers = shared_model.answer(QUESTIONS, **options)
+    assert answers == [Answer("", [], None, abstained=True)] * 2
+    retrieving = switches(lambda: shared_model.retrieve(QUESTIONS, **options))
+    assert switches(lambda: shared_model.answer(QUESTIONS, **options)) == retrieving
+    assert switches(lambda: shared_model.answer(QUESTIONS, documents=DOCUMENTS, max_new_tokens=1)) > retrieving
+    assert read_stream(shared_model.stream(QUESTIONS[0], **options)) == ([], answers[0])
+    best = [row[0].score for row in shared_model.retrieve(QUESTIONS, documents=DOCUMENTS)]
+    one = shared_model.answer(QUESTIONS, documents=DOCUMENTS, min_score=max(best), max_new_tokens=4)
+    assert sorted(answer.abstained for answer in one) == [False, True]
+    assert [answer.abstained for answer in one] == [score < max(best) for score in best]
+
+
+def test_the_threshold_of_a_checkpoint_is_the_default_of_answering(model, checkpoint_copy):
+    """`answer` and `stream` take it unless they are told another, -1 switches it off, `retrieve` does not know it."""
+    options = {"documents": DOCUMENTS, "max_new_tokens": 4}
+    assert model.config.min_score is None
+    before, ranked = model.answer(QUESTIONS, **options), model.retrieve(QUESTIONS, documents=DOCUMENTS)
+    best = max(row[0].score for row in ranked)
+    path = checkpoint_copy / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "min_score": best}))
+    loaded = CLaRaForRAG.from_pretrained(checkpoint_copy)
+    assert loaded.config.min_score == best and loaded.fingerprint == model.fingerprint
+    answers = loaded.answer(QUESTIONS, **options)
+    kept = [row[0].score >= best for row in ranked]  # an answered question reads all of its sources
+    assert answers == [b if k else Answer("", [], None, abstained=True) for k, b in zip(kept, before, strict=True)]
+    assert loaded.answer(QUESTIONS, retrieval_memory_size=2, **options) == model.answer(
+        QUESTIONS, retrieval_memory_size=2, **options
+    )  # the threshold is of other cosines
+    assert sorted(answer.abstained for answer in answers) == [False, True]
+    for question, answer in zip(QUESTIONS, answers, strict=True):
+        assert read_stream(loaded.stream(question, **options))[1] == answer
+    assert loaded.retrieve(QUESTIONS, documents=DOCUMENTS) == ranked
+    assert loaded.answer(QUESTIONS, min_score=-1, **options) == before
+    assert read_stream(loaded.stream(QUESTIONS[0], min_score=-1, **options))[1] == before[0]
+    assert all(answer.abstained for answer in loaded.answer(QUESTIONS, min_score=1.1, **options))
+
+
+def test_min_score_of_minus_one_keeps_everything(shared_model):
+    """Also a cosine that rounding has made smaller than -1."""
+    query = shared_model.encode_queries(QUESTIONS[:1], memory_size=4)[0]
+    documents = [{"text": "opposite", "memory": -query}]
+    (answer,) = shared_model.answer(QUESTIONS[:1], documents=documents, min_score=-1, max_new_tokens=2)
+    assert not answer.abstained and answer.sources[0].score == pytest.approx(-1)
+    assert shared_model.retrieve(QUESTIONS[:1], documents=documents, min_score=-0.9) == [[]]
+
+
+def test_what_is_compared_and_what_is_read_have_sizes_of_their_own(shared_model):
+    documents = random_texts(6, seed=5)
+    for k_score, k_read in ((2, 4), (4, 2)):
+        sizes = {"retrieval_memory_size": k_score, "memory_size": k_read}
+        (answer,) = shared_model.answer(["Which river?"], documents=documents, max_new_tokens=8, **sizes)
+        (row,) = shared_model.retrieve(["Which river?"], documents=documents, retrieval_memory_size=k_score)
+        assert [source.document_id for source in answer.sources] == [source.document_id for source in row]
+        memory = shared_model.compress([source.text for source in answer.sources], memory_size=k_read)
+        assert answer.text == greedy_reference(shared_model, "Which river?", memory, 8)
+
+
+def test_stored_memories_give_what_computed_ones_give(shared_model):
+    stored = [
+        {**(document if isinstance(document, dict) else {"text": document}), "memory": memory.tolist(), "span": index}
+        for index, (document, memory) in enumerate(zip(DOCUMENTS, shared_model.compress(DOCUMENTS), strict=True))
+    ]
+    expected = shared_model.answer(QUESTIONS, documents=DOCUMENTS, top_k=3, max_new_tokens=8)
+    for documents in (stored, [*stored[:2], *DOCUMENTS[2:]]):
+        found = shared_model.answer(QUESTIONS, documents=documents, top_k=3, max_new_tokens=8)
+        assert texts(found) == texts(expected)
+        for answer, wanted in zip(found, expected, strict=True):
+            assert [s.document_id for s in answer.sources] == [s.document_id for s in wanted.sources]
+            assert [s.score for s in answer.sources] == pytest.approx([s.score for s in wanted.sources], abs=1e-5)
+    assert {source.span for source in shared_model.retrieve(["q"], documents=stored, top_k=4)[0]} == {0, 1, 2, 3}
+
+
+def test_a_large_stored_memory_serves_at_every_size(shared_model):
+    large = torch.cat([shared_model.compress(DOCUMENTS[:1])[0], torch.ones(3, HIDDEN)])  # as of a larger model size
+    for size in (2, 4):
+        sizes = {"retrieval_memory_size": size, "memory_size": size, "max_new_tokens": 6}
+        stored = {"text": DOCUMENTS[0], "memory": large.numpy()}
+        (found,) = shared_model.answer(["q"], documents=[stored, "b"], **sizes)
+        assert found.text == shared_model.answer(["q"], documents=[DOCUMENTS[0], "b"], **sizes)[0].text
+
+
+def test_a_small_stored_memory_serves_where_no_more_is_asked_for(shared_model):
+    documents = [{"text": t, "memory": m} for t, m in zip("ab", shared_model.compress(["a", "b"], memory_size=2))]  # noqa: B905
+    sizes = {"retrieval_memory_size": 2}
+    assert len(shared_model.retrieve(["q"], documents=documents, **sizes)[0]) == 2
+    assert shared_model.answer(["q"], documents=documents, memory_size=2, max_new_tokens=2, **sizes)
+    with pytest.raises(ValueError, match=r"documents\[0\]\['memory'\].*\(>= 4, 32\), got \(2, 32\)"):
+        shared_model.answer(["q"], documents=documents, memory_size=4, **sizes)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_corpus_gives_what_its_documents_give(shared_model, dtype):
+    documents = corpus_documents()
+    corpus = ExactScan(shared_model, documents, dtype=dtype)
+    assert len(shared_model.retrieve(QUESTIONS, corpus=corpus)[0]) == shared_model.config.retrieval_top_k
+    options = {"top_k": 3, "retrieval_memory_size": 2, "max_new_tokens": 8}
+    expected = shared_model.answer(QUESTIONS, documents=documents, **options)
+    found = shared_model.answer(QUESTIONS, corpus=corpus, **options)
+    assert [[s.document_id for s in a.sources] for a in found] == [
+        [s.document_id for s in a.sources] for a in expected
+    ]
+    assert found[0].sources[0].score == pytest.approx(expected[0].sources[0].score, abs=1e-5)
+    if dtype is np.float32:
+        assert texts(found) == texts(expected)
+    limit = found[0].sources[1].score
+    kept = shared_model.retrieve(QUESTIONS[:1], corpus=corpus, top_k=9, retrieval_memory_size=2, min_score=limit)
+    assert kept == [found[0].sources[:2]]
+    assert shared_model.answer(QUESTIONS, corpus=corpus, min_score=1.1)[1] == Answer("", [], None, abstained=True)
+
+
+def test_a_corpus_with_smaller_memories_than_asked_for_is_an_error(shared_model):
+    corpus = ExactScan(shared_model, corpus_documents(), memory_size=2)
+    assert shared_model.retrieve(QUESTIONS, corpus=corpus, retrieval_memory_size=2)
+    with pytest.raises(ValueError, match=r"memory of 'doc-\d' in the corpus.*\(>= 4, 32\), got \(2, 32\)"):
+        shared_model.answer(QUESTIONS, corpus=corpus, retrieval_memory_size=2)

@@ -1,0 +1,330 @@
+"""The same properties on seven architectures, three kinds of prompt, tied and untied embeddings, with and without BOS.
+
+And `forward`: what it selects, what it reads, what it refuses.
+"""
+
+import copy
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, TEMPLATES, randomize_adapters, save_backbone
+
+import modeling_clara
+from modeling_clara import CLaRaConfig, CLaRaForRAG
+from modeling_clara.packing_clara import can_pack
+from modeling_clara.retrieval_clara import cosine_scores
+from recipes.benchmarks.training import padded_passes
+
+CASES = [
+    ("llama", "system", False, True),
+    ("mistral", "no_system", True, False),
+    ("qwen2", "system", False, False),
+    ("qwen3", "none", False, True),
+    ("phi3", "no_system", False, False),
+    ("gemma2", "no_system", True, True),
+    ("gpt_neox", "none", True, False),
+    ("llama", "none", True, False),
+]
+WINDOWS = ("llama", "system", False, True, "windows")
+
+
+@pytest.fixture(scope="module", params=[*CASES, WINDOWS], ids=lambda case: "-".join(map(str, case)))
+def any_model(request, tmp_path_factory):
+    architecture, template, bos, tied, *layout = request.param
+    folder = tmp_path_factory.mktemp(architecture)
+    save_backbone(folder, architecture, template=template, bos=bos, tied=tied)
+    torch.manual_seed(0)
+    fields = {"memory_layout": layout[0]} if layout else {}
+    model = CLaRaForRAG.from_backbone(folder, memory_sizes=(1, 2, 4), lora_rank=2, config_kwargs=fields)
+    randomize_adapters(model)
+    return model
+
+
+def test_the_cases_cover_all_architectures_and_templates():
+    assert {case[0] for case in CASES} == set(ARCHITECTURES)
+    assert {case[1] for case in CASES} == set(TEMPLATES)
+
+
+def test_nested_memory(any_model, documents):
+    """`memory[:k]` of one pass is the memory of a pass with k memory tokens."""
+    whole = any_model.compress(documents)
+    assert whole.shape == (4, 4, 32) and whole.dtype == torch.float32
+    for k in (1, 2):
+        torch.testing.assert_close(any_model.compress(documents, memory_size=k), whole[:, :k], atol=1e-5, rtol=1e-4)
+
+
+def test_a_memory_does_not_depend_on_its_batch(any_model, documents):
+    together = any_model.compress(documents)
+    for index, document in enumerate(documents):
+        torch.testing.assert_close(any_model.compress([document])[0], together[index], atol=1e-5, rtol=1e-4)
+
+
+def test_packed_and_padded_passes_agree(any_model, documents):
+    """Where packing applies it changes nothing; Gemma's eager attention never packs."""
+    ids = any_model.processor.encode_documents(documents)
+    batch = any_model.processor.pad(ids, any_model.processor.pad_token_id)
+    lengths = torch.tensor([len(text) for text in ids])
+    with torch.no_grad():
+        if can_pack(any_model.backbone, 100):
+            packed, _ = any_model.encode("compressor", batch, lengths, 4)
+            with padded_passes():
+                padded, _ = any_model.encode("compressor", batch, lengths, 4)
+            torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-4)
+        else:
+            assert any_model.config.text_config.model_type == "gemma2"
+
+
+def test_answers_do_not_depend_on_the_batch(any_model, documents):
+    questions = ["Paris?", "What is the capital of Germany, and how many people live there?", "Rome"]
+    together = any_model.answer(questions, documents=documents, max_new_tokens=6)
+    for question, answer in zip(questions, together, strict=True):
+        alone = any_model.answer([question], documents=documents, max_new_tokens=6)[0]
+        assert alone.text == answer.text
+        assert [source.document_id for source in alone.sources] == [source.document_id for source in answer.sources]
+
+
+def test_the_roles_differ(any_model):
+    text = ["Paris is the capital of France."]
+    assert not torch.allclose(any_model.compress(text), any_model.encode_queries(text), atol=1e-3)
+
+
+def test_training_step_reaches_every_role(any_model):
+    model = copy.deepcopy(any_model).train()
+    inputs = model.processor(
+        ["Which?", None], [["Paris.", "Rome."], ["Berlin is a city."]], ["Paris", "Berlin"], memory_size=2
+    )
+    output = model(**inputs, memory_size=2)
+    aligned = 0 if output.alignment_loss is None else 0.1 * output.alignment_loss
+    assert (output.alignment_loss is None) == (model.config.memory_layout == "windows")
+    torch.testing.assert_close(output.loss, output.lm_loss + aligned)
+    output.loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(grads[name] is not None for name in grads if ".compressor." in name or ".generator." in name)
+    if model.config.memory_layout == "windows":  # the memory rows are of questions alone
+        assert grads["residual_scale"].abs().sum() > 0 and grads["memory_embeddings"] is None
+        return
+    assert grads["memory_embeddings"][:2].abs().sum() > 0 and grads["memory_embeddings"][2:].abs().sum() == 0
+
+
+def test_save_and_reload_is_bit_equal(any_model, documents, tmp_path):
+    any_model.save_pretrained(tmp_path)
+    again = CLaRaForRAG.from_pretrained(tmp_path)
+    assert torch.equal(again.compress(documents), any_model.compress(documents))
+    asked = {"documents": documents, "max_new_tokens": 4}
+    assert again.answer(["Which city?"], **asked) == any_model.answer(["Which city?"], **asked)
+    assert again.fingerprint == any_model.fingerprint
+
+
+def joint_inputs(model, *, left: bool) -> dict:
+    inputs = dict(
+        model.processor(
+            ["Which city?", "What?"],
+            [["Paris.", "Rome is far.", "x y"], ["Oslo."]],
+            ["a", "b c"],
+            memory_size=4,
+            top_k=2,
+        )
+    )
+    if left:  # documents and queries arrive left-padded
+        for ids, mask in (
+            ("document_input_ids", "document_attention_mask"),
+            ("query_input_ids", "query_attention_mask"),
+        ):
+            order = inputs[mask].argsort(dim=-1, stable=True)
+            inputs[ids], inputs[mask] = inputs[ids].gather(-1, order), inputs[mask].gather(-1, order)
+    return inputs
+
+
+def test_forward_does_not_care_on_which_side_padding_stands(shared_model):
+    with torch.no_grad():
+        right = shared_model(**joint_inputs(shared_model, left=False))
+        left = shared_model(**joint_inputs(shared_model, left=True))
+    torch.testing.assert_close(left.loss, right.loss)
+    assert torch.equal(left.selected, right.selected)
+
+
+def test_forward_selects_by_score_and_pads_what_is_missing(shared_model):
+    with torch.no_grad():
+        output = shared_model(**joint_inputs(shared_model, left=False))
+    assert output.scores.shape == (2, 3) and output.selected.shape == (2, 2)
+    assert output.selected[0].tolist() == output.scores[0].topk(2).indices.tolist()
+    assert output.scores[1].isinf().tolist() == [False, True, True]
+    assert output.selected[1].tolist() == [0, -1]
+    torch.testing.assert_close(output.loss, output.lm_loss)  # stage 3: the language-modelling loss alone
+
+
+def test_forward_reads_a_given_memory_like_the_document_itself(shared_model):
+    inputs = joint_inputs(shared_model, left=False)
+    with torch.no_grad():
+        whole = shared_model(**inputs)
+        mask = inputs.pop("document_attention_mask").any(-1)
+        del inputs["document_input_ids"]
+        given = shared_model(**inputs, memory=whole.memory, document_mask=mask)
+    torch.testing.assert_close(given.loss, whole.loss)
+    torch.testing.assert_close(given.logits, whole.logits)
+
+
+def test_a_query_memory_gives_the_loss_of_the_question_itself(shared_model):
+    """Also of documents that are compressed here, whose alignment loss is no part of stage 3."""
+    inputs = joint_inputs(shared_model, left=False)
+    with torch.no_grad():
+        whole = shared_model(**inputs)
+        query, lengths = inputs.pop("query_input_ids"), inputs.pop("query_attention_mask").sum(-1)
+        query = shared_model.encode("reasoner", query, lengths, shared_model.config.retrieval_memory_size)[0]
+        given = shared_model(**inputs, query_memory=query)
+    torch.testing.assert_close(given.loss, whole.loss)
+    assert torch.equal(given.loss, given.lm_loss) and given.alignment_loss > 0
+
+
+def test_the_head_runs_on_target_positions_only(any_model):
+    """The targets' logits and the loss are those of the whole prompt, soft capping and scaling included."""
+    batch = any_model.processor(
+        ["Where?", "What is the capital?"], [["Paris"], ["Rome is old"]], ["a", "here and there"], memory_size=2
+    )
+    rows = []
+    head = any_model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _, inputs, output: rows.append(output.shape[:-1].numel()))
+    with torch.no_grad():
+        whole = any_model(**{name: value for name, value in batch.items() if name != "labels"}, memory_size=2).logits
+        output = any_model(**batch, memory_size=2)
+    hook.remove()
+    is_target = batch["labels"][:, 1:] != -100
+    assert whole.shape[:2] == batch["input_ids"].shape and rows == [batch["input_ids"].numel(), int(is_target.sum())]
+    torch.testing.assert_close(output.logits, whole[:, :-1][is_target], atol=1e-5, rtol=1e-4)
+    wanted = torch.nn.functional.cross_entropy(whole[:, :-1][is_target].float(), batch["labels"][:, 1:][is_target])
+    torch.testing.assert_close(output.lm_loss, wanted, atol=1e-5, rtol=1e-5)
+    assert not head._forward_pre_hooks
+
+
+def test_without_a_prompt_the_loss_is_the_contrastive_one(shared_model):
+    batch = shared_model.processor(["Where is Rome?"], [["Paris", "Rome is old", "Oslo"]], memory_size=4, top_k=2)
+    inputs = {name: value for name, value in batch.items() if name.startswith(("document_", "query_"))}
+    output = shared_model(**inputs, positive_mask=torch.tensor([[False, True, False]]), memory_size=4)
+    logits = output.scores / shared_model.config.retrieval_temperature
+    torch.testing.assert_close(output.loss, logits.logsumexp(-1)[0] - logits[0, 1])
+    assert output.logits is None and shared_model(**inputs).loss is None
+
+
+def test_in_batch_negatives_are_the_documents_of_the_other_rows(shared_model):
+    documents = [["Paris", "Rome is old", "Oslo"], ["Bern"]]  # the second row is padded with two
+    batch = shared_model.processor(["Where is Rome?", "And Bern?"], documents, memory_size=4, top_k=1)
+    inputs = {name: value for name, value in batch.items() if name.startswith(("document_", "query_"))}
+    positive = torch.tensor([[False, True, False, False, False, False], [False, False, False, True, False, False]])
+    output = shared_model(**inputs, batch_positive_mask=positive, memory_size=4)
+    query = shared_model(**inputs, positive_mask=positive[:, :3], memory_size=4)
+    everything = output.memory.flatten(0, 1)[:4].expand(2, 4, *output.memory.shape[2:])
+    size = shared_model.config.retrieval_memory_size
+    lengths = inputs["query_attention_mask"].sum(-1)
+    question, _ = shared_model.encode("reasoner", inputs["query_input_ids"], lengths, size)
+    logits = cosine_scores(question, everything, size) / shared_model.config.retrieval_temperature
+    expected = logits.logsumexp(-1) - torch.stack([logits[0, 1], logits[1, 3]])
+    torch.testing.assert_close(output.loss, expected.mean())
+    torch.testing.assert_close(output.scores, query.scores)  # what is selected and logged stays the row's own
+    assert output.loss > query.loss
+
+
+def test_a_frozen_compressor_runs_without_dropout(model):
+    batch = model.processor(["Where?"], [["Paris", "Rome is old"]], memory_size=4, top_k=2)
+    model.train()
+    model.set_trainable_roles(("reasoner", "generator"))
+    first, second = (model(**batch, memory_size=4) for _ in range(2))
+    assert torch.equal(first.memory, second.memory) and not torch.equal(first.scores, second.scores)
+    assert model.training and not first.memory.requires_grad
+    model.set_trainable_roles(("compressor",))
+    assert not torch.equal(*(model(**batch, memory_size=4).memory for _ in range(2)))
+
+
+def test_micro_batches_add_up_to_the_batch(model):
+    """4 x 1 equals 1 x 4, for the mean over tokens and for the means over rows."""
+    model.config.contrastive_weight = 0.5
+    questions, documents = ["A?", "B c?", "D?", "E f g?"], [["Paris."], ["Rome is far."], ["Oslo."], ["Bern x."]]
+    answers = ["a", "b c d e", "f", "g h"]
+
+    def run(rows, **counts):
+        inputs = model.processor(
+            [questions[r] for r in rows],
+            [documents[r] * 2 for r in rows],
+            [answers[r] for r in rows],
+            memory_size=4,
+            top_k=1,
+        )
+        positive = torch.tensor([[True, False]] * len(rows))
+        return model(**inputs, positive_mask=positive, **counts).loss
+
+    model.config.retrieval_top_k = 1
+    whole = model.processor(questions, [d * 2 for d in documents], answers, memory_size=4, top_k=1)
+    counts = {"num_items_in_batch": int((whole["labels"] != -100).sum()), "num_samples_in_batch": 4}
+    with torch.no_grad():
+        parts = sum(run([row], **counts) for row in range(4))
+        torch.testing.assert_close(parts, run([0, 1, 2, 3]))
+
+
+def test_forward_names_contradicting_inputs(shared_model):
+    inputs = joint_inputs(shared_model, left=False)
+    with pytest.raises(ValueError, match="`document_input_ids` or `memory` must be given"):
+        shared_model(**inputs, memory=torch.zeros(2, 3, 4, 32))
+    with pytest.raises(ValueError, match="`memory` must have at least 4 vectors, got 2"):
+        shared_model(memory=torch.zeros(2, 3, 2, 32))
+    with pytest.raises(ValueError, match="`memory_size` must be one of .*got 3"):
+        shared_model(**inputs, memory_size=3)
+    inputs["memory_mask"] = inputs["memory_mask"].roll(1, 0)
+    with pytest.raises(ValueError, match=r"memory_mask\[0\]` must mark 10 slots"):
+        shared_model(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"memory_sizes": ()}, "memory_sizes"),
+        ({"memory_sizes": (8, 4)}, "ascending"),
+        ({"memory_sizes": (0, 4)}, ">= 1"),
+        ({"memory_layout": "rows"}, r"`memory_layout` must be one of \['tokens', 'windows'\], got 'rows'"),
+        ({"memory_layout": "windows", "memory_sizes": (4, 12)}, "the smallest times powers of two.*got \\[4, 12\\]"),
+        ({"memory_sizes": (4,), "retrieval_memory_size": 8}, "retrieval_memory_size"),
+        ({"retrieval_top_k": 0}, "retrieval_top_k"),
+        ({"retrieval_temperature": 0.0}, "retrieval_temperature"),
+        ({"min_score": 1.5}, "`min_score` must be None or a cosine from -1 to 1, got 1.5"),
+        ({"min_score": float("nan")}, "min_score"),
+        ({"alignment_weight": -1.0}, "alignment_weight"),
+        ({"contrastive_weight": -1.0}, "contrastive_weight"),
+        ({"document_max_length": 4}, "document_max_length"),
+        ({"format_version": 99}, "format_version.*must be 1, got 99.*Update"),
+        ({"lora": {"compressor": {}}}, "roles"),
+    ],
+)
+def test_config_errors_name_the_field(fields, message):
+    with pytest.raises(ValueError, match=message):
+        CLaRaConfig(**fields)
+
+
+def test_every_config_field_is_read_by_the_package():
+    own = set(CLaRaConfig.__annotations__) - {"config"}
+    sources = {path.name: path.read_text() for path in Path(inspect.getfile(modeling_clara)).parent.glob("*.py")}
+    code = "\n".join(text for name, text in sources.items() if name != "configuration_clara.py")
+    unread = {
+        field for field in own - {"model_type", "sub_configs_defaults", "format_version"}
+        if not re.search(rf"config\.{field}\b", code)
+    }  # fmt: skip
+    assert not unread
+
+
+def test_special_rows_start_like_the_token_embeddings(backbone_folder):
+    model = CLaRaForRAG.from_backbone(backbone_folder)
+    table = model.get_input_embeddings().weight
+    assert 0.5 < (model.memory_embeddings.std() / table.std()).item() < 2
+    again = CLaRaForRAG.from_backbone(backbone_folder)
+    assert torch.equal(model.memory_embeddings, again.memory_embeddings)
+
+
+def test_a_fresh_model_is_the_identity_over_its_backbone(backbone_folder):
+    model = CLaRaForRAG.from_backbone(backbone_folder)
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        logits = []
+        for role in (None, "compressor", "reasoner", "generator"):
+            with model.roles.use(role):
+                logits.append(model.backbone(ids).logits)
+    assert all(torch.equal(logits[0], other) for other in logits[1:])

@@ -1,0 +1,370 @@
+"""`memory_layout="windows"`: means of a document's windows as nested memories, from the tensors to a corpus.
+
+Tensor functions are held against slow loops in double precision. What holds for every layout is tested where it always
+was: `test_model.py`, `test_packing.py` and `test_shared_prompts.py` run over both.
+"""
+
+import copy
+import hashlib
+import json
+
+import pytest
+import torch
+from test_checkpoint import observe
+
+from modeling_clara import CLaRaForRAG, CompressedCorpus
+from modeling_clara.checkpoint_clara import adapter_tensors, special_rows
+from modeling_clara.memory_clara import (
+    memory_statistics,
+    nest_windows,
+    normalize_memory,
+    read_windows,
+    segment_mask,
+    window_means,
+)
+from modeling_clara.retrieval_clara import cosine_scores
+
+SIZES = [2, 4, 8]  # of `shared_windows`
+
+
+@pytest.fixture
+def windows_model(shared_windows) -> CLaRaForRAG:
+    """A copy to change."""
+    return copy.deepcopy(shared_windows)
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def slow_means(states: torch.Tensor, length: int, n_windows: int) -> torch.Tensor:
+    """Every window summed token by token in double precision."""
+    rows = []
+    for window in range(n_windows):
+        start, end = window * length / n_windows, (window + 1) * length / n_windows
+        total, weight = torch.zeros(states.shape[-1], dtype=torch.float64), 0.0
+        for token in range(length):
+            share = max(0.0, min(end, token + 1) - max(start, token))
+            total, weight = total + share * states[token].double(), weight + share
+        rows.append(total / weight)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("n_windows", [1, 2, 8, 16])
+def test_means_are_those_of_a_slow_loop(n_windows):
+    lengths = [1, 2, 3, 7, 8, 16, 19, 40]
+    states = torch.randn(len(lengths), 40, 5, generator=torch.Generator().manual_seed(0))
+    for row, length in enumerate(lengths):
+        states[row, length:] = float(10**4)  # padding counts for nothing
+    found = window_means(states, torch.tensor(lengths), n_windows)
+    assert found.dtype == torch.float32 and found.shape == (len(lengths), n_windows, 5)
+    for row, length in enumerate(lengths):
+        expected = slow_means(states[row], length, n_windows)
+        torch.testing.assert_close(found[row].double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[0], states[0, :1].expand(n_windows, -1))  # one token is every window
+
+
+def test_means_of_nothing_are_zeros_and_of_bfloat16_are_summed_in_float32():
+    states = torch.randn(2, 300, 4, generator=torch.Generator().manual_seed(1)).bfloat16() + 30
+    lengths = torch.tensor([0, 300])
+    found = window_means(states, lengths, 2)
+    assert found.dtype == torch.bfloat16 and not found[0].any()
+    assert torch.equal(found[1], window_means(states.float(), lengths, 2)[1].bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(window_means(states.float(), lengths, 2), window_means(states.float(), lengths, 2).float())
+
+
+def test_the_gradient_of_a_mean_is_the_share_of_each_token():
+    states = torch.zeros(1, 4, 1, requires_grad=True)
+    window_means(states, torch.tensor([3]), 2)[0, 0].sum().backward()
+    torch.testing.assert_close(states.grad.flatten(), torch.tensor([2 / 3, 1 / 3, 0, 0]))
+
+
+@pytest.mark.parametrize(("n_base", "n"), [(1, 1), (1, 16), (2, 2), (4, 16), (3, 12)])
+def test_nesting_and_reading_undo_each_other(n_base, n):
+    windows = torch.randn(3, 2, n, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    nested = nest_windows(windows, n_base)
+    assert nested.shape == windows.shape
+    torch.testing.assert_close(read_windows(nested, n_base), windows)
+    torch.testing.assert_close(nest_windows(read_windows(windows, n_base), n_base), windows)
+
+
+@pytest.mark.parametrize(("n_base", "n"), [(1, 8), (4, 16)])
+def test_the_first_vectors_are_the_windows_of_that_size_and_their_cosine(n_base, n):
+    """Also of two documents whose windows have different lengths in tokens."""
+    states = torch.randn(2, 37, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    lengths, size = torch.tensor([37, 21]), n_base
+    whole = nest_windows(window_means(states, lengths, n), n_base)
+    while size <= n:
+        windows = window_means(states, lengths, size)
+        torch.testing.assert_close(read_windows(whole[:, :size], n_base), windows, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(whole[:, :size], nest_windows(windows, n_base), atol=1e-6, rtol=1e-6)
+        cosines = [cosine_scores(rows[:1], rows[None, 1:], size) for rows in (whole, windows)]
+        torch.testing.assert_close(*cosines, atol=1e-6, rtol=1e-6)
+        size *= 2
+
+
+def test_what_a_token_of_a_row_with_several_prompts_sees():
+    segments = torch.tensor([[0, 0, 1, 1, 2], [0, 0, 0, 1, 2]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    seen = segment_mask(segments, mask)
+    assert seen.shape == (2, 1, 5, 5) and seen.dtype == torch.bool
+    assert seen[:, 0].long().tolist() == [
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]],
+        [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 0, 1]],
+    ]
+
+
+# --- memories --------------------------------------------------------------------------------------------------------
+
+
+def test_a_memory_is_nested_and_independent_of_its_batch(shared_windows, documents):
+    whole = shared_windows.compress(documents)
+    assert whole.shape == (4, 8, 32) and whole.dtype == torch.float32
+    for size in SIZES:
+        found = shared_windows.compress(documents, memory_size=size)
+        torch.testing.assert_close(found, whole[:, :size], atol=1e-5, rtol=1e-5)
+        for row, document in enumerate(documents):
+            alone = shared_windows.compress([document], memory_size=size)[0]
+            torch.testing.assert_close(alone, found[row], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_memory_is_the_means_of_states_and_embeddings(shared_windows, documents):
+    """Written out for each document alone, in double precision, and read back as windows."""
+    memory = shared_windows.compress(documents)
+    scale = shared_windows.residual_scale.double()
+    for row, ids in enumerate(shared_windows.processor.encode_documents(documents)):
+        embeddings = shared_windows.get_input_embeddings()(torch.tensor([ids]))
+        with shared_windows.roles.use("compressor"):
+            states = shared_windows.backbone.base_model(inputs_embeds=embeddings).last_hidden_state[0]
+        for size in SIZES:
+            expected = slow_means(states, len(ids), size) + scale * slow_means(embeddings[0], len(ids), size)
+            read = shared_windows.as_read(memory[row, :size])
+            torch.testing.assert_close(read.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_windows_have_no_alignment_loss(shared_windows, documents):
+    """The means over windows have the mean of the document's states by themselves."""
+    ids = shared_windows.processor.encode_documents(documents)
+    assert shared_windows(**shared_windows.processor.pad_documents([ids]), memory_size=4).alignment_loss is None
+
+
+def test_a_question_has_states_of_memory_tokens_and_its_own_mean(shared_windows, questions):
+    """A question is one window: its mean stands in the widest windows, and no window's halves differ by it."""
+    queries = shared_windows.encode_queries(questions)
+    for size in SIZES:
+        found = shared_windows.encode_queries(questions, memory_size=size)
+        torch.testing.assert_close(found, queries[:, :size], atol=1e-5, rtol=1e-5)
+    other = copy.deepcopy(shared_windows)
+    with torch.no_grad():
+        other.residual_scale.zero_()
+    difference = queries - other.encode_queries(questions)
+    torch.testing.assert_close(difference[:, 0], difference[:, 1], atol=1e-5, rtol=0)
+    assert not difference[:, 2:].any()
+    for row, ids in enumerate(shared_windows.processor.encode_questions(questions)):
+        mean = shared_windows.get_input_embeddings()(torch.tensor(ids)).mean(0)
+        torch.testing.assert_close(difference[row, 0], shared_windows.residual_scale * mean, atol=1e-5, rtol=1e-4)
+
+
+def test_normalized_memories_are_the_same_function_of_the_states(windows_model, documents):
+    """Every window is shifted and scaled; what the question's words and the document's add is not."""
+    scale = windows_model.residual_scale.detach().clone()
+    with torch.no_grad():
+        windows_model.residual_scale.zero_()
+    states = windows_model.as_read(windows_model.compress(documents))
+    with torch.no_grad():
+        windows_model.residual_scale.copy_(scale)
+    before = windows_model.fingerprint
+    windows_model.normalize_memories(documents)
+    assert windows_model.fingerprint != before and windows_model.config.memory_normalization
+    measured = (windows_model.memory_shift, windows_model.memory_scale)
+    whole = windows_model.compress(documents)
+    embeddings = windows_model.get_input_embeddings().weight
+    for row, ids in enumerate(windows_model.processor.encode_documents(documents)):
+        residual = scale * window_means(embeddings[ids][None], torch.tensor([len(ids)]), 8)[0]
+        expected = normalize_memory(states[row], *measured) + residual
+        torch.testing.assert_close(windows_model.as_read(whole[row]), expected, atol=1e-4, rtol=1e-4)
+    for size in SIZES:
+        found = windows_model.compress(documents, memory_size=size)
+        torch.testing.assert_close(found, whole[:, :size], atol=1e-5, rtol=1e-5)
+    raw = windows_model.as_read(whole).flatten(0, 1)
+    assert raw.isfinite().all() and memory_statistics(raw, 1.0)[1].min() > 0
+
+
+def test_normalization_is_saved_and_loaded(windows_model, documents, questions, tmp_path):
+    windows_model.normalize_memories(documents)
+    windows_model.save_pretrained(tmp_path)
+    texts = {"documents": documents, "questions": questions}
+    assert observe(CLaRaForRAG.from_pretrained(tmp_path), texts) == observe(windows_model, texts)
+
+
+def test_bulk_compression_and_words_of_questions(shared_windows, documents, questions):
+    memory, words = shared_windows.compress(documents), shared_windows.explain_queries(questions, top_n=5)
+    assert [len(row) for row in words] == [5, 5] and all(word for row in words for word in row)
+    with shared_windows.bulk_compression():
+        torch.testing.assert_close(shared_windows.compress(documents), memory, atol=1e-5, rtol=1e-5)
+    assert torch.equal(shared_windows.compress(documents), memory)
+    assert shared_windows.explain_queries(questions, top_n=5) == words
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_comes_back_equal(shared_windows, documents, questions, tmp_path):
+    folder, texts = tmp_path / "saved", {"documents": documents, "questions": questions}
+    shared_windows.save_pretrained(folder)
+    expected = observe(shared_windows, texts)
+    loaded = CLaRaForRAG.from_pretrained(folder)
+    assert observe(loaded, texts) == expected
+    assert torch.equal(loaded.residual_scale, shared_windows.residual_scale) and loaded.residual_scale.requires_grad
+    half = CLaRaForRAG.from_pretrained(folder, dtype=torch.bfloat16)
+    assert half.fingerprint == shared_windows.fingerprint and half.compress(documents).dtype == torch.float32
+    assert half.answer(questions, documents=documents, max_new_tokens=4)
+
+
+def test_a_layout_that_the_weights_are_not_of_is_refused(shared_windows, tmp_path):
+    shared_windows.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "memory_layout": "tokens"}))
+    with pytest.raises(ValueError, match="residual_scale"):
+        CLaRaForRAG.from_pretrained(tmp_path)
+
+
+def old_fingerprint(model) -> str:
+    """The rule of before there were layouts, written out."""
+    digest, processor, config = hashlib.sha256(), model.processor, model.config
+    backend = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    text_to_ids = {
+        "document": "[BOS?] title \\n text",
+        "bos_ids": processor.bos_ids,
+        "document_max_length": config.document_max_length,
+        "tokenizer": {name: backend[name] for name in ("model", "normalizer", "pre_tokenizer", "added_tokens")},
+        "backbone": {name: value for name, value in (config.backbone_digests or {}).items() if "signs" in name},
+        "scaling": config.lora["compressor"]["alpha"] / config.lora["compressor"]["rank"],
+    }
+    digest.update(json.dumps(text_to_ids, sort_keys=True).encode())
+    tensors = {**adapter_tensors(model, "compressor"), **special_rows(model)}
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_fingerprints(shared_model, windows_model):
+    """That of memory tokens is as it always was; windows have their own, of their residual and smallest size too."""
+    assert set(special_rows(shared_model)) == {"memory_embeddings", "separator_embedding"}
+    assert shared_model.fingerprint == old_fingerprint(shared_model)
+    seen = [windows_model.fingerprint, old_fingerprint(windows_model)]
+    with torch.no_grad():
+        windows_model.residual_scale[3] += 1e-3
+    seen.append(windows_model.fingerprint)
+    windows_model.config.memory_sizes = [4, 8]
+    seen.append(windows_model.fingerprint)
+    assert len(set(seen)) == 4
+
+
+# --- corpora ---------------------------------------------------------------------------------------------------------
+
+TEXTS = [
+    {"id": f"city{n}", "title": name, "text": f"{name} is a capital, and it has {n} rivers."}
+    for n, name in enumerate(["Paris", "Rome", "Berlin", "Madrid", "Oslo", "Wien"])
+]
+
+
+@pytest.mark.parametrize("codec", ["float16", "int8"])
+def test_answers_from_a_corpus_are_those_from_its_texts(shared_windows, questions, tmp_path, codec):
+    corpus = CompressedCorpus.build(shared_windows, TEXTS, tmp_path / "corpus", codec=codec)
+    opened = shared_windows.load_corpus(corpus.folder)
+    for size in SIZES:
+        options = {"memory_size": size, "retrieval_memory_size": size, "top_k": 3}
+        found = shared_windows.answer(questions, corpus=opened, max_new_tokens=6, **options)
+        expected = shared_windows.answer(questions, documents=TEXTS, max_new_tokens=6, **options)
+        for mine, other in zip(found, expected, strict=True):
+            scores = [source.score for source in other.sources]
+            tolerance = 1e-3 if codec == "float16" else 1e-2
+            assert [source.score for source in mine.sources] == pytest.approx(scores, abs=tolerance)
+            if codec == "float16":
+                assert [source.document_id for source in mine.sources] == [s.document_id for s in other.sources]
+                assert mine.text == other.text
+    hits = opened.search(shared_windows.encode_queries(questions), 2)
+    assert [len(row) for row in hits] == [2, 2]
+    memory = {row["id"]: memory for row, memory in zip(TEXTS, shared_windows.compress(TEXTS), strict=True)}
+    for hit in hits[0]:
+        error = torch.as_tensor(hit["memory"]).float() - memory[hit["document_id"]]
+        assert error.abs().max() < (0.01 if codec == "float16" else 0.1) * memory[hit["document_id"]].abs().max()
+
+
+def test_a_question_has_no_more_vectors_than_were_trained(windows_model, questions):
+    windows_model.config.retrieval_memory_size = 4
+    assert windows_model.encode_queries(questions).shape[1] == 4
+    with pytest.raises(ValueError, match="`memory_size` of questions must be <= .* got 8"):
+        windows_model.retrieve(questions, documents=TEXTS, retrieval_memory_size=8)
+
+
+def test_short_documents_are_read_with_no_more_windows_than_tokens(shared_windows, questions):
+    """Unless the caller says how many, alone and in a batch with long ones."""
+    lengths = {
+        text: len(ids) for text in ("a b", "Rome Paris Oslo") for ids in [shared_windows.processor.encode_text(text)]
+    }
+    for text, n_tokens in lengths.items():
+        (answer,) = shared_windows.answer(questions[:1], documents=[text], max_new_tokens=4)
+        size = max((k for k in SIZES if k / n_tokens <= 4 / 3), default=SIZES[0])
+        assert answer == shared_windows.answer(questions[:1], documents=[text], max_new_tokens=4, memory_size=size)[0]
+        whole = shared_windows.answer(questions[:1], documents=[text], max_new_tokens=4, memory_size=SIZES[-1])[0]
+        assert whole.prompt_tokens == answer.prompt_tokens + SIZES[-1] - size
+    lists = [["a b"], ["Paris is the capital of France, and it is large."]]
+    together = shared_windows.answer(questions[:2], documents=lists, top_k=1, max_new_tokens=4)
+    alone = [
+        shared_windows.answer([question], documents=own, top_k=1, max_new_tokens=4)[0]
+        for question, own in zip(questions[:2], lists, strict=True)
+    ]
+    assert [a.text for a in together] == [a.text for a in alone]
+    assert together[0].prompt_tokens == alone[0].prompt_tokens
+
+
+def test_a_paraphrase_reads_a_short_document_with_no_more_windows_than_tokens(shared_windows):
+    texts = ["a b", {"title": "Rome", "text": "Paris Oslo"}, "Paris is the capital of France, and it is large."]
+    lengths = [len(shared_windows.processor.encode_text(text)) for text in ("a b", "Rome\nParis Oslo", texts[2])]
+    sizes = [max((size for size in SIZES if size / length <= 4 / 3), default=SIZES[0]) for length in lengths]
+    assert len(set(sizes)) > 1 and sizes[-1] == SIZES[-1]
+    expected = [
+        shared_windows.paraphrase([text], memory_size=size, max_new_tokens=6)[0]
+        for text, size in zip(texts, sizes, strict=True)
+    ]
+    assert shared_windows.paraphrase(texts, max_new_tokens=6) == expected
+    assert shared_windows.paraphrase(texts, max_new_tokens=6, memory_size=SIZES[-1]) != expected
+
+
+def test_a_corpus_of_another_layout_is_refused(shared_model, shared_windows, tmp_path):
+    corpus = CompressedCorpus.build(shared_model, TEXTS[:2], tmp_path / "corpus")
+    with pytest.raises(ValueError, match="fingerprint"):
+        shared_windows.load_corpus(corpus.folder)
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_reach_what_they_should(windows_model):
+    """Documents train the compressor and the residual, memory tokens are of questions alone."""
+    windows_model.train()
+    documents = [["Paris is the capital of France.", "Rome is in Italy."], ["The Seine flows.", "Berlin is a city."]]
+    batch = windows_model.processor(["Which city?", "Which river?"], documents, ["Paris", "the Seine"], memory_size=4)
+    windows_model(**batch, memory_size=4).loss.backward()
+    assert windows_model.memory_embeddings.grad is None
+    assert (windows_model.residual_scale.grad != 0).all() and windows_model.separator_embedding.grad.any()
+
+    def of(role: str):
+        return [p.grad for name, p in windows_model.named_parameters() if f".{role}." in name]
+
+    assert all(gradient is not None and gradient.any() for gradient in of("compressor") + of("generator"))
+    assert all(gradient is None for gradient in of("reasoner"))
+    windows_model.zero_grad()
+    batch = windows_model.processor(["Which city?", "Which?"], documents, ["Paris", "x"], memory_size=4, top_k=2)
+    windows_model(**batch, memory_size=4).loss.backward()
+    assert (windows_model.memory_embeddings.grad.abs().sum(-1) > 0).all()
+    assert all(gradient.any() for gradient in of("reasoner"))
+    windows_model.set_trainable_roles(("reasoner", "generator"))
+    assert not windows_model.residual_scale.requires_grad and not windows_model.memory_embeddings.requires_grad
+    windows_model.set_trainable_roles(("compressor",))
+    assert windows_model.residual_scale.requires_grad

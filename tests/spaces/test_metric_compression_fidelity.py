@@ -1,0 +1,270 @@
+"""The metric of paraphrases: ROUGE by a plain definition, numbers by value, names by the rule of the card."""
+
+import doctest
+import json
+import math
+import random
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import evaluate
+import pytest
+
+from recipes.spaces.metrics.compression_fidelity import compression_fidelity
+from recipes.spaces.metrics.compression_fidelity.compression_fidelity import (
+    MEASURES,
+    entities,
+    numbers,
+    score_paraphrase,
+)
+
+FOLDER = Path(__file__).parents[2] / "recipes" / "spaces" / "metrics" / "compression_fidelity"
+CASES = json.loads((FOLDER / "cases.json").read_text(encoding="utf-8"))
+WORDS = [
+    "the",
+    "The",
+    "river",
+    "Rivers",
+    "Paris",
+    "New",
+    "York",
+    "in",
+    "In",
+    "1,200",
+    "1200",
+    "3.50",
+    "7",
+    "flows",
+    "é",
+]
+NAN = float("nan")
+COUNTS = [f"{kind}_without_{thing}" for thing in ("numbers", "entities") for kind in ("rows", "predictions")]
+
+
+@pytest.fixture(scope="module")
+def metric() -> evaluate.Metric:
+    return evaluate.load(str(FOLDER))
+
+
+def draw_text(draw: random.Random) -> str:
+    return "".join(draw.choice(WORDS) + draw.choice([" ", " ", " ", ", ", ". "]) for _ in range(draw.randint(1, 12)))
+
+
+def draw_rows(seed: int, count: int = 80) -> tuple[list[str], list[str]]:
+    draw = random.Random(seed)
+    return [draw_text(draw) for _ in range(count)], [draw_text(draw) for _ in range(count)]
+
+
+def rouge_words(text: str) -> list[str]:
+    return re.findall("[a-z0-9]+", text.lower())
+
+
+def harmonic(shared: int, first: int, second: int) -> float:
+    return 2 * shared / (first + second) if shared else 0.0
+
+
+def longest_common(first: list[str], second: list[str]) -> int:
+    """Length of the longest common subsequence, row by row."""
+    row = [0] * (len(second) + 1)
+    for word in first:
+        above = row[:]
+        for place, other in enumerate(second):
+            row[place + 1] = above[place] + 1 if word == other else max(above[place + 1], row[place])
+    return row[-1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rouge_is_that_of_the_definition(seed):
+    for prediction, document in zip(*draw_rows(seed), strict=True):
+        words, gold = rouge_words(prediction), rouge_words(document)
+        scores = score_paraphrase(prediction, document)
+        shared = sum((Counter(words) & Counter(gold)).values())
+        assert scores["rouge1"] == pytest.approx(harmonic(shared, len(words), len(gold)))
+        assert scores["rougeL"] == pytest.approx(harmonic(longest_common(words, gold), len(words), len(gold)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
+def test_a_case_of_the_table(metric, case):
+    found = metric.compute(**case["inputs"])
+    for name, expected in case["expected"].items():
+        assert found[name] == pytest.approx(expected, abs=1e-12), name
+    assert case["source"]
+
+
+# --- numbers and names -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("1,200 = 1200 = 1200.0 = 01200", {"1200"}),
+        ("3.50 and 3.5", {"3.5"}),
+        ("1,234,567.80", {"1234567.8"}),
+        ("0.0, 0 and 000", {"0"}),
+        (".5 and 0.5", {"0.5"}),
+        ("in 1990, 2,0000 and 1,2", {"1990", "2", "0", "1"}),  # no groups of three: separate numbers
+        ("1990–1995, 1990-1995", {"1990", "1995"}),
+        ("90s, 3rd, 5km, 12%", {"90", "3", "5", "12"}),
+        ("H2O, B2B, COVID19", set()),
+        ("第3章, 1990年", {"3", "1990"}),
+        ("$3.5M, -7, 2024-05-01", {"3.5", "7", "2024", "5", "1"}),
+        ("The end is 1990. Then three.", {"1990"}),
+        ("no number", set()),
+        ("9" * 50 + ".10", {"9" * 50 + ".1"}),  # no rounding
+    ],
+)
+def test_numbers(text, expected):
+    assert numbers(text) == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_number_is_found_however_it_is_written(seed):
+    draw = random.Random(seed)
+    for _ in range(200):
+        value, decimals = draw.randrange(10 ** draw.randint(1, 12)), draw.randint(0, 3)
+        written = [f"{value}", f"{value:,}", f"{value}.{'0' * decimals}" if decimals else f"0{value}"]
+        assert numbers("about " + " or ".join(written) + " metres") == {str(value)}
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("The Eiffel Tower stands in Paris.", {"eiffel tower", "paris"}),
+        ("In Paris, Marie Curie met NASA", {"paris", "marie curie", "nasa"}),
+        ("It is here. This is not. I said so.", set()),
+        ("Paris\nRome", {"paris", "rome"}),
+        ("he read Lord Of The Rings", {"lord of the rings"}),  # function words are dropped at the front only
+        ("he lives in The Hague", {"hague"}),
+        ("Saint-Denis and Émile Zola", {"saint-denis", "émile zola"}),
+        ("France's Paris", {"france", "paris"}),  # only space joins a run
+        ("an iPhone of 1990", set()),
+        ("Cities are large", {"cities"}),  # nothing says that it is a common word
+        ("", set()),
+    ],
+)
+def test_entities(text, expected):
+    assert entities(text) == expected
+
+
+def test_a_common_word_is_dropped_at_the_start_of_a_sentence_only():
+    text = "Cities are large. Cities grow; he met Cities"
+    assert entities(text, {"cities"}) == entities("he met Cities") == {"cities"}
+    assert entities("Large Cities grow. Cities do", {"cities", "large"}) == {"cities"}
+    assert entities("Cities grow. Cities do", {"cities"}) == set()
+
+
+# --- properties ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_swapping_the_texts_swaps_recall_and_precision(seed):
+    for prediction, document in zip(*draw_rows(seed), strict=True):
+        scores, swapped = score_paraphrase(prediction, document), score_paraphrase(document, prediction)
+        assert list(scores) == list(MEASURES)
+        assert all(value is None or 0 <= value <= 1 for value in scores.values())
+        for thing in ("number", "entity"):
+            assert scores[f"{thing}_recall"] == swapped[f"{thing}_precision"]
+        assert scores["rouge1"] == pytest.approx(swapped["rouge1"])
+        assert scores["rougeL"] <= scores["rouge1"] + 1e-12
+        same = score_paraphrase(document, document)
+        assert all(value in (None, 1.0) for name, value in same.items()) or not rouge_words(document)
+
+
+def test_the_result_does_not_depend_on_the_order_or_on_how_rows_are_added(metric):
+    predictions, references = draw_rows(7)
+    whole = metric.compute(predictions=predictions, references=references, per_question=True)
+    assert set(whole) == {*MEASURES, *COUNTS, *(f"{name}_per_question" for name in MEASURES)}
+    rows = [score_paraphrase(*row) for row in zip(predictions, references, strict=True)]
+    for name in MEASURES:
+        values = [row[name] for row in rows]
+        assert whole[f"{name}_per_question"] == values
+        there = [value for value in values if value is not None]
+        assert 0 < len(there) and whole[name] == pytest.approx(sum(there) / len(there))
+    assert whole["rows_without_numbers"] == sum(not numbers(document) for document in references) > 0
+    assert whole["predictions_without_numbers"] == sum(not numbers(text) for text in predictions) > 0
+    means = {name: whole[name] for name in (*MEASURES, *COUNTS)}
+    order = random.Random(7).sample(range(80), 80)
+    mixed = [[rows[row] for row in order] for rows in (predictions, references)]
+    assert metric.compute(predictions=mixed[0], references=mixed[1], ids=order) == means
+    metric.add_batch(predictions=predictions[:40], references=references[:40])
+    metric.add(prediction=predictions[40], reference=references[40])
+    assert metric.compute(predictions=predictions[41:], references=references[41:]) == means
+
+
+def test_a_measure_without_rows_is_none_and_never_nan(metric):
+    found = metric.compute(predictions=["nothing here", "é 東京"], references=["or there", "東京"], per_question=True)
+    for thing, plural in (("number", "numbers"), ("entity", "entities")):
+        for kind, rows in (("recall", "rows"), ("precision", "predictions")):
+            assert found[f"{thing}_{kind}"] is None and found[f"{rows}_without_{plural}"] == 2
+            assert found[f"{thing}_{kind}_per_question"] == [None, None]
+    assert found["rouge1"] == found["rougeL"] == 0.0
+    flat = [value for values in found.values() for value in (values if isinstance(values, list) else [values])]
+    assert not any(isinstance(value, float) and math.isnan(value) for value in flat)
+    assert all(value is None or type(value) in (int, float) for value in flat)
+
+
+def test_doctests_run(metric, monkeypatch):
+    monkeypatch.chdir(FOLDER.parents[3])  # the examples name the folder from the root of the repository
+    assert doctest.testmod(compression_fidelity) == (0, 6)
+    example = doctest.DocTestParser().get_doctest(metric.inputs_description, {}, "inputs", None, 0)
+    assert doctest.DocTestRunner().run(example) == (0, 4)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+ERRORS = [  # predictions, references, error, its words; the row at fault has the id q1
+    (["a", None], ["b", "c"], TypeError, r"`predictions\[1\]` \(id 'q1'\) must be a string, got None.*failure"),
+    (["a", NAN], ["b", "c"], TypeError, r"`predictions\[1\]` \(id 'q1'\) must be a string, got nan"),
+    (["a", 7], ["b", "c"], TypeError, r"`predictions\[1\]` \(id 'q1'\) must be a string, got 7"),
+    (["a", ""], ["b", "c"], ValueError, r"`predictions\[1\]` \(id 'q1'\) must not be blank.*count it as failed"),
+    (["a", " \n"], ["b", "c"], ValueError, r"`predictions\[1\]` \(id 'q1'\) must not be blank"),
+    (["a", "\ud800"], ["b", "c"], ValueError, r"`predictions\[1\]` \(id 'q1'\) must be valid Unicode"),
+    (
+        ["a", "b"],
+        ["b", None],
+        TypeError,
+        r"`references\[1\]` \(id 'q1'\) must be a string, got None.*leave the row",
+    ),
+    (["a", "b"], ["b", NAN], TypeError, r"`references\[1\]` \(id 'q1'\) must be a string, got nan"),
+    (["a", "b"], ["b", ["c"]], TypeError, r"`references\[1\]` \(id 'q1'\) must be a string, got \['c'\]"),
+    (["a", "b"], ["b", " "], ValueError, r"`references\[1\]` \(id 'q1'\) must not be blank"),
+]
+
+
+@pytest.mark.parametrize("predictions, references, error, message", ERRORS)
+def test_a_row_that_cannot_be_scored_is_named(metric, predictions, references, error, message):
+    with pytest.raises(error, match=f"(?s){message}"):
+        metric.compute(predictions=predictions, references=references, ids=["q0", "q1"])
+    without_id = message.replace(r" \(id 'q1'\)", "")
+    with pytest.raises(error, match=f"(?s){without_id}"):  # before Arrow makes text of it
+        metric.add_batch(predictions=predictions, references=references)
+    with pytest.raises(error, match=f"(?s){without_id}".replace(r"\[1\]`", r"\[0\]`")):
+        metric.add(prediction=predictions[1], reference=references[1])
+    assert metric.compute(predictions=["a b"], references=["a b"])["rouge1"] == 1  # none of these rows was kept
+
+
+@pytest.mark.parametrize(
+    "inputs, error, message",
+    [
+        ({"references": ["b"]}, ValueError, r"`references` must have one entry per prediction \(2\), got 1"),
+        ({"predictions": [], "references": []}, ValueError, r"at least one row, got 0"),
+        ({"predictions": "ab"}, TypeError, r"`predictions` must be a list .*got str"),
+        ({"references": None}, TypeError, r"`references` must be a list .*got NoneType"),
+        ({"ids": ["q", "q"]}, ValueError, r"`ids` must be unique, got 'q' 2 times"),
+        ({"ids": ["q"]}, ValueError, r"`ids` must have one entry per row \(2\), got 1"),
+        ({"ids": ["q", None]}, TypeError, r"`ids\[1\]` must be a string or an integer, got None"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused(metric, inputs, error, message):
+    with pytest.raises(error, match=message):
+        metric.compute(**({"predictions": ["a", "b"], "references": ["b", "c"]} | inputs))
+
+
+def test_bertscore_without_its_package_names_the_package(metric, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "bert_score", None)  # as if it were not installed
+    with pytest.raises(
+        ImportError, match="`bertscore_model` needs the package bert_score. Run pip install bert_score"
+    ):
+        metric.compute(predictions=["a"], references=["b"], bertscore_model=str(tmp_path))

@@ -1,0 +1,130 @@
+"""Building and publishing Spaces on the loopback Hub, describing data files, and the entries of the recipes."""
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import board  # noqa: F401
+import evaluate
+import pytest
+from huggingface_hub import HfApi
+from leaderboard_rules import check_data_files
+
+from recipes.evaluation.questions import half_of
+from recipes.spaces import publish as spaces
+
+ROOT = Path(__file__).parents[2]
+SPACES = ["metrics/rag_answer", "metrics/retrieval", "metrics/compression_fidelity", "leaderboard"]
+ROW = '{"id": "a", "question": "Q?", "docs": ["T\\nx"], "answers": ["x"], "pos_index": [0]}\n'
+
+
+def tracked(folder: Path) -> set[str]:
+    paths = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return {path.relative_to(folder).as_posix() for path in paths}
+
+
+def test_there_are_no_links_in_the_recipes():
+    """A zip of the repository, and a checkout on a system without links, are whole."""
+    assert [path for path in (ROOT / "recipes").rglob("*") if path.is_symlink()] == []
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_a_built_space_stands_by_itself(tmp_path, capsys, name):
+    folder = spaces.SPACES / name
+    shared = {"app.py", "checked_rows.py"} if "metrics" in name else {"validation.py", "results.schema.json"}
+    assert spaces.main(["build", str(folder), str(tmp_path / "out")]) == 0
+    assert tracked(tmp_path / "out") == tracked(folder) | shared and not tracked(folder) & shared
+    assert {"README.md", "app.py", "requirements.txt"} <= tracked(tmp_path / "out")
+    for path in (tmp_path / "out").glob("*.py"):
+        assert not re.search(r"^\s*(from|import) (recipes|modeling_clara)\b", path.read_text(), re.MULTILINE), path
+    assert spaces.main(["build", str(folder), str(tmp_path / "out")]) == 1
+    assert "must be a new or empty folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_a_space_has_the_files_of_its_folder_in_one_commit(hub, name):
+    repo = f"spaces/{name.replace('/', '-')}"
+    spaces.push_space(spaces.SPACES / name, repo)
+    api = HfApi()
+    commits = len(api.list_repo_commits(repo, repo_type="space"))
+    files = spaces.space_files(spaces.SPACES / name)
+    assert set(api.list_repo_files(repo, repo_type="space")) - {".gitattributes"} == set(files)
+    path = api.hf_hub_download(repo, "app.py", repo_type="space")
+    assert Path(path).read_bytes() == files["app.py"]
+    spaces.push_space(spaces.SPACES / name, repo)
+    assert len(api.list_repo_commits(repo, repo_type="space")) <= commits + 1
+
+
+def test_files_that_are_gone_leave_the_space(hub, tmp_path):
+    folder = tmp_path / "space"
+    folder.mkdir()
+    for name in ("README.md", "app.py", "old.py"):
+        (folder / name).write_text(name)
+    spaces.push_space(folder, "spaces/changing")
+    (folder / "old.py").unlink()
+    spaces.push_space(folder, "spaces/changing")
+    assert set(HfApi().list_repo_files("spaces/changing", repo_type="space")) >= {"README.md", "app.py"}
+    assert "old.py" not in HfApi().list_repo_files("spaces/changing", repo_type="space")
+
+
+def test_a_folder_that_is_no_space_is_refused(tmp_path, capsys):
+    assert spaces.main(["push", str(tmp_path), "spaces/none"]) == 1
+    assert "README.md" in capsys.readouterr().err
+    assert spaces.main(["push", str(spaces.LEADERBOARD), "spaces/none", "--variable", "X"]) == 1
+    assert "NAME=VALUE" in capsys.readouterr().err
+
+
+def test_described_data_files_are_what_a_leaderboard_takes(tmp_path, capsys):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(ROW + ROW.replace('"a"', '"b"'))
+    assert spaces.main(["describe", str(path)]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described["questions.jsonl"]["questions"] == 2 and not check_data_files(described)
+    assert described["questions.jsonl"]["halves"][half_of("Q?")] == 2
+    assert spaces.main(["describe", str(tmp_path / "nowhere.jsonl")]) == 1
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / path.name).write_text(ROW)
+    assert spaces.main(["describe", str(path), str(tmp_path / "other" / path.name)]) == 1
+    assert "questions.jsonl twice" in capsys.readouterr().err
+
+
+# --- entries ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_entry_with_the_name_of_a_library_stays_out_of_its_way():
+    """`import evaluate` finds the library; run as a script, or found in its place, the file says what to do."""
+    assert "site-packages" in evaluate.__file__ and evaluate.load
+    entry = ROOT / "recipes" / "evaluate.py"
+    script = subprocess.run([sys.executable, str(entry), "--help"], capture_output=True, text=True, check=False)
+    code = f"import sys; sys.path.insert(0, {str(entry.parent)!r}); import evaluate"
+    imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    for found in (script, imported):
+        assert found.returncode == 1 and "python -m recipes.evaluate" in found.stderr
+    assert "Traceback" not in script.stderr and "ImportError" in imported.stderr
+
+
+def test_the_command_as_a_process_of_its_own():
+    command = [sys.executable, "-m", "recipes.evaluate", "--help"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "--setting" in told.stdout and "wrong_memory" in told.stdout
+    assert told.stdout.startswith("usage: python -m recipes.evaluate")
+
+
+@pytest.mark.parametrize(
+    "module, told",
+    [
+        ("recipes.figures", "states"),
+        ("recipes.evaluation.calibrate", "--unanswerable"),
+        ("recipes.evaluation.update_card", "--dataset"),
+        ("recipes.spaces.publish", "describe"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_every_other_entry_runs_as_a_module(monkeypatch, capsys, module, told):
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module(module, run_name="__main__")
+    assert left.value.code == 0 and told in capsys.readouterr().out

@@ -1,0 +1,242 @@
+"""Prompts that share a row, and the contrastive term of stages that read given documents.
+
+Losses are held against separate prompts and against InfoNCE in double precision. Literal batches are in
+`test_collators.py` and `test_text_stage.py`.
+"""
+
+import doctest
+import math
+
+import pytest
+import torch
+from test_collators import inputs, plain, record
+from test_packing import fresh
+from training_runs import state_of
+
+from modeling_clara.processing_clara import Prompt
+from recipes.training import collators
+from recipes.training.collators import ReadingCollator, TextCollator, shared_prompt
+from recipes.training.data import document_key
+
+DOCUMENTS = [plain("Paris is the capital of France."), plain("Rome is old.", "Rome"), plain("The Seine.")]
+TARGETS = [("What is old?", "Rome"), ("What is old?", "It is Rome, I think"), ("Who?", "Paris"), ("What flows?", "x")]
+RECORDS = [
+    record(DOCUMENTS, *TARGETS, positives=[1]),
+    record([plain("Berlin is large.")], ("Which city is large?", "Berlin"), source="rows.jsonl:2"),
+    record(DOCUMENTS[:2], (None, "Paris is it."), ("Who is old?", "Rome"), source="rows.jsonl:3"),
+]
+
+
+@pytest.fixture(scope="module", params=["tokens", "windows"])
+def any_layout(request, backbone_folder):
+    """A model in training mode without dropout, of either layout; only read."""
+    return fresh(backbone_folder, request.param)
+
+
+def alone(records: list[dict]) -> list[dict]:
+    """Every target in a record of its own."""
+    return [
+        {**one, "questions": [question], "answers": [answer]}
+        for one in records
+        for question, answer in zip(one["questions"], one["answers"], strict=True)
+    ]
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_examples():
+    assert doctest.testmod(collators).failed == 0
+
+
+def prompt(ids: list[int], n_answer: int) -> Prompt:
+    return Prompt(ids, [False] * len(ids), [-100] * (len(ids) - n_answer) + ids[-n_answer:])
+
+
+def test_the_prefix_ends_before_the_token_that_predicts_an_answer():
+    """Prompts that differ in the answer alone keep that token to themselves; it predicts another one in each."""
+    row, positions, segments = shared_prompt([prompt([7, 8, 9, 1], 1), prompt([7, 8, 9, 2, 3], 2)])
+    assert row.input_ids == [7, 8, 9, 1, 9, 2, 3] and row.labels == [-100, -100, -100, 1, -100, 2, 3]
+    assert positions == [0, 1, 2, 3, 2, 3, 4] and segments == [0, 0, 1, 1, 2, 2, 2]
+
+
+def test_equal_prompts_are_read_as_often_as_they_come():
+    same = prompt([7, 8, 9], 1)
+    row, positions, segments = shared_prompt([same, same, same])
+    assert row.input_ids == [7, 8, 9, 8, 9, 8, 9] and row.labels.count(9) == 3
+    assert positions == [0, 1, 2, 1, 2, 1, 2] and segments == [0, 1, 1, 2, 2, 3, 3]
+
+
+def test_one_prompt_stays_as_it_is():
+    one = prompt([7, 8, 9], 1)
+    assert shared_prompt([one]) == (one, [0, 1, 2], [1, 1, 1])
+
+
+def test_prompts_without_a_common_beginning_or_without_room_for_one():
+    row, positions, segments = shared_prompt([prompt([1, 2, 3], 1), prompt([4, 5], 1)])
+    assert row.input_ids == [1, 2, 3, 4, 5] and positions == [0, 1, 2, 0, 1] and segments == [1, 1, 1, 2, 2]
+    row, positions, segments = shared_prompt([prompt([1, 2], 2), prompt([1, 2, 3], 1)])  # an answer from the start
+    assert row.input_ids == [1, 2, 1, 2, 3] and positions == [0, 1, 0, 1, 2] and segments == [1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("is_grad", [True, False])
+@pytest.mark.parametrize("text_share", [0.0, 1.0])
+def test_a_row_of_questions_loses_what_they_lose_alone(any_layout, text_share, is_grad):
+    """Packed in training and padded in evaluation; gradients of the compressor and the generator as well."""
+    model = any_layout
+    records = RECORDS[:2] if text_share else RECORDS  # a record with a paraphrase reads none of its texts
+    collator = ReadingCollator(model.processor, model.config.memory_sizes, text_share=text_share)
+    batches = [collator(rows) for rows in (records, alone(records))]
+    assert batches[0]["labels"].shape[0] == len(records) < batches[1]["labels"].shape[0]
+    for size in model.config.memory_sizes:
+        losses, gradients = [], []
+        for batch in batches:
+            model.zero_grad()
+            with torch.set_grad_enabled(is_grad):
+                loss = model(**inputs(batch, size)).lm_loss
+            losses.append(loss.detach())
+            if is_grad:
+                loss.backward()
+                gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+        for name, gradient in (gradients[0] if is_grad else {}).items():
+            bound = 1e-4 * float(gradient.abs().max().clamp(min=1e-3))
+            torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=bound)
+
+
+@torch.no_grad()
+def test_logits_of_targets_are_those_of_prompts_alone(any_layout):
+    collator = ReadingCollator(any_layout.processor, any_layout.config.memory_sizes)
+    shared, single = (any_layout(**inputs(collator(rows), 4)).logits for rows in (RECORDS, alone(RECORDS)))
+    torch.testing.assert_close(shared, single, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_of_questions_over_texts_loses_what_they_lose_alone(any_layout):
+    model = any_layout
+    collator = TextCollator(model.processor, model.config.memory_sizes, 32)
+    records = [RECORDS[0], RECORDS[1], record(DOCUMENTS[:1], *TARGETS[:2])]
+    for is_grad in (True, False):
+        with torch.set_grad_enabled(is_grad):
+            losses = [model(**inputs(collator(rows), 4)).loss for rows in (records, alone(records))]
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+
+
+def test_answers_of_one_row_do_not_see_each_other(any_layout):
+    """What the second question says changes nothing of the first's logits."""
+    collator = ReadingCollator(any_layout.processor, any_layout.config.memory_sizes)
+    found = []
+    for other in ("x", "quite another answer"):
+        batch = inputs(collator([record(DOCUMENTS, TARGETS[0], ("What flows?", other))]), 4)
+        n_first = int(((batch["labels"] != -100) & (batch["prompt_segments"] == 1)).sum())
+        found.append(any_layout(**batch).logits[:n_first])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+# --- the contrastive term --------------------------------------------------------------------------------------------
+
+GOLD = [
+    record(DOCUMENTS, ("What is old?", "Rome"), ("Where is it?", "x"), ("Not asked", "x"), positives=[0, 1]),
+    record([plain("Berlin is large."), DOCUMENTS[1]], ("Which city is large?", "Berlin"), positives=[0], source="b"),
+    record([plain("Oslo.")], (None, "Oslo."), (None, "In Oslo."), source="c"),
+    record([plain("Bern is small.")], (None, "Bern."), ("Small?", "yes"), source="d"),
+]  # fmt: skip
+
+
+def by_hand(model, records: list[dict], n_queries: int) -> float:
+    """The mean over records of the mean over their questions of InfoNCE, document by document in double precision."""
+    temperature, size = model.config.retrieval_temperature, model.config.retrieval_memory_size
+    documents = [document for one in records for document in one["documents"]]
+    memories = model.compress(documents).double()
+    total = 0.0
+    for one in records:
+        gold = {document_key(one["documents"][i]) for i in one["positives"] or range(len(one["documents"]))}
+        questions = [question for question in one["questions"] if question is not None][:n_queries]
+        for question in questions:
+            query = model.encode_queries([question]).double()[0, :size].flatten()
+            weights = {True: 0.0, False: 0.0}
+            for document, memory in zip(documents, memories, strict=True):
+                vector = memory[:size].flatten()
+                cosine = float(query @ vector / query.norm() / vector.norm())
+                weights[document_key(document) in gold] += math.exp(cosine / temperature)
+            total -= math.log(weights[True] / sum(weights.values())) / len(questions)
+    return total / len(records)
+
+
+@pytest.mark.parametrize("n_queries", [1, 2, 5])
+def test_the_term_is_infonce_by_hand(any_layout, n_queries):
+    """With several positives, a document in two rows, and a record of paraphrases, whose documents are negatives."""
+    model = any_layout
+    collator = ReadingCollator(model.processor, model.config.memory_sizes, n_queries=n_queries)
+    expected = by_hand(model, GOLD, n_queries)
+    for size in model.config.memory_sizes:
+        output = model(**inputs(collator(GOLD), size))
+        assert output.contrastive_loss.item() == pytest.approx(expected, rel=1e-3)
+        aligned = 0 if output.alignment_loss is None else model.config.alignment_weight * output.alignment_loss
+        weighted = output.lm_loss + aligned + model.config.contrastive_weight * output.contrastive_loss
+        torch.testing.assert_close(output.loss, weighted)
+        assert output.selected is None
+        n_asked = {1: 3, 2: 4, 5: 5}[n_queries]
+        assert output.scores.shape == (n_asked, 4 * 3) and int(output.scores.isinf().sum()) == n_asked * 5
+
+
+def test_a_gold_document_of_two_rows_is_nobodys_negative(any_layout):
+    """Its second place takes nothing from the question: the term is that of both places as positives."""
+    twice = [record(DOCUMENTS[:1], ("Where?", "x")), record(DOCUMENTS[:1], ("Why?", "x"), source="b")]
+    collator = ReadingCollator(any_layout.processor, any_layout.config.memory_sizes, n_queries=1)
+    output = any_layout(**inputs(collator(twice), 4))
+    assert output.contrastive_loss.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_term_of_micro_batches_is_a_mean_over_all_rows(any_layout):
+    collator = ReadingCollator(any_layout.processor, any_layout.config.memory_sizes, n_queries=2)
+    batch = inputs(collator(GOLD), 4)
+    half, whole = any_layout(**batch, num_samples_in_batch=8), any_layout(**batch)
+    torch.testing.assert_close(2 * half.contrastive_loss, whole.contrastive_loss)
+
+
+def test_only_a_weight_and_a_reasoner_that_trains_add_questions(build):
+    roles = ["compressor", "reasoner", "generator"]
+    for weight, trained, n_queries in ((0.5, roles, 2), (0.0, roles, 0), (0.0, roles[::2], 0)):
+        options = {"model_options": {"contrastive_weight": weight}, "trainable_roles": trained, "max_steps": 1}
+        trainer = build("pretrain", f"run{weight}{len(trained)}", **options)
+        assert trainer.data_collator.n_queries == n_queries
+        batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
+        assert ("query_rows" in batch) == ("batch_positive_mask" in batch) == bool(n_queries)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "instruct", "text"])
+def test_a_weight_that_nothing_would_use_is_refused(build, stage):
+    with pytest.raises(ValueError, match="reasoner|it has no contrastive term"):
+        build(stage, model_options={"contrastive_weight": 0.5})
+
+
+def test_the_weight_of_a_checkpoint_asks_for_nothing(build, model, tmp_path):
+    """A stage without the reasoner goes on from a checkpoint that was trained with the term."""
+    model.config.contrastive_weight = 0.5
+    model.save_pretrained(tmp_path / "start")
+    trainer = build("instruct", model_options={"checkpoint": str(tmp_path / "start")}, max_steps=1)
+    assert trainer.data_collator.n_queries == 0 and trainer.model.config.contrastive_weight == 0.5
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "instruct"])
+def test_a_run_moves_reasoner_and_compressor(build, stage):
+    options = {"contrastive_weight": 1.0, "retrieval_temperature": 0.2}
+    data = {"targets_per_document": 2} if stage == "pretrain" else {}
+    roles = ["compressor", "reasoner", "generator"]
+    trainer = build(
+        stage, model_options=options, data_options=data, trainable_roles=roles, max_steps=6,
+        per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=3e-3,
+    )  # fmt: skip
+    before = state_of(trainer.model)
+    trainer.train()
+    after = state_of(trainer.model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    for role in roles:
+        assert all(name in moved for name in before if f".{role}." in name), role
+    assert {"memory_embeddings", "separator_embedding"} <= moved
+    logged = [entry for entry in trainer.state.log_history if "contrastive" in entry]
+    assert len(logged) == 6
+    assert {"ce", "mse", "grad_norm/reasoner", "grad_norm/compressor"} <= set(logged[0])
+    losses = [entry["contrastive"] for entry in logged]
+    assert all(math.isfinite(loss) for loss in losses) and sum(losses[-2:]) < sum(losses[:2])
+    assert "eval_contrastive" in trainer.evaluate()

