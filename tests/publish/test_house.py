@@ -34,6 +34,19 @@ def test_what_travels_is_small():
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= TRAVELLING_LINES
 
 
+def test_every_import_of_ours_exists():
+    """An editable install elsewhere would hide a missing file from the other tests."""
+    for path in CODE:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or node.module is None:
+                continue
+            if node.level == 0 and node.module.split(".")[0] not in ("modeling_clara", "recipes"):
+                continue
+            place = ROOT if node.level == 0 else path.parents[node.level - 1]
+            module = place / node.module.replace(".", "/")
+            assert module.with_suffix(".py").is_file() or module.is_dir(), f"{path}: {node.module}"
+
+
 def test_the_installed_part_does_not_import_what_stands_above():
     for path in CODE:
         imported = set()
