@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -216,11 +217,11 @@ def test_two_workers_of_the_recipe_make_the_corpus(checkpoint, tmp_path):
     """Real processes under datatrove; given again, the command does nothing more."""
     rows = [{"title": f"City {n}", "text": f"The city number {n} is the capital of country {n}."} for n in range(30)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    recipe = Path(__file__).parents[2] / "recipes" / "compress.py"
-    command = [sys.executable, str(recipe), "rows.jsonl", "-o", "corpus", "--model", str(checkpoint)]
+    command = [sys.executable, "-m", "recipes.compress", "rows.jsonl", "-o", "corpus", "--model", str(checkpoint)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command += ["--tasks", "3", "--workers", "2", "--shard-size", "4", "--codec", "float16"]
     for _ in range(2):
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         assert "documents=30" in done.stdout
     corpus = CompressedCorpus.open(tmp_path / "corpus")

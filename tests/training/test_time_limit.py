@@ -230,6 +230,7 @@ def launch(rows: Path, backbone: Path, folder: Path, seconds: float) -> subproce
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_stop_at_the_same_step_and_the_checkpoint_is_whole(rows, backbone_folder, tmp_path):
     """The clock of one process is enough; saving is slow, and the other one must not end the run before it is done."""
     folder = tmp_path / "run"

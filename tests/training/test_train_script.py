@@ -59,6 +59,7 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_and_started_again(rows, backbone_folder, tmp_path):
     """SIGKILL twice, while steps and checkpoints are being made: the same weights, bit for bit."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -84,6 +85,7 @@ def test_killed_at_any_step_and_started_again(rows, backbone_folder, tmp_path):
     assert "is finished" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "joint"])
 def test_two_processes_give_the_curve_of_one(rows, backbone_folder, tmp_path, stage):
     """Gloo, two ranks with half of the micro-batches each: the same rows a step, the same losses and weights."""
