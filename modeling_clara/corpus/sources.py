@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..manifest_clara import RESERVED_COLUMNS, pa, pq, require_arrow
-from ..text_clara import check_text, given_id, read_document
+from ..text_clara import given_id, read_document
 from .storage import iter_lines
 
 TEXT_SUFFIXES = (".txt", ".md")
@@ -232,9 +232,11 @@ def _depth(value, level: int = 0) -> int:
 
 def _text_row(file: Path, name: str) -> tuple:
     try:
-        text = check_text(file.read_text(encoding="utf-8-sig"), name)
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
         return name, None, f"`{name}` cannot be read as UTF-8 text: {error}"
+    if not text.strip():
+        return name, None, f"`{name}` is empty"
     return name, {"id": name, "title": file.stem.replace("_", " "), "text": text}, None
 
 

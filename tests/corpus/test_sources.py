@@ -134,7 +134,8 @@ def test_a_text_that_cannot_be_read_is_a_problem_with_its_name(tmp_path):
     source = DocumentSource(tmp_path)
     found = problems(source)
     assert set(found) == {"blank.md", "empty.txt", "sub/latin.txt", "utf16.txt"}
-    assert "UTF-8" in found["sub/latin.txt"] and "empty" in found["empty.txt"] and "empty" in found["blank.md"]
+    assert "UTF-8" in found["sub/latin.txt"]
+    assert found["empty.txt"] == "`empty.txt` is empty" and found["blank.md"] == "`blank.md` is empty"
     assert [row.index for row in source] == list(range(5)) and len(good(source)) == 1
 
 

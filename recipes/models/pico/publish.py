@@ -64,8 +64,8 @@ Guessing gives {chance_answers:.2f} for answers and {chance_recall:.2f} for reca
 
 ![Memories beside their documents](states.png)
 
-What it does badly: saying a whole sheet back (`paraphrase`), and reading several sheets at once; docs/experiments.md has
-numbers.
+What it does badly: saying a whole sheet back (`paraphrase`), and reading several sheets at once;
+docs/experiments.md has numbers.
 
 ## Training
 
