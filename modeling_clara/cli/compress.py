@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"rank {rank} of {world_size} is done; the corpus is complete when all are")
     else:
         print(
-            f"{report['documents']:,} documents, {report['spans']:,} spans, {report['bytes'] / 1e6:,.1f} MB as "
+            f"{report['documents']:,} documents, {report['spans']:,} chunks, {report['bytes'] / 1e6:,.1f} MB as "
             f"{report['codec']} in {arguments.output}"
         )
         if report["rejected"]:

@@ -47,7 +47,7 @@ def test_compress_says_what_it_made_and_again_does_nothing(texts, checkpoint, tm
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "c" / "data").iterdir()} == shards
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "2 documents, 2 spans" in out and "1 rows were left out: see" in out
+    assert "2 documents, 2 chunks" in out and "1 rows were left out: see" in out
 
 
 def test_memories_are_computed_in_another_dtype(texts, built, checkpoint, tmp_path, capsys):
