@@ -63,8 +63,11 @@ def probe(folder: Path, corpus: Path | None = None) -> dict:
     Raises:
         ValueError: the folder does not load there.
     """
+    import torch
+
     with tempfile.TemporaryDirectory(prefix="clara-probe-") as place:
         command = [sys.executable, str(Path(__file__).resolve()), "probe", str(folder.resolve())]
+        command += ["--threads", str(torch.get_num_threads())]  # the order of sums, and so the bits, depend on it
         command += ["--corpus", str(corpus.resolve())] if corpus else []
         environment = {**os.environ, "HF_MODULES_CACHE": place, "TOKENIZERS_PARALLELISM": "false"}
         process = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
@@ -151,8 +154,10 @@ def run_model(arguments: argparse.Namespace) -> None:
 def run_probe(arguments: argparse.Namespace) -> None:
     """`upload.py probe`: the clean process."""
     sys.meta_path.insert(0, HiddenPackage())
+    import torch
     from transformers import AutoModel
 
+    torch.set_num_threads(arguments.threads)
     model = AutoModel.from_pretrained(arguments.path, trust_remote_code=True)
     if arguments.corpus:
         model.load_corpus(arguments.corpus)
@@ -171,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model.set_defaults(run=run_model)
     clean = commands.add_parser("probe")  # what `model` starts
     clean.add_argument("path")
+    clean.add_argument("--threads", type=int, required=True)
     clean.add_argument("--corpus")
     clean.set_defaults(run=run_probe)
     arguments = parser.parse_args(argv)
