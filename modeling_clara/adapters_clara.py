@@ -8,7 +8,7 @@ import functools
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from peft import LoraConfig
@@ -57,17 +57,16 @@ def check_role(role: str) -> str:
     return role
 
 
-def linear_module_names(backbone: nn.Module) -> list[str]:
-    """Sorted names of all linear layers below the LM head; PEFT's "all-linear" is stored as an unordered set."""
-    modules = backbone.base_model.named_modules()
-    return sorted({name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)})
-
-
 def add_roles(backbone: nn.Module, config: CLaRaConfig) -> None:
-    """Inject the adapters of all roles, and fill in the target modules that `config.lora` leaves open."""
+    """Inject the adapters of all roles; target modules that `config.lora` leaves open are all below the LM head."""
+    modules = backbone.base_model.named_modules()
+    linear = {name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)}
     for role in ROLES:
         settings = config.lora[role]
-        settings["target_modules"] = sorted(settings["target_modules"] or linear_module_names(backbone))
+        settings["target_modules"] = sorted(settings["target_modules"] or linear)
+        if not settings["target_modules"]:
+            source = config.backbone_name_or_path
+            raise ValueError(f"the backbone `{source}` must have linear layers for LoRA, found none. Choose another.")
         lora = LoraConfig(
             r=settings["rank"],
             lora_alpha=settings["alpha"],
@@ -136,17 +135,15 @@ class RoleSwitch:
     """Switches the LoRA layers of a backbone, into which `add_roles` has put the adapters, between the roles.
 
     PEFT's `set_adapter` also flips `requires_grad`, and a parameter whose flag is off when the backward pass reaches
-    it loses its gradient without a word. The switch therefore sets the name of the active adapter and nothing else;
-    what trains is decided by `set_trainable` alone. A test holds it against `set_adapter`.
+    it loses its gradient silently. The switch only sets the name of the active adapter; `set_trainable` alone decides
+    what trains.
     """
 
     def __init__(self, backbone: nn.Module):
         self.layers = [module for module in backbone.modules() if isinstance(module, LoraLayer)]
         self.active: str | None = None
-        self.switches = 0
         self.merged_weights: dict[str, list[torch.Tensor]] = {}  # role -> weight of each layer with the role added
         self._own_weights: list[torch.Tensor] = []  # the backbone's own, kept while anything is merged
-        self._holds: str | None = None  # the role whose merged weights the layers hold now
         self.set_trainable(())
         self._activate(None)
 
@@ -162,28 +159,17 @@ class RoleSwitch:
         is_merged = role in self.merged_weights and not torch.is_grad_enabled()
         for layer in self.layers:
             layer._active_adapter = [role] if role and not is_merged else []
-        self._hold(role if is_merged else None)
-        self.active = role
-        self.switches += 1
-
-    def _hold(self, role: str | None) -> None:
-        """Point every layer at the weights with `role` added, or at the backbone's own for None."""
-        if role == self._holds:
-            return
-        weights = self._own_weights if role is None else self.merged_weights[role]
+        weights = self.merged_weights[role] if is_merged else self._own_weights
         with torch.inference_mode(False), torch.no_grad():
-            for layer, weight in zip(self.layers, weights, strict=True):
+            for layer, weight in zip(self.layers if weights else (), weights, strict=True):
                 layer.get_base_layer().weight.data = weight
-        self._holds = role
+        self.active = role
 
     @contextlib.contextmanager
     def use(self, role: str | None) -> Iterator[None]:
         """Context: run the backbone in a role, or plain for None, and restore the role before it."""
         if role is not None:
             check_role(role)
-        if role == self.active and self._holds is None:
-            yield
-            return
         before = self.active
         self._activate(role)
         try:
@@ -193,10 +179,10 @@ class RoleSwitch:
 
     @contextlib.contextmanager
     def fused(self) -> Iterator[None]:
-        """Context: layers add the LoRA product in place, where that gives the same; for training on a CPU.
+        """Context: layers add the LoRA product in place, if that gives the same; for training on a CPU.
 
-        PEFT's own forward casts, scales and adds whole activations, which takes a tenth of a training step. Here the
-        product has the dtype of the frozen weights, where PEFT takes that of the adapter (float32).
+        PEFT's own forward casts, scales and adds whole activations, a tenth of a training step. Here the product has
+        the dtype of the frozen weights, in PEFT that of the adapter (float32).
         """
         layers = [layer for layer in self.layers if _can_fuse(layer, self.active)]
         for layer in layers:
@@ -207,67 +193,56 @@ class RoleSwitch:
             for layer in layers:
                 del layer.forward
 
-    def checkpoint_context(self, inner: Callable | None = None) -> Callable:
-        """A `context_fn` for `torch.utils.checkpoint` that recomputes a layer in the role of its forward pass.
+    def checkpoint_context(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+        """The `context_fn` for `torch.utils.checkpoint` that recomputes a layer in the role of its forward pass.
 
         Without it the recomputation runs in whatever role is active during the backward pass: wrong gradients, no
         exception. The recomputation does not restore the role layer by layer: the backward pass goes through
-        generator, reasoner and compressor once, and `forward` activates its role anyway. `inner` is a user's own
-        `context_fn`, entered inside.
+        generator, reasoner and compressor once, and `forward` activates its role anyway.
         """
+        role = self.active
 
-        def context_fn():
-            role = self.active
-            forward, recompute = inner() if inner else (contextlib.nullcontext(), contextlib.nullcontext())
+        @contextlib.contextmanager
+        def recompute():
+            if self.active != role:
+                self._activate(role)
+            yield
 
-            @contextlib.contextmanager
-            def recompute_in_role():
-                if self.active != role:
-                    self._activate(role)
-                with recompute:
-                    yield
+        return contextlib.nullcontext(), recompute()
 
-            return forward, recompute_in_role()
+    @contextlib.contextmanager
+    def merged(self, roles: Iterable[str], lock: CallLock) -> Iterator[None]:
+        """Context: passes without gradient use, for each of `roles`, the backbone's weights with its product added.
 
-        return context_fn
-
-    def merge(self, roles: Iterable[str]) -> None:
-        """Keep, for each role, the backbone's weights with its LoRA product added; passes without gradient use them.
-
-        The backbone's own tensors are kept and come back in every other role and in `unmerge`, bit for bit (PEFT's
+        The backbone's own tensors are kept and come back in every other role and afterwards, bit for bit (PEFT's
         `unmerge` subtracts and so returns rounded ones). Costs one copy of the adapted weights per role. A quantised
-        backbone stays as it is, with a warning.
-
-        Raises:
-            ValueError: unknown role.
-            RuntimeError: something is merged already.
+        backbone stays as it is, with a warning. A RuntimeError inside another such context.
         """
-        roles = [check_role(role) for role in roles]
-        if self._own_weights:
-            raise RuntimeError(
-                f"{sorted(self.merged_weights)} are merged already. Leave that `bulk_compression()` or "
-                "`bulk_answering()` before opening another."
-            )
-        weights = [layer.get_base_layer().weight for layer in self.layers]
-        if not all(type(weight) is nn.Parameter and weight.dtype.is_floating_point for weight in weights):
-            logger.warning(
-                "the backbone is quantised, so %s are not merged and run at their usual speed. Load it without "
-                "`quantization_config` to run them faster.",
-                roles,
-            )
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            merged = {
-                role: [
-                    weight.data + layer.get_delta_weight(role).to(weight.dtype)
-                    for layer, weight in zip(self.layers, weights, strict=True)
-                ]
-                for role in roles
-            }
-        self._own_weights, self.merged_weights = [weight.data for weight in weights], merged
-
-    def unmerge(self) -> None:
-        """Put the backbone's own tensors back and drop the merged ones."""
-        if self._own_weights:
-            self._hold(None)
-        self._own_weights, self.merged_weights = [], {}
+        with lock, torch.inference_mode(False), torch.no_grad():
+            if self._own_weights:
+                raise RuntimeError(
+                    f"{sorted(self.merged_weights)} are merged already. Leave that `bulk_compression()` or "
+                    "`bulk_answering()` before opening another."
+                )
+            weights = [layer.get_base_layer().weight for layer in self.layers]
+            if all(type(weight) is nn.Parameter and weight.dtype.is_floating_point for weight in weights):
+                own = [weight.data for weight in weights]
+                pairs = list(zip(self.layers, own, strict=True))
+                self.merged_weights = {
+                    role: [weight + layer.get_delta_weight(role).to(weight.dtype) for layer, weight in pairs]
+                    for role in roles
+                }
+                self._own_weights = own
+            else:
+                logger.warning(
+                    "the backbone is quantised, so %s are not merged and run at their usual speed. Load it without "
+                    "`quantization_config` to run them faster.",
+                    list(roles),
+                )
+        try:
+            yield
+        finally:
+            with lock:
+                self.merged_weights = {}
+                self._activate(self.active)
+                self._own_weights = []

@@ -24,20 +24,39 @@ logger = logging.getLogger(__name__)
 STRUCTURE_FIELDS = ("model_type", "hidden_size", "vocab_size", "num_hidden_layers")
 
 
+def trained_backbone(config: CLaRaConfig, place: dict, hub: dict, *, is_explicit: bool, **kwargs):
+    """The backbone of a checkpoint: an OSError if it cannot be loaded, a ValueError if it is another one.
+
+    `place` has source, revision and subfolder. Other weights than those trained on are a warning if the backbone
+    `is_explicit`, given by the caller.
+    """
+    source, options = place["source"], {"subfolder": place["subfolder"]} if place["subfolder"] else {}
+    try:
+        found = AutoConfig.from_pretrained(source, revision=place["revision"], **options, **hub)
+    except (OSError, HTTPError, ValueError) as error:
+        raise _out_of_reach("found", source, place["revision"], error) from error
+    for field in STRUCTURE_FIELDS:
+        wanted, given = getattr(config.text_config, field), getattr(found, field)
+        if wanted != given:
+            raise ValueError(
+                f"the backbone `{source}` must have {field} {wanted} as in `text_config` of config.json, got {given}. "
+                f"Pass `backbone=PATH` with {config.backbone_name_or_path}, on which the adapters were trained."
+            )
+    backbone = load_backbone(**place, **kwargs)
+    check_digests(backbone, config, source, is_explicit=is_explicit)
+    return backbone
+
+
 def load_backbone(source: str, revision: str | None, subfolder: str = "", **kwargs):
     """A causal language model, all of its weights from the files; else an OSError or ValueError with the remedy."""
-    if subfolder:
-        kwargs["subfolder"] = subfolder
-    kwargs["ignore_mismatched_sizes"] = True  # so that they are reported and named below
+    options = {"subfolder": subfolder} if subfolder else {}
+    options["ignore_mismatched_sizes"] = True  # so that they are reported and named below
     try:
         backbone, report = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, output_loading_info=True, **kwargs
+            source, revision=revision, output_loading_info=True, **options, **_with_dtype(kwargs)
         )
     except (OSError, HTTPError, SafetensorError) as error:
-        where = f"`{subfolder or source}`" + (f" (revision {revision})" if revision else "")
-        raise OSError(
-            f"the backbone {where} could not be loaded: {error} Pass `backbone=PATH` with a folder or id that has it."
-        ) from error
+        raise _out_of_reach("loaded", subfolder or source, revision, error) from error
     missing, unfit = sorted(report["missing_keys"]), sorted(name for name, *_ in report["mismatched_keys"])
     if missing or unfit:
         raise ValueError(
@@ -47,25 +66,26 @@ def load_backbone(source: str, revision: str | None, subfolder: str = "", **kwar
     return backbone
 
 
-def check_structure(found, config: CLaRaConfig, source: str) -> None:
-    """Raise a ValueError unless a backbone configuration has the structure that config.json describes."""
-    for field in STRUCTURE_FIELDS:
-        wanted, given = getattr(config.text_config, field), getattr(found, field)
-        if wanted != given:
-            raise ValueError(
-                f"the backbone `{source}` must have {field} {wanted} as in `text_config` of config.json, got {given}. "
-                f"Pass `backbone=PATH` with {config.backbone_name_or_path}, on which the adapters were trained."
-            )
+def _out_of_reach(verb: str, source: str, revision: str | None, error: Exception) -> OSError:
+    where = f"`{source}`" + (f" (revision {revision})" if revision else "")
+    remedy = "Pass `backbone=PATH` with a folder or id that has it."
+    return OSError(f"the backbone {where} could not be {verb}: {error} {remedy}")
+
+
+def _with_dtype(kwargs: dict) -> dict:
+    """Fill in `dtype`: float32 on CPU, else what the backbone was saved in; `torch_dtype` is the old name."""
+    kwargs, device_map = dict(kwargs), kwargs.get("device_map")
+    old_name = kwargs.pop("torch_dtype", None)
+    devices = set(map(str, device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]))
+    on_cpu = devices == {"cpu"} or not torch.accelerator.is_available()
+    default = torch.float32 if on_cpu and kwargs.get("quantization_config") is None else "auto"
+    return {**kwargs, "dtype": kwargs.get("dtype") or old_name or default}
 
 
 def check_digests(backbone, config: CLaRaConfig, source: str, *, is_explicit: bool) -> None:
     """Raise a ValueError if the weights are not those trained on; warn if the backbone was given explicitly."""
-    found = backbone_digests(backbone)
-    differing = [
-        part
-        for part, digest in (config.backbone_digests or {}).items()
-        if found.get(part) is not None and digest is not None and found[part] != digest
-    ]
+    found, wanted = backbone_digests(backbone), config.backbone_digests or {}
+    differing = [part for part, digest in wanted.items() if digest and found.get(part) not in (None, digest)]
     if not differing:
         return
     message = (
@@ -75,28 +95,6 @@ def check_digests(backbone, config: CLaRaConfig, source: str, *, is_explicit: bo
     if not is_explicit:
         raise ValueError(message + "Pass `backbone=PATH` with the right weights, or with these to use them knowingly.")
     logger.warning(message + "Memories and answers can differ: pass the weights named above to `backbone=`.")
-
-
-def default_dtype(kwargs: dict) -> dict:
-    """Fill in `dtype`: float32 on CPU, else what the backbone was saved in; `torch_dtype` is the old name."""
-    dtype = kwargs.pop("torch_dtype", None)
-    dtype = kwargs.pop("dtype", None) or dtype
-    device_map = kwargs.get("device_map")
-    devices = set(map(str, device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]))
-    on_cpu = devices == {"cpu"} or not torch.accelerator.is_available()
-    on_cpu = on_cpu and kwargs.get("quantization_config") is None
-    return {**kwargs, "dtype": dtype or (torch.float32 if on_cpu else "auto")}
-
-
-def backbone_config(place: dict, hub: dict):
-    options = {"subfolder": place["subfolder"]} if place["subfolder"] else {}
-    try:
-        return AutoConfig.from_pretrained(place["source"], revision=place["revision"], **options, **hub)
-    except (OSError, HTTPError, ValueError) as error:
-        where = f"`{place['source']}`" + (f" (revision {place['revision']})" if place["revision"] else "")
-        raise OSError(
-            f"the backbone {where} could not be found: {error} Pass `backbone=PATH` with a folder or id that has it."
-        ) from error
 
 
 def backbone_part(state_dict: dict) -> dict:
@@ -134,11 +132,12 @@ def write_backbone(backbone, folder: Path, max_shard_size: int | str, state_dict
 def backbone_digests(backbone: nn.Module) -> dict[str, str | None]:
     """SHA-256 in hex, or None, of the token embedding and the last layer, as they stand in `config.backbone_digests`.
 
-    Every part is hashed twice. `*_values` covers the weights rounded to bfloat16, equal for float32 and bfloat16 loads
-    of one checkpoint and None for other dtypes, which round differently. `*_signs` covers the signs alone, which no
-    rounding changes. Quantised layers have no hash.
+    `*_values` covers the weights rounded to bfloat16, equal for float32 and bfloat16 loads of one checkpoint and None
+    for other dtypes, which round differently; `*_signs` the signs alone, which no rounding changes. Quantised layers
+    have no hash.
     """
-    layers = max((m for m in backbone.base_model.modules() if isinstance(m, nn.ModuleList)), key=_n_parameters)
+    lists = (module for module in backbone.base_model.modules() if isinstance(module, nn.ModuleList))
+    layers = max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
     weights = {
         name.replace(".base_layer.", "."): parameter
         for name, parameter in layers[-1].named_parameters()
@@ -152,17 +151,17 @@ def backbone_digests(backbone: nn.Module) -> dict[str, str | None]:
     for part, parameters in parts.items():
         is_plain = all(type(p) is nn.Parameter and p.dtype.is_floating_point for p in parameters)
         keeps_values = is_plain and all(p.dtype in (torch.float32, torch.bfloat16) for p in parameters)
-        digests[f"{part}_values"] = _hash(p.detach().to(torch.bfloat16) for p in parameters) if keeps_values else None
-        digests[f"{part}_signs"] = _hash(torch.signbit(p.detach()) for p in parameters) if is_plain else None
+        digests[f"{part}_values"] = _hash(p.to(torch.bfloat16) for p in parameters) if keeps_values else None
+        digests[f"{part}_signs"] = _hash(torch.signbit(p) for p in parameters) if is_plain else None
     return digests
 
 
 def compressor_fingerprint(tensors: Mapping[str, torch.Tensor], processor, config) -> str:
-    """SHA-256 in hex over all that a memory depends on.
+    """SHA-256 in hex over all that a memory depends on; device, compute dtype and merging do not enter.
 
-    That is: (name, shape, dtype, bytes) of the compressor's adapter (PEFT names) and of clara.safetensors in the order
+    That is (name, shape, dtype, bytes) of the compressor's adapter (PEFT names) and of clara.safetensors in the order
     of their names, how a document becomes ids, the tokenizer, `document_max_length`, the backbone's sign digests, and
-    the LoRA scaling. Device, compute dtype and merging do not enter.
+    the LoRA scaling.
     """
     digest = hashlib.sha256()
     backend = json.loads(processor.tokenizer.backend_tokenizer.to_str())
@@ -178,23 +177,18 @@ def compressor_fingerprint(tensors: Mapping[str, torch.Tensor], processor, confi
         text_to_ids["memory_layout"] = [config.memory_layout, config.memory_sizes[0]]
     digest.update(json.dumps(text_to_ids, sort_keys=True).encode())
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(_bytes(tensor))
+        digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
+        digest.update(_bytes(tensors[name]))
     return digest.hexdigest()
-
-
-def _n_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _hash(tensors) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(str(tuple(tensor.shape)).encode())
-        digest.update(_bytes(tensor.cpu().contiguous()))
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.view(torch.uint8).numpy().tobytes() if tensor.ndim else tensor.numpy().tobytes()
+    return tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()

@@ -7,6 +7,7 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers.utils.logging import tqdm
@@ -36,11 +37,8 @@ class Source:
 Hits = list[list[tuple[Source, torch.Tensor]]]  # of each question (source, memory (n, hidden)), best first
 
 
-# --- encoding --------------------------------------------------------------------------------------------------------
-
-
 def text_processor(model: CLaRaPasses) -> CLaRaProcessor:
-    """The model's processor, or a ValueError if there is none."""
+    """The model's processor; a ValueError if there is none."""
     if model.processor is None:
         raise ValueError(
             "`model.processor` must be set for calls on text, got None. Load the model with `from_pretrained` or "
@@ -93,22 +91,18 @@ def _encode_ids(
     return memory
 
 
-# --- searching -------------------------------------------------------------------------------------------------------
-
-
 def search(
     model: CLaRaPasses, questions, documents, corpus, top_k, retrieval_memory_size, min_score, memory_size: int = 0
 ) -> tuple[Hits, torch.Tensor]:
     """Hits and query memories (questions, k, hidden); arguments and errors as in `CLaRaForRAG.retrieve`.
 
-    `memory_size` is what will be read, 0 if nothing is.
+    `memory_size` is what will be read, 0 if nothing is. If something is, a question without a source of
+    `config.min_score` has no hits, unless the caller sets a `min_score` or compares other vectors.
     """
     check_list(questions, "questions")
     config = model.config
-    k_score = config.check_memory_size(
-        config.retrieval_memory_size if retrieval_memory_size is None else retrieval_memory_size,
-        "retrieval_memory_size",
-    )
+    k_score = config.retrieval_memory_size if retrieval_memory_size is None else retrieval_memory_size
+    k_score = config.check_memory_size(k_score, "retrieval_memory_size")
     if (documents is None) == (corpus is None):
         raise ValueError("`documents` or `corpus` must be given, not both and not neither. Pass one of them.")
     if top_k is not None:
@@ -128,19 +122,10 @@ def search(
         candidates, memory = collect_candidates(model, documents, len(questions), top_k, max(k_score, memory_size))
         queries = encode_questions(model, questions, k_score)
         hits = rank_candidates(queries, candidates, memory, k_score, top_k or config.retrieval_top_k)
-    if min_score not in (None, -1):  # of -1 nothing is left out, also if rounding made a cosine smaller
+    if min_score is None and memory_size and config.min_score is not None and k_score == config.retrieval_memory_size:
+        hits = [row if any(source.score >= config.min_score for source, _ in row) else [] for row in hits]
+    elif min_score not in (None, -1):  # of -1 nothing is left out, also if rounding made a cosine smaller
         hits = [[hit for hit in row if hit[0].score >= min_score] for row in hits]
-    return hits, queries
-
-
-def search_to_read(
-    model: CLaRaPasses, questions, documents, corpus, top_k, retrieval_memory_size, min_score, memory_size: int
-) -> tuple[Hits, torch.Tensor]:
-    """`search`, but a question without a source of `config.min_score` gets none unless the caller sets a score."""
-    hits, queries = search(model, questions, documents, corpus, top_k, retrieval_memory_size, min_score, memory_size)
-    least, measured = model.config.min_score, model.config.retrieval_memory_size
-    if min_score is None and least is not None and retrieval_memory_size in (None, measured):
-        hits = [row if any(source.score >= least for source, _ in row) else [] for row in hits]
     return hits, queries
 
 
@@ -150,11 +135,7 @@ def _read_hit(model: CLaRaPasses, hit: Mapping, memory_size: int) -> tuple[Sourc
     return source, read_stored_memory(model, hit["memory"], memory_size, name)
 
 
-# --- documents of a call ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Candidate:
+class Candidate(NamedTuple):
     """One chunk on offer."""
 
     document_id: str
@@ -186,12 +167,12 @@ def collect_candidates(
                 f"`documents` must have one list per question ({n_questions}), got {len(documents)}. Make the "
                 "lists equally long, or pass one flat list for all questions."
             )
-        lists = [(entry, f"documents[{index}]") for index, entry in enumerate(documents)]
+        lists = {f"documents[{index}]": entry for index, entry in enumerate(documents)}
     else:
-        lists = [(documents, "documents")]
+        lists = {"documents": documents}
     pool = _MemoryPool(model, memory_size)
     candidates = []
-    for entry, name in lists:
+    for name, entry in lists.items():
         row = pool.add(check_list(entry, name), name)
         n_documents = row[-1].order + 1
         if top_k is not None and top_k > n_documents:
@@ -208,27 +189,23 @@ def rank_candidates(
 ) -> Hits:
     """Score each question's chunks, keep the best chunk of every document, sort; scores leave the device once.
 
-    `queries` is (questions, n, hidden), `memory` (chunks, n, hidden). Ties go to the lower index, then the id.
+    `queries` is (questions, n, hidden), `memory` (chunks, n, hidden). Ties go to the lower index.
     """
     vectors, queries = flatten_memory(memory, memory_size), flatten_memory(queries, memory_size)
-    rows_of = {}  # one index tensor for each list of candidates, shared lists share it
-    for row in candidates:
-        rows_of.setdefault(id(row), torch.tensor([candidate.row for candidate in row], device=vectors.device))
+    lists = {id(row): row for row in candidates}  # questions may share one
+    rows_of = {key: torch.tensor([c.row for c in row], device=vectors.device) for key, row in lists.items()}
     # A matrix product may round equal rows differently, by their place in it: duplicates would not tie.
     scores = torch.cat(
         [(vectors[rows_of[id(row)]] * query).sum(-1) for row, query in zip(candidates, queries, strict=True)]
     ).tolist()
-    ranked, start = [], 0
+    ranked, left = [], iter(scores)
     for row in candidates:
-        best = {}
-        for candidate, score in zip(row, scores[start : start + len(row)], strict=True):
+        best = {}  # by document; the first of equal ones stays
+        for candidate, score in [(candidate, next(left)) for candidate in row]:
             if candidate.order not in best or score > best[candidate.order][1]:
                 best[candidate.order] = (candidate, score)
-        start += len(row)
-        kept = sorted(best.values(), key=lambda hit: (-hit[1], hit[0].order, hit[0].document_id))[:top_k]
-        ranked.append(
-            [(Source(hit.document_id, hit.span, score, hit.title, hit.text), memory[hit.row]) for hit, score in kept]
-        )
+        kept = sorted(best.values(), key=lambda hit: (-hit[1], hit[0].order))[:top_k]
+        ranked.append([(Source(c.document_id, c.span, score, c.title, c.text), memory[c.row]) for c, score in kept])
     return ranked
 
 
@@ -237,9 +214,8 @@ class _MemoryPool:
 
     def __init__(self, model: CLaRaPasses, memory_size: int):
         self.model, self.memory_size = model, memory_size
-        self.rows: dict[tuple, int] = {}
-        self.chunks: list[dict | None] = []
-        self.stored: dict[int, torch.Tensor] = {}
+        self.chunks: list[dict | torch.Tensor] = []  # a stored memory needs no text
+        self.rows: dict[tuple[str, str], int] = {}  # of title and text in `chunks`
 
     def add(self, documents: list, name: str) -> list[Candidate]:
         """Candidates of one list, their rows pointing into `memory()`."""
@@ -254,31 +230,23 @@ class _MemoryPool:
                 )
             stored = document.get("memory") if isinstance(document, Mapping) else None
             if stored is not None:
-                title, text = read_document(document, place)
-                row = self._new_row(None)
-                self.stored[row] = read_stored_memory(self.model, stored, self.memory_size, f"{place}['memory']")
-                candidates.append(Candidate(document_id, order, int(document.get("span", 0)), title, text, row))
+                texts, span = read_document(document, place), int(document.get("span", 0))
+                candidates.append(Candidate(document_id, order, span, *texts, len(self.chunks)))
+                self.chunks.append(read_stored_memory(self.model, stored, self.memory_size, f"{place}['memory']"))
                 continue
             for part in text_processor(self.model).split_document(document, place):
                 key = (part["title"], part["text"])
                 if key not in self.rows:
-                    self.rows[key] = self._new_row(part)
+                    self.rows[key] = len(self.chunks)
+                    self.chunks.append(part)
                 candidates.append(Candidate(document_id, order, part["span"], *key, self.rows[key]))
         return candidates
 
-    def _new_row(self, chunk: dict | None) -> int:
-        self.chunks.append(chunk)
-        return len(self.chunks) - 1
-
     def memory(self) -> torch.Tensor:
         """(rows, k, hidden) float32: computed for the texts, as given for the stored ones."""
-        texts = [row for row, chunk in enumerate(self.chunks) if chunk is not None]
-        if not self.stored:
-            return encode_documents(self.model, self.chunks, self.memory_size)
-        if texts:
-            computed = encode_documents(self.model, [self.chunks[row] for row in texts], self.memory_size)
-            self.stored |= dict(zip(texts, computed, strict=True))
-        return torch.stack([self.stored[row] for row in range(len(self.chunks))])
+        texts = [chunk for chunk in self.chunks if isinstance(chunk, dict)]
+        computed = iter(encode_documents(self.model, texts, self.memory_size) if texts else ())
+        return torch.stack([next(computed) if isinstance(chunk, dict) else chunk for chunk in self.chunks])
 
 
 def read_stored_memory(model: CLaRaPasses, memory, memory_size: int, name: str) -> torch.Tensor:
@@ -299,9 +267,7 @@ def read_stored_memory(model: CLaRaPasses, memory, memory_size: int, name: str) 
 
 
 def _document_id(document, order: int, place: str) -> str:
-    if not isinstance(document, Mapping):
-        return str(order)
-    given = given_id(document)
+    given = given_id(document) if isinstance(document, Mapping) else None
     if given is None:
         return str(order)
     if isinstance(given, bool) or not isinstance(given, str | int):

@@ -16,32 +16,21 @@ from typing import Self
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import custom_object_save
 
-from .adapters_clara import linear_module_names
-from .backbone_clara import (
-    backbone_config,
-    backbone_digests,
-    check_digests,
-    check_structure,
-    compressor_fingerprint,
-    default_dtype,
-    load_backbone,
-    write_backbone,
-)
+from .backbone_clara import backbone_digests, compressor_fingerprint, load_backbone, trained_backbone, write_backbone
 from .configuration_clara import MEMORY_STATISTICS, ROLES, CLaRaConfig
 from .files_clara import (
     HUB_KEYWORDS,
-    SPECIAL_ROWS_FILE,
+    PARTS,
     CheckpointFiles,
-    adapter_tensors,
     complete_tokenizer_config,
+    live_tensors,
     load_weights,
     model_card,
     move_files,
-    special_rows,
-    write_adapter,
+    write_adapter_config,
 )
 from .passes_clara import CLaRaPasses
 from .processing_clara import CLaRaProcessor
@@ -86,7 +75,10 @@ class CLaRaCheckpoint(CLaRaPasses):
         processor_kwargs: dict | None = None,
         **loader_kwargs,
     ) -> Self:
-        """Fresh adapters on a causal language model. They are untrained: memories carry no meaning yet.
+        """Fresh adapters on a causal language model, in eval mode with `processor` attached.
+
+        They are untrained: memories carry no meaning yet. An OSError or ValueError if the backbone cannot be loaded or
+        an argument is out of its range.
 
         Args:
             name_or_path: Hub id or folder of the backbone.
@@ -99,12 +91,6 @@ class CLaRaCheckpoint(CLaRaPasses):
             config_kwargs: further fields of `CLaRaConfig`.
             processor_kwargs: further fields of `CLaRaProcessor`.
             loader_kwargs: for `AutoModelForCausalLM.from_pretrained`: token, cache_dir, device_map, ...
-
-        Returns:
-            `CLaRaForRAG` in eval mode with `processor` attached.
-
-        Raises:
-            OSError, ValueError: the backbone cannot be loaded or an argument is out of its range.
         """
         source, settings = str(name_or_path), config_kwargs or {}
         if settings.get("memory_normalization"):
@@ -114,13 +100,15 @@ class CLaRaCheckpoint(CLaRaPasses):
             )
         hub = {name: loader_kwargs[name] for name in HUB_KEYWORDS if loader_kwargs.get(name) is not None}
         files = CheckpointFiles(source, revision=revision, **hub)
-        backbone = load_backbone(source, files.revision, **default_dtype({**loader_kwargs, "dtype": dtype}))
+        backbone = load_backbone(source, files.revision, dtype=dtype, **loader_kwargs)
         lora = {"rank": lora_rank, "alpha": 2 * lora_rank if lora_alpha is None else lora_alpha}
-        lora |= {"dropout": lora_dropout, "target_modules": linear_module_names(backbone)}
-        if not lora["target_modules"]:
-            raise ValueError(f"the backbone `{source}` must have linear layers for LoRA, found none. Choose another.")
+        lora |= {"dropout": lora_dropout, "target_modules": None}  # all linear layers
+        text_config = deepcopy(backbone.config)
+        text_config._name_or_path, text_config.dtype = "", None
+        if hasattr(text_config, "quantization_config"):
+            del text_config.quantization_config
         config = CLaRaConfig(
-            text_config=_text_config(backbone),
+            text_config=text_config,
             backbone_name_or_path=source,
             backbone_revision=files.commit,
             backbone_digests=backbone_digests(backbone),
@@ -129,28 +117,29 @@ class CLaRaCheckpoint(CLaRaPasses):
             **settings,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, revision=files.revision, **hub)
-        length = {"document_max_length": config.document_max_length}
         model = cls(config, backbone=backbone)
         _start_like_tokens(model)
-        model.processor = CLaRaProcessor(tokenizer, **length, **(processor_kwargs or {}))
+        model.processor = CLaRaProcessor(tokenizer, config.document_max_length, **(processor_kwargs or {}))
         return model.eval()
 
     @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
-        *model_args,
+        *,
         config: CLaRaConfig | None = None,
         backbone: str | os.PathLike | None = None,
         revision: str | None = None,
         subfolder: str = "",
         **kwargs,
     ) -> Self:
-        """Load a checkpoint from a folder or the Hub.
+        """Load a checkpoint from a folder or the Hub, in eval mode with `processor` attached.
+
+        A FileNotFoundError if a file of the checkpoint is missing, an OSError if the backbone cannot be loaded, a
+        ValueError if a file is damaged or does not fit config.json, or the backbone is another one.
 
         Args:
             pretrained_model_name_or_path: folder or Hub id.
-            *model_args: none.
             config: instead of the checkpoint's config.json.
             backbone: folder or Hub id of the backbone, instead of the one that config.json names.
             revision: branch, tag or commit of the checkpoint; all of its files come from one commit. The backbone's
@@ -158,14 +147,6 @@ class CLaRaCheckpoint(CLaRaPasses):
             subfolder: folder of the repo that holds the checkpoint.
             kwargs: token, cache_dir, force_download, local_files_only; and for the backbone dtype (default float32 on
                 CPU, else the backbone's), device_map, attn_implementation, quantization_config, max_memory, ...
-
-        Returns:
-            `CLaRaForRAG` in eval mode with `processor` attached.
-
-        Raises:
-            FileNotFoundError: a file of the checkpoint is missing.
-            OSError: the backbone cannot be loaded.
-            ValueError: a file is damaged, does not fit config.json, or the backbone is another one.
         """
         kwargs = {name: value for name, value in kwargs.items() if name not in _AUTO_KEYWORDS}
         hub = {name: kwargs[name] for name in HUB_KEYWORDS if kwargs.get(name) is not None}
@@ -174,18 +155,15 @@ class CLaRaCheckpoint(CLaRaPasses):
         config.dtype = None
         if config._attn_implementation is not None:  # where AutoModel puts the keyword
             kwargs.setdefault("attn_implementation", config._attn_implementation)
-        place = {"source": str(backbone or config.backbone_name_or_path), "revision": None, "subfolder": ""}
+        place = {"source": str(backbone or config.backbone_name_or_path), "subfolder": ""}
+        place["revision"] = config.backbone_revision if backbone is None else None
         if backbone is None and config.backbone_included:
             files.path(f"{BACKBONE_FOLDER}/config.json")
-            place = {"source": files.source, "revision": files.revision}
-            place["subfolder"] = f"{subfolder}/{BACKBONE_FOLDER}".strip("/")
-        elif backbone is None:
-            place["revision"] = config.backbone_revision
-        check_structure(backbone_config(place, hub), config, place["source"])
-        model = cls(config, backbone=load_backbone(**place, **default_dtype(kwargs)))
-        check_digests(model.backbone, config, place["source"], is_explicit=backbone is not None)
+            folder = f"{subfolder}/{BACKBONE_FOLDER}".strip("/")
+            place = {"source": files.source, "subfolder": folder, "revision": files.revision}
+        model = cls(config, trained_backbone(config, place, hub, is_explicit=backbone is not None, **kwargs))
         table = model.get_input_embeddings().weight
-        for name, rows in special_rows(model).items():
+        for name, rows in live_tensors(model, "rows").items():
             rows.data = rows.data.to(table.device, torch.float32 if name in MEMORY_STATISTICS else table.dtype)
         # Copies: the loaded tensors are mapped from the files, which may be overwritten while the model lives.
         stored = load_weights(model, files)
@@ -205,7 +183,8 @@ class CLaRaCheckpoint(CLaRaPasses):
     ) -> None:
         """Write the checkpoint folder: config, adapters, processor, code and card.
 
-        Files are written beside the folder first and moved in one by one, so none is ever half written.
+        Files are written beside the folder first and moved in one by one, so none is ever half written. A ValueError
+        if there is no processor, it contradicts the config, or a quantised backbone should be included.
 
         Args:
             save_directory: folder, made if needed. A README.md that is there is kept.
@@ -213,10 +192,6 @@ class CLaRaCheckpoint(CLaRaPasses):
             max_shard_size: largest file of backbone weights.
             is_main_process: False writes nothing, for all but one process of a distributed run.
             state_dict: the weights to write instead of the model's own, as gathered from a sharded model.
-
-        Raises:
-            ValueError: there is no processor or it contradicts the config, or the backbone is quantised and should be
-                included.
         """
         if not is_main_process:
             return
@@ -234,10 +209,15 @@ class CLaRaCheckpoint(CLaRaPasses):
         target.mkdir(parents=True, exist_ok=True)
         with self.lock, tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as temporary:
             folder = Path(temporary)
-            _write_config(self, folder, include_backbone)
+            config = deepcopy(self.config)
+            config.backbone_included, config.dtype = include_backbone, None
+            config.architectures = [type(self).__name__]
+            custom_object_save(self, folder, config=config)
+            config.save_pretrained(folder)
             for role in ROLES:
-                write_adapter(self, folder / role, role, self._exact_tensors(role, state_dict))
-            save_file(self._exact_tensors("rows", state_dict), folder / SPECIAL_ROWS_FILE, metadata={"format": "pt"})
+                write_adapter_config(self, role, folder / role)
+            for part, name in PARTS.items():
+                save_file(self._exact_tensors(part, state_dict), folder / name, metadata={"format": "pt"})
             self.processor.save_pretrained(folder)
             complete_tokenizer_config(folder)
             if include_backbone:
@@ -259,10 +239,7 @@ class CLaRaCheckpoint(CLaRaPasses):
         max_shard_size: int | str = "5GB",
         tags: list[str] | None = None,
     ) -> CommitInfo:
-        """Commit the checkpoint to a repo on the Hub, which is made if needed; arguments as in transformers.
-
-        The repo's card is kept. A repo without one gets the card that `save_pretrained` writes.
-        """
+        """Commit the checkpoint to a Hub repo, made if needed, whose card is kept; arguments as in transformers."""
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr and not revision.startswith("refs/pr"):
@@ -295,43 +272,36 @@ class CLaRaCheckpoint(CLaRaPasses):
     def compressor_versions(self) -> tuple:
         """Changes whenever a weight that the fingerprint covers may have changed; costs nothing."""
         tensors = [p for name, p in self.backbone.named_parameters() if "compressor" in name.split(".")]
-        rows = list(special_rows(self).values())
+        rows = list(live_tensors(self, "rows").values())
         versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors + rows]
         # Of what is small also the values: assignments to `.data` are not counted.
         return (self.config.document_max_length, *(float(row.detach().sum()) for row in rows), *versions)
 
     def _exact_tensors(self, part: str, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
-        """What to save and hash of a role or of "rows": the live tensors on CPU, or what they were rounded from.
+        """What to save and hash of a part of `PARTS`: the live tensors on CPU, or what they were rounded from.
 
         A model that was loaded in another dtype holds rounded adapters. While nothing but the rounding has changed
         them, the stored tensors are meant: the compute dtype enters neither the fingerprint nor a saved checkpoint.
         """
-        live = special_rows(self, state_dict) if part == "rows" else adapter_tensors(self, part, state_dict)
-        live = {name: tensor.detach().cpu().contiguous() for name, tensor in live.items()}
-        stored = self._stored[part] if self._stored else {}
-        is_same = {
-            name: name in stored and torch.equal(stored[name].to(tensor.dtype), tensor)
-            for name, tensor in live.items()
-        }
-        return {name: stored[name] if is_same[name] else tensor for name, tensor in live.items()}
+        tensors, stored = {}, self._stored[part] if self._stored else {}
+        for name, live in live_tensors(self, part, state_dict).items():
+            live = live.detach().cpu().contiguous()
+            is_stored = name in stored and torch.equal(stored[name].to(live.dtype), live)
+            tensors[name] = stored[name] if is_stored else live
+        return tensors
 
 
-def _text_config(backbone) -> PreTrainedConfig:
-    """The backbone's configuration without where and how it was loaded."""
-    config = deepcopy(backbone.config)
-    config._name_or_path, config.dtype = "", None
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
+def sample_embeddings(model: CLaRaPasses) -> tuple[torch.Tensor, float]:
+    """Up to 16,383 token embeddings (tokens, hidden) float32, and the number by which the backbone scales them."""
+    embeddings = model.get_input_embeddings()
+    table = embeddings.weight.detach()
+    return table[:: max(1, len(table) // 8192)].float(), float(getattr(embeddings, "scalar_embed_scale", 1.0))  # Gemma
 
 
 def _start_like_tokens(model: CLaRaPasses) -> None:
     """Start memory tokens and separator at the mean of the token embeddings with their spread, on their device."""
-    table = model.get_input_embeddings().weight.detach()
-    # A sample bounds the cost on large vocabularies; a seed of its own leaves the user's random state alone.
-    sample = table[:: max(1, len(table) // 8192)].float()
-    generator = torch.Generator().manual_seed(0)
-    scale = float(getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0))  # Gemma scales its embeddings
+    table, (sample, scale) = model.get_input_embeddings().weight, sample_embeddings(model)
+    generator = torch.Generator().manual_seed(0)  # leaves the user's random state alone
     for rows in (model.memory_embeddings, model.separator_embedding):
         noise = torch.randn(rows.shape, generator=generator).to(table.device)
         rows.data = ((sample.mean(0) + noise * sample.std(0)) * scale).to(table.dtype)
@@ -347,11 +317,3 @@ def _read_config(files: CheckpointFiles, hub: dict) -> CLaRaConfig:
             f"{model_type!r}. Give a CLaRa checkpoint, or start one on a language model with `from_backbone`."
         )
     return CLaRaConfig.from_pretrained(files.source, subfolder=files.subfolder, revision=files.revision, **hub)
-
-
-def _write_config(model: CLaRaPasses, folder: Path, include_backbone: bool) -> None:
-    config = deepcopy(model.config)
-    config.backbone_included, config.dtype = include_backbone, None
-    config.architectures = [type(model).__name__]
-    custom_object_save(model, folder, config=config)
-    config.save_pretrained(folder)

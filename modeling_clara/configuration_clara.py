@@ -3,6 +3,8 @@
 A value out of its range is an error that names the field and the rule.
 """
 
+from collections.abc import Iterator
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -17,35 +19,31 @@ LORA_SETTINGS = ("rank", "alpha", "dropout", "target_modules")
 
 @strict
 class CLaRaConfig(PreTrainedConfig):
-    """Configuration of `CLaRaForRAG` (arXiv 2511.18659).
+    """Configuration of `CLaRaForRAG` (arXiv 2511.18659); what a field must be is a ValueError that names it.
 
     Args:
-        format_version (`int`): layout of the checkpoint folder; a reader refuses what it does not know.
-        text_config (`dict` or `PreTrainedConfig`): configuration of the backbone, any causal language model.
-        backbone_name_or_path (`str`): Hub id or folder the backbone weights come from.
-        backbone_revision (`str`): commit the backbone weights were trained at, None for a folder.
-        backbone_digests (`dict`): hashes of the backbone's embedding and last layer, see `backbone_clara.py`.
-        backbone_included (`bool`): whether the checkpoint carries the backbone in its folder `backbone/`.
-        memory_sizes (`list[int]`): memory vectors per document the compressor is trained for, ascending. The first
-            k vectors of a memory are the memory of size k (nested memory).
-        memory_layout (`str`): "tokens", the states of learned memory tokens behind the document (paper), or "windows",
-            the means of the document's states and token embeddings over k equal windows; then every size of
+        format_version: layout of the checkpoint folder; a reader refuses what it does not know.
+        text_config: configuration of the backbone, any causal language model.
+        backbone_name_or_path: Hub id or folder the backbone weights come from.
+        backbone_revision: commit the backbone weights were trained at, None for a folder.
+        backbone_digests: hashes of the backbone's embedding and last layer, see `backbone_clara.py`.
+        backbone_included: whether the checkpoint carries the backbone in its folder `backbone/`.
+        memory_sizes: memory vectors per document the compressor is trained for, ascending. The first k vectors of a
+            memory are the memory of size k (nested memory).
+        memory_layout: "tokens", the states of learned memory tokens after the document (paper), or "windows", the
+            means of the document's states and token embeddings over k equal windows; then every size of
             `memory_sizes` must be a power of two times the smallest.
-        retrieval_memory_size (`int`): memory vectors compared by `retrieve`; None means `max(memory_sizes)`.
-        memory_normalization (`bool`): memories are final-layer states with every channel shifted and scaled to the
-            spread of the token embeddings, by rows that `normalize_memories` measured once; False is the paper.
-        document_max_length (`int`): tokens of one span, title and BOS included (paper: 256).
-        retrieval_top_k (`int`): documents that are read by default (paper: 5).
-        min_score (`float`): cosine of `retrieval_memory_size` vectors, -1 to 1; `answer` and `stream` abstain by
-            default if no document reaches it. None never abstains. `recipes/evaluation/calibrate.py` chooses it.
-        retrieval_temperature (`float`): temperature of the differentiable top-k (paper: 0.02).
-        alignment_weight (`float`): lambda of L_MSE, eq. 2.2 (paper: 0.1); the loss is a mean over the hidden size.
-        contrastive_weight (`float`): weight of the InfoNCE term where positives are given; 0 is the paper.
-        lora (`dict`): role -> rank, alpha, dropout, target_modules; every role of `ROLES` (paper: 16, 32, 0.1, all
-            linear layers).
-
-    Raises:
-        ValueError: a field or a relation between fields is out of its range; the message names both.
+        retrieval_memory_size: memory vectors compared by `retrieve`; None means `max(memory_sizes)`.
+        memory_normalization: memories are final-layer states with every channel shifted and scaled to the spread of
+            the token embeddings, by rows that `normalize_memories` measured once; False is the paper.
+        document_max_length: tokens of one chunk, title and BOS included (paper: 256).
+        retrieval_top_k: documents that are read by default (paper: 5).
+        min_score: cosine of `retrieval_memory_size` vectors, -1 to 1; `answer` and `stream` abstain by default if no
+            document reaches it. None never abstains. `recipes/evaluation/calibrate.py` chooses it.
+        retrieval_temperature: temperature of the differentiable top-k (paper: 0.02).
+        alignment_weight: lambda of L_MSE, eq. 2.2 (paper: 0.1); the loss is a mean over the hidden size.
+        contrastive_weight: weight of the InfoNCE term where positives are given; 0 is the paper.
+        lora: role -> rank, alpha, dropout, target_modules of all `ROLES` (paper: 16, 32, 0.1, all linear layers).
     """
 
     model_type = "clara"
@@ -78,12 +76,14 @@ class CLaRaConfig(PreTrainedConfig):
             )
         super().__post_init__(**kwargs)
         self.memory_sizes = list(self.memory_sizes)
-        self._check_memory_sizes()
+        if self.lora is None:
+            self.lora = {role: {"rank": 16, "alpha": 32, "dropout": 0.1, "target_modules": None} for role in ROLES}
+        for is_valid, message in self._rules():
+            if not is_valid:
+                raise ValueError(message)
         if self.retrieval_memory_size is None:
-            self.retrieval_memory_size = self.memory_sizes[-1]
+            self.retrieval_memory_size = self.max_memory_size
         self.check_memory_size(self.retrieval_memory_size, "retrieval_memory_size")
-        self._check_numbers()
-        self._check_lora()
 
     @property
     def max_memory_size(self) -> int:
@@ -91,11 +91,7 @@ class CLaRaConfig(PreTrainedConfig):
         return self.memory_sizes[-1]
 
     def check_memory_size(self, memory_size: int | None, name: str = "memory_size") -> int:
-        """Return `memory_size`, or `max(memory_sizes)` for None.
-
-        Raises:
-            ValueError: the size is not one of `memory_sizes`.
-        """
+        """Return `memory_size`, or `max(memory_sizes)` for None; a ValueError unless it is one of `memory_sizes`."""
         if memory_size is None:
             return self.max_memory_size
         if isinstance(memory_size, bool) or memory_size not in self.memory_sizes:
@@ -114,51 +110,41 @@ class CLaRaConfig(PreTrainedConfig):
                 f"{remedy}"
             )
 
-    def _check_memory_sizes(self) -> None:
-        sizes = self.memory_sizes
-        if not sizes or any(size < 1 for size in sizes) or sizes != sorted(set(sizes)):
-            raise ValueError(
-                f"`memory_sizes` must be ascending, distinct and >= 1, got {sizes}. Pass for example (4, 8, 16)."
+    def _rules(self) -> Iterator[tuple[bool, str]]:
+        """Whether each rule holds, and its error; a rule may rely on those before it."""
+        sizes, example, correct = self.memory_sizes, "Pass for example (4, 8, 16).", "Correct it in the config."
+        ascends = bool(sizes) and sizes[0] >= 1 and sizes == sorted(set(sizes))
+        yield ascends, f"`memory_sizes` must be ascending, distinct and >= 1, got {sizes}. {example}"
+        yield (
+            self.memory_layout in MEMORY_LAYOUTS,
+            f"`memory_layout` must be one of {list(MEMORY_LAYOUTS)}, got {self.memory_layout!r}. Choose one.",
+        )
+        yield (
+            self.memory_layout == "tokens" or set(sizes) <= {sizes[0] * 2**number for number in range(16)},
+            f"`memory_sizes` must be the smallest times powers of two where `memory_layout` is 'windows', got "
+            f"{sizes}. {example}",
+        )
+        for name, is_valid, rule in (
+            ("document_max_length", self.document_max_length >= 8, ">= 8 tokens"),
+            ("retrieval_top_k", self.retrieval_top_k >= 1, ">= 1"),
+            ("min_score", self.min_score is None or -1 <= self.min_score <= 1, "None or a cosine from -1 to 1"),
+            ("retrieval_temperature", self.retrieval_temperature > 0, "> 0"),
+            ("alignment_weight", self.alignment_weight >= 0, ">= 0"),
+            ("contrastive_weight", self.contrastive_weight >= 0, ">= 0"),
+        ):
+            yield is_valid, f"`{name}` must be {rule}, got {getattr(self, name)}. {correct}"
+        roles, settings = set(self.lora), list(LORA_SETTINGS)
+        yield (
+            roles == set(ROLES),
+            f"`lora` must have the roles {list(ROLES)}, got {sorted(roles)}. Name each role once.",
+        )
+        for role, given in self.lora.items():
+            place = f"`lora[{role!r}]"
+            yield (
+                set(given) == set(settings),
+                f"{place}` must have the settings {settings}, got {sorted(given)}. {correct}",
             )
-        if self.memory_layout not in MEMORY_LAYOUTS:
-            raise ValueError(
-                f"`memory_layout` must be one of {list(MEMORY_LAYOUTS)}, got {self.memory_layout!r}. Choose one."
-            )
-        doubled = [sizes[0] * 2**number for number in range(16)]
-        if self.memory_layout == "windows" and not set(sizes) <= set(doubled):
-            raise ValueError(
-                f"`memory_sizes` must be the smallest times powers of two where `memory_layout` is 'windows', got "
-                f"{sizes}. Pass for example (4, 8, 16)."
-            )
-
-    def _check_numbers(self) -> None:
-        rules = {
-            "document_max_length": (self.document_max_length >= 8, ">= 8 tokens"),
-            "retrieval_top_k": (self.retrieval_top_k >= 1, ">= 1"),
-            "min_score": (self.min_score is None or -1 <= self.min_score <= 1, "None or a cosine from -1 to 1"),
-            "retrieval_temperature": (self.retrieval_temperature > 0, "> 0"),
-            "alignment_weight": (self.alignment_weight >= 0, ">= 0"),
-            "contrastive_weight": (self.contrastive_weight >= 0, ">= 0"),
-        }
-        for name, (valid, rule) in rules.items():
-            if not valid:
-                raise ValueError(f"`{name}` must be {rule}, got {getattr(self, name)}. Correct it in the config.")
-
-    def _check_lora(self) -> None:
-        if self.lora is None:
-            self.lora = {role: {"rank": 16, "alpha": 32, "dropout": 0.1, "target_modules": None} for role in ROLES}
-        if set(self.lora) != set(ROLES):
-            raise ValueError(
-                f"`lora` must have the roles {list(ROLES)}, got {sorted(self.lora)}. Name each role once."
-            )
-        for role, settings in self.lora.items():
-            if set(settings) != set(LORA_SETTINGS):
-                raise ValueError(
-                    f"`lora[{role!r}]` must have the settings {list(LORA_SETTINGS)}, got {sorted(settings)}. "
-                    "Correct it in the config."
-                )
-            if settings["rank"] < 1:
-                raise ValueError(f"`lora[{role!r}]['rank']` must be >= 1, got {settings['rank']}. Paper: 16.")
+            yield given["rank"] >= 1, f"{place}['rank']` must be >= 1, got {given['rank']}. Paper: 16."
 
 
 CLaRaConfig.register_for_auto_class()

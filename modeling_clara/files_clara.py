@@ -13,8 +13,8 @@ import torch
 from huggingface_hub import ResolvedRevision
 from huggingface_hub.errors import HTTPError
 from peft import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers.utils import cached_file
 from transformers.utils.hub import resolve_revision
 
@@ -22,9 +22,9 @@ from .backbone_clara import backbone_part
 from .configuration_clara import MEMORY_STATISTICS, ROLES, TRAINED_ROWS, CLaRaConfig
 from .passes_clara import CLaRaPasses
 
-SPECIAL_ROWS_FILE = "clara.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
-ADAPTER_FILE = "adapter_model.safetensors"
+# The files of weights: memory tokens and the like, and an adapter of each role.
+PARTS = {**{role: f"{role}/adapter_model.safetensors" for role in ROLES}, "rows": "clara.safetensors"}
 PEFT_PREFIX = "base_model.model."
 HUB_KEYWORDS = ("token", "cache_dir", "force_download", "local_files_only", "proxies")
 
@@ -90,8 +90,7 @@ class CheckpointFiles:
         """All tensors of a safetensors file, as stored; a ValueError if it is truncated or none."""
         path = self.path(name)
         try:
-            with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in sorted(file.keys())}  # noqa: SIM118 (no dict)
+            return load_file(path)
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(
                 f"`{name}` of {self.source} must be a complete safetensors file: {error}. It is damaged or was copied "
@@ -133,55 +132,35 @@ def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
             )
 
 
-def adapter_tensors(model: CLaRaPasses, role: str, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
-    """The live tensors of a role, or those of a state dict of the model, under the names of a plain PEFT file."""
-    if state_dict is not None:
-        state_dict = backbone_part(state_dict)
-    state = get_peft_model_state_dict(
-        model.backbone, state_dict=state_dict, adapter_name=role, save_embedding_layers=False
-    )
-    return {PEFT_PREFIX + name: tensor for name, tensor in state.items()}
+def live_tensors(model: CLaRaPasses, part: str, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
+    """The model's tensors of a part of `PARTS`, or those of its `state_dict`, under the names in the part's file.
 
-
-def special_rows(model: CLaRaPasses, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
-    """memory_embeddings (max(memory_sizes), hidden) and separator_embedding (1, hidden).
-
-    With windows also residual_scale, and if memories are normalised memory_shift and memory_scale, (hidden,) each.
+    Those of a role are a plain PEFT adapter. "rows" are memory_embeddings (max(memory_sizes), hidden) and
+    separator_embedding (1, hidden), with windows also residual_scale, and if memories are normalised memory_shift and
+    memory_scale, (hidden,) each.
     """
-    names = [name for name in TRAINED_ROWS if name != "residual_scale" or model.config.memory_layout == "windows"]
-    names += MEMORY_STATISTICS if model.config.memory_normalization else ()
-    return {name: getattr(model, name) if state_dict is None else state_dict[name] for name in names}
+    if part == "rows":
+        rows = {name: getattr(model, name, None) for name in (*TRAINED_ROWS, *MEMORY_STATISTICS)}
+        return {name: (state_dict or rows)[name] for name, row in rows.items() if row is not None}
+    weights = None if state_dict is None else backbone_part(state_dict)
+    state = get_peft_model_state_dict(model.backbone, weights, part, save_embedding_layers=False)
+    return {PEFT_PREFIX + name: tensor for name, tensor in state.items()}
 
 
 def load_weights(
     model: CLaRaPasses, files: CheckpointFiles, *, copy: bool = True
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Check adapters and memory tokens against the model and copy them in, all or nothing; `copy=False` only checks.
+    """Check all `PARTS` against the model and copy them in, all or nothing; `copy=False` only checks.
 
-    Returns:
-        The stored tensors by role, and those of clara.safetensors under "rows".
-
-    Raises:
-        FileNotFoundError, ValueError: naming file and remedy.
+    Returns the stored tensors of each part. A FileNotFoundError or ValueError names file and remedy.
     """
     stored, pairs = {}, []
-    for role in ROLES:
-        settings, given = model.config.lora[role], files.json(f"{role}/{ADAPTER_CONFIG_FILE}")
-        wanted = {"r": settings["rank"], "lora_alpha": settings["alpha"], "target_modules": settings["target_modules"]}
-        given["target_modules"] = sorted(given.get("target_modules") or [])
-        for field, value in wanted.items():
-            if given.get(field) != value:
-                raise ValueError(
-                    f"`{field}` in `{role}/{ADAPTER_CONFIG_FILE}` must be {value} as in config.json, got "
-                    f"{given.get(field)}. Use the files of one `save_pretrained`."
-                )
-        name, live = f"{role}/{ADAPTER_FILE}", adapter_tensors(model, role)
-        stored[role] = files.tensors(name)
-        check_tensors(stored[role], live, name)
-        pairs += [(live[key], tensor) for key, tensor in stored[role].items()]
-    stored["rows"], live = files.tensors(SPECIAL_ROWS_FILE), special_rows(model)
-    check_tensors(stored["rows"], live, SPECIAL_ROWS_FILE)
-    pairs += [(live[key], tensor) for key, tensor in stored["rows"].items()]
+    for part, name in PARTS.items():
+        if part in ROLES:
+            _check_adapter_config(part, model.config.lora[part], files)
+        stored[part], live = files.tensors(name), live_tensors(model, part)
+        check_tensors(stored[part], live, name)
+        pairs += [(live[key], tensor) for key, tensor in stored[part].items()]
     if copy:
         with torch.no_grad():
             for live_tensor, tensor in pairs:
@@ -189,10 +168,21 @@ def load_weights(
     return stored
 
 
-def write_adapter(model: CLaRaPasses, folder: Path, role: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Write the tensors of a role as a plain PEFT folder."""
+def _check_adapter_config(role: str, settings: dict, files: CheckpointFiles) -> None:
+    name = f"{role}/{ADAPTER_CONFIG_FILE}"
+    given = files.json(name)
+    given["target_modules"] = sorted(given.get("target_modules") or [])
+    for field, setting in (("r", "rank"), ("lora_alpha", "alpha"), ("target_modules", "target_modules")):
+        if given.get(field) != settings[setting]:
+            raise ValueError(
+                f"`{field}` in `{name}` must be {settings[setting]} as in config.json, got {given.get(field)}. Use "
+                "the files of one `save_pretrained`."
+            )
+
+
+def write_adapter_config(model: CLaRaPasses, role: str, folder: Path) -> None:
+    """Make a folder with what makes the tensors of a role a plain PEFT adapter."""
     folder.mkdir()
-    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
     settings = model.backbone.peft_config[role].to_dict()
     settings |= {
         "base_model_name_or_path": model.config.backbone_name_or_path,
@@ -219,8 +209,7 @@ def complete_tokenizer_config(folder: Path) -> None:
     """Take out where the tokenizer was loaded from; repeat the chat template, so that no prompt hangs on one file."""
     path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("is_local", "local_files_only"):
-        settings.pop(name, None)
+    settings = {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")}
     if template.exists():
         settings["chat_template"] = template.read_text(encoding="utf-8")
     text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -237,9 +226,9 @@ def move_files(folder: Path, target: Path) -> None:
     patterns = ["chat_template.jinja", "chat_templates/*.jinja"]
     if Path("backbone/config.json") in names:
         patterns.append("backbone/*.safetensors*")
-    for path in [path for pattern in patterns for path in target.glob(pattern)]:
-        if path.relative_to(target) not in names:
-            path.unlink()
+    old = {path.relative_to(target) for pattern in patterns for path in target.glob(pattern)}
+    for name in old.difference(names):
+        (target / name).unlink()
     for name in sorted(names, key=lambda name: name == Path("config.json")):
         (target / name).parent.mkdir(exist_ok=True)
         shutil.move(folder / name, target / name)

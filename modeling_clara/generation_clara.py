@@ -5,13 +5,14 @@ The functions take a model with its processor and pass on to the backbone's `gen
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import BaseStreamer
 
 from .adapters_clara import eval_mode
@@ -25,12 +26,12 @@ PROMPTS_PER_BATCH, ON_ACCELERATOR = 8, 32  # an accelerator takes as long for on
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer with what it was read from, best source first.
+    """An answer with what it was read from, best source first; each source says by `read_as` how it was read.
 
     `keywords` explains the query if `explain=True`, else it is None. `abstained` is True if every source scored
     below `min_score`: then `text` is empty and nothing was generated. `prompt_tokens` counts the positions of the
-    generator's input: tokens of the prompt and of sources read as text, memory vectors and separators. It is 0 if the
-    model abstained. Each source says by `read_as` how it was read.
+    generator's input: tokens of the prompt and of sources read as text, memory vectors and separators; 0 if it
+    abstained.
     """
 
     text: str
@@ -60,14 +61,8 @@ class _RefuseNaN(LogitsProcessor):
         return scores
 
 
-class _StopOnEvent(StoppingCriteria):
-    """Ends generation when the reader of a stream has left."""
-
-    def __init__(self, event: threading.Event):
-        self.event = event
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+class _ReaderLeft(Exception):
+    """Ends generation when nobody reads the stream any more."""
 
 
 class _Pieces(BaseStreamer):
@@ -75,17 +70,16 @@ class _Pieces(BaseStreamer):
 
     def __init__(self, decode: Callable[[list[int]], str]):  # longer with more ids, but for an unfinished character
         self.decode, self.ids, self.n_sent = decode, [], 0
-        self.queue = queue.SimpleQueue()
+        self.queue, self.reader_left = queue.SimpleQueue(), False
 
     def put(self, value):
+        if self.reader_left:
+            raise _ReaderLeft
         self.ids += value.flatten().tolist()
         self._send(self.decode(self.ids).rstrip("\ufffd"))
 
     def end(self):
         self._send(self.decode(self.ids))
-
-    def close(self):
-        self.queue.put(None)
 
     def _send(self, text: str):
         if len(text) > self.n_sent:
@@ -99,7 +93,7 @@ class _Pieces(BaseStreamer):
 def build_generation_config(
     model: CLaRaPasses, given: GenerationConfig | None, max_new_tokens: int
 ) -> GenerationConfig:
-    """A copy of the given configuration, or greedy search, with the length limit and the end tokens filled in."""
+    """A copy of `given`, or greedy search, with the length limit and the end tokens filled in."""
     check_count(max_new_tokens, "max_new_tokens", "Default: 64.")
     if given is None:  # spelled out, because `generate` fills gaps from the backbone's own settings
         given = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0)
@@ -126,28 +120,9 @@ def build_generation_config(
     return config
 
 
-def checked_prompt(
-    model: CLaRaPasses,
-    question: str | None,
-    n_documents: int,
-    memory_size: int,
-    generation: GenerationConfig,
-    name: str,
-    text_documents: Sequence = (),
-) -> Prompt:
-    """`build_prompt` of the processor, and a ValueError unless prompt and answer fit into the window."""
-    prompt = text_processor(model).build_prompt(
-        question, n_documents, memory_size, text_documents=text_documents, name=name
-    )
-    options = "`expand`, `top_k`, `memory_size`" if text_documents else "`top_k`, `memory_size`"
-    remedy = f"Shorten the question, or lower {options} or `max_new_tokens`."
-    model.config.check_window(len(prompt.input_ids) + generation.max_new_tokens, name, remedy)
-    return prompt
-
-
 def prepare_reading(
     model: CLaRaPasses,
-    question: str,
+    question: str | None,
     hits: list[tuple[Source, torch.Tensor]],
     memory_size: int | None,
     expand: int,
@@ -156,10 +131,8 @@ def prepare_reading(
 ) -> Reading:
     """What the generator reads: the memories of all hits but the best `expand`, then the text of these.
 
-    k is `memory_size`, by default `default_memory_size` of the sources that are read from memory.
-
-    Raises:
-        ValueError: a source has no text, or prompt and answer do not fit into the backbone's window.
+    Without a question it is a paraphrase. k is `memory_size`, by default `default_memory_size` of the sources that are
+    read from memory. A ValueError if a source has no text, or prompt and answer do not fit into the backbone's window.
     """
     texts = [replace(source, read_as="text") for source, _ in hits[:expand]]
     remembered = [source for source, _ in hits[expand:]]
@@ -172,7 +145,12 @@ def prepare_reading(
     documents = [{"title": source.title, "text": source.text} for source in texts]
     if memory_size is None:
         memory_size = default_memory_size(model, [(source.title, source.text) for source in remembered])
-    prompt = checked_prompt(model, question, len(remembered), memory_size, generation, name, documents)
+    prompt = text_processor(model).build_prompt(
+        question, len(remembered), memory_size, text_documents=documents, name=name
+    )
+    options = "`expand`, `top_k`, `memory_size`" if texts else "`top_k`, `memory_size`"
+    remedy = f"Shorten the question, or lower {options} or `max_new_tokens`."
+    model.config.check_window(len(prompt.input_ids) + generation.max_new_tokens, name, remedy)
     memory = torch.stack([memory[:memory_size] for _, memory in hits])[expand:]
     return Reading(prompt, memory, texts + remembered)
 
@@ -180,8 +158,8 @@ def prepare_reading(
 def default_memory_size(model: CLaRaPasses, documents: list[tuple[str, str]]) -> int:
     """k that is read by default of (title, text) documents: the largest.
 
-    Of windows the largest that hold 3/4 of a token of the longest text, if all have one. Windows that are much
-    narrower than a token repeat it, and the generator does so as well (docs/experiments.md).
+    Of windows the largest that hold 3/4 of a token of the longest text, if all have one: the generator repeats what
+    much narrower windows repeat (docs/experiments.md).
     """
     sizes = model.config.memory_sizes
     if model.config.memory_layout == "tokens" or not all(text for _, text in documents):
@@ -236,40 +214,34 @@ def decode_answer(model: CLaRaPasses, ids: list[int], ends: int | list[int]) -> 
 
 
 def stream_text(
-    model: CLaRaPasses, prompt: Prompt, memory: torch.Tensor, generation: GenerationConfig, answer: Answer
+    model: CLaRaPasses, reading: Reading | None, generation: GenerationConfig, answer: Answer
 ) -> Generator[str, None, Answer]:
-    """Pieces of one prompt's text; `answer` with the whole text is the return value."""
+    """Pieces of one prompt's text; the return value is `answer` with the whole text, as it is without a reading."""
+    if reading is None:
+        return answer
     streamer = _Pieces(lambda ids: decode_answer(model, ids, generation.eos_token_id))
-    stop = threading.Event()
     outcome = {}
 
     def work():
         try:
             with model.lock, eval_mode(model), torch.no_grad():
-                stopping = StoppingCriteriaList([_StopOnEvent(stop)])
-                options = {"streamer": streamer, "stopping_criteria": stopping}
-                outcome["text"] = generate_texts(model, [prompt], [memory], generation, **options)[0]
+                prompts, memories = [reading.prompt], [reading.memory]
+                outcome["text"] = generate_texts(model, prompts, memories, generation, streamer=streamer)[0]
         except BaseException as error:  # handed to the reader, who raises it
             outcome["error"] = error
         finally:
-            streamer.close()
+            streamer.queue.put(None)
 
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
     try:
         yield from streamer
     finally:
-        stop.set()
+        streamer.reader_left = True
         worker.join()
     if "error" in outcome:
         raise outcome["error"]
     return replace(answer, text=outcome["text"])
-
-
-def returning(answer: Answer) -> Generator[str, None, Answer]:
-    """An empty stream with a return value."""
-    return answer
-    yield
 
 
 def keywords(model: CLaRaPasses, queries: torch.Tensor, top_n: int) -> list[list[str]]:
@@ -282,16 +254,13 @@ def keywords(model: CLaRaPasses, queries: torch.Tensor, top_n: int) -> list[list
         probabilities, tokens = head(model.as_states(query).to(head.weight.dtype)).float().softmax(-1).topk(top_n)
         tokens, probabilities = tokens.tolist(), probabilities.tolist()
         words = {token: tokenizer.decode([token]).strip() for token in set().union(*tokens) - special}
-        counts = {}
+        counts, sums = Counter(), Counter()  # of each word the vectors that name it, and its probability
         for vector_tokens, vector_probabilities in zip(tokens, probabilities, strict=True):
-            named = {}
+            named = Counter()
             for token, probability in zip(vector_tokens, vector_probabilities, strict=True):
-                word = words.get(token, "")
-                if any(character.isalnum() for character in word):
-                    named[word] = named.get(word, 0.0) + probability
-            for word, probability in named.items():
-                count, total = counts.get(word, (0, 0.0))
-                counts[word] = (count + 1, total + probability)
-        ranked = sorted(counts, key=lambda word: (-counts[word][0], -counts[word][1], word))  # noqa: B023
-        words_of.append(ranked[:top_n])
+                if any(map(str.isalnum, words.get(token, ""))):
+                    named[words[token]] += probability
+            counts.update(named.keys())
+            sums.update(named)
+        words_of.append(sorted(counts, key=lambda word: (-counts[word], -sums[word], word))[:top_n])  # noqa: B023
     return words_of

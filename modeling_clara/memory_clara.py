@@ -14,13 +14,10 @@ def right_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple
 
 
 def segment_mask(segments: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """What the tokens of rows with several prompts may attend to: (rows, 1, length, length) bool.
+    """What the tokens of rows with several prompts may attend to: (rows, 1, length, length) bool, query by key.
 
-    True where the query (first length) sees the key. Padding sees itself, because a softmax over nothing is NaN.
-
-    Args:
-        segments: (rows, length) int64, 0 in the common beginning of a row's prompts, i in the rest of prompt i.
-        attention_mask: (rows, length), 1 at real tokens.
+    `segments` (rows, length) int64 is 0 in the common beginning of a row's prompts and i in the rest of prompt i. It
+    has 1 at real tokens in `attention_mask` (rows, length). Padding sees itself: a softmax over nothing is NaN.
     """
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
@@ -32,20 +29,15 @@ def segment_mask(segments: torch.Tensor, attention_mask: torch.Tensor) -> torch.
 def place_memory_tokens(
     token_embeddings: torch.Tensor, lengths: torch.Tensor, memory_rows: torch.Tensor
 ) -> torch.Tensor:
-    """Put the memory-token embeddings directly after each text: (batch, length + k, hidden).
+    """Put the memory-token embeddings (k, hidden) directly after each text: (batch, length + k, hidden).
 
-    What follows them in a shorter text is padding. It needs no mask, because attention is causal.
-
-    Args:
-        token_embeddings: (batch, length, hidden), the text right-padded.
-        lengths: (batch,) int64, real tokens of each text.
-        memory_rows: (k, hidden), the memory-token embeddings.
+    The `lengths` (batch,) real tokens of a text come first in `token_embeddings` (batch, length, hidden). What follows
+    the memory tokens of a shorter text is padding. It needs no mask, because attention is causal.
     """
-    (batch, length, _), n_memory = token_embeddings.shape, memory_rows.shape[0]
-    positions = torch.arange(length + n_memory, device=lengths.device)
-    is_memory = (positions >= lengths[:, None]) & (positions < lengths[:, None] + n_memory)  # (batch, length + k)
-    padded = F.pad(token_embeddings, (0, 0, 0, n_memory))
-    rows = memory_rows.to(padded.dtype).expand(batch, -1, -1)
+    padded = F.pad(token_embeddings, (0, 0, 0, len(memory_rows)))
+    positions = torch.arange(padded.shape[1], device=lengths.device) - lengths[:, None]  # (batch, length + k)
+    is_memory = (positions >= 0) & (positions < len(memory_rows))
+    rows = memory_rows.to(padded.dtype).expand(len(lengths), -1, -1)
     return padded.masked_scatter(is_memory[..., None], rows)
 
 
@@ -62,12 +54,8 @@ def read_memory(hidden_states: torch.Tensor, lengths: torch.Tensor, memory_size:
 def window_means(states: torch.Tensor, lengths: torch.Tensor, n_windows: int) -> torch.Tensor:
     """Means (batch, n_windows, hidden) of the states in equal windows of each text, in the dtype of `states`.
 
-    A state on a border counts in both windows by its share. Sums are taken in float32.
-
-    Args:
-        states: (batch, length, hidden), the text right-padded.
-        lengths: (batch,) int64, real tokens of each text.
-        n_windows: windows, more or fewer than tokens.
+    The `lengths` (batch,) real tokens of a text come first in `states` (batch, length, hidden). A state on a border
+    counts in both windows by its share, and there may be more windows than tokens. Sums are taken in float32.
 
     >>> window_means(torch.tensor([[[1.0], [2.0], [6.0], [9.0]]]), torch.tensor([3]), 2).flatten()
     tensor([1.3333, 4.6667])
@@ -113,8 +101,8 @@ def read_windows(memory: torch.Tensor, n_base: int) -> torch.Tensor:
 def normalize_memory(states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Final-layer states (..., hidden) as memories in the same dtype: every channel shifted and scaled, in float32.
 
-    A few channels of these states are the same large number in every document. Written into a prompt as they are, they
-    drown what differs. `shift` and `scale`, (hidden,) each, come from `memory_statistics`.
+    A few channels of these states are the same large number in every document, which drowns what differs. `shift` and
+    `scale`, (hidden,) each, come from `memory_statistics`.
 
     >>> states = torch.tensor([[30.0, 0.5], [32.0, -0.5]])
     >>> normalize_memory(states, *memory_statistics(states, 0.1))
@@ -141,10 +129,7 @@ def memory_statistics(states: torch.Tensor, spread: float) -> tuple[torch.Tensor
 
 
 def check_slots(memory_mask: torch.Tensor, n_rows: torch.Tensor) -> None:
-    """Raise a ValueError unless each prompt of `memory_mask` (batch, length) bool has `n_rows` (batch,) int64 slots.
-
-    It names the first prompt that does not fit and costs one host synchronisation.
-    """
+    """Raise a ValueError unless each prompt of `memory_mask` (batch, length) has its `n_rows` (batch,) slots."""
     slots = memory_mask.sum(-1)
     wrong = (slots != n_rows.to(slots.device)).nonzero()
     if len(wrong):
@@ -165,13 +150,9 @@ def memory_alignment_loss(
 ) -> torch.Tensor:
     """L_MSE (eq. 2.1), (batch,) float32: squared distance of a document's mean state from that of its memory.
 
-    The formula writes a squared norm; the published numbers were made with the mean over the hidden size, and so is
-    this.
-
-    Args:
-        document_states: (batch, length, hidden), final-layer states of the document tokens.
-        document_mask: (batch, length) bool, True at real tokens.
-        memory: (batch, k, hidden).
+    `document_states` (batch, length, hidden) are of the final layer, real tokens are True in `document_mask` (batch,
+    length), and `memory` is (batch, k, hidden). The formula writes a squared norm; the published numbers were made
+    with the mean over the hidden size, and so is this.
     """
     weight = document_mask[..., None].float()
     mean_document = (document_states.float() * weight).sum(1) / weight.sum(1).clamp(min=1)

@@ -6,26 +6,23 @@ Every call runs in eval mode without gradient, one thread at a time, and leaves 
 import contextlib
 import functools
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
 import torch
 from torch import nn
 from transformers import GenerationConfig
 
 from .adapters_clara import eval_mode
-from .candidates_clara import Source, encode_documents, encode_questions, search, search_to_read
-from .checkpoint_clara import CLaRaCheckpoint
+from .candidates_clara import Source, encode_documents, encode_questions, search
+from .checkpoint_clara import CLaRaCheckpoint, sample_embeddings
 from .configuration_clara import MEMORY_STATISTICS
 from .generation_clara import (
     Answer,
     build_generation_config,
-    checked_prompt,
     decode_answer,
-    default_memory_size,
     generate_texts,
     keywords,
     prepare_reading,
-    returning,
     stream_text,
 )
 from .memory_clara import memory_statistics
@@ -49,24 +46,15 @@ def text_call(method):
 class CLaRaForRAG(CLaRaCheckpoint):
     """Compressor, query reasoner and generator over one causal language model (arXiv 2511.18659).
 
-    Args:
-        config (`CLaRaConfig`): everything the model is built from.
-        backbone (`PreTrainedModel`, *optional*): a loaded causal language model; without it one with random weights is
-            built from `config.text_config`.
-
     Use `from_pretrained` for a trained model and `from_backbone` for fresh adapters on a backbone of your own; both
-    attach `model.processor`, which the calls on text need.
+    attach `model.processor`, which the calls on text need. `CLaRaForRAG(config)` has a backbone with random weights,
+    or a loaded causal language model that is given as `backbone`.
     """
 
     # What training and evaluation use below the calls on text.
     build_generation_config = build_generation_config
-    checked_prompt = checked_prompt
     generate_texts = generate_texts
     decode_answer = decode_answer
-
-    def check_window(self, n_tokens: int, name: str, remedy: str = "Shorten it.") -> None:
-        """Raise a ValueError unless a prompt of `n_tokens` fits into the backbone's window."""
-        self.config.check_window(n_tokens, name, remedy)
 
     @text_call
     def compress(
@@ -74,18 +62,17 @@ class CLaRaForRAG(CLaRaCheckpoint):
     ) -> torch.Tensor:
         """Compress documents of one chunk each into memories.
 
+        A TypeError or ValueError names the document that is malformed, empty or longer than one chunk (split it with
+        `processor.split_document()`), or whose memory is not finite.
+
         Args:
             documents: texts, or dicts with `text` and optionally `title`.
             memory_size: k, one of `config.memory_sizes`; default the largest.
-            batch_size: documents per pass at most. They are sorted by length first, so a batch has little padding; on
-                CPU they are packed without any, up to `packing_clara.MAX_TOKENS` tokens.
+            batch_size: documents per pass at most, those of similar length together; on CPU they are packed without
+                padding, up to `packing_clara.MAX_TOKENS` tokens.
 
         Returns:
             (documents, k, hidden) float32 on the model's device, in the order given.
-
-        Raises:
-            TypeError, ValueError: naming the document that is malformed, empty or longer than one chunk (split it with
-                `processor.split_document()`), or that gives a memory that is not finite.
         """
         return encode_documents(self, documents, self.config.check_memory_size(memory_size), batch_size)
 
@@ -93,13 +80,10 @@ class CLaRaForRAG(CLaRaCheckpoint):
     def encode_queries(
         self, questions: Sequence[str], *, memory_size: int | None = None, batch_size: int = 16
     ) -> torch.Tensor:
-        """Encode questions into the space of the memories; arguments and errors as in `compress`.
+        """Encode questions into the space of the memories: (questions, k, hidden), otherwise as `compress`.
 
         With `memory_layout` "windows" the largest `memory_size`, and its default, is `config.retrieval_memory_size`:
         questions are read with memory tokens, of which only those that are compared have been trained.
-
-        Returns:
-            (questions, k, hidden) float32 on the model's device.
         """
         if memory_size is None and self.config.memory_layout == "windows":
             memory_size = self.config.retrieval_memory_size
@@ -118,6 +102,8 @@ class CLaRaForRAG(CLaRaCheckpoint):
     ) -> list[list[Source]]:
         """Rank documents by the cosine of question and document memory (eq. 3.1).
 
+        A TypeError or ValueError names the argument, the index and the rule.
+
         Args:
             questions: list of texts.
             documents: one list for all questions, or a list of documents for every question. A document is a text or a
@@ -132,9 +118,6 @@ class CLaRaForRAG(CLaRaCheckpoint):
 
         Returns:
             For each question its sources, best first; ties go to the lower index.
-
-        Raises:
-            TypeError, ValueError: naming the argument, the index and the rule.
         """
         hits, _ = search(self, questions, documents, corpus, top_k, retrieval_memory_size, min_score)
         return [[source for source, _ in row] for row in hits]
@@ -155,17 +138,15 @@ class CLaRaForRAG(CLaRaCheckpoint):
         explain: bool = False,
         expand: int = 0,
     ) -> list[Answer]:
-        """Retrieve, then read the memories of the best documents, or the text of the very best, and answer.
+        """Retrieve, then read the memories of the best documents, or the text of the very best: an `Answer` each.
 
-        Args:
-            questions: list of texts.
-            documents: as in `retrieve`.
-            corpus: as in `retrieve`.
-            top_k: as in `retrieve`; every document retrieved is read.
-            retrieval_memory_size: as in `retrieve`.
-            min_score: as in `retrieve`; if no source reaches it, the model abstains. By default the model abstains if
-                no source reaches `config.min_score`, and otherwise reads all sources; -1 switches that off, and so
-                does another `retrieval_memory_size` than the config's, of which the threshold was measured.
+        Every document that `retrieve` finds with the same arguments is read. Errors are as there; it is also one if a
+        prompt and its answer do not fit into the backbone's window, or if a source to be read as text has none.
+
+        Other arguments than those of `retrieve`:
+            min_score: if no source reaches it, the model abstains. By default the model abstains if no source reaches
+                `config.min_score`, and otherwise reads all sources; -1 switches that off, and so does another
+                `retrieval_memory_size` than the config's, of which the threshold was measured.
             memory_size: k that is read; default the largest, or with `memory_layout` "windows" the largest whose
                 windows hold 3/4 of a token of the longest source.
             max_new_tokens: length limit of an answer, in tokens; a limit set in `generation_config` wins.
@@ -173,13 +154,6 @@ class CLaRaForRAG(CLaRaCheckpoint):
             explain: also fill `Answer.keywords`.
             expand: number of best sources whose title and text are read instead of the memory, >= 0; a number larger
                 than that of the sources reads all as text. The prompt has the memories first, then the text.
-
-        Returns:
-            One `Answer` per question.
-
-        Raises:
-            TypeError, ValueError: naming the argument, the index and the rule, also if a prompt and its answer do
-                not fit into the backbone's window, or if a source to be read as text has none.
         """
         searched = (documents, corpus, top_k, retrieval_memory_size, min_score)
         hits, words = self._search_to_read(questions, searched, memory_size, expand, explain)
@@ -213,14 +187,11 @@ class CLaRaForRAG(CLaRaCheckpoint):
         explain: bool = False,
         expand: int = 0,
     ) -> Generator[str, None, Answer]:
-        """Answer one question piece by piece; arguments and errors as in `answer`.
+        """Answer one question piece by piece; arguments and errors as in `answer`, and beam search cannot stream.
 
         Bad arguments raise here, not at the first piece. Generation runs in a thread of its own and stops when the
-        iterator is closed.
-
-        Returns:
-            Iterator of str. The `Answer` is its return value: `answer = yield from model.stream(...)`, or
-            `StopIteration.value`. Beam search cannot stream and is a ValueError.
+        iterator of str is closed. The `Answer` is its return value: `answer = yield from model.stream(...)`, or
+        `StopIteration.value`.
         """
         check_text(question, "question")
         searched = (documents, corpus, top_k, retrieval_memory_size, min_score)
@@ -229,17 +200,17 @@ class CLaRaForRAG(CLaRaCheckpoint):
         if (generation.num_beams or 1) > 1:
             raise ValueError(f"`num_beams` must be 1 to stream, got {generation.num_beams}. Use `answer` for beams.")
         if not hits[0]:
-            return returning(Answer("", [], words[0], abstained=True))
+            return stream_text(self, None, generation, Answer("", [], words[0], abstained=True))
         reading = prepare_reading(self, question, hits[0], memory_size, expand, generation, "question")
         answer = Answer("", reading.sources, words[0], prompt_tokens=len(reading.prompt.input_ids))
-        return stream_text(self, reading.prompt, reading.memory, generation, answer)
+        return stream_text(self, reading, generation, answer)
 
     @text_call
     def _search_to_read(self, questions, searched: tuple, memory_size, expand, explain):
         """Hits and keywords, or None for each question, of `answer` and `stream`."""
         largest = self.config.check_memory_size(memory_size)
         check_count(expand, "expand", "Pass 0 to read memories only.", least=0)
-        hits, queries = search_to_read(self, questions, *searched, largest)
+        hits, queries = search(self, questions, *searched, largest)
         return hits, keywords(self, queries, 50) if explain else [None] * len(hits)
 
     @text_call
@@ -251,38 +222,21 @@ class CLaRaForRAG(CLaRaCheckpoint):
         max_new_tokens: int = 256,
         generation_config: GenerationConfig | None = None,
     ) -> list[str]:
-        """Paraphrase each document from its memory; documents of one chunk each, as in `compress`.
-
-        Args:
-            documents: as in `compress`.
-            memory_size: k that is read; default for each document as in `answer`.
-            max_new_tokens: as in `answer`.
-            generation_config: as in `answer`.
-
-        Returns:
-            One text per document.
-        """
+        """Paraphrase each document from its memory, documents as in `compress`, the other arguments as in `answer`."""
         largest = self.config.check_memory_size(memory_size)
         generation = self.build_generation_config(generation_config, max_new_tokens)
-        prompts, memories = [], []
-        for index, memory in enumerate(encode_documents(self, documents, largest)):
-            read = [read_document(documents[index], f"documents[{index}]")]
-            size = default_memory_size(self, read) if memory_size is None else memory_size
-            prompts.append(self.checked_prompt(None, 1, size, generation, "documents"))
-            memories.append(memory[None, :size])
-        return self.generate_texts(prompts, memories, generation)
+        readings = []
+        for document, memory in zip(documents, encode_documents(self, documents, largest), strict=True):
+            hits = [(Source("", 0, 1.0, *read_document(document, "documents")), memory)]
+            readings.append(prepare_reading(self, None, hits, memory_size, 0, generation, "documents"))
+        return self.generate_texts([r.prompt for r in readings], [r.memory for r in readings], generation)
 
     @text_call
     def explain_queries(self, questions: Sequence[str], top_n: int = 50) -> list[list[str]]:
         """Words that the query memories stand for: each vector through the LM head (paper, section 5).
 
-        Args:
-            questions: list of texts.
-            top_n: tokens taken from every memory vector and words returned, between 1 and the vocabulary's size.
-
-        Returns:
-            For each question at most `top_n` words without punctuation and special tokens, those that more vectors
-            name first, then by their summed probability.
+        For each question at most `top_n` words without punctuation and special tokens, those that more vectors name
+        first, then by their summed probability. As many tokens are taken from every memory vector.
         """
         vocabulary = self.config.text_config.vocab_size
         if check_count(top_n, "top_n", "Default: 50.") > vocabulary:
@@ -295,11 +249,8 @@ class CLaRaForRAG(CLaRaCheckpoint):
         Args:
             path_or_repo: folder, or id of a dataset on the Hub.
             revision: branch, tag or commit of the dataset.
-            options: of `CompressedCorpus.open`: token, cache_dir, local_files_only, index, backend, uri, collection.
-
-        Raises:
-            FileNotFoundError: there is no corpus, or a file of it is missing.
-            ValueError: a file is damaged, or another compressor made the memories.
+            options: of `CompressedCorpus.open`, which has the errors as well: token, cache_dir, local_files_only,
+                index, backend, uri, collection.
         """
         return self.corpus_class().open(path_or_repo, revision, model=self, **options)
 
@@ -313,19 +264,12 @@ class CLaRaForRAG(CLaRaCheckpoint):
     # --- states of the model -----------------------------------------------------------------------------------------
 
     def normalize_memories(self, documents: Sequence[str | Mapping], *, batch_size: int = 16) -> None:
-        """Measure the memories of these documents and normalise all memories by that from now on.
+        """Measure the memories of two or more documents, as `compress` takes them, and normalise all from now on.
 
         Every channel gets mean 0 and the standard deviation of the token embeddings, see `normalize_memory`. (What
         is measured of windows has their token embeddings in it, which are small beside the states.) For fresh
         adapters, before they train, and for a few hundred documents of the kind that will be compressed. Changes the
-        fingerprint; the numbers are saved with the memory tokens.
-
-        Args:
-            documents: at least two, as `compress` takes them.
-            batch_size: documents per pass.
-
-        Raises:
-            TypeError, ValueError: as `compress`, or there are fewer than two documents. Nothing is changed then.
+        fingerprint; the numbers are saved with the memory tokens. After an error nothing is changed.
         """
         if len(check_list(documents, "documents")) < 2:
             raise ValueError(f"`documents` must be at least 2 to measure a spread, got {len(documents)}. Pass more.")
@@ -335,10 +279,9 @@ class CLaRaForRAG(CLaRaCheckpoint):
                 states = self.as_read(self.compress(documents, batch_size=batch_size)).flatten(0, 1)
             finally:
                 self.config.memory_normalization = before
-            embeddings = self.get_input_embeddings()
-            sample = embeddings.weight.detach()[:: max(1, len(embeddings.weight) // 8192)].float()
-            spread = float(sample.std()) * float(getattr(embeddings, "scalar_embed_scale", 1.0))  # Gemma's scale
-            for name, values in zip(MEMORY_STATISTICS, memory_statistics(states, spread), strict=True):
+            sample, scale = sample_embeddings(self)
+            statistics = memory_statistics(states, float(sample.std()) * scale)
+            for name, values in zip(MEMORY_STATISTICS, statistics, strict=True):
                 parameter = nn.Parameter(values.to(self.memory_embeddings.device), requires_grad=False)
                 self.register_parameter(name, parameter)
             self.config.memory_normalization = True
@@ -347,29 +290,13 @@ class CLaRaForRAG(CLaRaCheckpoint):
         """Context: merge the compressor for long runs of `compress`; the exact unmerged model is restored on leaving.
 
         Holds a second copy of the adapted weights while open. All other calls work inside as well, from any thread;
-        training there runs unmerged. Legal inside `torch.inference_mode()`.
-
-        Raises:
-            RuntimeError: a bulk context is open already.
+        training there runs unmerged. Legal inside `torch.inference_mode()`, not inside another bulk context.
         """
-        return self._merged(("compressor",))
+        return self.roles.merged(("compressor",), self.lock)
 
     def bulk_answering(self) -> contextlib.AbstractContextManager[None]:
-        """Context: merge reasoner and generator for many questions, two more copies of the adapted weights.
-
-        Otherwise as `bulk_compression`.
-        """
-        return self._merged(("reasoner", "generator"))
-
-    @contextlib.contextmanager
-    def _merged(self, roles: tuple[str, ...]) -> Iterator[None]:
-        with self.lock:
-            self.roles.merge(roles)
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.roles.unmerge()
+        """`bulk_compression` of reasoner and generator for many questions: two more copies of the adapted weights."""
+        return self.roles.merged(("reasoner", "generator"), self.lock)
 
 
 CLaRaForRAG.register_for_auto_class("AutoModel")

@@ -18,10 +18,7 @@ MAX_WEIGHT_BYTES = 8 * 2**30
 
 
 def cut_batches(order: list[int], lengths: list[int], batch_size: int, is_packed: bool) -> Iterator[list[int]]:
-    """Cut `order`, a list of text numbers, into batches of `batch_size` texts; packed ones also at `MAX_TOKENS`.
-
-    `lengths` has the tokens of each text, by its number.
-    """
+    """Cut `order`, text numbers, into batches of `batch_size`; packed ones also at `MAX_TOKENS` of their `lengths`."""
     batch, n_tokens = [], 0
     for row in order:
         if batch and (len(batch) == batch_size or (is_packed and n_tokens + lengths[row] > MAX_TOKENS)):
@@ -79,17 +76,12 @@ class PackedRows:
 
 def _alike(lengths: torch.Tensor) -> list[torch.Tensor]:
     """Indices of the rows that have tokens, in groups whose shortest has three quarters of the longest's."""
-    order = lengths.argsort(descending=True).tolist()
-    groups, longest = [], 0
-    for row in order:
-        length = int(lengths[row])
-        if length == 0:
-            break
-        if not groups or 4 * length < 3 * longest:
-            groups.append([])
-            longest = length
-        groups[-1].append(row)
-    return [torch.tensor(group) for group in groups]
+    groups, left = [], lengths.argsort(descending=True)[: int((lengths > 0).sum())]
+    while len(left):
+        n_alike = int((4 * lengths[left] >= 3 * lengths[left[0]]).sum())
+        groups.append(left[:n_alike])
+        left = left[n_alike:]
+    return groups
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -148,10 +140,7 @@ def packed_attention(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention (1, tokens, heads, head size) inside each text of a packed row, in transformers' form of the call.
-
-    `query` is (1, heads, tokens, head size), `key` and `value` (1, key-value heads, tokens, head size).
-    """
+    """Attention (1, tokens, heads, head size) inside each text of a packed row, in transformers' form of the call."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _PackedAttention.apply(query, key, value, packed_rows, scaling), None
 
@@ -179,13 +168,7 @@ def can_pack(backbone: PreTrainedModel, longest: int, n_rows: int = 1) -> bool:
 
 
 def full_mask(backbone: PreTrainedModel, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`seen`, a mask of `segment_mask`, in the form that the backbone's attention takes.
-
-    Unchanged for SDPA; for eager attention (rows, 1, length, length) of `dtype`, added to the scores.
-
-    Raises:
-        ValueError: another attention, which takes no such mask.
-    """
+    """`seen`, a mask of `segment_mask`, as SDPA takes it, or as `dtype` that eager attention adds to the scores."""
     implementation = backbone.config._attn_implementation
     if implementation not in ("sdpa", "eager"):
         raise ValueError(
@@ -207,19 +190,3 @@ def packed(backbone: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         backbone.config._attn_implementation = before
-
-
-@contextlib.contextmanager
-def head_at(head: torch.nn.Module, positions: tuple[torch.Tensor, torch.Tensor] | None) -> Iterator[None]:
-    """Context: the LM head sees only the states at `positions` (rows, columns), as one row; everywhere for None.
-
-    A hook, because what an architecture does with its logits after the head (scaling, soft capping) stays in force.
-    """
-    if positions is None:
-        yield
-        return
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions][None], *inputs[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -1,6 +1,6 @@
 """The passes of CLaRa over one backbone with three LoRA roles: texts to memories, prompts to logits, a step to a loss.
 
-It handles tensors only and knows nothing of text or files; `modeling_clara.py` builds the public model on it.
+Tensors only, no text and no files.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .adapters_clara import CallLock, RoleSwitch, add_roles, check_role, eval_mode
+from .adapters_clara import CallLock, RoleSwitch, add_roles, eval_mode
 from .configuration_clara import MEMORY_STATISTICS, ROLES, TRAINED_ROWS, CLaRaConfig
 from .memory_clara import (
     check_slots,
@@ -30,9 +30,9 @@ from .memory_clara import (
     window_means,
     write_memory,
 )
-from .packing_clara import PackedRows, can_pack, full_mask, head_at, packed
+from .packing_clara import PackedRows, can_pack, full_mask, packed
 from .processing_clara import IGNORE_INDEX
-from .retrieval_clara import choose_documents, contrast_questions
+from .retrieval_clara import choose_documents, contrast_batch, contrastive_loss
 
 
 @dataclass
@@ -104,61 +104,48 @@ class CLaRaPasses(PreTrainedModel):
                 init.zeros_(self.memory_shift)
                 init.ones_(self.memory_scale)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.get_input_embeddings()
-
     def get_output_embeddings(self) -> nn.Module:
         return self.backbone.get_output_embeddings()
 
     def set_trainable_roles(self, roles: Iterable[str]) -> None:
-        """Let the adapters of these roles train and freeze everything else.
+        """Let the adapters of these roles train and freeze everything else; an unknown role is a ValueError.
 
         The memory-token embeddings and the separator embedding train with the compressor: they are part of its
         fingerprint, and a corpus compressed with them must stay valid while reasoner and generator train.
-
-        Raises:
-            ValueError: unknown role; nothing is changed then.
         """
-        roles = {check_role(role) for role in roles}
+        roles = set(roles)
         self.roles.set_trainable(roles)
         for name in TRAINED_ROWS:
             if hasattr(self, name):
                 getattr(self, name).requires_grad_("compressor" in roles)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
-        """Recompute activations in the backward pass, each layer in the role of its forward pass.
-
-        Raises:
-            ValueError: `use_reentrant=True`, which cannot remember the role.
-        """
+        """Recompute activations in the backward pass, each layer in the role of its forward pass."""
         options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if options["use_reentrant"]:
             raise ValueError(
                 "`use_reentrant` must be False, got True: reentrant checkpointing recomputes in the wrong role. Leave "
                 "it out."
             )
-        options["context_fn"] = self.roles.checkpoint_context(options.get("context_fn"))
+        options["context_fn"] = self.roles.checkpoint_context
         super().activation_checkpointing_enable(options, **kwargs)
 
     # --- the space of memories ---------------------------------------------------------------------------------------
 
     def as_memory(self, states: torch.Tensor) -> torch.Tensor:
         """Final-layer states (..., hidden) in the space of memories: the states themselves unless normalised."""
-        if not self.config.memory_normalization:
-            return states
-        return normalize_memory(states, self.memory_shift, self.memory_scale)
+        is_normal = self.config.memory_normalization
+        return normalize_memory(states, self.memory_shift, self.memory_scale) if is_normal else states
 
     def as_states(self, memory: torch.Tensor) -> torch.Tensor:
         """Memories (..., hidden) as the final-layer states that the LM head reads."""
-        if not self.config.memory_normalization:
-            return memory
-        return restore_states(memory, self.memory_shift, self.memory_scale)
+        is_normal = self.config.memory_normalization
+        return restore_states(memory, self.memory_shift, self.memory_scale) if is_normal else memory
 
     def as_read(self, memory: torch.Tensor) -> torch.Tensor:
         """The vectors (..., k, hidden) that the generator reads of memories (..., k, hidden)."""
-        if self.config.memory_layout == "tokens":
-            return memory
-        return read_windows(memory, self.config.memory_sizes[0])
+        is_windows = self.config.memory_layout == "windows"
+        return read_windows(memory, self.config.memory_sizes[0]) if is_windows else memory
 
     # --- passes ------------------------------------------------------------------------------------------------------
 
@@ -167,14 +154,10 @@ class CLaRaPasses(PreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Read texts as compressor or reasoner: backbone without LM head, last hidden state only.
 
-        Args:
-            role: "compressor" or "reasoner".
-            input_ids: (batch, length) int64, right-padded.
-            lengths: (batch,) int64, real tokens of each text.
-            memory_size: k.
+        The texts (batch, length) int64 are right-padded and have `lengths` (batch,) int64 real tokens.
 
         Returns:
-            memory: (batch, k, hidden), normalised where the config says so.
+            memory: (batch, k, hidden), normalised if the config says so.
             hidden_states: (batch, length + k, hidden), final-layer states of texts and memory tokens; (batch, length,
                 hidden) of documents in the layout "windows".
         """
@@ -215,14 +198,9 @@ class CLaRaPasses(PreTrainedModel):
     ) -> torch.Tensor:
         """Embeddings (batch, length, hidden) of prompts with `[memory, separator]` of every document in their slots.
 
-        Args:
-            input_ids: (batch, length) int64, pad ids at slots.
-            memory_mask: (batch, length) bool, True at slots.
-            memory: (batch, documents, k, hidden).
-            memory_is_real: (batch, documents) bool, False where a prompt reads fewer documents.
-
-        Raises:
-            ValueError: a prompt has more or fewer slots than vectors to read.
+        `input_ids` (batch, length) have any ids at the slots that `memory_mask` (batch, length) marks. Of `memory`
+        (batch, documents, k, hidden) those are read that are True in `memory_is_real` (batch, documents). A ValueError
+        if a prompt has more or fewer slots than vectors to read.
         """
         memory = self.as_read(memory)
         separator = self.separator_embedding.to(memory.dtype).expand(*memory.shape[:2], 1, -1)
@@ -256,7 +234,7 @@ class CLaRaPasses(PreTrainedModel):
         """All passes of a training step in one graph; `CLaRaProcessor.__call__` makes the inputs.
 
         Documents are compressed (stages 1 and 2) or come as `memory` (stage 3). With a query the top documents are
-        chosen through the straight-through top-k, without one all are read.
+        chosen through the straight-through top-k, without one all are read. Contradicting inputs are a ValueError.
 
         Args:
             document_input_ids: (batch, documents, length) int64.
@@ -281,37 +259,37 @@ class CLaRaPasses(PreTrainedModel):
             num_items_in_batch: label tokens over all accumulated micro-batches; default: of this batch.
             num_samples_in_batch: the same of rows, for the terms that are means over rows.
             memory_size: k to compress to and read, default `max(memory_sizes)`.
-
-        Raises:
-            ValueError: inputs that contradict each other, naming them.
         """
         has_query = query_input_ids is not None or query_memory is not None
         k_read = self.config.check_memory_size(memory_size)
-        given = (document_input_ids, document_attention_mask, memory, document_mask)
+        n_vectors = max(k_read, self.config.retrieval_memory_size) if has_query else k_read
         memory, document_mask, alignment = self._documents(
-            *given, max(k_read, self.config.retrieval_memory_size) if has_query else k_read
+            document_input_ids, document_attention_mask, memory, document_mask, n_vectors
         )
         read, read_mask, scores, selected, contrastive = memory[:, :, :k_read], document_mask, None, None, None
         if has_query or query_rows is not None:
             query = self._query(query_input_ids, query_attention_mask, query_memory, query_rows, batch_positive_mask)
-            compared = (query, memory, document_mask)
-            sizes = {"score_size": self.config.retrieval_memory_size, "temperature": self.config.retrieval_temperature}
+            compared, temperature = (query, memory, document_mask), self.config.retrieval_temperature
+            sizes = {"score_size": self.config.retrieval_memory_size, "temperature": temperature}
+            if batch_positive_mask is not None:
+                scores, contrastive = contrast_batch(*compared, batch_positive_mask, **sizes)
             if query_rows is not None:
-                scores, contrastive = contrast_questions(*compared, query_rows, batch_positive_mask, **sizes)
+                contrastive = contrastive / query_rows.bincount()[query_rows]  # a row's questions count as their mean
             else:
-                choice = choose_documents(
-                    *compared, positive_mask, batch_positive_mask, k_read, self.config.retrieval_top_k, **sizes
+                read, read_mask, scores, selected = choose_documents(
+                    *compared, k_read, self.config.retrieval_top_k, **sizes
                 )
-                read, read_mask, scores, selected, contrastive = choice
+                if batch_positive_mask is None and positive_mask is not None:
+                    contrastive = contrastive_loss(scores, positive_mask, temperature, document_mask)
         logits = None
         if input_ids is not None:
             if prompt_document_mask is not None:
                 read_mask = read_mask & prompt_document_mask
             inputs_embeds = self.prompt_embeddings(input_ids, memory_mask, read, read_mask)
             logits = self._generator_logits(inputs_embeds, attention_mask, position_ids, prompt_segments, labels)
-        n_samples = memory.shape[0] if num_samples_in_batch is None else num_samples_in_batch
-        terms = (alignment, contrastive)
-        alignment, contrastive = (None if term is None else term.sum() / n_samples for term in terms)
+        n_samples = len(memory) if num_samples_in_batch is None else num_samples_in_batch
+        alignment = None if alignment is None else alignment.sum() / n_samples
+        contrastive = None if contrastive is None else contrastive.sum() / n_samples
         lm_loss, loss = None, contrastive if input_ids is None else None
         if labels is not None:
             targets = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
@@ -331,13 +309,12 @@ class CLaRaPasses(PreTrainedModel):
             _check_vectors("memory", memory, n_vectors)
             mask = torch.ones(memory.shape[:2], dtype=torch.bool, device=memory.device) if mask is None else mask
             return memory, mask, None
-        with contextlib.ExitStack() as stack:
-            if not (self.memory_embeddings.requires_grad or self.get_input_embeddings().weight.requires_grad):
-                # A compressor that does not train makes the memories that a corpus would hold: without dropout and
-                # without a graph, which activation checkpointing would ask for by letting the embeddings train.
-                stack.enter_context(eval_mode(self))
-                stack.enter_context(torch.no_grad())
-            memory, alignment = self._compress_step(input_ids, attention_mask, n_vectors)
+        step = (input_ids, attention_mask, n_vectors)
+        if self.memory_embeddings.requires_grad or self.get_input_embeddings().weight.requires_grad:
+            memory, alignment = self._compress_step(*step)
+        else:  # as a corpus would hold them: no dropout, and no graph, which activation checkpointing would ask for
+            with eval_mode(self), torch.no_grad():
+                memory, alignment = self._compress_step(*step)
         return memory, attention_mask.any(-1), alignment
 
     def _query(self, input_ids, attention_mask, memory, rows, batch_positive_mask) -> torch.Tensor:
@@ -357,40 +334,41 @@ class CLaRaPasses(PreTrainedModel):
 
         None for windows, whose states have the mean of the document's by themselves.
         """
-        batch, n_documents, length = input_ids.shape
+        *shape, length = input_ids.shape  # batch, documents
         flat_ids, lengths = right_padded(input_ids.flatten(0, 1), attention_mask.flatten(0, 1))
         memory, hidden_states = self.encode("compressor", flat_ids, lengths, memory_size)
         if self.config.memory_layout == "windows":
-            return memory.unflatten(0, (batch, n_documents)), None
+            return memory.unflatten(0, shape), None
         is_document_token = torch.arange(length, device=lengths.device) < lengths[:, None]
         document_states = self.as_memory(hidden_states[:, :length])  # compared in the space of memories
-        per_document = memory_alignment_loss(document_states, is_document_token, memory)
-        is_document = (lengths > 0).view(batch, n_documents)
-        per_row = (per_document.view(batch, n_documents) * is_document).sum(-1) / is_document.sum(-1).clamp(min=1)
-        return memory.unflatten(0, (batch, n_documents)), per_row
+        per_document = memory_alignment_loss(document_states, is_document_token, memory).view(shape)
+        is_document = (lengths > 0).view(shape)
+        per_row = (per_document * is_document).sum(-1) / is_document.sum(-1).clamp(min=1)
+        return memory.unflatten(0, shape), per_row
 
     def _generator_logits(self, inputs_embeds, attention_mask, position_ids, segments, labels) -> torch.Tensor:
         """Logits of the generator, see `CLaRaOutput`."""
         if position_ids is None:  # counts real tokens, so the padding side is free
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         places = None if labels is None else (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+        seen = None if segments is None else segment_mask(segments, attention_mask)
         inputs = {"inputs_embeds": inputs_embeds, "position_ids": position_ids}
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.roles.use("generator"))
             if places is not None and torch.is_grad_enabled() and can_pack(self.backbone, *inputs_embeds.shape[1::-1]):
-                seen = None if segments is None else segment_mask(segments, attention_mask)[:, 0]
-                rows = PackedRows(attention_mask.bool(), seen)
+                rows = PackedRows(attention_mask.bool(), None if seen is None else seen[:, 0])
                 inputs = {name: rows.pack(value) for name, value in inputs.items()} | {"packed_rows": rows}
                 flat = rows.sources.view(attention_mask.shape)[places]
                 places = (torch.zeros_like(flat), flat)
                 stack.enter_context(self.roles.fused())
                 stack.enter_context(packed(self.backbone))
-            elif segments is None:
+            elif seen is None:
                 inputs["attention_mask"] = attention_mask
             else:
-                seen = segment_mask(segments, attention_mask)
                 inputs["attention_mask"] = full_mask(self.backbone, seen, inputs_embeds.dtype)
-            stack.enter_context(head_at(self.get_output_embeddings(), places))
+            if places is not None:  # a hook: what an architecture does with its logits after the head stays in force
+                hook = self.get_output_embeddings().register_forward_pre_hook
+                stack.enter_context(hook(lambda _, inputs: (inputs[0][places][None], *inputs[1:])))
             logits = self.backbone(**inputs, use_cache=False).logits
         return logits if places is None else logits[0]
 

@@ -5,28 +5,14 @@ rendered template.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from .prompting_clara import (
-    ANSWER_PROMPT,
-    DOCUMENTS,
-    PARAPHRASE_PROMPTS,
-    SYSTEM_PROMPT,
-    check_prompt,
-    render_prompt,
-)
-from .text_clara import (
-    PlainEncoder,
-    check_count,
-    check_list,
-    check_text,
-    overlap_start,
-    read_document,
-    word_start,
-)
+from .prompting_clara import ANSWER_PROMPT, DOCUMENTS, PARAPHRASE_PROMPTS, SYSTEM_PROMPT, check_prompt, render_prompt
+from .text_clara import PlainEncoder, check_count, check_list, check_text, overlap_start, read_document, word_start
 
 IGNORE_INDEX = -100
 
@@ -39,15 +25,10 @@ class Prompt(NamedTuple):
     labels: list[int]  # the answer's ids, -100 elsewhere
 
 
-class _EncodedPrompt(NamedTuple):
-    segments: list[list[int]]
-    slots: tuple[str, ...]
-    answer_prefix: str
-    answer_end_id: int
-
-
 class CLaRaProcessor(ProcessorMixin):
     """Builds every input of `CLaRaForRAG` from text.
+
+    A ValueError if a prompt lacks a placeholder, a number is out of range, or the tokenizer is not a fast one.
 
     Args:
         tokenizer: a fast tokenizer, with or without chat template and BOS.
@@ -59,9 +40,6 @@ class CLaRaProcessor(ProcessorMixin):
         chat_template_kwargs: variables for the chat template; by default `{"enable_thinking": False}`, which templates
             without such a switch ignore: answers here are short.
         chat_template: replaces the tokenizer's.
-
-    Raises:
-        ValueError: a prompt lacks a placeholder, a number is out of range, or the tokenizer is not a fast one.
     """
 
     attributes = ["tokenizer"]
@@ -94,10 +72,8 @@ class CLaRaProcessor(ProcessorMixin):
         self.document_max_length, self.document_overlap = document_max_length, document_overlap
         self.system_prompt, self.answer_prompt = system_prompt, answer_prompt
         self.paraphrase_prompts = list(paraphrase_prompts)
-        self.chat_template_kwargs = (
-            {"enable_thinking": False} if chat_template_kwargs is None else chat_template_kwargs
-        )
-        self._plain_encoder = None
+        is_default = chat_template_kwargs is None
+        self.chat_template_kwargs = {"enable_thinking": False} if is_default else chat_template_kwargs
         self._bos = None  # (tokenizer, its BOS, `bos_ids`): asking costs more than encoding a short text
         self._prompts = {}
 
@@ -106,14 +82,12 @@ class CLaRaProcessor(ProcessorMixin):
     @property
     def pad_token_id(self) -> int:
         """Id under padding and memory slots: the tokenizer's pad, else EOS, else 0. Its embedding is never read."""
-        for token_id in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token_id is not None:
-                return token_id
-        return 0
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(token_id for token_id in known if token_id is not None)
 
     @property
     def bos_ids(self) -> list[int]:
-        """`[bos]` if the tokenizer puts one in front of a text by itself, else `[]`."""
+        """`[bos]` if the tokenizer puts one before a text by itself, else `[]`."""
         bos = self.tokenizer.bos_token_id
         if self._bos is None or self._bos[0] is not self.tokenizer or self._bos[1] != bos:
             puts_one = bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
@@ -121,26 +95,15 @@ class CLaRaProcessor(ProcessorMixin):
         return list(self._bos[2])
 
     def encode_text(self, text: str, name: str = "text") -> list[int]:
-        """Ids of a user's text, whose markup is plain characters: no BOS and no added token, special or not.
+        """Ids of a user's text, whose markup is plain characters: no BOS and no added token, special or not."""
+        return self._encoder.encode(text, name)[0]
 
-        Errors, as of `PlainEncoder.encode`, call it by its `name`, for example `documents[3]`.
-        """
-        return self._encode(text, name)[0]
-
-    def _encode(self, text: str, name: str) -> tuple[list[int], list[tuple[int, int]]]:
-        return self._encoder().encode(text, name)
-
+    @cached_property
     def _encoder(self) -> PlainEncoder:
-        if self._plain_encoder is None:
-            self._plain_encoder = PlainEncoder(self.tokenizer)
-        return self._plain_encoder
+        return PlainEncoder(self.tokenizer)
 
     def encode_questions(self, questions: Sequence[str], name: str = "questions") -> list[list[int]]:
-        """Reasoner input of each question: `[BOS?] question`, without the memory tokens.
-
-        Raises:
-            TypeError, ValueError: naming the index of a question that is no string or empty.
-        """
+        """Reasoner input of each question: `[BOS?] question`, without the memory tokens; errors name the index."""
         encoded = []
         for index, question in enumerate(check_list(questions, name)):
             check_text(question, f"{name}[{index}]")
@@ -150,14 +113,13 @@ class CLaRaProcessor(ProcessorMixin):
     def encode_documents(self, documents: Sequence[str | Mapping], name: str = "documents") -> list[list[int]]:
         """Compressor input of each document: `[BOS?] title "\\n" text`, without the memory tokens.
 
-        Raises:
-            TypeError, ValueError: naming the index of a document that is malformed, empty, or longer than one chunk.
+        A TypeError or ValueError names the index of one that is malformed, empty, or longer than one chunk.
         """
         documents = check_list(documents, name)
         names = [f"{name}[{index}]" for index in range(len(documents))]
         read = [read_document(document, name) for document, name in zip(documents, names, strict=True)]
-        titles = self._encoder().encode_many([title + "\n" if title else "" for title, _ in read], names)
-        texts = self._encoder().encode_many([text for _, text in read], names)
+        titles = self._encoder.encode_many([title + "\n" if title else "" for title, _ in read], names)
+        texts = self._encoder.encode_many([text for _, text in read], names)
         encoded = []
         for index, (title_ids, text_ids) in enumerate(zip(titles, texts, strict=True)):
             ids = self.bos_ids + title_ids + text_ids
@@ -173,16 +135,11 @@ class CLaRaProcessor(ProcessorMixin):
         return encoded
 
     def split_document(self, document: str | Mapping, name: str = "document") -> list[dict]:
-        """Cut a document into overlapping chunks that share its title and its id.
+        """Cut a document, which errors call `name`, into overlapping chunks that share its title and its id.
 
-        Args:
-            document: text, or a dict with `text` and optionally `title` and `id` (or `document_id`).
-            name: how an error names it, for example `documents[3]`.
-
-        Returns:
-            One dict per chunk with the document's own fields, `span` (its number), `text` (its part of the text) and
-            `n_tokens` (compressor input without memory tokens). A chunk is a document: `compress` takes it. A title of
-            more than a quarter of a chunk is not repeated: it becomes the beginning of the text.
+        One dict per chunk has the document's own fields, `span` (its number), `text` (its part of the text) and
+        `n_tokens` (compressor input without memory tokens). A chunk is a document: `compress` takes it. A title of
+        more than a quarter of a chunk is not repeated: it becomes the beginning of the text.
         """
         title, text = read_document(document, name)
         fields = dict(document) if isinstance(document, Mapping) else {}
@@ -194,7 +151,7 @@ class CLaRaProcessor(ProcessorMixin):
     def _spans(self, title: str, text: str, name: str) -> list[tuple[str, str, list[int]]]:
         """(title, text, ids) of each chunk, every one at most `document_max_length` ids long."""
         header = self.bos_ids + (self.encode_text(title + "\n", name) if title else [])
-        ids, offsets = self._encode(text, name)
+        ids, offsets = self._encoder.encode(text, name)
         if len(header) + len(ids) <= self.document_max_length:
             return [(title, text, header + ids)]
         if len(header) > self.document_max_length // 4:  # too long to stand on every chunk: read once, as text
@@ -250,10 +207,10 @@ class CLaRaProcessor(ProcessorMixin):
         """
         if prompt is None:
             prompt = self.paraphrase_prompts[0] if question is None else self.answer_prompt
-        encoded = self._encoded_prompt(prompt)
+        segments, slots, answer_prefix, end_id = self._encoded_prompt(prompt)
         n_slots = n_documents * (memory_size + 1)
-        input_ids, memory_mask = list(encoded.segments[0]), [False] * len(encoded.segments[0])
-        for slot, segment in zip(encoded.slots, encoded.segments[1:], strict=True):
+        input_ids, memory_mask = list(segments[0]), [False] * len(segments[0])
+        for slot, segment in zip(slots, segments[1:], strict=True):
             if slot == DOCUMENTS:
                 input_ids += [self.pad_token_id] * n_slots
                 memory_mask += [True] * n_slots
@@ -265,8 +222,8 @@ class CLaRaProcessor(ProcessorMixin):
             memory_mask += [False] * (len(ids) + len(segment))
         labels = [IGNORE_INDEX] * len(input_ids)
         if answer is not None:
-            text = encoded.answer_prefix + answer if isinstance(answer, str) else answer  # else the next line raises
-            answer_ids = [*self.encode_text(text, name.replace("question", "answer")), encoded.answer_end_id]
+            text = answer_prefix + answer if isinstance(answer, str) else answer  # else the next line raises
+            answer_ids = [*self.encode_text(text, name.replace("question", "answer")), end_id]
             input_ids, labels = input_ids + answer_ids, labels + answer_ids
             memory_mask += [False] * len(answer_ids)
         return Prompt(input_ids, memory_mask, labels)
@@ -279,50 +236,47 @@ class CLaRaProcessor(ProcessorMixin):
     @property
     def answer_end_id(self) -> int:
         """Id that ends an answer: the first token the chat template puts after one, else EOS."""
-        return self._encoded_prompt(self.answer_prompt).answer_end_id
+        return self._encoded_prompt(self.answer_prompt)[-1]
 
-    def _encoded_prompt(self, prompt: str) -> _EncodedPrompt:
-        """Render a prompt and encode the template's own text, the only text whose markup counts; cached."""
+    def _encoded_prompt(self, prompt: str) -> tuple[list[list[int]], list[str], str, int]:
+        """Segments, slots, answer prefix and end id of a prompt; only here, in the template, markup counts. Cached."""
         template = self.chat_template or self.tokenizer.chat_template
         key = (prompt, self.system_prompt, str(template), str(self.chat_template_kwargs))
         if key not in self._prompts:
-            rendered = render_prompt(prompt, self.system_prompt, self._render_chat if template else None)
+            options = {"chat_template": self.chat_template, "tokenize": False, **self.chat_template_kwargs}
+            render_chat = partial(self.tokenizer.apply_chat_template, **options) if template else None
+            rendered = render_prompt(prompt, self.system_prompt, render_chat)
             segments = [self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in rendered.segments]
             if not template:
                 segments[0] = self.bos_ids + segments[0]
             end_ids = self.tokenizer(rendered.answer_end.lstrip(), add_special_tokens=False)["input_ids"]
             eos = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.pad_token_id
             end_id = end_ids[0] if end_ids and end_ids[0] in self.tokenizer.added_tokens_decoder else eos
-            self._prompts[key] = _EncodedPrompt(segments, rendered.slots, rendered.answer_prefix, end_id)
+            self._prompts[key] = (segments, rendered.slots, rendered.answer_prefix, end_id)
         return self._prompts[key]
-
-    def _render_chat(self, messages: list[dict], *, add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **self.chat_template_kwargs,
-        )
 
     # --- ids -> tensors ----------------------------------------------------------------------------------------------
 
     def pad(self, sequences: Sequence[Sequence], value: int | bool, side: str = "right") -> torch.Tensor:
         """Pad id lists to the longest of them: (rows, length) int64, or bool for a bool `value`."""
         length = max(map(len, sequences))
-        rows = [
-            [*row, *[value] * (length - len(row))] if side == "right" else [*[value] * (length - len(row)), *row]
-            for row in sequences
-        ]
-        return torch.tensor(rows)
+        padding = [[value] * (length - len(row)) for row in sequences]
+        pairs = zip(sequences, padding, strict=True) if side == "right" else zip(padding, sequences, strict=True)
+        return torch.tensor([[*first, *last] for first, last in pairs])
+
+    def _pad_ids(self, prefix: str, encoded: Sequence[list[int]], side: str = "right") -> dict[str, torch.Tensor]:
+        return {
+            f"{prefix}input_ids": self.pad(encoded, self.pad_token_id, side),
+            f"{prefix}attention_mask": self.pad([[1] * len(ids) for ids in encoded], 0, side),
+        }
 
     def pad_prompts(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
         """Left-padded `input_ids`, `attention_mask`, `labels` int64 and `memory_mask` bool, all (batch, length)."""
+        input_ids, memory_masks, labels = zip(*prompts, strict=True)
         return {
-            "input_ids": self.pad([prompt.input_ids for prompt in prompts], self.pad_token_id, "left"),
-            "attention_mask": self.pad([[1] * len(prompt.input_ids) for prompt in prompts], 0, "left"),
-            "memory_mask": self.pad([prompt.memory_mask for prompt in prompts], False, "left"),
-            "labels": self.pad([prompt.labels for prompt in prompts], IGNORE_INDEX, "left"),
+            **self._pad_ids("", input_ids, "left"),
+            "memory_mask": self.pad(memory_masks, False, "left"),
+            "labels": self.pad(labels, IGNORE_INDEX, "left"),
         }
 
     def pad_documents(self, encoded: Sequence[Sequence[list[int]]]) -> dict[str, torch.Tensor]:
@@ -333,17 +287,11 @@ class CLaRaProcessor(ProcessorMixin):
         n_documents = max(map(len, encoded))
         flat = [ids for row in encoded for ids in [*row, *[[]] * (n_documents - len(row))]]
         shape = (len(encoded), n_documents, -1)
-        return {
-            "document_input_ids": self.pad(flat, self.pad_token_id).view(shape),
-            "document_attention_mask": self.pad([[1] * len(ids) for ids in flat], 0).view(shape),
-        }
+        return {name: rows.view(shape) for name, rows in self._pad_ids("document_", flat).items()}
 
     def pad_queries(self, encoded: Sequence[list[int]]) -> dict[str, torch.Tensor]:
         """Right-padded `query_input_ids`, `query_attention_mask` (rows, length) int64, from `encode_questions`."""
-        return {
-            "query_input_ids": self.pad(encoded, self.pad_token_id),
-            "query_attention_mask": self.pad([[1] * len(ids) for ids in encoded], 0),
-        }
+        return self._pad_ids("query_", encoded)
 
     def __call__(
         self,
@@ -355,40 +303,34 @@ class CLaRaProcessor(ProcessorMixin):
         top_k: int | None = None,
         return_tensors: str = "pt",
     ) -> BatchFeature:
-        """A batch for `CLaRaForRAG.forward`.
+        """A batch for `CLaRaForRAG.forward`: what `pad_documents` and `pad_prompts` return.
 
         Args:
             questions: one per row, None for a paraphrase of the row's documents.
             documents: a list of documents per row; the lists may differ in length.
             answers: target of each row; without it there are no labels.
             memory_size: k, to be passed to `forward` as well.
-            top_k: with it the question is encoded as a query and min(top_k, documents) slots are left for what the
-                selection takes; without it all documents are read.
+            top_k: with it the question is also encoded as a query (`pad_queries`), and min(top_k, documents) slots are
+                left for what the selection takes; without it all documents are read.
             return_tensors: only "pt".
-
-        Returns:
-            What `pad_documents` and `pad_prompts` return; with `top_k` also what `pad_queries` returns.
         """
         if return_tensors != "pt":
             raise ValueError(f"`return_tensors` must be 'pt', got {return_tensors!r}. Leave it out.")
         check_list(questions, "questions")
         if top_k is not None:
             check_count(top_k, "top_k", "Leave it out to read all documents.")
-        lists = {"documents": documents} if answers is None else {"documents": documents, "answers": answers}
-        for name, values in lists.items():
+        targets = [None] * len(questions) if answers is None else answers
+        for name, values in (("documents", documents), ("answers", targets)):
             if len(check_list(values, name)) != len(questions):
                 rule = f"one entry per question ({len(questions)}), got {len(values)}. Make the lists equally long."
                 raise ValueError(f"`{name}` must have {rule}")
         if answers is not None and None in answers:
             raise TypeError(f"`answers[{answers.index(None)}]` must be a str, got NoneType. Leave out `answers`.")
         encoded = [self.encode_documents(row, f"documents[{index}]") for index, row in enumerate(documents)]
-        features = self.pad_documents(encoded)
-        counts = [len(row) if top_k is None else min(top_k, len(row)) for row in encoded]
-        targets = answers if answers is not None else [None] * len(encoded)
-        prompts = [
-            self.build_prompt(question, count, memory_size, answer, name=f"questions[{index}]")
-            for index, (question, count, answer) in enumerate(zip(questions, counts, targets, strict=True))
-        ]
+        features, prompts = self.pad_documents(encoded), []
+        for index, (question, row, answer) in enumerate(zip(questions, encoded, targets, strict=True)):
+            count = len(row) if top_k is None else min(top_k, len(row))
+            prompts.append(self.build_prompt(question, count, memory_size, answer, name=f"questions[{index}]"))
         features |= self.pad_prompts(prompts)
         if answers is None:
             del features["labels"]

@@ -4,16 +4,11 @@ It never sees a user's text: documents and questions are spliced in later as tok
 markup.
 """
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-try:
-    from jinja2 import TemplateError
-except ImportError:  # without jinja2 no chat template can be rendered and transformers says so
-
-    class TemplateError(Exception):
-        """Stands in where jinja2 is absent."""
-
+from jinja2 import TemplateError
 
 DOCUMENTS = "{documents}"
 QUESTION = "{question}"
@@ -33,8 +28,8 @@ _SYSTEM, _DOCUMENTS, _QUESTION, _ANSWER = "\ue000s\ue001", "\ue000d\ue001", "\ue
 class RenderedPrompt(NamedTuple):
     """A prompt cut at the places where ids are spliced in."""
 
-    segments: tuple[str, ...]  # pieces of template text, in order, between them the entries of `slots`
-    slots: tuple[str, ...]  # `"{documents}"` or `"{question}"`, one fewer than `segments`
+    segments: list[str]  # pieces of template text, in order, between them the entries of `slots`
+    slots: list[str]  # `"{documents}"` or `"{question}"`, one fewer than `segments`
     answer_prefix: str  # text before an answer, a space in the plain format
     answer_end: str  # template text after an answer, empty if the tokenizer's EOS ends it
 
@@ -52,15 +47,14 @@ def check_prompt(prompt: str, *, name: str, has_question: bool) -> None:
 def render_prompt(prompt: str, system_prompt: str, render_chat: Callable[..., str] | None) -> RenderedPrompt:
     """Put the user's `prompt` and the instruction into the chat template.
 
+    A template that drops or repeats the instruction or the user's text is a ValueError.
+
     Args:
         prompt: user text with `{documents}` and, for answers, `{question}`.
         system_prompt: the instruction. It becomes the system turn, or stands before the user's text if the template
             has no system role, which is found out by rendering.
         render_chat: `(messages, add_generation_prompt) -> text`, or None for the plain format
             `{system_prompt}\\n\\n{prompt}\\nAnswer:` with a space before the answer and EOS after it.
-
-    Raises:
-        ValueError: the template drops or repeats the instruction or the user's text.
     """
     user = prompt.replace(DOCUMENTS, _DOCUMENTS).replace(QUESTION, _QUESTION)
     marks = [mark for mark in (_DOCUMENTS, _QUESTION) if mark in user]
@@ -85,15 +79,10 @@ def render_prompt(prompt: str, system_prompt: str, render_chat: Callable[..., st
 
 def _cut(text: str, marks: list[str], *, answer_prefix: str, answer_end: str) -> RenderedPrompt:
     """Cut the rendered text at its markers, in the order in which they stand there."""
-    if not marks or any(text.count(mark) != 1 for mark in marks):
+    names = {_DOCUMENTS: DOCUMENTS, _QUESTION: QUESTION}
+    pieces = re.split(f"({'|'.join(names)})", text)
+    if not marks or sorted(pieces[1::2]) != sorted(marks):
         raise ValueError(
             "the chat template must show the user's text exactly once. Give the processor another `chat_template`."
         )
-    segments, start = [], 0
-    for mark in sorted(marks, key=text.find):
-        position = text.find(mark)
-        segments.append(text[start:position])
-        start = position + len(mark)
-    names = {_DOCUMENTS: DOCUMENTS, _QUESTION: QUESTION}
-    slots = tuple(names[mark] for mark in sorted(marks, key=text.find))
-    return RenderedPrompt((*segments, text[start:]), slots, answer_prefix, answer_end)
+    return RenderedPrompt(pieces[::2], [names[mark] for mark in pieces[1::2]], answer_prefix, answer_end)

@@ -3,8 +3,6 @@
 Pure functions from a query memory and candidate memories to the chosen memories.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch.nn import functional as F
 
@@ -20,10 +18,7 @@ def flatten_memory(memory: torch.Tensor, memory_size: int) -> torch.Tensor:
 def cosine_scores(query: torch.Tensor, memory: torch.Tensor, memory_size: int) -> torch.Tensor:
     """Score of every candidate, `cos(vec Q, vec M)` (eq. 3.1): (batch, candidates) float32 in [-1, 1].
 
-    Args:
-        query: (batch, n, hidden), n >= k.
-        memory: (batch, candidates, n, hidden), n >= k.
-        memory_size: k, the same for both.
+    Of `query` (batch, n, hidden) and `memory` (batch, candidates, n, hidden) the first `memory_size` vectors count.
     """
     queries = flatten_memory(query, memory_size)[:, None]
     # No matrix product: autocast would take it in bfloat16, which cannot tell apart cosines nearer than 0.004.
@@ -31,10 +26,7 @@ def cosine_scores(query: torch.Tensor, memory: torch.Tensor, memory_size: int) -
 
 
 def batch_scores(query: torch.Tensor, memory: torch.Tensor, memory_size: int) -> torch.Tensor:
-    """Scores (questions, batch * candidates) of each question with the candidates of all rows, row after row.
-
-    For in-batch negatives; arguments as in `cosine_scores`, but there may be any number of questions.
-    """
+    """Scores (questions, batch * candidates) of any number of questions with the candidates of all rows in turn."""
     with torch.autocast(query.device.type, enabled=False):  # see cosine_scores
         return flatten_memory(query, memory_size) @ flatten_memory(memory, memory_size).flatten(0, 1).T
 
@@ -44,8 +36,8 @@ def straight_through_topk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Differentiable top-k (eq. 3.3-3.6): hard one-hot forward, soft slot-by-slot backward.
 
-    Slot j backpropagates through softmax(scores / temperature) over the candidates that slots 0..j-1 have not taken;
-    taken ones are masked with -inf. Ties go to the lower index.
+    Slot j backpropagates through softmax(scores / temperature) over the candidates that slots 0..j-1 have not taken.
+    Ties go to the lower index. A `top_k` larger than the number of candidates is a ValueError.
 
     Args:
         scores: (batch, candidates) float.
@@ -56,9 +48,6 @@ def straight_through_topk(
     Returns:
         selection: (batch, top_k, candidates), one-hot rows forward; zero rows where candidates ran out.
         selected: (batch, top_k) int64, index of the chosen candidate; -1 where candidates ran out.
-
-    Raises:
-        ValueError: `top_k` is larger than the number of candidates.
 
     Example:
         >>> selection, selected = straight_through_topk(torch.tensor([[0.1, 0.9, 0.5]]), 2, 0.02)
@@ -85,11 +74,9 @@ def straight_through_topk(
 
 
 def select_memory(selection: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-    """The chosen memories (batch, top_k, k, hidden), with the gradient of the choice (paper, section 3).
+    """The memories (batch, top_k, k, hidden) that a `selection` takes of `memory` (batch, candidates, k, hidden).
 
-    Args:
-        selection: (batch, top_k, candidates) from `straight_through_topk`.
-        memory: (batch, candidates, k, hidden).
+    The gradient of the choice goes through it (paper, section 3).
     """
     return torch.einsum("bjn,bnkh->bjkh", selection.to(memory.dtype), memory)
 
@@ -114,56 +101,39 @@ def contrastive_loss(
     return (logits.logsumexp(-1) - positives.logsumexp(-1)) * has_positive
 
 
-class Choice(NamedTuple):
-    """Documents chosen for each question, with the names and shapes of `CLaRaOutput`."""
-
-    memory: torch.Tensor  # (batch, slots, k, hidden), with the gradient of the choice
-    mask: torch.Tensor  # (batch, slots) bool, False where candidates ran out
-    scores: torch.Tensor
-    selected: torch.Tensor
-    contrastive: torch.Tensor | None  # (batch,)
+def contrast_batch(
+    query: torch.Tensor,
+    memory: torch.Tensor,
+    document_mask: torch.Tensor,
+    positive_mask: torch.Tensor,
+    *,
+    score_size: int,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`batch_scores`, -inf where there is no document, and the contrastive terms (questions,) over all rows."""
+    mask = document_mask.flatten().expand_as(positive_mask)
+    scores = batch_scores(query, memory, score_size).masked_fill(~mask, -torch.inf)
+    return scores, contrastive_loss(scores, positive_mask, temperature, mask)
 
 
 def choose_documents(
     query: torch.Tensor,
     memory: torch.Tensor,
     document_mask: torch.Tensor,
-    positive_mask: torch.Tensor | None,
-    batch_positive_mask: torch.Tensor | None,
     read_size: int,
     top_k: int,
     *,
     score_size: int,
     temperature: float,
-) -> Choice:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Choose up to `top_k` documents by the score of `score_size` vectors and take `read_size` vectors of each.
 
-    The masks are those of `CLaRaForRAG.forward`; with one of the positive masks there is a contrastive term.
+    Returns:
+        memory: (batch, slots, k, hidden), with the gradient of the choice.
+        mask: (batch, slots) bool, False where candidates ran out.
+        scores, selected: as in `CLaRaOutput`.
     """
     scores = cosine_scores(query, memory, score_size)
     selection, selected = straight_through_topk(scores, min(top_k, memory.shape[1]), temperature, document_mask)
-    compared, mask, contrastive = scores, document_mask, None
-    if batch_positive_mask is not None:
-        compared, positive_mask = batch_scores(query, memory, score_size), batch_positive_mask
-        mask = document_mask.flatten().expand_as(positive_mask)
-    if positive_mask is not None:
-        contrastive = contrastive_loss(compared, positive_mask, temperature, mask)
     read = select_memory(selection, memory[:, :, :read_size])
-    return Choice(read, selected >= 0, scores.masked_fill(~document_mask, -torch.inf), selected, contrastive)
-
-
-def contrast_questions(
-    query: torch.Tensor,
-    memory: torch.Tensor,
-    document_mask: torch.Tensor,
-    query_rows: torch.Tensor,
-    positive_mask: torch.Tensor,
-    *,
-    score_size: int,
-    temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores (questions, batch * documents) and contrastive terms (questions,), which sum to the mean of each row."""
-    scores = batch_scores(query, memory, score_size)
-    mask = document_mask.flatten().expand_as(positive_mask)
-    loss = contrastive_loss(scores, positive_mask, temperature, mask)
-    return scores.masked_fill(~mask, -torch.inf), loss / query_rows.bincount()[query_rows]
+    return read, selected >= 0, scores.masked_fill(~document_mask, -torch.inf), selected

@@ -20,10 +20,15 @@ def check_list(values, name: str) -> list:
     return list(values)
 
 
-def check_text(text, name: str) -> str:
-    """Return `text`, or raise a TypeError for what is no string and a ValueError for what is empty."""
+def check_string(text, name: str) -> None:
+    """Raise a TypeError for what is no string."""
     if not isinstance(text, str):
         raise TypeError(f"`{name}` must be a str, got {type(text).__name__}. Pass its text.")
+
+
+def check_text(text, name: str) -> str:
+    """Return `text`, or raise a TypeError for what is no string and a ValueError for what is empty."""
+    check_string(text, name)
     if not text.strip():
         raise ValueError(f"`{name}` must not be empty, got {text!r}. Remove it from the list.")
     return text
@@ -44,10 +49,7 @@ def check_id(document_id) -> str:
 
 
 def given_id(document: Mapping):
-    """The id that a document brings: its `id`, else its `document_id`; None if it has neither.
-
-    `answer` and `build` both take it from here, so that a document has one id in both.
-    """
+    """The id that a document brings, in `answer` and in `build`: its `id`, else its `document_id`, else None."""
     return document["id"] if document.get("id") is not None else document.get("document_id")
 
 
@@ -71,18 +73,14 @@ class PlainEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         backend = tokenizer.backend_tokenizer
         self.tokenizer = Tokenizer(backend.model)
-        if backend.normalizer is not None:
-            self.tokenizer.normalizer = backend.normalizer
-        if backend.pre_tokenizer is not None:
-            self.tokenizer.pre_tokenizer = backend.pre_tokenizer
+        self.tokenizer.normalizer, self.tokenizer.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
         self.added_ids = set(tokenizer.added_tokens_decoder)
         # From a text the unknown token says only that a character was not known, unless it doubles as a turn's mark.
         if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
             self.added_ids.discard(tokenizer.unk_token_id)
 
     def _check(self, text: str, name: str) -> None:
-        if not isinstance(text, str):
-            raise TypeError(f"`{name}` must be a str, got {type(text).__name__}. Pass its text.")
+        check_string(text, name)
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -93,23 +91,21 @@ class PlainEncoder:
 
     def encode_many(self, texts: Sequence[str], names: Sequence[str]) -> list[list[int]]:
         """Ids of many texts, as `encode` gives them one by one; on several cores if the tokenizer may use them."""
-        found = []
-        for start in range(0, len(texts), BATCH):  # an encoding is many times larger than its ids
-            rows = range(start, min(start + BATCH, len(texts)))
-            for row in rows:
-                self._check(texts[row], names[row])
-            encodings = self.tokenizer.encode_batch_fast([texts[row] for row in rows], add_special_tokens=False)
-            for row, encoding in zip(rows, encodings, strict=True):
-                ids = encoding.ids
-                found.append(ids if self.added_ids.isdisjoint(ids) else self.encode(texts[row], names[row])[0])
+        found, named = [], list(zip(texts, names, strict=True))
+        for start in range(0, len(named), BATCH):  # an encoding is many times larger than its ids
+            batch = named[start : start + BATCH]
+            for text, name in batch:
+                self._check(text, name)
+            encodings = self.tokenizer.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
+            for (text, name), ids in zip(batch, [encoding.ids for encoding in encodings], strict=True):
+                found.append(ids if self.added_ids.isdisjoint(ids) else self.encode(text, name)[0])
         return found
 
     def encode(self, text: str, name: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and their character ranges in `text`, none of them an added token.
 
-        Raises:
-            TypeError: not a string.
-            ValueError: not encodable as UTF-8, or a character that exists as an added token only.
+        A TypeError if it is no string, a ValueError if it is no UTF-8 or has a character that exists as an added
+        token only.
         """
         self._check(text, name)
         ids, offsets, pieces = [], [], [(0, len(text))]
@@ -121,16 +117,16 @@ class PlainEncoder:
                 offsets += [(start + first, start + last) for first, last in encoding.offsets]
                 continue
             # A model that holds markup as ordinary pieces (Unigram does): cut the text inside each of them.
-            markup = [
-                range_ for token, range_ in zip(encoding.ids, encoding.offsets, strict=True) if token in self.added_ids
-            ]
-            if any(last - first < 2 for first, last in markup):
-                first, last = next(range_ for range_ in markup if range_[1] - range_[0] < 2)
-                raise ValueError(
-                    f"`{name}` must not contain {text[start + first : start + last]!r} (character {start + first}), "
-                    "which this tokenizer can only read as markup. Remove it."
-                )
-            cuts = [start, *(start + first + 1 for first, _ in markup), end]
+            cuts = [start]
+            for token, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
+                if token in self.added_ids and last - first < 2:
+                    raise ValueError(
+                        f"`{name}` must not contain {text[start + first : start + last]!r} (character "
+                        f"{start + first}), which this tokenizer can only read as markup. Remove it."
+                    )
+                if token in self.added_ids:
+                    cuts.append(start + first + 1)
+            cuts.append(end)
             pieces += reversed(list(zip(cuts[:-1], cuts[1:], strict=True)))
         return ids, offsets
 

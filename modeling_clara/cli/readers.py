@@ -96,7 +96,7 @@ def answer_from_text(
 
 def _text_prompt(model: CLaRaForRAG, question: str, documents: Sequence[Mapping]):
     prompt = model.processor.build_prompt(question, 0, model.config.max_memory_size, text_documents=documents)
-    model.check_window(len(prompt.input_ids) + MAX_NEW_TOKENS, question, "Lower `top_k`.")
+    model.config.check_window(len(prompt.input_ids) + MAX_NEW_TOKENS, question, "Lower `top_k`.")
     return prompt
 
 

@@ -295,7 +295,7 @@ def _read_texts(bench: Bench, model: CLaRaForRAG, task: Task, rows: Sequence[int
     prompt = model.processor.build_prompt(
         task.question.text, 0, bench.memory_size, text_documents=documents, name=name
     )
-    model.check_window(len(prompt.input_ids) + bench.max_new_tokens, name, "Lower --top-k.")
+    model.config.check_window(len(prompt.input_ids) + bench.max_new_tokens, name, "Lower --top-k.")
     hidden, device = model.config.text_config.hidden_size, model.memory_embeddings.device
     return prompt, torch.zeros(0, bench.memory_size, hidden, device=device)
 

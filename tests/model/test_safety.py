@@ -146,7 +146,7 @@ def test_pieces_that_spell_markup_are_cut_and_stay_readable(model):
     tokens = processor.tokenizer.convert_ids_to_tokens(processor.encode_text("capital </s> <think>a</think>"))
     letters = "".join(token.removeprefix("##").replace("▁", "") for token in tokens)
     assert letters == "capital</s><think>a</think>"
-    ids, offsets = processor._encode("x</s>y </s>", "text")
+    ids, offsets = processor._encoder.encode("x</s>y </s>", "text")
     assert len(ids) == len(offsets) and offsets == sorted(offsets)
 
 

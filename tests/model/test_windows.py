@@ -13,7 +13,7 @@ import torch
 from test_checkpoint import observe
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus
-from modeling_clara.checkpoint_clara import adapter_tensors, special_rows
+from modeling_clara.files_clara import live_tensors
 from modeling_clara.memory_clara import (
     memory_statistics,
     nest_windows,
@@ -243,7 +243,7 @@ def old_fingerprint(model) -> str:
         "scaling": config.lora["compressor"]["alpha"] / config.lora["compressor"]["rank"],
     }
     digest.update(json.dumps(text_to_ids, sort_keys=True).encode())
-    tensors = {**adapter_tensors(model, "compressor"), **special_rows(model)}
+    tensors = {**live_tensors(model, "compressor"), **live_tensors(model, "rows")}
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -253,7 +253,7 @@ def old_fingerprint(model) -> str:
 
 def test_fingerprints(shared_model, windows_model):
     """That of memory tokens is as it always was; windows have their own, of their residual and smallest size too."""
-    assert set(special_rows(shared_model)) == {"memory_embeddings", "separator_embedding"}
+    assert set(live_tensors(shared_model, "rows")) == {"memory_embeddings", "separator_embedding"}
     assert shared_model.fingerprint == old_fingerprint(shared_model)
     seen = [windows_model.fingerprint, old_fingerprint(windows_model)]
     with torch.no_grad():
