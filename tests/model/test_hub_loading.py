@@ -1,18 +1,18 @@
-"""Checkpoints on the Hub: every keyword of a Hub user, pinned revisions, private repos, the cache, cut downloads.
-It stands on the loopback Hub; what a checkpoint holds and refuses is in test_checkpoint.py, which shares the helpers.
+"""Checkpoints on the loopback Hub: its users' keywords, pinned revisions, private repos, the cache, cut downloads.
+
+What a checkpoint holds and refuses is in test_checkpoint.py, which shares the helpers.
 """
 
 import inspect
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from hub_server import Failure
 from huggingface_hub import HfApi
-from tiny import randomize_adapters, save_backbone
+from test_remote_code import run_clean
+from tiny import DOCUMENTS, QUESTIONS, randomize_adapters, save_backbone
 from transformers import AutoModel
 
 from modeling_clara import CLaRaForRAG
@@ -21,49 +21,41 @@ from modeling_clara import CLaRaForRAG
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")
 
 BACKBONE, CHECKPOINT = "loading/backbone", "loading/clara"
+TEXTS = {"documents": DOCUMENTS, "questions": QUESTIONS}
 
 
-def observe(model, texts) -> dict:
+def observe(model=TEXTS) -> dict:
     """Everything of a model that a checkpoint must keep, as JSON values: floats come back exactly."""
-    answers = model.answer(texts["questions"], documents=texts["documents"], max_new_tokens=8)
     return {
-        "answers": [answer.text for answer in answers],
-        "memory": model.compress(texts["documents"]).tolist(),
-        "queries": model.encode_queries(texts["questions"]).tolist(),
+        "answers": [answer.text for answer in model.answer(**TEXTS, max_new_tokens=8)],
+        "memory": model.compress(TEXTS["documents"]).tolist(),
+        "queries": model.encode_queries(TEXTS["questions"]).tolist(),
         "prompt": list(model.processor.build_prompt("Why?", 2, 4)),
         "fingerprint": model.fingerprint,
     }
 
 
-def observe_clean_process(source, texts, environment: dict, folder: Path, **keywords) -> dict:
+def observe_clean_process(source, environment: dict, folder: Path, **keywords) -> dict:
     """What a process without our package sees of a checkpoint; it saves it again in `folder/again`."""
     script = f"""
 import json, sys
 sys.modules["modeling_clara"] = None  # an import of the package fails
 from transformers import AutoConfig, AutoModel, AutoProcessor
+source, TEXTS, folder, keywords = map(json.loads, sys.argv[1:])
 {inspect.getsource(observe)}
-source, texts, folder, keywords = map(json.loads, sys.argv[1:])
 config = AutoConfig.from_pretrained(source, trust_remote_code=True, **keywords)
 processor = AutoProcessor.from_pretrained(source, trust_remote_code=True, **keywords)
 model = AutoModel.from_pretrained(source, trust_remote_code=True, **keywords)
-seen = observe(model, texts)
+seen = observe(model)
 model.processor = processor
-assert observe(model, texts) == seen and config.to_dict() == model.config.to_dict()
+assert observe(model) == seen and config.to_dict() == model.config.to_dict()
 parts = (config, processor, model)
 assert all(type(part).__module__.startswith("transformers_modules.") for part in parts), parts
 model.save_pretrained(folder)
 print(json.dumps(seen))
 """
-    arguments = [json.dumps(value) for value in (str(source), texts, str(folder / "again"), keywords)]
-    run = subprocess.run(
-        [sys.executable, "-I", "-c", script, *arguments],
-        env={"PATH": "", "OMP_NUM_THREADS": "1", **environment},
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    arguments = [json.dumps(value) for value in (str(source), TEXTS, str(folder / "again"), keywords)]
+    run = run_clean(script, *arguments, home=environment, folder=folder)
     assert run.returncode == 0, run.stderr
     assert "of type" not in run.stderr, run.stderr  # transformers' warning of a model type that it does not know
     return json.loads(run.stdout)  # nothing else is printed, above all no question whether to run remote code
@@ -76,11 +68,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def edit_json(path: Path, **fields) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
-@pytest.fixture
-def texts(documents, questions) -> dict:
-    return {"documents": documents, "questions": questions}
 
 
 def upload(folder: Path, repo: str, **keywords) -> str:
@@ -106,6 +93,11 @@ def backbone_commit(backbone_folder) -> str:
 def hub_model(backbone_commit) -> CLaRaForRAG:
     """A model on the backbone in the Hub, for tests that only read it."""
     return new_model(BACKBONE)
+
+
+@pytest.fixture(scope="module")
+def seen(hub_model) -> dict:
+    return observe(hub_model)
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +133,10 @@ def test_from_backbone_pins_the_commit(backbone_commit, revision, tmp_path):
     assert f"base_model: {BACKBONE}" in (tmp_path / "README.md").read_text()
 
 
-def test_loading_by_id_gives_the_same_model_and_saves_the_same_files(commit, hub_model, saved, texts, tmp_path):
+def test_loading_by_id_gives_the_same_model_and_saves_the_same_files(commit, seen, saved, tmp_path):
     for auto_class in (CLaRaForRAG, AutoModel):
         model = auto_class.from_pretrained(CHECKPOINT)
-        assert observe(model, texts) == observe(hub_model, texts)
+        assert observe(model) == seen
     model.save_pretrained(tmp_path)
     assert contents(tmp_path) == contents(saved)
 
@@ -183,9 +175,9 @@ def test_a_revision_picks_the_weights_of_that_commit(versions):
     assert model.fingerprint == versions.models[0].fingerprint
 
 
-def test_a_clean_process_loads_weights_and_code_of_a_revision_by_id(versions, hub, texts, tmp_path):
-    seen = observe_clean_process(versions.repo, texts, hub.environment(tmp_path / "home"), tmp_path, revision="v1")
-    assert seen == observe(versions.models[0], texts)
+def test_a_clean_process_loads_weights_and_code_of_a_revision_by_id(versions, hub, tmp_path):
+    seen = observe_clean_process(versions.repo, hub.environment(tmp_path / "home"), tmp_path, revision="v1")
+    assert seen == observe(versions.models[0])
     assert b"VERSION = 0" in (tmp_path / "again/memory_clara.py").read_bytes()
     assert contents(tmp_path / "again") == contents(versions.folders[0])
 
@@ -195,45 +187,42 @@ def test_an_unknown_id_or_revision_is_named(commit, source, revision):
     match = rf"(?s)`config.json` must be in {source} \(revision {revision}\).*check id, revision and token"
     with pytest.raises(FileNotFoundError, match=match):
         CLaRaForRAG.from_pretrained(source, revision=revision)
-
-
-@pytest.mark.parametrize("source, revision", [(BACKBONE, "v9"), ("loading/nothing", None)])
-def test_an_unknown_backbone_is_named(backbone_commit, source, revision):
+    source = BACKBONE if source == CHECKPOINT else source
     with pytest.raises(OSError, match=rf"(?s)the backbone `{source}`.*could not be loaded"):
         CLaRaForRAG.from_backbone(source, revision=revision)
 
 
-def test_a_pinned_backbone_is_loaded_although_its_repo_moved_on(tmp_path, texts):
+def test_a_pinned_backbone_is_loaded_although_its_repo_moved_on(tmp_path):
     repo = "loading/moving"
     upload(save_backbone(tmp_path / "first"), repo)
     model = new_model(repo)
     model.save_pretrained(tmp_path / "saved")
     upload(save_backbone(tmp_path / "second", seed=1), repo)
-    assert observe(CLaRaForRAG.from_pretrained(tmp_path / "saved"), texts) == observe(model, texts)
+    assert observe(CLaRaForRAG.from_pretrained(tmp_path / "saved")) == observe(model)
     edit_json(tmp_path / "saved/config.json", backbone_revision=None)
     with pytest.raises(ValueError, match=rf"the weights of the backbone `{repo}` must be those.*Pass `backbone=PATH`"):
         CLaRaForRAG.from_pretrained(tmp_path / "saved")
 
 
-def test_a_pinned_backbone_revision_that_is_gone_is_named(saved, backbone_folder, hub_model, texts, tmp_path):
+def test_a_pinned_backbone_revision_that_is_gone_is_named(saved, backbone_folder, seen, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "copy")
     edit_json(folder / "config.json", backbone_revision="0" * 40)
     with pytest.raises(OSError, match=rf"(?s)`{BACKBONE}` \(revision 0{{40}}\) could not be found.*`backbone=PATH`"):
         CLaRaForRAG.from_pretrained(folder)
     model = CLaRaForRAG.from_pretrained(folder, backbone=backbone_folder)
-    assert observe(model, texts) == observe(hub_model, texts)
+    assert observe(model) == seen
 
 
 # --- tokens and caches -----------------------------------------------------------------------------------------------
 
 
-def test_private_repos_need_a_token_which_is_saved_nowhere(backbone_folder, hub, texts, tmp_path):
+def test_private_repos_need_a_token_which_is_saved_nowhere(backbone_folder, hub, tmp_path):
     upload(backbone_folder, "loading/private-backbone", private=True)
     model = CLaRaForRAG.from_backbone("loading/private-backbone", memory_sizes=(2, 4), token=hub.token)
     model.save_pretrained(tmp_path / "saved")
     upload(tmp_path / "saved", "loading/private", private=True)
     loaded = CLaRaForRAG.from_pretrained("loading/private", token=hub.token)
-    assert observe(loaded, texts) == observe(model, texts)
+    assert observe(loaded) == observe(model)
     loaded.save_pretrained(tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "saved")
     assert not any(hub.token.encode() in content for content in contents(tmp_path).values())
@@ -244,7 +233,7 @@ def test_private_repos_need_a_token_which_is_saved_nowhere(backbone_folder, hub,
             CLaRaForRAG.from_pretrained("loading/private", token=token, cache_dir=tmp_path / "cache")
 
 
-def test_a_cache_serves_without_the_hub(commit, backbone_folder, hub_model, texts, requests, tmp_path):
+def test_a_cache_serves_without_the_hub(commit, backbone_folder, seen, requests, tmp_path):
     offline = {"cache_dir": tmp_path, "local_files_only": True}
     with pytest.raises(FileNotFoundError, match=r"(?s)`config.json` must be in loading/clara.*out of reach"):
         CLaRaForRAG.from_pretrained(CHECKPOINT, **offline)
@@ -255,7 +244,7 @@ def test_a_cache_serves_without_the_hub(commit, backbone_folder, hub_model, text
     CLaRaForRAG.from_pretrained(CHECKPOINT, cache_dir=tmp_path)
     assert {path.name for path in tmp_path.glob("m*")} == {"models--loading--backbone", "models--loading--clara"}
     online = len(requests())
-    assert observe(CLaRaForRAG.from_pretrained(CHECKPOINT, **offline), texts) == observe(hub_model, texts)
+    assert observe(CLaRaForRAG.from_pretrained(CHECKPOINT, **offline)) == seen
     assert len(requests()) == online > 0
 
 
@@ -275,33 +264,28 @@ def test_files_are_downloaded_once_unless_forced(commit, backbone_commit, reques
 
 @pytest.mark.parametrize("include_backbone", [False, True])
 @pytest.mark.parametrize("subfolder", ["", "runs/best"])
-def test_subfolder_and_included_backbone(hub_model, tmp_path, texts, requests, include_backbone, subfolder):
+def test_subfolder_and_included_backbone(hub_model, seen, tmp_path, requests, include_backbone, subfolder):
     repo = f"loading/layout-{include_backbone}-{len(subfolder)}"
     hub_model.save_pretrained(tmp_path / "saved", include_backbone=include_backbone)
     upload(tmp_path / "saved", repo, path_in_repo=subfolder)
     model = CLaRaForRAG.from_pretrained(repo, subfolder=subfolder, cache_dir=tmp_path / "cache")
-    assert observe(model, texts) == observe(hub_model, texts)
+    assert observe(model) == seen
     assert model.config.backbone_included is include_backbone
     assert any(BACKBONE in path for _, path in requests()) is not include_backbone
 
 
-def test_push_to_hub_publishes_what_loads_equal(hub_model, saved, texts):
-    hub_model.push_to_hub("loading/pushed")
+def test_push_to_hub_publishes_what_loads_equal_and_keeps_a_card_that_is_there(hub_model, seen, saved):
+    def pushed(repo: str, **options) -> str:
+        hub_model.push_to_hub(repo, **options)
+        return Path(HfApi().hf_hub_download(repo, "README.md", revision=options.get("revision"))).read_text()
+
+    assert pushed("loading/pushed") == (saved / "README.md").read_text()
     assert set(HfApi().list_repo_files("loading/pushed")) - {".gitattributes"} == set(contents(saved))
-    assert observe(CLaRaForRAG.from_pretrained("loading/pushed"), texts) == observe(hub_model, texts)
-
-
-def test_push_to_hub_writes_our_card_and_keeps_one_that_is_there(hub_model, saved):
-    def pushed(**options) -> str:
-        hub_model.push_to_hub("loading/card", **options)
-        return Path(HfApi().hf_hub_download("loading/card", "README.md", revision=options.get("revision"))).read_text()
-
-    assert pushed() == (saved / "README.md").read_text()
-    HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="README.md", repo_id="loading/card")
-    assert pushed() == pushed(revision="next") == "mine"
+    assert observe(CLaRaForRAG.from_pretrained("loading/pushed")) == seen
+    HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="README.md", repo_id="loading/pushed")
+    assert pushed("loading/pushed") == pushed("loading/pushed", revision="next") == "mine"
     assert "- clara\n- soft-compression\n" in (saved / "README.md").read_text()
-    hub_model.push_to_hub("loading/tagged", tags=["new"])
-    assert "- new\n" in Path(HfApi().hf_hub_download("loading/tagged", "README.md")).read_text()
+    assert "- new\n" in pushed("loading/tagged", tags=["new"])
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------
@@ -322,7 +306,7 @@ def test_push_to_hub_writes_our_card_and_keeps_one_that_is_there(hub_model, save
     ],
 )
 def test_a_broken_download_is_repeated_or_an_error_but_never_a_wrong_model(
-    commit, backbone_commit, hub_model, hub, texts, tmp_path, repo, name, status, times, match
+    commit, backbone_commit, seen, hub, tmp_path, repo, name, status, times, match
 ):
     sha = commit if repo == CHECKPOINT else backbone_commit
     hub.failures.append(Failure(f"/{repo}/resolve/{sha}/{name}", status=status, times=times))
@@ -332,8 +316,8 @@ def test_a_broken_download_is_repeated_or_an_error_but_never_a_wrong_model(
                 CLaRaForRAG.from_pretrained(CHECKPOINT, cache_dir=tmp_path)
         else:
             model = CLaRaForRAG.from_pretrained(CHECKPOINT, cache_dir=tmp_path)
-            assert observe(model, texts) == observe(hub_model, texts)
+            assert observe(model) == seen
         assert hub.failures[-1].times < times
     finally:
         hub.failures.clear()
-    assert observe(CLaRaForRAG.from_pretrained(CHECKPOINT, cache_dir=tmp_path), texts) == observe(hub_model, texts)
+    assert observe(CLaRaForRAG.from_pretrained(CHECKPOINT, cache_dir=tmp_path)) == seen

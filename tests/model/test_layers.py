@@ -8,8 +8,6 @@ import pytest
 
 import modeling_clara
 
-PACKAGE = Path(modeling_clara.__file__).parent
-
 
 class Classes(ast.NodeVisitor):
     """Imports of a file by function or not, and of each class its bases and the attributes that it has and uses."""
@@ -52,8 +50,8 @@ def needs(sources: dict[str, str]) -> dict[str, set[str]]:
 
 
 def test_no_file_needs_one_that_needs_it():
-    sources = {path.stem: path.read_text() for path in PACKAGE.glob("*_clara.py")}
-    TopologicalSorter(needs(sources)).prepare()
+    files = Path(modeling_clara.__file__).parent.glob("*_clara.py")
+    TopologicalSorter(needs({path.stem: path.read_text() for path in files})).prepare()
 
 
 def test_a_circle_through_self_is_found():

@@ -1,5 +1,4 @@
-"""A checkpoint's own code in a process without the package: it loads quietly, without optional packages, and opens
-corpora."""
+"""A checkpoint's own code in a process without the package: quiet, without optional packages, and opens corpora."""
 
 import shutil
 import subprocess
@@ -27,19 +26,23 @@ print("answered")
 """
 
 
-def test_a_clean_process_loads_a_model_quietly_and_opens_a_corpus(hub, tmp_path):
-    shutil.copytree(CARDS / "clara-pico", tmp_path / "model")
-    for path in (CARDS.parent / "modeling_clara").glob("*_clara.py"):  # as upload.py adds it
-        shutil.copy(path, tmp_path / "model")
-    shutil.copytree(CARDS / "clara-pico-corpus", tmp_path / "corpus")
-    run = subprocess.run(
-        [sys.executable, "-I", "-c", SCRIPT],
-        env={"PATH": "", "OMP_NUM_THREADS": "1", **hub.environment(tmp_path / "home")},
-        cwd=tmp_path,
+def run_clean(script: str, *arguments: str, home: dict[str, str], folder: Path) -> subprocess.CompletedProcess:
+    """Run a script in `folder`, in a process that knows the Hub of `home` and nothing of this one."""
+    return subprocess.run(
+        [sys.executable, "-I", "-c", script, *arguments],
+        env={"PATH": "", "OMP_NUM_THREADS": "1", **home},
+        cwd=folder,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert run.returncode == 0, run.stderr
-    assert (run.stdout, run.stderr) == ("answered\n", "")
+
+
+def test_a_clean_process_loads_a_model_quietly_and_opens_a_corpus(hub, tmp_path):
+    shutil.copytree(CARDS / "clara-pico", tmp_path / "model")
+    for path in (CARDS.parent / "modeling_clara").glob("*_clara.py"):  # as upload.py adds it
+        shutil.copy(path, tmp_path / "model")
+    shutil.copytree(CARDS / "clara-pico-corpus", tmp_path / "corpus")
+    run = run_clean(SCRIPT, home=hub.environment(tmp_path / "home"), folder=tmp_path)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "answered\n", "")
