@@ -46,43 +46,76 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
         yield Session(hub, json.loads(run.stdout))
 
 
-def test_upload_folder_is_one_commit_and_downloads_equal(session: Session) -> None:
-    seen = session.seen["folder"]
-    assert seen["url"] == f"{session.hub.url}/loopback/model"
-    assert seen["again"] == ["HfHubHTTPError", 409, None] and seen["exist_ok"] == seen["url"]
+MISSING, NO_REPO = ["RemoteEntryNotFoundError", 404, "EntryNotFound"], ["RepositoryNotFoundError", 404, "RepoNotFound"]
+SEEN = {
+    "commit": {
+        "files": [".gitattributes", "README.md", "b.safetensors", "config.json"],
+        "config": '{"a": 2}',
+    },
+    "refs": {  # tags pin, branches move
+        **{"tagged": '{"a": 1}', "short_id": '{"a": 1}', "branch": '{"a": 3}'},
+        "refs": [["dev/x", "main"], ["v1.0"]],
+        "tag_again": ["HfHubHTTPError", 409, None],
+        "after_deleting": [["main"], []],
+    },
+    "race": {"stale": ["HfHubHTTPError", 412, None], "unmoved": True},
+    "missing": {
+        **{"revision": ["RevisionNotFoundError", 404, "RevisionNotFound"], "route": ["HfHubHTTPError", 501, None]},
+        **{"entry": MISSING, "folder": MISSING, "deletion": MISSING, "repo": NO_REPO, "deleted_repo": NO_REPO},
+    },
+    "ranges": {
+        **{"middle": WEIGHTS[1000:1016].hex(), "end": WEIGHTS[-16:].hex()},
+        **{"ls": ["datasets/loopback/data/train"], "size": len(WEIGHTS)},
+        "exact": [206, f"bytes 10-19/{len(WEIGHTS)}", WEIGHTS[10:20].hex()],
+        "beyond": ["HfHubHTTPError", 416, None],
+    },
+    "private": {
+        **{"with_token": '{"secret": 1}', "is_private": True},
+        **{f"{thing}_without_token": [NO_REPO[0], 401, NO_REPO[2]] for thing in ("info", "file")},
+        **{f"{thing}_with_wrong_token": NO_REPO for thing in ("info", "file")},
+    },
+    "token": {
+        "name": "loopback",
+        "create_without": ["HfHubHTTPError", 401, None],
+        "commit_with_wrong": ["HfHubHTTPError", 403, None],
+    },
+    "faults": {
+        **{"cut": digest(WEIGHTS), "busy": True, "broken": [["HfHubHTTPError", 501, None]] * 2},
+        "broken_titles": ["at the third attempt", "initial commit"],  # a refused commit leaves no trace
+    },
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_the_client_sees(session, name: str):
+    assert {key: session.seen[name][key] for key in SEEN[name]} == SEEN[name]
+
+
+def test_the_client_gets_over_faults(session):
+    requests = session.hub.requests
+    assert requests.count(("GET", "/loopback/cut/resolve/main/weights.bin")) == 2  # the second one for the rest
+    assert requests.count(("POST", "/api/models/loopback/busy/preupload/main")) == 2
+
+
+def test_upload_folder_is_one_commit_and_downloads_equal(session):
+    seen, top = session.seen["folder"], [".gitattributes", "README.md", "config.json", "data"]
+    assert seen["url"] == f"{session.hub.url}/loopback/model" == seen["exist_ok"]
+    assert seen["again"] == ["HfHubHTTPError", 409, None]
     assert seen["titles"] == ["the folder", "initial commit"]
     assert seen["snapshot"] == {path: digest(content) for path, content in FOLDER.items()}
-    assert seen["lfs"] == ["data/x/weights.bin"]
-    assert seen["listing"] == [".gitattributes", "README.md", "config.json", "data", "data/x", "data/x/weights.bin"]
-    assert seen["top"] == [".gitattributes", "README.md", "config.json", "data"]
+    assert seen["lfs"] == ["data/x/weights.bin"] and seen["top"] == top
+    assert seen["listing"] == [*top, "data/x", "data/x/weights.bin"]
     assert seen["unchanged"] == seen["commit"]  # the client found every file there already
 
 
-def test_large_files_go_to_lfs_and_small_ones_to_git(session: Session) -> None:
+def test_large_files_go_to_lfs_and_small_ones_to_git(session):
     uploads = [path for method, path in session.hub.requests if method == "PUT"]
     assert f"/lfs/{digest(WEIGHTS)}" in uploads and f"/lfs/{digest(FOLDER['config.json'])}" not in uploads
     assert len(uploads) == len(set(uploads))  # no object twice
     assert session.hub.blobs[digest(WEIGHTS)] == WEIGHTS
 
 
-def test_create_commit_adds_and_deletes_at_once(session: Session) -> None:
-    assert session.seen["commit"]["files"] == [".gitattributes", "README.md", "b.safetensors", "config.json"]
-    assert session.seen["commit"]["config"] == '{"a": 2}'
-
-
-def test_tags_pin_and_branches_move(session: Session) -> None:
-    seen = session.seen["refs"]
-    assert seen["tagged"] == '{"a": 1}' and seen["short_id"] == '{"a": 1}' and seen["branch"] == '{"a": 3}'
-    assert seen["refs"] == [["dev/x", "main"], ["v1.0"]]
-    assert seen["tag_again"] == ["HfHubHTTPError", 409, None]
-    assert seen["after_deleting"] == [["main"], []]
-
-
-def test_stale_parent_is_refused(session: Session) -> None:
-    assert session.seen["race"] == {"stale": ["HfHubHTTPError", 412, None], "unmoved": True}
-
-
-def test_a_pull_request_leaves_main_as_it_was(session: Session) -> None:
+def test_a_pull_request_leaves_main_as_it_was(session):
     seen = session.seen["pull_request"]
     assert seen["url"] == f"{session.hub.url}/datasets/loopback/asked/discussions/1" and seen["ref"] == "refs/pr/1"
     assert seen["on_main"] == [".gitattributes"] and seen["titles_of_main"] == ["initial commit"]
@@ -93,55 +126,7 @@ def test_a_pull_request_leaves_main_as_it_was(session: Session) -> None:
     assert seen["without_token"] == ["HfHubHTTPError", 401, None]
 
 
-def test_each_missing_thing_has_its_own_error(session: Session) -> None:
-    seen = session.seen["missing"]
-    assert seen["revision"] == ["RevisionNotFoundError", 404, "RevisionNotFound"]
-    assert seen["entry"] == ["RemoteEntryNotFoundError", 404, "EntryNotFound"]
-    assert seen["folder"] == ["RemoteEntryNotFoundError", 404, "EntryNotFound"]
-    assert seen["deletion"] == ["RemoteEntryNotFoundError", 404, "EntryNotFound"]
-    assert seen["repo"] == ["RepositoryNotFoundError", 404, "RepoNotFound"]
-    assert seen["deleted_repo"] == ["RepositoryNotFoundError", 404, "RepoNotFound"]
-    assert seen["route"] == ["HfHubHTTPError", 501, None]
-
-
-def test_ranges_through_the_file_system(session: Session) -> None:
-    seen = session.seen["ranges"]
-    assert bytes.fromhex(seen["middle"]) == WEIGHTS[1000:1016] and bytes.fromhex(seen["end"]) == WEIGHTS[-16:]
-    assert seen["ls"] == ["datasets/loopback/data/train"] and seen["size"] == len(WEIGHTS)
-    assert seen["exact"] == [206, f"bytes 10-19/{len(WEIGHTS)}", WEIGHTS[10:20].hex()]
-    assert seen["beyond"] == ["HfHubHTTPError", 416, None]
-
-
-def test_private_repo_looks_missing_without_the_token(session: Session) -> None:
-    seen = session.seen["private"]
-    assert seen["with_token"] == '{"secret": 1}' and seen["is_private"] is True
-    for thing in ("info", "file"):
-        assert seen[f"{thing}_without_token"] == ["RepositoryNotFoundError", 401, "RepoNotFound"]
-        assert seen[f"{thing}_with_wrong_token"] == ["RepositoryNotFoundError", 404, "RepoNotFound"]
-
-
-def test_writes_and_whoami_need_the_token(session: Session) -> None:
-    seen = session.seen["token"]
-    assert seen["name"] == "loopback"
-    assert seen["create_without"] == ["HfHubHTTPError", 401, None]
-    assert seen["commit_with_wrong"] == ["HfHubHTTPError", 403, None]
-
-
-def test_client_gets_over_faults(session: Session) -> None:
-    seen, requests = session.seen["faults"], session.hub.requests
-    assert seen["cut"] == digest(WEIGHTS)
-    assert requests.count(("GET", "/loopback/cut/resolve/main/weights.bin")) == 2  # the second one for the rest
-    assert requests.count(("POST", "/api/models/loopback/busy/preupload/main")) == 2
-    assert seen["busy"] is True
-
-
-def test_refused_commit_leaves_no_trace(session: Session) -> None:
-    seen = session.seen["faults"]
-    assert seen["broken"] == [["HfHubHTTPError", 501, None]] * 2
-    assert seen["broken_titles"] == ["at the third attempt", "initial commit"]
-
-
-def test_servers_share_nothing() -> None:
+def test_servers_share_nothing():
     with HubServer("hf_one") as one, HubServer("hf_two") as two:
         assert status(one, "POST", "/api/repos/create", "hf_one", {"name": "x"}) == (200, None)
         assert status(one, "GET", "/api/models/loopback/x", None) == (200, None)
@@ -152,7 +137,7 @@ def test_servers_share_nothing() -> None:
         status(one, "GET", "/api/models/loopback/x", None)
 
 
-def test_stopped_server_answers_no_open_connection() -> None:
+def test_stopped_server_answers_no_open_connection():
     with HubServer() as hub:
         connection = http.client.HTTPConnection("127.0.0.1", hub.server_port, timeout=5)
         connection.request("POST", "/api/validate-yaml", body="{}")
@@ -162,18 +147,7 @@ def test_stopped_server_answers_no_open_connection() -> None:
         connection.getresponse()
 
 
-def test_environment_overrides_the_user_s_own(tmp_path: Path) -> None:
-    with HubServer() as hub:
-        environment = hub.environment(tmp_path)
-    assert environment["HF_ENDPOINT"] == hub.url and environment["HF_TOKEN"] == hub.token
-    assert environment["HF_HOME"] == str(tmp_path) and environment["HF_HUB_CACHE"] == str(tmp_path / "hub")
-    assert environment["HF_HUB_DISABLE_XET"] == environment["HF_HUB_DISABLE_TELEMETRY"] == "1"
-    assert environment["HF_HUB_OFFLINE"] == "0" and environment["NO_PROXY"] == "127.0.0.1"
-
-
-def status(
-    hub: HubServer, method: str, path: str, token: str | None, body: dict[str, Any] | None = None
-) -> tuple[int, str | None]:
+def status(hub: HubServer, method: str, path: str, token: str | None, body: dict | None = None) -> tuple:
     """Asks without the client; returns the status and the error code."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     data = json.dumps(body).encode() if body else None

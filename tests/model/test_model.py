@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, TEMPLATES, randomize_adapters, save_backbone
+from test_hub_loading import observe
+from tiny import ARCHITECTURES, DOCUMENTS, QUESTIONS, TEMPLATES, randomize_adapters, save_backbone
 
 import modeling_clara
-from modeling_clara import CLaRaConfig, CLaRaForRAG
+from modeling_clara import ROLES, CLaRaConfig, CLaRaForRAG
 from modeling_clara.packing_clara import can_pack
 from modeling_clara.retrieval_clara import cosine_scores
 from recipes.benchmarks.training import padded_passes
@@ -28,6 +29,7 @@ CASES = [
     ("gpt_neox", "none", True, False),
     ("llama", "none", True, False),
 ]
+assert {case[0] for case in CASES} == set(ARCHITECTURES) and {case[1] for case in CASES} == set(TEMPLATES)
 WINDOWS = ("llama", "system", False, True, "windows")
 
 
@@ -43,52 +45,29 @@ def any_model(request, tmp_path_factory):
     return model
 
 
-def test_the_cases_cover_all_architectures_and_templates():
-    assert {case[0] for case in CASES} == set(ARCHITECTURES)
-    assert {case[1] for case in CASES} == set(TEMPLATES)
-
-
-def test_nested_memory(any_model, documents):
-    """`memory[:k]` of one pass is the memory of a pass with k memory tokens."""
-    whole = any_model.compress(documents)
+def test_a_memory_is_nested_and_depends_neither_on_its_batch_nor_on_packing(any_model):
+    """Where packing applies it changes nothing; Gemma's eager attention never packs. The roles differ."""
+    whole, near = any_model.compress(DOCUMENTS), {"atol": 1e-5, "rtol": 1e-4}
     assert whole.shape == (4, 4, 32) and whole.dtype == torch.float32
     for k in (1, 2):
-        torch.testing.assert_close(any_model.compress(documents, memory_size=k), whole[:, :k], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(any_model.compress(DOCUMENTS, memory_size=k), whole[:, :k], **near)
+    for index, document in enumerate(DOCUMENTS):
+        torch.testing.assert_close(any_model.compress([document])[0], whole[index], **near)
+    assert can_pack(any_model.backbone, 100) != (any_model.config.text_config.model_type == "gemma2")
+    queries = any_model.encode_queries(QUESTIONS)
+    with padded_passes():
+        torch.testing.assert_close(any_model.compress(DOCUMENTS), whole, **near)
+        torch.testing.assert_close(any_model.encode_queries(QUESTIONS), queries, **near)
+    assert not torch.allclose(any_model.compress(QUESTIONS), queries, atol=1e-3)
 
 
-def test_a_memory_does_not_depend_on_its_batch(any_model, documents):
-    together = any_model.compress(documents)
-    for index, document in enumerate(documents):
-        torch.testing.assert_close(any_model.compress([document])[0], together[index], atol=1e-5, rtol=1e-4)
-
-
-def test_packed_and_padded_passes_agree(any_model, documents):
-    """Where packing applies it changes nothing; Gemma's eager attention never packs."""
-    ids = any_model.processor.encode_documents(documents)
-    batch = any_model.processor.pad(ids, any_model.processor.pad_token_id)
-    lengths = torch.tensor([len(text) for text in ids])
-    with torch.no_grad():
-        if can_pack(any_model.backbone, 100):
-            packed, _ = any_model.encode("compressor", batch, lengths, 4)
-            with padded_passes():
-                padded, _ = any_model.encode("compressor", batch, lengths, 4)
-            torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-4)
-        else:
-            assert any_model.config.text_config.model_type == "gemma2"
-
-
-def test_answers_do_not_depend_on_the_batch(any_model, documents):
+def test_answers_do_not_depend_on_the_batch(any_model):
     questions = ["Paris?", "What is the capital of Germany, and how many people live there?", "Rome"]
-    together = any_model.answer(questions, documents=documents, max_new_tokens=6)
+    together = any_model.answer(questions, documents=DOCUMENTS, max_new_tokens=6)
     for question, answer in zip(questions, together, strict=True):
-        alone = any_model.answer([question], documents=documents, max_new_tokens=6)[0]
+        alone = any_model.answer([question], documents=DOCUMENTS, max_new_tokens=6)[0]
         assert alone.text == answer.text
         assert [source.document_id for source in alone.sources] == [source.document_id for source in answer.sources]
-
-
-def test_the_roles_differ(any_model):
-    text = ["Paris is the capital of France."]
-    assert not torch.allclose(any_model.compress(text), any_model.encode_queries(text), atol=1e-3)
 
 
 def test_training_step_reaches_every_role(any_model):
@@ -109,74 +88,48 @@ def test_training_step_reaches_every_role(any_model):
     assert grads["memory_embeddings"][:2].abs().sum() > 0 and grads["memory_embeddings"][2:].abs().sum() == 0
 
 
-def test_save_and_reload_is_bit_equal(any_model, documents, tmp_path):
+def test_save_and_reload_is_bit_equal(any_model, tmp_path):
     any_model.save_pretrained(tmp_path)
-    again = CLaRaForRAG.from_pretrained(tmp_path)
-    assert torch.equal(again.compress(documents), any_model.compress(documents))
-    asked = {"documents": documents, "max_new_tokens": 4}
-    assert again.answer(["Which city?"], **asked) == any_model.answer(["Which city?"], **asked)
-    assert again.fingerprint == any_model.fingerprint
+    assert observe(CLaRaForRAG.from_pretrained(tmp_path)) == observe(any_model)
 
 
-def joint_inputs(model, *, left: bool) -> dict:
-    inputs = dict(
-        model.processor(
-            ["Which city?", "What?"],
-            [["Paris.", "Rome is far.", "x y"], ["Oslo."]],
-            ["a", "b c"],
-            memory_size=4,
-            top_k=2,
-        )
-    )
-    if left:  # documents and queries arrive left-padded
-        for ids, mask in (
-            ("document_input_ids", "document_attention_mask"),
-            ("query_input_ids", "query_attention_mask"),
-        ):
-            order = inputs[mask].argsort(dim=-1, stable=True)
-            inputs[ids], inputs[mask] = inputs[ids].gather(-1, order), inputs[mask].gather(-1, order)
-    return inputs
+@pytest.fixture
+def joint_inputs(shared_model) -> dict:
+    documents = [["Paris.", "Rome is far.", "x y"], ["Oslo."]]
+    return dict(shared_model.processor(["Which city?", "What?"], documents, ["a", "b c"], memory_size=4, top_k=2))
 
 
-def test_forward_does_not_care_on_which_side_padding_stands(shared_model):
-    with torch.no_grad():
-        right = shared_model(**joint_inputs(shared_model, left=False))
-        left = shared_model(**joint_inputs(shared_model, left=True))
-    torch.testing.assert_close(left.loss, right.loss)
-    assert torch.equal(left.selected, right.selected)
-
-
-def test_forward_selects_by_score_and_pads_what_is_missing(shared_model):
-    with torch.no_grad():
-        output = shared_model(**joint_inputs(shared_model, left=False))
+@torch.no_grad()
+def test_forward_selects_by_score_and_pads_what_is_missing(shared_model, joint_inputs):
+    """On whichever side padding stands."""
+    output = shared_model(**joint_inputs)
     assert output.scores.shape == (2, 3) and output.selected.shape == (2, 2)
     assert output.selected[0].tolist() == output.scores[0].topk(2).indices.tolist()
     assert output.scores[1].isinf().tolist() == [False, True, True]
     assert output.selected[1].tolist() == [0, -1]
     torch.testing.assert_close(output.loss, output.lm_loss)  # stage 3: the language-modelling loss alone
+    for name in ("document", "query"):
+        ids, mask = f"{name}_input_ids", f"{name}_attention_mask"
+        order = joint_inputs[mask].argsort(dim=-1, stable=True)
+        joint_inputs |= {key: joint_inputs[key].gather(-1, order) for key in (ids, mask)}
+    left = shared_model(**joint_inputs)
+    torch.testing.assert_close(left.loss, output.loss)
+    assert torch.equal(left.selected, output.selected)
 
 
-def test_forward_reads_a_given_memory_like_the_document_itself(shared_model):
-    inputs = joint_inputs(shared_model, left=False)
-    with torch.no_grad():
-        whole = shared_model(**inputs)
-        mask = inputs.pop("document_attention_mask").any(-1)
-        del inputs["document_input_ids"]
-        given = shared_model(**inputs, memory=whole.memory, document_mask=mask)
-    torch.testing.assert_close(given.loss, whole.loss)
-    torch.testing.assert_close(given.logits, whole.logits)
-
-
-def test_a_query_memory_gives_the_loss_of_the_question_itself(shared_model):
-    """Also of documents that are compressed here, whose alignment loss is no part of stage 3."""
-    inputs = joint_inputs(shared_model, left=False)
-    with torch.no_grad():
-        whole = shared_model(**inputs)
-        query, lengths = inputs.pop("query_input_ids"), inputs.pop("query_attention_mask").sum(-1)
-        query = shared_model.encode("reasoner", query, lengths, shared_model.config.retrieval_memory_size)[0]
-        given = shared_model(**inputs, query_memory=query)
+@torch.no_grad()
+def test_forward_reads_given_memories_like_the_texts_themselves(shared_model, joint_inputs):
+    """Also a question's of documents that are compressed here, whose alignment loss is no part of stage 3."""
+    whole = shared_model(**joint_inputs)
+    query, lengths = joint_inputs.pop("query_input_ids"), joint_inputs.pop("query_attention_mask").sum(-1)
+    query = shared_model.encode("reasoner", query, lengths, shared_model.config.retrieval_memory_size)[0]
+    given = shared_model(**joint_inputs, query_memory=query)
     torch.testing.assert_close(given.loss, whole.loss)
     assert torch.equal(given.loss, given.lm_loss) and given.alignment_loss > 0
+    mask = joint_inputs.pop("document_attention_mask").any(-1)
+    del joint_inputs["document_input_ids"]
+    given = shared_model(**joint_inputs, query_memory=query, memory=whole.memory, document_mask=mask)
+    torch.testing.assert_close((given.loss, given.logits), (whole.loss, whole.logits))
 
 
 def test_the_head_runs_on_target_positions_only(any_model):
@@ -202,7 +155,7 @@ def test_the_head_runs_on_target_positions_only(any_model):
 def test_without_a_prompt_the_loss_is_the_contrastive_one(shared_model):
     batch = shared_model.processor(["Where is Rome?"], [["Paris", "Rome is old", "Oslo"]], memory_size=4, top_k=2)
     inputs = {name: value for name, value in batch.items() if name.startswith(("document_", "query_"))}
-    output = shared_model(**inputs, positive_mask=torch.tensor([[False, True, False]]), memory_size=4)
+    output = shared_model(**inputs, positive_mask=torch.tensor([[False, True, False]]))
     logits = output.scores / shared_model.config.retrieval_temperature
     torch.testing.assert_close(output.loss, logits.logsumexp(-1)[0] - logits[0, 1])
     assert output.logits is None and shared_model(**inputs).loss is None
@@ -237,42 +190,36 @@ def test_a_frozen_compressor_runs_without_dropout(model):
     assert not torch.equal(*(model(**batch, memory_size=4).memory for _ in range(2)))
 
 
+@torch.no_grad()
 def test_micro_batches_add_up_to_the_batch(model):
     """4 x 1 equals 1 x 4, for the mean over tokens and for the means over rows."""
-    model.config.contrastive_weight = 0.5
-    questions, documents = ["A?", "B c?", "D?", "E f g?"], [["Paris."], ["Rome is far."], ["Oslo."], ["Bern x."]]
-    answers = ["a", "b c d e", "f", "g h"]
+    model.config.contrastive_weight, model.config.retrieval_top_k = 0.5, 1
+    rows = [("A?", "Paris.", "a"), ("B c?", "Rome is far.", "b c d e"), ("D?", "Oslo.", "f"), ("E f?", "Bern x.", "g")]
 
-    def run(rows, **counts):
-        inputs = model.processor(
-            [questions[r] for r in rows],
-            [documents[r] * 2 for r in rows],
-            [answers[r] for r in rows],
-            memory_size=4,
-            top_k=1,
-        )
-        positive = torch.tensor([[True, False]] * len(rows))
-        return model(**inputs, positive_mask=positive, **counts).loss
+    def inputs(rows) -> dict:
+        questions, documents, answers = zip(*rows, strict=True)
+        pairs = [[document] * 2 for document in documents]
+        batch = model.processor(questions, pairs, answers, memory_size=4, top_k=1)
+        return {**batch, "positive_mask": torch.tensor([[True, False]] * len(rows))}
 
-    model.config.retrieval_top_k = 1
-    whole = model.processor(questions, [d * 2 for d in documents], answers, memory_size=4, top_k=1)
+    whole = inputs(rows)
     counts = {"num_items_in_batch": int((whole["labels"] != -100).sum()), "num_samples_in_batch": 4}
-    with torch.no_grad():
-        parts = sum(run([row], **counts) for row in range(4))
-        torch.testing.assert_close(parts, run([0, 1, 2, 3]))
+    parts = sum(model(**inputs([row]), **counts).loss for row in rows)
+    torch.testing.assert_close(parts, model(**whole, **counts).loss)
 
 
-def test_forward_names_contradicting_inputs(shared_model):
-    inputs = joint_inputs(shared_model, left=False)
+def test_forward_names_contradicting_inputs(shared_model, joint_inputs):
     with pytest.raises(ValueError, match="`document_input_ids` or `memory` must be given"):
-        shared_model(**inputs, memory=torch.zeros(2, 3, 4, 32))
+        shared_model(**joint_inputs, memory=torch.zeros(2, 3, 4, 32))
     with pytest.raises(ValueError, match="`memory` must have at least 4 vectors, got 2"):
         shared_model(memory=torch.zeros(2, 3, 2, 32))
     with pytest.raises(ValueError, match="`memory_size` must be one of .*got 3"):
-        shared_model(**inputs, memory_size=3)
-    inputs["memory_mask"] = inputs["memory_mask"].roll(1, 0)
+        shared_model(**joint_inputs, memory_size=3)
+    with pytest.raises(ValueError, match="`query_rows` must come with"):
+        shared_model(**joint_inputs, query_rows=torch.zeros(2, dtype=torch.long))
+    joint_inputs["memory_mask"] = joint_inputs["memory_mask"].roll(1, 0)
     with pytest.raises(ValueError, match=r"memory_mask\[0\]` must mark 10 slots"):
-        shared_model(**inputs)
+        shared_model(**joint_inputs)
 
 
 @pytest.mark.parametrize(
@@ -311,20 +258,14 @@ def test_every_config_field_is_read_by_the_package():
     assert not unread
 
 
-def test_special_rows_start_like_the_token_embeddings(backbone_folder):
-    model = CLaRaForRAG.from_backbone(backbone_folder)
-    table = model.get_input_embeddings().weight
-    assert 0.5 < (model.memory_embeddings.std() / table.std()).item() < 2
-    again = CLaRaForRAG.from_backbone(backbone_folder)
-    assert torch.equal(model.memory_embeddings, again.memory_embeddings)
-
-
-def test_a_fresh_model_is_the_identity_over_its_backbone(backbone_folder):
-    model = CLaRaForRAG.from_backbone(backbone_folder)
-    ids = torch.arange(3, 9)[None]
-    with torch.no_grad():
-        logits = []
-        for role in (None, "compressor", "reasoner", "generator"):
-            with model.roles.use(role):
-                logits.append(model.backbone(ids).logits)
+def test_a_fresh_model_is_the_identity_over_its_backbone_and_its_rows_are_like_token_embeddings(backbone_folder):
+    model, again = (CLaRaForRAG.from_backbone(backbone_folder) for _ in range(2))
+    ids, logits = torch.arange(3, 9)[None], []
+    for role in (None, *ROLES):
+        with torch.no_grad(), model.roles.use(role):
+            logits.append(model.backbone(ids).logits)
     assert all(torch.equal(logits[0], other) for other in logits[1:])
+    table = model.get_input_embeddings().weight
+    assert table is model.backbone.get_input_embeddings().weight
+    assert 0.5 < (model.memory_embeddings.std() / table.std()).item() < 2
+    assert torch.equal(model.memory_embeddings, again.memory_embeddings)

@@ -18,16 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from modeling_clara import CLaRaProcessor
 
 TEMPLATES = {**TINY_TEMPLATES, "drops_system": DROPS_SYSTEM}
-MARKS = [
-    "{documents}",
-    "{question}",
-    "<MEM0>",
-    "<memory>",
-    "\ue000d\ue001",
-    "\ue000q\ue001",
-    "\ue000s\ue001",
-    "\ue000a\ue001",
-]
+MARKS = "{documents} {question} <MEM0> <memory> \ue000d\ue001 \ue000q\ue001 \ue000s\ue001 \ue000a\ue001".split()
 CHAT = ["[INST] [/INST]", "<<SYS>>", "<|eot_id|>", "<|endoftext|>", "### Response:", "{{ bos_token }}", "{% endfor %}"]
 INJECTIONS = [
     *SPECIAL,
@@ -44,16 +35,11 @@ FULL_WIDTH = str.maketrans({chr(code): chr(code + 0xFEE0) for code in range(33, 
 
 
 def variants(text: str) -> list[str]:
-    return [
-        text,
-        text.upper(),
-        text.lower(),
-        text.translate(FULL_WIDTH),
-        f"a{text}b",
-        f" {text} ",
-        text[:-1],
-        " ".join(text),
-    ]
+    cases = [text, text.upper(), text.lower(), text.translate(FULL_WIDTH)]
+    return [*cases, f"a{text}b", f" {text} ", text[:-1], " ".join(text)]
+
+
+VARIANTS = [variant for injection in INJECTIONS for variant in variants(injection)]
 
 
 def byte_level(template="system", *, bos=False, normalizer=None) -> PreTrainedTokenizerFast:
@@ -94,48 +80,34 @@ def added_ids(tokenizer) -> set[int]:
 
 
 def test_the_injections_name_every_added_token():
-    contents = {token.content for token in build_tokenizer("system").added_tokens_decoder.values()}
+    tokenizer = build_tokenizer("system")
+    contents = {token.content for token in tokenizer.added_tokens_decoder.values()}
     assert contents <= set(INJECTIONS)
-    plain = build_tokenizer("system")("".join(contents), add_special_tokens=False)["input_ids"]
-    assert set(plain) == set(build_tokenizer("system").added_tokens_decoder)  # without care they would all come
+    ids = tokenizer("".join(contents), add_special_tokens=False)["input_ids"]
+    assert set(ids) == set(tokenizer.added_tokens_decoder)  # without care they would all come
 
 
-@pytest.mark.parametrize("injection", INJECTIONS)
-def test_no_text_becomes_markup_and_none_of_it_is_lost(injection):
-    processor = CLaRaProcessor(byte_level())
-    for text in variants(injection):
-        ids = processor.encode_text(text)
-        assert added_ids(processor.tokenizer).isdisjoint(ids)
-        assert processor.tokenizer.decode(ids) == text
-
-
-@pytest.mark.parametrize("injection", INJECTIONS)
 @pytest.mark.parametrize("bos", [False, True])
-def test_documents_titles_and_questions_bring_no_markup(injection, bos):
+def test_documents_titles_and_questions_bring_no_markup_and_lose_nothing(bos):
     processor = CLaRaProcessor(byte_level(bos=bos), document_max_length=32, document_overlap=8)
     first = [processor.tokenizer.bos_token_id] * bos
-    for text in variants(injection):
-        spans = processor.split_document({"title": text[:9], "text": text * 3})
-        spans += processor.split_document({"title": text * 9, "text": "a"})
-        for ids in [*processor.encode_documents(spans), *processor.encode_questions([text])]:
+    for text in VARIANTS:
+        assert processor.tokenizer.decode(processor.encode_text(text)) == text
+        chunks = processor.split_document({"title": text[:9], "text": text * 3})
+        chunks += processor.split_document({"title": text * 9, "text": "a"})
+        for ids in [*processor.encode_documents(chunks), *processor.encode_questions([text])]:
             assert ids[: len(first)] == first
             assert added_ids(processor.tokenizer).isdisjoint(ids[len(first) :])
 
 
-@pytest.mark.parametrize(
-    "normalizer",
-    [
-        normalizers.NFKC(),
-        normalizers.Lowercase(),
-        normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
-    ],
-)
 @pytest.mark.parametrize("model", ["bytes", "unigram", "wordpiece"])
-def test_no_markup_comes_out_of_a_normalizer_or_out_of_the_models_own_pieces(model, normalizer):
-    tokenizer = byte_level(normalizer=normalizer) if model == "bytes" else holds_markup(model, normalizer)
-    processor = CLaRaProcessor(tokenizer)
-    for injection in [*INJECTIONS, "<\u0301/s>", "</s\u0301>", "</ſ>", "</s></s></s>", "x</s>"]:
-        for text in variants(injection):
+def test_no_markup_comes_out_of_a_normalizer_or_out_of_the_models_own_pieces(model):
+    accents = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    texts = [*INJECTIONS, "<\u0301/s>", "</s\u0301>", "</ſ>", "</s></s></s>", "x</s>"]
+    for normalizer in (normalizers.NFKC(), normalizers.Lowercase(), accents):
+        tokenizer = byte_level(normalizer=normalizer) if model == "bytes" else holds_markup(model, normalizer)
+        processor = CLaRaProcessor(tokenizer)
+        for text in (variant for injection in texts for variant in variants(injection)):
             assert added_ids(tokenizer).isdisjoint(processor.encode_text(text))
 
 
@@ -162,39 +134,35 @@ def test_an_unknown_character_is_refused_where_its_id_would_end_a_turn():
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("injection", INJECTIONS)
-def test_a_prompt_keeps_its_turns_slots_and_header(template, injection):
+def test_a_prompt_keeps_its_turns_slots_and_header(template):
     processor = CLaRaProcessor(byte_level(template))
-    tokenizer = processor.tokenizer
+
+    def marks(prompt) -> list[int]:
+        return [token for token in prompt.input_ids if token in processor.tokenizer.added_tokens_decoder]
+
     (q,) = processor.encode_text("q")
-    benign = processor.build_prompt("q", 2, 2)
+    benign, wanted = processor.build_prompt("q", 2, 2), marks(processor.build_prompt("q", 2, 2, "a"))
     place = len(benign.input_ids) - 1 - benign.input_ids[::-1].index(q)
     head, tail = benign.input_ids[:place], benign.input_ids[place + 1 :]
-    for text in variants(injection):
+    for text in VARIANTS:
         prompt = processor.build_prompt(text, 2, 2, text)
         question = processor.encode_text(text.strip())
         answer = processor.encode_text(" " + text if template == "none" else text)
         assert prompt.input_ids == [*head, *question, *tail, *answer, processor.answer_end_id]
         assert prompt.memory_mask == [*benign.memory_mask[:place], *[False] * (len(prompt.input_ids) - place)]
         assert prompt.labels[-len(answer) - 1 :] == prompt.input_ids[-len(answer) - 1 :]
-        marks = [token for token in prompt.input_ids if token in tokenizer.added_tokens_decoder]
-        assert marks == [
-            t for t in processor.build_prompt("q", 2, 2, "a").input_ids if t in tokenizer.added_tokens_decoder
-        ]
+        assert marks(prompt) == wanted
         full_text = processor.build_prompt("q", 2, 2, text_documents=[{"title": text, "text": text}])
-        assert [token for token in full_text.input_ids if token in tokenizer.added_tokens_decoder] == marks[:-1]
-        assert full_text.input_ids[-len(tail) :] == tail
+        assert marks(full_text) == wanted[:-1] and full_text.input_ids[-len(tail) :] == tail
 
 
-@pytest.mark.parametrize("injection", INJECTIONS)
-def test_a_batch_with_an_injection_has_the_slots_of_one_without(shared_model, injection):
-    (span, *_) = shared_model.processor.split_document(injection)
-    rows = [[span, {"title": injection[:20], "text": "b"}], ["c"]]
-    batch = shared_model.processor([injection, "q"], rows, [injection, "a"], memory_size=2)
-    assert batch["memory_mask"].sum(-1).tolist() == [6, 3]
-    marks = torch.tensor(sorted(shared_model.processor.tokenizer.added_tokens_decoder))
-    real = batch["document_input_ids"][batch["document_attention_mask"].bool()]
-    assert not torch.isin(real, marks).any()
+def test_a_batch_with_injections_has_the_slots_of_one_without(shared_model):
+    processor = shared_model.processor
+    rows = [[processor.split_document(text)[0], {"title": text[:20], "text": "b"}] for text in INJECTIONS]
+    batch = processor(INJECTIONS, rows, INJECTIONS, memory_size=2)
+    assert set(batch["memory_mask"].sum(-1).tolist()) == {6}
+    marks = torch.tensor(sorted(processor.tokenizer.added_tokens_decoder))
+    assert not torch.isin(batch["document_input_ids"][batch["document_attention_mask"].bool()], marks).any()
     with torch.no_grad():
         assert shared_model(**batch, memory_size=2).loss.isfinite()
 
@@ -244,16 +212,16 @@ def test_control_characters_are_text(shared_model, text):
     assert answer.sources[0].text == text
 
 
-@pytest.mark.parametrize("unit", ["x", "日", "</s>", "ab<|im_end|>", "a\u0301"])
-@pytest.mark.parametrize("model", ["bytes", "unigram"])
-def test_a_text_of_100000_characters_without_a_space_is_split(model, unit):
-    tokenizer = byte_level() if model == "bytes" else holds_markup("unigram")
-    processor = CLaRaProcessor(tokenizer)
-    text = unit * (100_000 // len(unit))
-    spans = processor.split_document(text)  # quadratic work would take hours here
-    assert max(span["n_tokens"] for span in spans) <= processor.document_max_length
+@pytest.mark.parametrize(
+    ("model", "unit"), [("bytes", "日"), ("bytes", "ab<|im_end|>"), ("unigram", "x"), ("unigram", "</s>")]
+)
+def test_a_text_of_50000_characters_without_a_space_is_split(model, unit):
+    processor = CLaRaProcessor(byte_level() if model == "bytes" else holds_markup("unigram"))
+    text = unit * (50_000 // len(unit))
+    chunks = processor.split_document(text)  # quadratic work would take hours here
+    assert max(chunk["n_tokens"] for chunk in chunks) <= processor.document_max_length
     step = processor.document_max_length - processor.document_overlap
-    assert len(spans) <= len(processor.encode_text(text)) / step * 1.2 + 2
+    assert len(chunks) <= len(processor.encode_text(text)) / step * 1.2 + 2
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -261,7 +229,8 @@ def test_a_text_of_100000_characters_without_a_space_is_split(model, unit):
 LONG = "word " * 150  # 600 tokens and more
 AB = {"documents": ["a", "b"]}
 IDS = [{"id": "x", "text": "a"}, "b", {"id": "x", "text": "c"}]
-BEAMS = GenerationConfig(num_return_sequences=2, num_beams=2)
+BEAMS, LONGEST = GenerationConfig(num_beams=2), GenerationConfig(max_length=99)
+TWO = GenerationConfig(num_return_sequences=2, num_beams=2)
 BAD = [  # call, error, what the message says, parts of it separated by "..."
     (lambda m: m.compress("text"), TypeError, "`documents` must be a list, got str"),
     (lambda m: m.compress({"text": "a"}), TypeError, "`documents` must be a list, got dict"),
@@ -273,11 +242,7 @@ BAD = [  # call, error, what the message says, parts of it separated by "..."
     (lambda m: m.stream(" ", **AB), ValueError, "`question` must not be empty"),
     (lambda m: m.stream("q", max_new_tokens=0, **AB), ValueError, "`max_new_tokens` must be an int >= 1, got 0"),
     (lambda m: m.stream("q", max_new_tokens=600, **AB), ValueError, "`question`...window of 512"),
-    (
-        lambda m: m.stream("q", generation_config=GenerationConfig(num_beams=2), **AB),
-        ValueError,
-        "`num_beams`...got 2",
-    ),
+    (lambda m: m.stream("q", generation_config=BEAMS, **AB), ValueError, "`num_beams`...got 2"),
     (lambda m: m.compress(["a", {"title": "b"}]), ValueError, "`documents[1]` must have the field 'text'"),
     (lambda m: m.compress([{"title": 3, "text": "a"}]), TypeError, "`documents[0]['title']` must be a str, got int"),
     (lambda m: m.compress(["a", LONG]), ValueError, "`documents[1]`...span of 64 tokens...split_document"),
@@ -297,12 +262,8 @@ BAD = [  # call, error, what the message says, parts of it separated by "..."
     (lambda m: m.paraphrase(["a"], max_new_tokens=500), ValueError, "`documents`...window of 512"),
     (lambda m: m.explain_queries(["q"], top_n=10**6), ValueError, "`top_n` must be <= ...got 1000000"),
     (lambda m: m.answer(["q"], generation_config={}, **AB), TypeError, "`generation_config`...got dict"),
-    (
-        lambda m: m.answer(["q"], generation_config=GenerationConfig(max_length=99), **AB),
-        ValueError,
-        "`max_length`...99",
-    ),
-    (lambda m: m.answer(["q"], generation_config=BEAMS, **AB), ValueError, "`num_return_sequences` must be 1, got 2"),
+    (lambda m: m.answer(["q"], generation_config=LONGEST, **AB), ValueError, "`max_length`...99"),
+    (lambda m: m.answer(["q"], generation_config=TWO, **AB), ValueError, "`num_return_sequences` must be 1, got 2"),
 ]
 for _value in (0, -1, True, 1.5, "2"):
     _rule = f"must be an int >= 1, got {_value!r}"
@@ -312,16 +273,12 @@ for _value in (0, -1, True, 1.5, "2"):
         (lambda m, v=_value: m.compress(["a"], batch_size=v), ValueError, f"`batch_size` {_rule}"),
         (lambda m, v=_value: m.explain_queries(["q"], top_n=v), ValueError, f"`top_n` {_rule}"),
     ]
-for _value in (3, True, "2", -2, 16):
-    _rule = f"must be one of `config.memory_sizes` [2, 4], got {_value!r}"
+for _k in (3, True, "2", -2, 16):
+    _rule = f"memory_size` must be one of `config.memory_sizes` [2, 4], got {_k!r}"
     BAD += [
-        (lambda m, v=_value: m.compress(["a"], memory_size=v), ValueError, f"`memory_size` {_rule}"),
-        (lambda m, v=_value: m.answer(["q"], memory_size=v, **AB), ValueError, f"`memory_size` {_rule}"),
-        (
-            lambda m, v=_value: m.retrieve(["q"], retrieval_memory_size=v, **AB),
-            ValueError,
-            f"`retrieval_memory_size` {_rule}",
-        ),
+        (lambda m, k=_k: m.compress(["a"], memory_size=k), ValueError, f"`{_rule}"),
+        (lambda m, k=_k: m.answer(["q"], memory_size=k, **AB), ValueError, f"`{_rule}"),
+        (lambda m, k=_k: m.retrieve(["q"], retrieval_memory_size=k, **AB), ValueError, f"`retrieval_{_rule}"),
     ]
 for _value in ("0.5", float("nan"), True):
     BAD.append((lambda m, v=_value: m.retrieve(["q"], min_score=v, **AB), ValueError, f"`min_score`...got {_value!r}"))
@@ -339,11 +296,7 @@ for _text, _error, _rule in (
     ("\ud800", ValueError, "must be valid UTF-8"),
 ):
     BAD += [
-        (
-            lambda m, t=_text: m.compress(["good", t]),
-            _error,
-            f"`documents[1]` {_rule.replace(' str...', ' str or a dict, ')}",
-        ),
+        (lambda m, t=_text: m.compress(["good", t]), _error, f"`documents[1]` {_rule}"),
         (lambda m, t=_text: m.answer(["q"], documents=["good", {"text": t}]), _error, f"`documents[1]...{_rule}"),
         (lambda m, t=_text: m.answer(["good", t], **AB), _error, f"`questions[1]` {_rule}"),
     ]
@@ -357,29 +310,25 @@ def test_bad_input_is_refused_by_name_and_changes_nothing(shared_model, call, er
         assert part in str(caught.value)
 
 
-def break_weights(model, part: str) -> None:
-    name = {"backbone": "embed_tokens"}.get(part, f"down_proj.lora_B.{part}")
-    with torch.no_grad():
-        next(tensor for key, tensor in model.named_parameters() if name in key).fill_(float("nan"))
-
-
 @pytest.mark.parametrize(
     ("part", "message"),
     [
         ("backbone", "`documents[0]` must be finite"),
         (
             "compressor",
-            "`documents[0]` must be finite, got NaN or infinity. The weights of the backbone or the compressor",
+            "`documents[0]` must be finite, got NaN or infinity. The weights of the backbone or the comp",
         ),
         (
             "reasoner",
-            "`questions[0]` must be finite, got NaN or infinity. The weights of the backbone or the reasoner",
+            "`questions[0]` must be finite, got NaN or infinity. The weights of the backbone or the reas",
         ),
         ("generator", "the generator must give finite logits, got NaN"),
     ],
 )
 def test_broken_weights_are_an_error_that_names_them(model, part, message):
-    break_weights(model, part)
+    name = "embed_tokens" if part == "backbone" else f"down_proj.lora_B.{part}"
+    with torch.no_grad():
+        next(tensor for key, tensor in model.named_parameters() if name in key).fill_(float("nan"))
     with no_trace(model), pytest.raises(ValueError, match=re.escape(message)):
         model.answer(QUESTIONS, documents=DOCUMENTS)
     if part == "generator":  # in the thread of a stream it reaches the reader

@@ -1,7 +1,7 @@
 """`memory_layout="windows"`: means of a document's windows as nested memories, from the tensors to a corpus.
 
-Tensor functions are held against slow loops in double precision. What holds for every layout is tested where it always
-was: `test_model.py`, `test_packing.py` and `test_shared_prompts.py` run over both.
+Tensor functions are held against slow loops in double precision. What holds for every layout is tested in
+`test_model.py`, `test_packing.py` and `test_shared_prompts.py`, which run over both.
 """
 
 import copy
@@ -10,9 +10,10 @@ import json
 
 import pytest
 import torch
-from test_checkpoint import observe
+from test_hub_loading import edit_json, observe
+from tiny import DOCUMENTS, QUESTIONS
 
-from modeling_clara import CLaRaForRAG, CompressedCorpus
+from modeling_clara import ROLES, CLaRaForRAG, CompressedCorpus
 from modeling_clara.files_clara import live_tensors
 from modeling_clara.memory_clara import (
     memory_statistics,
@@ -117,23 +118,12 @@ def test_what_a_token_of_a_row_with_several_prompts_sees():
 # --- memories --------------------------------------------------------------------------------------------------------
 
 
-def test_a_memory_is_nested_and_independent_of_its_batch(shared_windows, documents):
-    whole = shared_windows.compress(documents)
-    assert whole.shape == (4, 8, 32) and whole.dtype == torch.float32
-    for size in SIZES:
-        found = shared_windows.compress(documents, memory_size=size)
-        torch.testing.assert_close(found, whole[:, :size], atol=1e-5, rtol=1e-5)
-        for row, document in enumerate(documents):
-            alone = shared_windows.compress([document], memory_size=size)[0]
-            torch.testing.assert_close(alone, found[row], atol=1e-5, rtol=1e-5)
-
-
 @torch.no_grad()
-def test_a_memory_is_the_means_of_states_and_embeddings(shared_windows, documents):
+def test_a_memory_is_the_means_of_states_and_embeddings(shared_windows):
     """Written out for each document alone, in double precision, and read back as windows."""
-    memory = shared_windows.compress(documents)
+    memory = shared_windows.compress(DOCUMENTS)
     scale = shared_windows.residual_scale.double()
-    for row, ids in enumerate(shared_windows.processor.encode_documents(documents)):
+    for row, ids in enumerate(shared_windows.processor.encode_documents(DOCUMENTS)):
         embeddings = shared_windows.get_input_embeddings()(torch.tensor([ids]))
         with shared_windows.roles.use("compressor"):
             states = shared_windows.backbone.base_model(inputs_embeds=embeddings).last_hidden_state[0]
@@ -143,89 +133,59 @@ def test_a_memory_is_the_means_of_states_and_embeddings(shared_windows, document
             torch.testing.assert_close(read.double(), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_windows_have_no_alignment_loss(shared_windows, documents):
-    """The means over windows have the mean of the document's states by themselves."""
-    ids = shared_windows.processor.encode_documents(documents)
-    assert shared_windows(**shared_windows.processor.pad_documents([ids]), memory_size=4).alignment_loss is None
-
-
-def test_a_question_has_states_of_memory_tokens_and_its_own_mean(shared_windows, questions):
+def test_a_question_has_states_of_memory_tokens_and_its_own_mean(shared_windows):
     """A question is one window: its mean stands in the widest windows, and no window's halves differ by it."""
-    queries = shared_windows.encode_queries(questions)
+    queries = shared_windows.encode_queries(QUESTIONS)
     for size in SIZES:
-        found = shared_windows.encode_queries(questions, memory_size=size)
+        found = shared_windows.encode_queries(QUESTIONS, memory_size=size)
         torch.testing.assert_close(found, queries[:, :size], atol=1e-5, rtol=1e-5)
     other = copy.deepcopy(shared_windows)
     with torch.no_grad():
         other.residual_scale.zero_()
-    difference = queries - other.encode_queries(questions)
+    difference = queries - other.encode_queries(QUESTIONS)
     torch.testing.assert_close(difference[:, 0], difference[:, 1], atol=1e-5, rtol=0)
     assert not difference[:, 2:].any()
-    for row, ids in enumerate(shared_windows.processor.encode_questions(questions)):
+    for row, ids in enumerate(shared_windows.processor.encode_questions(QUESTIONS)):
         mean = shared_windows.get_input_embeddings()(torch.tensor(ids)).mean(0)
         torch.testing.assert_close(difference[row, 0], shared_windows.residual_scale * mean, atol=1e-5, rtol=1e-4)
 
 
-def test_normalized_memories_are_the_same_function_of_the_states(windows_model, documents):
+def test_normalized_memories_are_the_same_function_of_the_states(windows_model):
     """Every window is shifted and scaled; what the question's words and the document's add is not."""
     scale = windows_model.residual_scale.detach().clone()
     with torch.no_grad():
         windows_model.residual_scale.zero_()
-    states = windows_model.as_read(windows_model.compress(documents))
+    states = windows_model.as_read(windows_model.compress(DOCUMENTS))
     with torch.no_grad():
         windows_model.residual_scale.copy_(scale)
     before = windows_model.fingerprint
-    windows_model.normalize_memories(documents)
+    windows_model.normalize_memories(DOCUMENTS)
     assert windows_model.fingerprint != before and windows_model.config.memory_normalization
     measured = (windows_model.memory_shift, windows_model.memory_scale)
-    whole = windows_model.compress(documents)
+    whole = windows_model.compress(DOCUMENTS)
     embeddings = windows_model.get_input_embeddings().weight
-    for row, ids in enumerate(windows_model.processor.encode_documents(documents)):
+    for row, ids in enumerate(windows_model.processor.encode_documents(DOCUMENTS)):
         residual = scale * window_means(embeddings[ids][None], torch.tensor([len(ids)]), 8)[0]
         expected = normalize_memory(states[row], *measured) + residual
         torch.testing.assert_close(windows_model.as_read(whole[row]), expected, atol=1e-4, rtol=1e-4)
     for size in SIZES:
-        found = windows_model.compress(documents, memory_size=size)
+        found = windows_model.compress(DOCUMENTS, memory_size=size)
         torch.testing.assert_close(found, whole[:, :size], atol=1e-5, rtol=1e-5)
     raw = windows_model.as_read(whole).flatten(0, 1)
     assert raw.isfinite().all() and memory_statistics(raw, 1.0)[1].min() > 0
 
 
-def test_normalization_is_saved_and_loaded(windows_model, documents, questions, tmp_path):
-    windows_model.normalize_memories(documents)
-    windows_model.save_pretrained(tmp_path)
-    texts = {"documents": documents, "questions": questions}
-    assert observe(CLaRaForRAG.from_pretrained(tmp_path), texts) == observe(windows_model, texts)
-
-
-def test_bulk_compression_and_words_of_questions(shared_windows, documents, questions):
-    memory, words = shared_windows.compress(documents), shared_windows.explain_queries(questions, top_n=5)
-    assert [len(row) for row in words] == [5, 5] and all(word for row in words for word in row)
-    with shared_windows.bulk_compression():
-        torch.testing.assert_close(shared_windows.compress(documents), memory, atol=1e-5, rtol=1e-5)
-    assert torch.equal(shared_windows.compress(documents), memory)
-    assert shared_windows.explain_queries(questions, top_n=5) == words
-
-
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_comes_back_equal(shared_windows, documents, questions, tmp_path):
-    folder, texts = tmp_path / "saved", {"documents": documents, "questions": questions}
-    shared_windows.save_pretrained(folder)
-    expected = observe(shared_windows, texts)
-    loaded = CLaRaForRAG.from_pretrained(folder)
-    assert observe(loaded, texts) == expected
-    assert torch.equal(loaded.residual_scale, shared_windows.residual_scale) and loaded.residual_scale.requires_grad
-    half = CLaRaForRAG.from_pretrained(folder, dtype=torch.bfloat16)
-    assert half.fingerprint == shared_windows.fingerprint and half.compress(documents).dtype == torch.float32
-    assert half.answer(questions, documents=documents, max_new_tokens=4)
-
-
-def test_a_layout_that_the_weights_are_not_of_is_refused(shared_windows, tmp_path):
-    shared_windows.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "memory_layout": "tokens"}))
+def test_normalization_is_saved_and_loaded_and_a_layout_of_other_weights_is_refused(windows_model, tmp_path):
+    windows_model.normalize_memories(DOCUMENTS)
+    windows_model.save_pretrained(tmp_path)
+    assert observe(CLaRaForRAG.from_pretrained(tmp_path)) == observe(windows_model)
+    half = CLaRaForRAG.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.fingerprint == windows_model.fingerprint and half.compress(DOCUMENTS).dtype == torch.float32
+    assert half.answer(QUESTIONS, documents=DOCUMENTS, max_new_tokens=2)
+    edit_json(tmp_path / "config.json", memory_layout="tokens")
     with pytest.raises(ValueError, match="residual_scale"):
         CLaRaForRAG.from_pretrained(tmp_path)
 
@@ -272,99 +232,77 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("codec", ["float16", "int8"])
-def test_answers_from_a_corpus_are_those_from_its_texts(shared_windows, questions, tmp_path, codec):
+@pytest.mark.parametrize(("codec", "share"), [("float16", 0.01), ("int8", 0.1)])
+def test_answers_from_a_corpus_are_those_from_its_texts(shared_model, shared_windows, tmp_path, codec, share):
     corpus = CompressedCorpus.build(shared_windows, TEXTS, tmp_path / "corpus", codec=codec)
     opened = shared_windows.load_corpus(corpus.folder)
     for size in SIZES:
-        options = {"memory_size": size, "retrieval_memory_size": size, "top_k": 3}
-        found = shared_windows.answer(questions, corpus=opened, max_new_tokens=6, **options)
-        expected = shared_windows.answer(questions, documents=TEXTS, max_new_tokens=6, **options)
-        for mine, other in zip(found, expected, strict=True):
+        options = {"memory_size": size, "retrieval_memory_size": size, "top_k": 3, "max_new_tokens": 6}
+        found = shared_windows.answer(QUESTIONS, corpus=opened, **options)
+        for mine, other in zip(found, shared_windows.answer(QUESTIONS, documents=TEXTS, **options), strict=True):
             scores = [source.score for source in other.sources]
-            tolerance = 1e-3 if codec == "float16" else 1e-2
-            assert [source.score for source in mine.sources] == pytest.approx(scores, abs=tolerance)
+            assert [source.score for source in mine.sources] == pytest.approx(scores, abs=share / 10)
             if codec == "float16":
                 assert [source.document_id for source in mine.sources] == [s.document_id for s in other.sources]
                 assert mine.text == other.text
-    hits = opened.search(shared_windows.encode_queries(questions), 2)
-    assert [len(row) for row in hits] == [2, 2]
     memory = {row["id"]: memory for row, memory in zip(TEXTS, shared_windows.compress(TEXTS), strict=True)}
-    for hit in hits[0]:
+    for hit in opened.search(shared_windows.encode_queries(QUESTIONS), 2)[0]:
         error = torch.as_tensor(hit["memory"]).float() - memory[hit["document_id"]]
-        assert error.abs().max() < (0.01 if codec == "float16" else 0.1) * memory[hit["document_id"]].abs().max()
+        assert error.abs().max() < share * memory[hit["document_id"]].abs().max()
+    with pytest.raises(ValueError, match="fingerprint"):
+        shared_model.load_corpus(corpus.folder)
 
 
-def test_a_question_has_no_more_vectors_than_were_trained(windows_model, questions):
+def test_a_question_has_no_more_vectors_than_were_trained(windows_model):
     windows_model.config.retrieval_memory_size = 4
-    assert windows_model.encode_queries(questions).shape[1] == 4
+    assert windows_model.encode_queries(QUESTIONS).shape[1] == 4
     with pytest.raises(ValueError, match="`memory_size` of questions must be <= .* got 8"):
-        windows_model.retrieve(questions, documents=TEXTS, retrieval_memory_size=8)
+        windows_model.retrieve(QUESTIONS, documents=TEXTS, retrieval_memory_size=8)
 
 
-def test_short_documents_are_read_with_no_more_windows_than_tokens(shared_windows, questions):
-    """Unless the caller says how many, alone and in a batch with long ones."""
-    lengths = {
-        text: len(ids) for text in ("a b", "Rome Paris Oslo") for ids in [shared_windows.processor.encode_text(text)]
-    }
-    for text, n_tokens in lengths.items():
-        (answer,) = shared_windows.answer(questions[:1], documents=[text], max_new_tokens=4)
-        size = max((k for k in SIZES if k / n_tokens <= 4 / 3), default=SIZES[0])
-        assert answer == shared_windows.answer(questions[:1], documents=[text], max_new_tokens=4, memory_size=size)[0]
-        whole = shared_windows.answer(questions[:1], documents=[text], max_new_tokens=4, memory_size=SIZES[-1])[0]
-        assert whole.prompt_tokens == answer.prompt_tokens + SIZES[-1] - size
-    lists = [["a b"], ["Paris is the capital of France, and it is large."]]
-    together = shared_windows.answer(questions[:2], documents=lists, top_k=1, max_new_tokens=4)
-    alone = [
-        shared_windows.answer([question], documents=own, top_k=1, max_new_tokens=4)[0]
-        for question, own in zip(questions[:2], lists, strict=True)
-    ]
-    assert [a.text for a in together] == [a.text for a in alone]
-    assert together[0].prompt_tokens == alone[0].prompt_tokens
-
-
-def test_a_paraphrase_reads_a_short_document_with_no_more_windows_than_tokens(shared_windows):
-    texts = ["a b", {"title": "Rome", "text": "Paris Oslo"}, "Paris is the capital of France, and it is large."]
-    lengths = [len(shared_windows.processor.encode_text(text)) for text in ("a b", "Rome\nParis Oslo", texts[2])]
+def test_short_documents_are_read_with_no_more_windows_than_tokens(shared_windows):
+    """Unless the caller says how many; in answers and paraphrases, alone and in a batch with long ones."""
+    documents = ["a b", {"title": "Rome", "text": "Paris Oslo"}, "Paris is the capital of France, and it is large."]
+    texts = ["a b", "Rome\nParis Oslo", documents[2]]
+    lengths = [len(shared_windows.processor.encode_text(text)) for text in texts]
     sizes = [max((size for size in SIZES if size / length <= 4 / 3), default=SIZES[0]) for length in lengths]
     assert len(set(sizes)) > 1 and sizes[-1] == SIZES[-1]
-    expected = [
-        shared_windows.paraphrase([text], memory_size=size, max_new_tokens=6)[0]
-        for text, size in zip(texts, sizes, strict=True)
-    ]
-    assert shared_windows.paraphrase(texts, max_new_tokens=6) == expected
-    assert shared_windows.paraphrase(texts, max_new_tokens=6, memory_size=SIZES[-1]) != expected
-
-
-def test_a_corpus_of_another_layout_is_refused(shared_model, shared_windows, tmp_path):
-    corpus = CompressedCorpus.build(shared_model, TEXTS[:2], tmp_path / "corpus")
-    with pytest.raises(ValueError, match="fingerprint"):
-        shared_windows.load_corpus(corpus.folder)
-
-
-# --- gradients -------------------------------------------------------------------------------------------------------
+    options, questions = {"max_new_tokens": 4}, [QUESTIONS[0]] * 3
+    lists = [[document] for document in documents]
+    together = shared_windows.answer(questions, documents=lists, **options)
+    said = []
+    for question, own, size, answer in zip(questions, lists, sizes, together, strict=True):
+        (alone,) = shared_windows.answer([question], documents=own, memory_size=size, **options)
+        assert (alone.text, alone.prompt_tokens) == (answer.text, answer.prompt_tokens)
+        (whole,) = shared_windows.answer([question], documents=own, memory_size=SIZES[-1], **options)
+        assert whole.prompt_tokens == answer.prompt_tokens + SIZES[-1] - size
+        said += shared_windows.paraphrase(own, memory_size=size, max_new_tokens=6)
+    assert shared_windows.paraphrase(documents, max_new_tokens=6) == said
+    assert shared_windows.paraphrase(documents, max_new_tokens=6, memory_size=SIZES[-1]) != said
 
 
 def test_gradients_reach_what_they_should(windows_model):
     """Documents train the compressor and the residual, memory tokens are of questions alone."""
     windows_model.train()
+    questions = ["Which city?", "Which river?"]
     documents = [["Paris is the capital of France.", "Rome is in Italy."], ["The Seine flows.", "Berlin is a city."]]
-    batch = windows_model.processor(["Which city?", "Which river?"], documents, ["Paris", "the Seine"], memory_size=4)
-    windows_model(**batch, memory_size=4).loss.backward()
+
+    def gradients(**options) -> dict[str, list]:
+        windows_model.zero_grad()
+        batch = windows_model.processor(questions, documents, ["Paris", "the Seine"], memory_size=4, **options)
+        windows_model(**batch, memory_size=4).loss.backward()
+        named = [(name, p.grad) for name, p in windows_model.named_parameters()]
+        return {role: [grad for name, grad in named if f".{role}." in name] for role in ROLES}
+
+    found = gradients()
     assert windows_model.memory_embeddings.grad is None
     assert (windows_model.residual_scale.grad != 0).all() and windows_model.separator_embedding.grad.any()
-
-    def of(role: str):
-        return [p.grad for name, p in windows_model.named_parameters() if f".{role}." in name]
-
-    assert all(gradient is not None and gradient.any() for gradient in of("compressor") + of("generator"))
-    assert all(gradient is None for gradient in of("reasoner"))
-    windows_model.zero_grad()
-    batch = windows_model.processor(["Which city?", "Which?"], documents, ["Paris", "x"], memory_size=4, top_k=2)
-    windows_model(**batch, memory_size=4).loss.backward()
+    assert all(grad is not None and grad.any() for grad in found["compressor"] + found["generator"])
+    assert all(grad is None for grad in found["reasoner"])
+    found = gradients(top_k=2)
     assert (windows_model.memory_embeddings.grad.abs().sum(-1) > 0).all()
-    assert all(gradient.any() for gradient in of("reasoner"))
-    windows_model.set_trainable_roles(("reasoner", "generator"))
-    assert not windows_model.residual_scale.requires_grad and not windows_model.memory_embeddings.requires_grad
-    windows_model.set_trainable_roles(("compressor",))
-    assert windows_model.residual_scale.requires_grad
+    assert all(grad.any() for grad in found["reasoner"])
+    for roles in (("reasoner", "generator"), ("compressor",)):
+        windows_model.set_trainable_roles(roles)
+        rows = (windows_model.residual_scale, windows_model.memory_embeddings)
+        assert all(row.requires_grad == ("compressor" in roles) for row in rows)
