@@ -48,10 +48,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
 
 MISSING, NO_REPO = ["RemoteEntryNotFoundError", 404, "EntryNotFound"], ["RepositoryNotFoundError", 404, "RepoNotFound"]
 SEEN = {
-    "commit": {
-        "files": [".gitattributes", "README.md", "b.safetensors", "config.json"],
-        "config": '{"a": 2}',
-    },
+    "commit": {"files": [".gitattributes", "README.md", "b.safetensors", "config.json"], "config": '{"a": 2}'},
     "refs": {  # tags pin, branches move
         **{"tagged": '{"a": 1}', "short_id": '{"a": 1}', "branch": '{"a": 3}'},
         "refs": [["dev/x", "main"], ["v1.0"]],

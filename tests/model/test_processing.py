@@ -38,11 +38,7 @@ def test_documents_and_questions_become_exactly_these_ids(bos):
     tokens = processor.tokenizer.convert_tokens_to_ids
     first = [tokens("<s>")] if bos else []
     ids = processor.encode_documents(["ab", {"text": "b", "title": " a "}, {"text": " b\n", "title": None}])
-    assert ids == [
-        [*first, *tokens(["a", "b"])],
-        [*first, *tokens(["a", "Ċ", "b"])],
-        [*first, *tokens(["Ġb", "Ċ"])],
-    ]
+    assert ids == [[*first, *tokens(["a", "b"])], [*first, *tokens(["a", "Ċ", "b"])], [*first, *tokens(["Ġb", "Ċ"])]]
     assert processor.encode_questions([" ab\n"]) == [[*first, *tokens(["a", "b"])]]
     assert processor.encode_text("ab") == tokens(["a", "b"])
 
@@ -236,3 +232,14 @@ def test_a_tokenizer_with_another_pre_tokenizer_is_read_with_it():
     processor = build(bos=True)
     processor.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     assert processor.encode_text("a") == plain(processor, "a") == plain(build(), " a")
+
+
+def test_the_bos_is_looked_up_again_for_another_tokenizer():
+    processor = build()
+    assert processor.bos_ids == [] and "_bos" not in processor.to_dict()
+    processor.tokenizer = build_tokenizer(bos=True)
+    assert processor.bos_ids == [processor.tokenizer.bos_token_id]
+    processor.bos_ids.append(7)
+    assert processor.bos_ids == [processor.tokenizer.bos_token_id]
+    processor.tokenizer.bos_token = "</s>"  # it still puts the other one before a text
+    assert processor.bos_ids == []

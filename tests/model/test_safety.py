@@ -314,14 +314,8 @@ def test_bad_input_is_refused_by_name_and_changes_nothing(shared_model, call, er
     ("part", "message"),
     [
         ("backbone", "`documents[0]` must be finite"),
-        (
-            "compressor",
-            "`documents[0]` must be finite, got NaN or infinity. The weights of the backbone or the comp",
-        ),
-        (
-            "reasoner",
-            "`questions[0]` must be finite, got NaN or infinity. The weights of the backbone or the reas",
-        ),
+        ("compressor", "`documents[0]` must be finite, got NaN or infinity. The weights of the backbone or the comp"),
+        ("reasoner", "`questions[0]` must be finite, got NaN or infinity. The weights of the backbone or the reas"),
         ("generator", "the generator must give finite logits, got NaN"),
     ],
 )
