@@ -313,7 +313,7 @@ def read_batches(folder: Path, shard: Shard, columns: list[str] | None = None) -
         with pq.ParquetFile(path) as file:
             missing = set(columns or RESERVED_COLUMNS) - set(file.schema_arrow.names)
             if missing:
-                raise ValueError(f"it lacks the columns {sorted(missing)}")
+                raise ValueError(f"it lacks the columns {sorted(missing)} that corpus.json describes")
             if file.metadata.num_rows != shard.n_spans:
                 raise ValueError(f"it has {file.metadata.num_rows} rows in place of {shard.n_spans}")
             yield from file.iter_batches(batch_size=ROWS_PER_GROUP, columns=columns)

@@ -15,6 +15,11 @@ from huggingface_hub import constants, snapshot_download
 PUBLISHED = ["corpus.json", "README.md", "data/*.parquet", "codec/*.safetensors", "rejected.jsonl"]
 
 
+def read_json(path: Path):
+    """The content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file that is whole or not there."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"

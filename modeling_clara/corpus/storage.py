@@ -111,11 +111,10 @@ def read_lines(path: Path) -> list:
 def write_lines(path: Path, rows: Iterable[Mapping]) -> int:
     """Replace a JSONL file by one with these rows, at once, and return how many; none remove it."""
     n_rows = 0
-    with replacing(path) as partial:
-        with open(partial, "wb") as file:
-            for row in rows:
-                file.write(_line(row))
-                n_rows += 1
+    with replacing(path) as partial, open(partial, "wb") as file:
+        for row in rows:
+            file.write(_line(row))
+            n_rows += 1
     if not n_rows:
         path.unlink()
     return n_rows
@@ -146,8 +145,7 @@ def _whole_size(file: BinaryIO) -> int:
     while end:
         start = max(0, end - 2**16)
         file.seek(start)
-        found = file.read(end - start).rfind(b"\n")
-        if found >= 0:
+        if (found := file.read(end - start).rfind(b"\n")) >= 0:
             return start + found + 1
         end = start
     return 0
