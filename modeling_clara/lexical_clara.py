@@ -104,13 +104,8 @@ class LexicalIndex:
     def _build(self, snapshot: Snapshot, folder: Path) -> None:
         for old in snapshot.index_folder.glob("bm25-*"):
             shutil.rmtree(old, ignore_errors=True)
-        bm25 = Bm25.of_texts(
-            [
-                f"{title} {text}"
-                for table in (segment.table for segment in snapshot.segments)
-                for title, text in zip(table["title"].to_pylist(), table["text"].to_pylist(), strict=True)
-            ]
-        )
+        rows = (row for segment in snapshot.segments for row in segment.table.select(["title", "text"]).to_pylist())
+        bm25 = Bm25.of_texts(["{title} {text}".format(**row) for row in rows])
         folder.mkdir(parents=True)
         if bm25.index is None:
             (folder / "empty").touch()
@@ -170,15 +165,14 @@ def fuse(
 
 
 def fuse_scores(cosines: Sequence[float], words: Sequence[float], weight: float = WORDS_WEIGHT) -> np.ndarray:
-    """Linear fusion: (1 - weight) times the cosine plus weight times BM25, both with mean 0 and deviation 1.
+    """(items,) float64 linear fusion: (1 - weight) times the cosine plus weight times BM25, both standardised.
+
+    Scores that are all equal count as zeros, so that the others decide.
 
     Args:
         cosines: (items,) of the candidates of one question.
         words: (items,) BM25 scores of the same candidates.
         weight: of BM25, 0 to 1.
-
-    Returns:
-        (items,) float64. Scores that are all equal count as zeros, so that the others decide.
 
     >>> fuse_scores([0.1, 0.3], [4.0, 2.0]).round(6).tolist()
     [0.4, -0.4]
