@@ -19,15 +19,7 @@ from transformers.utils.logging import tqdm
 
 from .index_clara import VectorIndex, exact_cosines, rank_documents, scan
 from .manifest_clara import MANIFEST_FILE, Manifest, require_arrow
-from .search_clara import (
-    SearchOptions,
-    SearchState,
-    allowed_rows,
-    check_query,
-    check_questions,
-    fuse_words,
-    read_hits,
-)
+from .search_clara import SearchOptions, SearchState, allowed_rows, check_query, check_questions, fuse_words, read_hits
 from .snapshot_clara import WHEN_CHANGED, WHEN_OPENED, Snapshot
 from .storage_clara import cached_index_folder, download_corpus, writable_index_folder
 from .text_clara import check_count, check_id, check_list
@@ -158,11 +150,7 @@ class CompressedCorpus:
             state.show(snapshot)
 
     def prepare(self, memory_size: int | None = None) -> Self:
-        """Make what searching needs now instead of at the first search.
-
-        Args:
-            memory_size: k that will be compared; default `retrieval_memory_size`.
-        """
+        """Make what searching with k vectors, by default `retrieval_memory_size`, needs now instead of at a search."""
         sizes = self.manifest.memory_sizes
         k = self.manifest.retrieval_memory_size if memory_size is None else memory_size
         if k not in sizes:
@@ -234,11 +222,9 @@ class CompressedCorpus:
         return ["document_id", "title", "span", *self.metadata_columns]
 
     def __repr__(self) -> str:
-        m = self.manifest
-        return (
-            f"CompressedCorpus({str(self.folder)!r}, documents={m.n_documents}, spans={m.n_spans}, "
-            f"memory={m.memory_size}x{m.hidden_size}, codec={m.codec!r})"
-        )
+        m, folder = self.manifest, str(self.folder)
+        size = f"documents={m.n_documents}, spans={m.n_spans}, memory={m.memory_size}x{m.hidden_size}"
+        return f"CompressedCorpus({folder!r}, {size}, codec={m.codec!r})"
 
     # --- searching ---------------------------------------------------------------------------------------------------
 
@@ -305,10 +291,10 @@ class CompressedCorpus:
             return state.index_of(snapshot, memory.shape[1]).shortlist(memory, n, allowed, options.where)
 
         depth = max(top_k, options.shortlist) if options.hybrid else top_k
-        ranked = rank_documents(snapshot, query_memory, depth, find, shortlist=options.shortlist, allowed=allowed)
+        ranked = rank_documents(snapshot, query_memory, depth, find, options.shortlist, allowed)
         if options.hybrid:
             found = state.lexical_of(snapshot).shortlist(questions, depth, allowed)
-            ranked = fuse_words(snapshot, query_memory, ranked, found, options.fusion)
+            ranked = fuse_words(snapshot, query_memory, ranked, found, options.hybrid)
         return [read_hits(snapshot, row[:top_k]) for row in ranked]
 
     def cosines(self, query_memory: torch.Tensor, rows: np.ndarray) -> list[list[tuple[int, float]]]:

@@ -180,8 +180,7 @@ class VectorIndex:
             (questions, n) int64 rows of the snapshot in no particular order, -1 where there are no more.
         """
         queries = self.project(query_memory)
-        mask = None if allowed is None else allowed[: self.n_base]
-        scores, rows = self._search_base(queries, n, mask)
+        scores, rows = self._search_base(queries, n, None if allowed is None else allowed[: self.n_base])
         for start, vectors in zip(self.starts[1:], self.tails.values(), strict=False):
             tail_scores = queries @ vectors.T
             if allowed is not None:
@@ -198,8 +197,7 @@ class VectorIndex:
         n = min(n, self.n_base)
         selector, index = None, self.index
         if mask is not None and not mask.all():
-            bits = np.packbits(mask, bitorder="little")
-            selector = faiss.IDSelectorBitmap(bits)
+            selector = faiss.IDSelectorBitmap(np.packbits(mask, bitorder="little"))
             if self.kind == "hnsw" and mask.mean() < FILTERED_SHARE:
                 index = faiss.downcast_index(self.index.storage)
         if index is not self.index or self.kind == "flat":
@@ -257,9 +255,8 @@ def rank_documents(
     query_memory: torch.Tensor,
     top_k: int,
     find: Callable[[torch.Tensor, int, np.ndarray | None], np.ndarray],
-    *,
     shortlist: int,
-    allowed: np.ndarray | None = None,
+    allowed: np.ndarray | None,
 ) -> Ranked:
     """The best documents of every question, each by its best chunk.
 
@@ -300,10 +297,7 @@ def _candidates(snapshot: Snapshot, allowed: np.ndarray | None) -> np.ndarray:
 def exact_cosines(snapshot: Snapshot, query_memory: torch.Tensor, rows: Sequence[np.ndarray]) -> Ranked:
     """Cosines of the given rows (eq. 3.1), the best row of every document, best first; ties go to the lower row.
 
-    Args:
-        snapshot: that holds the rows.
-        query_memory: (questions, k, H) float32 on the CPU.
-        rows: for each question (n,) int64; -1 is none.
+    `query_memory` is (questions, k, H) float32 on the CPU, `rows` has (n,) int64 for each question; -1 is none.
     """
     k = query_memory.shape[1]
     queries = flatten_memory(query_memory, k)

@@ -39,9 +39,7 @@ def require_bm25() -> None:
 class Bm25:
     """BM25 scores of rows: bm25s with its default k1 and b, English stop words left out, words stemmed.
 
-    Args:
-        index: a `bm25s.BM25`; None if no row has a word.
-        n_rows: number of rows.
+    `index` is a `bm25s.BM25`, or None if no row has a word.
     """
 
     def __init__(self, index, n_rows: int):
@@ -72,9 +70,8 @@ def split_words(texts: Sequence[str]) -> list[list[str]]:
 def _tokens(texts: Sequence[str], return_ids: bool):
     require_bm25()
     stemmer = Stemmer.Stemmer("english")  # one for each call: threads cannot share it
-    return bm25s.tokenize(
-        list(texts), stopwords="en", stemmer=stemmer, return_ids=return_ids, show_progress=False, allow_empty=True
-    )
+    options = {"stopwords": "en", "stemmer": stemmer, "show_progress": False, "allow_empty": True}
+    return bm25s.tokenize(list(texts), return_ids=return_ids, **options)
 
 
 def _index(tokens) -> "bm25s.BM25":
@@ -84,11 +81,7 @@ def _index(tokens) -> "bm25s.BM25":
 
 
 class LexicalIndex:
-    """BM25 over title and text of every row of a snapshot, made once and memory-mapped.
-
-    Args:
-        snapshot: whose rows are found.
-    """
+    """BM25 over title and text of every row of a snapshot, made once and memory-mapped."""
 
     def __init__(self, snapshot: Snapshot):
         require_bm25()

@@ -57,11 +57,6 @@ class SearchOptions:
             check_where(options.where, columns)
         return options
 
-    @property
-    def fusion(self) -> str:
-        """How `hybrid` fuses."""
-        return self.hybrid if self.hybrid in FUSIONS else FUSIONS[0]
-
 
 def check_query(query_memory, manifest: Manifest) -> torch.Tensor:
     """(questions, k, H) float32 on the CPU; raises a TypeError or ValueError unless the corpus can compare it."""
@@ -256,9 +251,10 @@ def fuse_words(
     query_memory: torch.Tensor,
     ranked: Ranked,
     found: Sequence[tuple[np.ndarray, np.ndarray]],
-    fusion: str,
+    hybrid: bool | str,
 ) -> Ranked:
     """One order of `ranked`, which the memories found, and of `found`, which `LexicalIndex.shortlist` gave."""
+    fusion = hybrid if hybrid in FUSIONS else FUSIONS[0]
     cosines = exact_cosines(snapshot, query_memory, [rows for rows, _ in found])
     fused = []
     for by_memory, by_words, lexical_cosines in zip(ranked, found, cosines, strict=True):

@@ -120,20 +120,9 @@ def id_table(table: "pa.Table") -> np.ndarray:
 
 
 def derive_segment(
-    corpus: Path,
-    shards: Sequence[Shard],
-    row_bytes: int,
-    target: Path,
-    progress: Callable[[int], None],
+    corpus: Path, shards: Sequence[Shard], row_bytes: int, target: Path, progress: Callable[[int], None]
 ) -> Segment:
-    """Check the shards of a segment and write its files, batch by batch.
-
-    Args:
-        corpus: folder of the corpus.
-        shards: consecutive, in order.
-        row_bytes: of the codec.
-        target: folder of all segments.
-        progress: called with the number of rows after every batch.
+    """Check consecutive shards of a corpus and write their segment into the folder of all segments, batch by batch.
 
     Raises:
         FileNotFoundError, ValueError: a shard is missing, damaged or does not fit, naming it.
@@ -186,8 +175,7 @@ class Snapshot:
     """What a corpus consisted of when corpus.json was read.
 
     Args:
-        folder: of the corpus.
-        index_folder: for derived files.
+        folder, index_folder: of the corpus, and for derived files.
         manifest: as read.
         previous: a snapshot whose segments may be used again.
         limits: of scattered segments, see `WHEN_OPENED`.

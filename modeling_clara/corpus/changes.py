@@ -18,7 +18,7 @@ from ..snapshot_clara import WHEN_CHANGED
 from ..text_clara import check_count, check_id, check_list
 from .card import write_card
 from .jobs import REJECTED_FILE
-from .pipeline import ShardPipeline, ShardResult
+from .pipeline import ShardDraft, ShardPipeline
 from .shards import count_live, delete_rows, remove_unreferenced, write_manifest
 from .sources import DocumentSource, InputRow
 from .storage import append_lines, corpus_lock, read_lines, write_lines
@@ -213,13 +213,13 @@ def _with_remedy(rows: Iterable[InputRow], has_model: bool, is_update: bool) -> 
         yield row
 
 
-def _commit_result(corpus, manifest: Manifest, result: ShardResult, pipeline: ShardPipeline, is_update: bool) -> None:
+def _commit_result(corpus, manifest: Manifest, result: ShardDraft, pipeline: ShardPipeline, is_update: bool) -> None:
     """Make one shard part of the corpus, and what it replaces no part of it, at once."""
     append_lines(corpus.folder / REJECTED_FILE, result.rejected)
     manifest.n_rejected += len(result.rejected)
     if result.shard is not None:
         if is_update:
-            for document_id in result.document_ids:
+            for document_id in result.documents:
                 number, rows = corpus.snapshot.shard_rows(corpus.snapshot.find(document_id))
                 delete_rows(manifest.shards[number], rows)
         manifest.codec_states |= pipeline.codec_states

@@ -41,15 +41,7 @@ FINISHING_SECONDS = 600.0  # that a rank waits while another one completes the c
 
 
 class Build:
-    """One rank of a build.
-
-    Args:
-        folder: of the corpus.
-        model: whose compressor is used.
-        options: all that must be the same when a build is resumed.
-        source: of the text.
-        rank, world_size: this is one of `world_size` processes, the first has rank 0.
-    """
+    """One rank of a build, from 0 to `world_size` - 1; `options` is all that must be the same when it is resumed."""
 
     def __init__(self, folder: Path, model, options: dict, source: dict, rank: int, world_size: int):
         self.folder, self.model, self.options, self.source = folder, model, options, source
@@ -61,13 +53,7 @@ class Build:
     # --- one rank ----------------------------------------------------------------------------------------------------
 
     def run(self, source: DocumentSource, types: dict, batch_size: int) -> None:
-        """Do what is left of this rank.
-
-        Args:
-            source: of the documents.
-            types: Arrow types of the metadata.
-            batch_size: documents per pass.
-        """
+        """Do what is left of this rank; `types` are the Arrow types of the metadata."""
         progress = self._resume()
         if progress["complete"]:
             self._check_input(source, progress["input_sha256"])
@@ -100,17 +86,19 @@ class Build:
             with self.model.bulk_compression():
                 for result in pipeline.run(rows, first_shard=len(shards)):
                     append_lines(_rejected_path(self.path), result.rejected)
-                    write_json(_rows_path(self.path, len(shards)), {"rows": result.rows})
+                    write_json(
+                        _rows_path(self.path, len(shards)), {"rows": [row.index for row in result.documents.values()]}
+                    )
                     progress["codec_states"] |= pipeline.codec_states
                     shards.append(
                         {
                             "shard": asdict(result.shard) if result.shard else None,
                             "next_row": result.next_row,
-                            "input_sha256": result.input_sha256,
+                            "input_sha256": result.digest.hexdigest(),
                             "n_rejected": len(result.rejected),
                         }
                     )
-                    seen.settle(len(shards) - 1, result.document_ids)
+                    seen.settle(len(shards) - 1, result.documents)
                     write_json(self.path, progress)
         write_json(self.path, progress | {"complete": True, "input_sha256": digest.hexdigest()})
 

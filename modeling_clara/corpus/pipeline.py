@@ -26,23 +26,28 @@ OURS = ("span", "n_tokens")  # columns that a document cannot bring
 
 
 @dataclass
-class ShardResult:
-    """A shard that was written, and the input rows that it was made of.
+class ShardDraft:
+    """The input rows of one shard, and the shard once it is written.
 
     Attributes:
         shard: None if all of these rows were rejected.
         next_row: number of the first input row that is not among them.
-        input_sha256: over the rows.
-        rejected: `{row, place, id, reason}` of each rejected one.
-        document_ids, rows: of the documents in the shard: their ids and the numbers of their input rows.
+        digest: SHA-256 over the rows.
+        spans: chunks that are not written yet.
+        documents: of the shard, by id: their input rows without the text.
+        rejected: `{row, place, id, reason}` of each rejected row.
     """
 
-    shard: Shard | None
-    next_row: int
-    input_sha256: str
+    shard: Shard | None = None
+    next_row: int = 0
+    digest: object = field(default_factory=hashlib.sha256)
+    spans: list[dict] = field(default_factory=list)
+    documents: dict[str, InputRow] = field(default_factory=dict)
     rejected: list[dict] = field(default_factory=list)
-    document_ids: list[str] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
+
+    def reject(self, row: InputRow, reason: str) -> None:
+        given = row.document.get("id") if row.document else None
+        self.rejected.append({"row": row.index, "place": row.place, "id": given, "reason": reason})
 
 
 @dataclass
@@ -79,7 +84,7 @@ class ShardPipeline:
     prefix: str
     codec_states: dict[str, str] = field(default_factory=dict)
 
-    def run(self, rows: Iterator[InputRow], first_shard: int = 0) -> Iterator[ShardResult]:
+    def run(self, rows: Iterator[InputRow], first_shard: int = 0) -> Iterator[ShardDraft]:
         """Write shards of these rows; each result comes when its shard is on disk."""
         with ThreadPoolExecutor(1) as writer:  # a shard is written while the next one is compressed
             writing: Future | None = None
@@ -96,9 +101,9 @@ class ShardPipeline:
             if writing is not None:
                 yield writing.result()
 
-    def _drafts(self, rows: Iterator[InputRow]) -> Iterator["_Draft"]:
+    def _drafts(self, rows: Iterator[InputRow]) -> Iterator[ShardDraft]:
         """Rows of one shard each; a document is never cut in two."""
-        draft = _Draft()
+        draft = ShardDraft()
         for row in rows:
             draft.digest.update(row_digest(row))
             draft.next_row = row.index + 1
@@ -111,7 +116,7 @@ class ShardPipeline:
                 draft.reject(row, str(error))
             if len(draft.spans) >= self.shard_size or len(draft.rejected) >= COMPRESSED_SPANS:
                 yield draft
-                draft = _Draft()
+                draft = ShardDraft()
         if draft.spans or draft.rejected:
             yield draft
 
@@ -181,9 +186,9 @@ class ShardPipeline:
 
     # --- chunks -> memories -> codes ---------------------------------------------------------------------------------
 
-    def _encode(self, draft: "_Draft") -> np.ndarray:
+    def _encode(self, draft: ShardDraft) -> np.ndarray:
         """(chunks, row_bytes) uint8; documents without a usable memory are rejected."""
-        codes, usable, broken = [], [], {}
+        codes, usable, broken = [], [], set()
         for start in range(0, len(draft.spans), COMPRESSED_SPANS):
             spans = draft.spans[start : start + COMPRESSED_SPANS]
             memory = self._memories(spans)
@@ -198,16 +203,17 @@ class ShardPipeline:
                 if is_good:
                     usable.append(span)
                 else:
-                    broken[span["document_id"]] = draft.documents[span["document_id"]]
+                    broken.add(span["document_id"])
         name = self.codec if isinstance(self.codec, str) else self.codec.name
         compressed = {span["document_id"] for span in draft.spans if "memory" not in span}
-        if len(compressed) > 1 and compressed <= set(broken):
+        if len(compressed) > 1 and compressed <= broken:
             raise ValueError(
                 f"memories must be finite and fit into {name}, but none of a shard does. The weights of the model are "
                 "broken: reload it with `from_pretrained`, or take an earlier checkpoint."
             )
-        for document_id, row in broken.items():
+        for document_id in broken:
             self.forget(document_id)
+            row = draft.documents.pop(document_id)
             draft.reject(row, f"the memory of `{row.place}` must be finite and fit into {name}. Check its text.")
         kept = [span["document_id"] not in broken for span in usable]
         draft.spans = list(itertools.compress(usable, kept))
@@ -232,31 +238,14 @@ class ShardPipeline:
 
     # --- codes -> shard ----------------------------------------------------------------------------------------------
 
-    def _write(self, name: str, draft: "_Draft", codes: np.ndarray) -> ShardResult:
-        shard = None
+    def _write(self, name: str, draft: ShardDraft, codes: np.ndarray) -> ShardDraft:
         if draft.spans:
             with ShardWriter(self.folder, shard_schema(self.types), name, self.codec.key) as writer:
                 writer.write(draft.spans, codes)
-                shard = writer.close()
-        ids = list(dict.fromkeys(span["document_id"] for span in draft.spans))
-        rows = [draft.documents[document_id].index for document_id in ids]
-        rejected = sorted(draft.rejected, key=lambda row: row["row"])
-        return ShardResult(shard, draft.next_row, draft.digest.hexdigest(), rejected, ids, rows)
-
-
-@dataclass
-class _Draft:
-    """What becomes one shard."""
-
-    next_row: int = 0
-    digest: object = field(default_factory=hashlib.sha256)
-    spans: list[dict] = field(default_factory=list)
-    documents: dict[str, InputRow] = field(default_factory=dict)
-    rejected: list[dict] = field(default_factory=list)
-
-    def reject(self, row: InputRow, reason: str) -> None:
-        given = row.document.get("id") if row.document else None
-        self.rejected.append({"row": row.index, "place": row.place, "id": given, "reason": reason})
+                draft.shard = writer.close()
+        draft.spans = []
+        draft.rejected.sort(key=lambda row: row["row"])
+        return draft
 
 
 def row_digest(row: InputRow) -> bytes:

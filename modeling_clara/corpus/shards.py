@@ -94,13 +94,8 @@ def shard_schema(metadata: "dict[str, pa.DataType]") -> "pa.Schema":
 class ShardWriter:
     """Writes one shard under a temporary name; `close` gives it its checksum and its final name.
 
-    A context manager: what was not closed at its end is removed.
-
-    Args:
-        folder: of the corpus.
-        schema: see `shard_schema`.
-        name: of the shard, without the checksum and the suffix that `close` appends.
-        codec_state: key of the state that the memories are encoded with.
+    A context manager: what was not closed at its end is removed. `name` is without the checksum and the suffix that
+    `close` appends, `codec_state` is the key of the state that the memories are encoded with.
     """
 
     def __init__(self, folder: Path, schema: "pa.Schema", name: str, codec_state: str):
@@ -116,12 +111,7 @@ class ShardWriter:
         self.n_spans = self.n_documents = 0
 
     def write(self, rows: Sequence[Mapping], memory: np.ndarray) -> None:
-        """Append rows.
-
-        Args:
-            rows: with the values of all columns but `memory`.
-            memory: (rows, row_bytes) uint8, encoded.
-        """
+        """Append rows, which have all columns but `memory`, with (rows, row_bytes) uint8 encoded memories."""
         fields = [column for column in self.schema if column.name != "memory"]
         arrays = [pa.array([row[column.name] for row in rows], column.type) for column in fields]
         self.write_table(pa.Table.from_arrays([*arrays, binary_array(memory)], schema=self.schema))
