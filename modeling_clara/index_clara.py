@@ -177,7 +177,7 @@ class VectorIndex:
             where: the filter that `allowed` comes from, for engines that filter by themselves.
 
         Returns:
-            (questions, n) int64 rows of the snapshot in no particular order, -1 where there are no more.
+            (questions, n) int64 rows of the snapshot in no particular order, -1 if there are no more.
         """
         queries = self.project(query_memory)
         scores, rows = self._search_base(queries, n, None if allowed is None else allowed[: self.n_base])

@@ -87,7 +87,7 @@ def _split(text: str) -> tuple[dict, str]:
 
 
 def _own_text(text: str) -> tuple[str, str]:
-    """What a user wrote before and behind the marks."""
+    """What a user wrote before and after the marks."""
     before, mark, rest = text.partition(BEGIN)
     if mark:
         return before, rest.partition(END)[2].removeprefix("\n")

@@ -149,7 +149,7 @@ class MilvusIndex:
     def shortlist(
         self, query_memory: torch.Tensor, n: int, allowed: np.ndarray | None, where: Mapping | None = None
     ) -> np.ndarray:
-        """As `VectorIndex.shortlist`; Milvus filters by itself where its rules on missing values are ours."""
+        """As `VectorIndex.shortlist`; Milvus filters by itself if its rules on missing values are ours."""
         n = min(n, MAX_LIMIT)
         options = {"limit": n, "filter": milvus_expression(where or {}) or "", "anns_field": "clara_vector"}
         found = self.client.search(self.collection, data=self.project(query_memory).tolist(), **options)
@@ -183,7 +183,7 @@ def _shard_key(shard: Shard) -> str:
 
 
 def milvus_expression(where: Mapping) -> str | None:
-    """A checked filter in the language of Milvus; None where Milvus would not say the same.
+    """A checked filter in the language of Milvus; None if Milvus would not say the same.
 
     That is: a negation, about which missing values disagree, a column that is no identifier, a number that is not
     finite, and text with control characters.

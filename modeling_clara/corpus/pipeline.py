@@ -220,7 +220,7 @@ class ShardPipeline:
         return np.concatenate(codes)[kept] if draft.spans else np.empty((0, 0), np.uint8)
 
     def _memories(self, spans: Sequence[Mapping]) -> torch.Tensor:
-        """(chunks, n, H) float32, NaN where a memory is not finite."""
+        """(chunks, n, H) float32, NaN if a memory is not finite."""
         memory = torch.full((len(spans), self.memory_size, self.hidden_size), torch.nan)
         texts = [place for place, span in enumerate(spans) if "memory" not in span]
         for place, span in enumerate(spans):

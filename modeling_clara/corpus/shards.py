@@ -72,7 +72,7 @@ def merge_ranges(ranges: list) -> list[list[int]]:
 
 
 def write_state(folder: Path, codec: Codec) -> dict[str, str]:
-    """Write the state of a codec; `{key: SHA-256 of the file}`, empty where it has none."""
+    """Write the state of a codec; `{key: SHA-256 of the file}`, empty if it has none."""
     if not codec.state:
         return {}
     path = folder / state_file(codec.key)
