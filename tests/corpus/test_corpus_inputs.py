@@ -379,21 +379,6 @@ def test_many_memories_that_float16_cannot_hold(shared_model, tmp_path):
     assert [*corpus.document_ids()] == ["good"] and corpus.manifest.n_rejected == 1024
 
 
-def test_a_codec_is_fitted_on_the_first_memories_that_are_finite(shared_model, tmp_path, monkeypatch):
-    compress = type(shared_model).compress
-
-    def compressed(model, documents, **options):
-        if any("broken" in document["text"] for document in documents):
-            raise ValueError("a memory is not finite")
-        return compress(model, documents, **options)
-
-    monkeypatch.setattr(type(shared_model), "compress", compressed)
-    monkeypatch.setattr("modeling_clara.corpus.pipeline.COMPRESSED_SPANS", 2)  # compressed at once
-    texts = ["broken", "also broken", "a whole one", "another one"]
-    corpus = CompressedCorpus.build(shared_model, texts, tmp_path / "c")
-    assert [*corpus.document_ids()] == ["2", "3"] and [row["row"] for row in rejected(tmp_path / "c")] == [0, 1]
-
-
 @pytest.mark.parametrize("codec", ["int8", "int4"])
 def test_one_absurd_memory_does_not_spoil_the_others(shared_model, tmp_path, codec):
     rows = [{"id": f"d{n}", "text": f"Document number {n}."} for n in range(40)]
