@@ -1,8 +1,7 @@
 """Decodes stored memories: float16, int8 and int4 rows of bytes become float32.
 
-A row holds the vectors of one memory one after another, so the first k vectors of a memory are the first bytes of its
-row. int8 and int4 store what remains after the mean of every dimension is subtracted and a power of its standard
-deviation divided out. Both are fitted once on a sample; fitting and encoding belong to the installed package.
+The first k vectors of a memory are the first bytes of its row. int8 and int4 store what remains after the mean of each
+dimension is subtracted and a power of its standard deviation divided out; the installed package fits and encodes.
 """
 
 import hashlib
@@ -35,8 +34,15 @@ class Codec:
             raise ValueError(f"`hidden_size` must be even, got {hidden_size}. Use another backbone.")
         self.name, self.memory_size, self.hidden_size = name, memory_size, hidden_size
         self.state = dict(state or {})
-        n_outliers = hidden_size // OUTLIER_SHARE
         self.is_fitted = name == "float16" or bool(self.state)
+        n_outliers = hidden_size // OUTLIER_SHARE
+        # bytes of one vector: scales in front, then the codes
+        self.vector_bytes = {
+            "float16": 2 * hidden_size,
+            "int8": 2 + hidden_size,
+            "int4": 4 + n_outliers + hidden_size // 2 + n_outliers % 2,
+        }[name]
+        self.row_bytes = memory_size * self.vector_bytes
         shapes = {"mean": (memory_size, hidden_size), "weight": (memory_size, hidden_size), "outliers": (n_outliers,)}
         expected = shapes if name != "float16" and self.is_fitted else {}
         found = {key: tuple(tensor.shape) for key, tensor in self.state.items()}
@@ -47,12 +53,6 @@ class Codec:
             )
         if expected:
             self._check_state()
-        # bytes of one vector: scales in front, then the codes
-        self.vector_bytes = {
-            "float16": 2 * hidden_size,
-            "int8": 2 + hidden_size,
-            "int4": 4 + n_outliers + hidden_size // 2 + n_outliers % 2,
-        }[name]
 
     def _check_state(self) -> None:
         mean, weight, outliers = (self.state[name] for name in ("mean", "weight", "outliers"))
@@ -66,11 +66,6 @@ class Codec:
             )
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of one memory."""
-        return self.memory_size * self.vector_bytes
-
-    @property
     def key(self) -> str:
         """12 hex digits that name this state; "" for float16, which has none."""
         digest = hashlib.sha256(self.name.encode())
@@ -79,14 +74,11 @@ class Codec:
         return digest.hexdigest()[:12] if self.state else ""
 
     def decode(self, rows: np.ndarray, memory_size: int | None = None) -> torch.Tensor:
-        """Memories of rows.
+        """(rows, k, H) float32 memories of rows.
 
         Args:
             rows: (rows, bytes) uint8, at least the first `memory_size` vectors of each row.
             memory_size: k <= n; default n.
-
-        Returns:
-            (rows, k, H) float32
 
         Raises:
             ValueError: the rows are too short.

@@ -18,16 +18,8 @@ import torch
 from transformers.utils.logging import tqdm
 
 from .index_clara import VectorIndex, exact_cosines, rank_documents, scan
-from .manifest_clara import Manifest, require_arrow
-from .search_clara import (
-    SearchOptions,
-    SearchState,
-    allowed_rows,
-    check_query,
-    check_questions,
-    fuse_words,
-    read_hits,
-)
+from .manifest_clara import MANIFEST_FILE, Manifest, require_arrow
+from .search_clara import SearchOptions, SearchState, allowed_rows, check_query, check_questions, fuse_words, read_hits
 from .snapshot_clara import WHEN_CHANGED, WHEN_OPENED, Snapshot
 from .storage_clara import cached_index_folder, download_corpus, writable_index_folder
 from .text_clara import check_count, check_id, check_list
@@ -112,13 +104,13 @@ class CompressedCorpus:
             FileNotFoundError: there is no corpus, or a file of it is missing.
             ValueError: a file is damaged, of another build, of a newer format, or of another compressor than `model`.
         """
-        if backend not in ("faiss", "milvus"):
-            raise ValueError(f"`backend` must be 'faiss' or 'milvus', got {backend!r}. Leave it out for FAISS.")
-        if backend == "faiss" and (uri is not None or collection is not None):
-            raise ValueError("`uri` and `collection` must go with `backend='milvus'`. Add it, or leave them out.")
-        if backend == "milvus" and index is not None:
-            raise ValueError(f"`index` must be left out with `backend='milvus'`, got {index!r}. Milvus has its own.")
         is_milvus = backend == "milvus"
+        if not is_milvus and backend != "faiss":
+            raise ValueError(f"`backend` must be 'faiss' or 'milvus', got {backend!r}. Leave it out for FAISS.")
+        if not is_milvus and (uri is not None or collection is not None):
+            raise ValueError("`uri` and `collection` must go with `backend='milvus'`. Add it, or leave them out.")
+        if is_milvus and index is not None:
+            raise ValueError(f"`index` must be left out with `backend='milvus'`, got {index!r}. Milvus has its own.")
         make_index = cls.milvus_index(uri, collection) if is_milvus else functools.partial(VectorIndex, kind=index)
         options = {"make_index": make_index, "always_index": is_milvus or index is not None}
         if os.path.isdir(path_or_repo):
@@ -131,23 +123,25 @@ class CompressedCorpus:
             corpus.repo_id = str(path_or_repo)
         return corpus.prepare()
 
-    def reload(self, limits: tuple[int, float], manifest: Manifest | None = None) -> None:
-        """Show the corpus as it is now.
+    @staticmethod
+    def is_complete(folder: str | os.PathLike) -> bool:
+        """Whether a folder holds a corpus whose build is finished."""
+        return (Path(folder) / MANIFEST_FILE).exists()
 
-        Args:
-            limits: of scattered segments, see `snapshot_clara.WHEN_OPENED`.
-            manifest: that was just written; default that of the folder.
+    def reload(self, limits: tuple[int, float], manifest: Manifest | None = None) -> None:
+        """Show the corpus as it is now: `manifest`, which was just written, or that of the folder.
+
+        `limits` are those of scattered segments, see `snapshot_clara.WHEN_OPENED`.
         """
         state = self._state
         with state.lock:
-            manifest = manifest or Manifest.read(self.folder)
-            while True:
+            manifest, snapshot = manifest or Manifest.read(self.folder), None
+            while snapshot is None:
                 total = sum(shard.n_spans for shard in manifest.shards)
                 with tqdm(total=total, desc="opening the corpus", unit=" chunks", delay=2, leave=False) as bar:
                     options = {"previous": state.snapshot, "limits": limits, "progress": bar.update}
                     try:
                         snapshot = Snapshot(self.folder, self.index_folder, manifest, **options)
-                        break
                     except (FileNotFoundError, ValueError):
                         newer = Manifest.read(self.folder)  # a writer may have replaced the shards meanwhile
                         if newer.generation == manifest.generation:
@@ -156,11 +150,7 @@ class CompressedCorpus:
             state.show(snapshot)
 
     def prepare(self, memory_size: int | None = None) -> Self:
-        """Make what searching needs now instead of at the first search.
-
-        Args:
-            memory_size: k that will be compared; default `retrieval_memory_size`.
-        """
+        """Make what searching with k vectors, by default `retrieval_memory_size`, needs now instead of at a search."""
         sizes = self.manifest.memory_sizes
         k = self.manifest.retrieval_memory_size if memory_size is None else memory_size
         if k not in sizes:
@@ -176,14 +166,9 @@ class CompressedCorpus:
         return self
 
     def attach(self, model, *, fingerprint: str | None = None) -> Self:
-        """Give the corpus the model whose compressor made its memories.
+        """Give the corpus the model whose compressor made its memories; a ValueError if another one made them.
 
-        Args:
-            model: `CLaRaForRAG`.
-            fingerprint: the model's, if it was just taken; it takes some tenths of a second.
-
-        Raises:
-            ValueError: another compressor made them.
+        `fingerprint` is the model's, if it was just taken: that takes some tenths of a second.
         """
         if fingerprint == self.manifest.fingerprint:
             self._state.checked = (id(model), model.compressor_versions())
@@ -237,11 +222,9 @@ class CompressedCorpus:
         return ["document_id", "title", "span", *self.metadata_columns]
 
     def __repr__(self) -> str:
-        m = self.manifest
-        return (
-            f"CompressedCorpus({str(self.folder)!r}, documents={m.n_documents}, spans={m.n_spans}, "
-            f"memory={m.memory_size}x{m.hidden_size}, codec={m.codec!r})"
-        )
+        m, folder = self.manifest, str(self.folder)
+        size = f"documents={m.n_documents}, spans={m.n_spans}, memory={m.memory_size}x{m.hidden_size}"
+        return f"CompressedCorpus({folder!r}, {size}, codec={m.codec!r})"
 
     # --- searching ---------------------------------------------------------------------------------------------------
 
@@ -308,18 +291,14 @@ class CompressedCorpus:
             return state.index_of(snapshot, memory.shape[1]).shortlist(memory, n, allowed, options.where)
 
         depth = max(top_k, options.shortlist) if options.hybrid else top_k
-        ranked = rank_documents(snapshot, query_memory, depth, find, shortlist=options.shortlist, allowed=allowed)
+        ranked = rank_documents(snapshot, query_memory, depth, find, options.shortlist, allowed)
         if options.hybrid:
             found = state.lexical_of(snapshot).shortlist(questions, depth, allowed)
-            ranked = fuse_words(snapshot, query_memory, ranked, found, options.fusion)
+            ranked = fuse_words(snapshot, query_memory, ranked, found, options.hybrid)
         return [read_hits(snapshot, row[:top_k]) for row in ranked]
 
     def cosines(self, query_memory: torch.Tensor, rows: np.ndarray) -> list[list[tuple[int, float]]]:
-        """Exact cosines (eq. 3.1) of rows that were chosen otherwise.
-
-        Args:
-            query_memory: (questions, k, H) floating point.
-            rows: (questions, n) numbers of rows, see `rows`; -1 for none.
+        """Exact cosines (eq. 3.1) of rows that were chosen otherwise: (questions, n) numbers of `rows()`, -1 for none.
 
         Returns:
             For each question (row, cosine) of every document's best chunk, best first; ties go to the lower row.
@@ -342,7 +321,7 @@ class CompressedCorpus:
     def rows(self, columns: Sequence[str] = ("document_id", "span", "title", "text")) -> Iterator[dict]:
         """All chunks in order: their values, and as `row` the number by which `decode` and `cosines` know them.
 
-        Numbers of deleted chunks are left out. They change when the corpus does.
+        Deleted chunks are left out. Numbers change when the corpus does.
 
         Args:
             columns: any of `document_id`, `span`, `title`, `text`, `n_tokens` and `metadata_columns`.
@@ -373,19 +352,16 @@ class CompressedCorpus:
 
         Returns:
             For each id a dict `{document_id, title, spans, memory, metadata}`: `spans` has `{span, title, text,
-            n_tokens}` of each span, `memory` is (spans, n, H) float32.
+            n_tokens}` of each chunk, `memory` is (chunks, n, H) float32.
 
         Raises:
             KeyError: an id that the corpus does not have.
         """
-        snapshot, found = self.snapshot, []
+        snapshot, documents = self.snapshot, []
         for document_id in check_list(ids, "ids"):
             rows = snapshot.find(check_id(document_id))
             if rows is None:
                 raise KeyError(f"`ids` must be documents of the corpus, {document_id!r} is none. Check the id.")
-            found.append(rows)
-        documents = []
-        for document_id, rows in zip(ids, found, strict=True):
             spans = [snapshot.record(row, ["span", "title", "text", "n_tokens"]) for row in rows]
             documents.append(
                 {

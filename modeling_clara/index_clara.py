@@ -6,7 +6,7 @@ left out would otherwise decide the order (docs/experiments.md has the figures).
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from .storage_clara import replacing
 
 try:
     import faiss
-except ImportError:  # `require_faiss` names the remedy
+except ImportError:  # `VectorIndex` names the remedy
     faiss = None
 
 logger = logging.getLogger(__name__)
@@ -44,15 +44,6 @@ FILTERED_SHARE = 0.3  # below this share of rows that a filter leaves, HNSW's gr
 
 
 Ranked = list[list[tuple[int, float]]]  # for each question (row, cosine), best first, one row a document
-
-
-def require_faiss() -> None:
-    """Raise an ImportError that names the remedy where FAISS is missing."""
-    if faiss is None:
-        raise ImportError(
-            "searching a corpus of this size needs FAISS: pip install faiss-cpu, or the extra `corpus` from a clone "
-            "of the repository."
-        )
 
 
 def choose_kind(n_rows: int) -> str:
@@ -78,10 +69,15 @@ class VectorIndex:
         snapshot: Snapshot,
         memory_size: int,
         kind: str | None = None,
-        progress: Callable[[int], None] | None = None,
+        *,
+        progress: Callable[[int], None],
         previous: "VectorIndex | None" = None,
     ):
-        require_faiss()
+        if faiss is None:
+            raise ImportError(
+                "searching a corpus of this size needs FAISS: pip install faiss-cpu, or the extra `corpus` from a "
+                "clone of the repository."
+            )
         if kind is not None and kind not in KINDS:
             raise ValueError(f"`index` must be one of {', '.join(KINDS)}, got {kind!r}. Leave it out for the default.")
         self.memory_size = memory_size
@@ -90,22 +86,22 @@ class VectorIndex:
         self.folder = snapshot.index_folder / f"k{memory_size}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.n_base, self.base_key = base.n_rows, base.key
+        self.tails: dict[str, np.ndarray] = {}  # projected vectors of the later segments, by key
         if previous is not None and (previous.base_key, previous.kind) == (self.base_key, self.kind):
-            self.components, self.index, known = previous.components, previous.index, dict(previous.tails)
+            self.components, self.index, self.tails = previous.components, previous.index, previous.tails
         else:
             self.components, self.index = self._open_base(snapshot, progress)
-            known = {}
-        self.tails = [  # (key of the segment, projected vectors)
-            (segment.key, known[segment.key] if segment.key in known else self._tail(snapshot, number))
+        self.tails = {
+            segment.key: self.tails[segment.key] if segment.key in self.tails else self._tail(snapshot, number)
             for number, segment in enumerate(snapshot.segments)
             if number
-        ]
+        }
         self.starts = snapshot.starts
 
     # --- building ----------------------------------------------------------------------------------------------------
 
     def _open_base(self, snapshot: Snapshot, progress):
-        """(components, FAISS index) of the first segment, made where they are not there."""
+        """(components, FAISS index) of the first segment, made if they are not there."""
         projection = self.folder / f"{self.base_key}.safetensors"
         path = self.folder / f"{self.base_key}-{self.kind}.faiss"
         found = self._read_base(projection, path)
@@ -118,12 +114,12 @@ class VectorIndex:
         return found
 
     def _read_base(self, projection: Path, path: Path):
-        """(components, FAISS index); None where they are not there or damaged."""
+        """(components, FAISS index); None if they are not there or damaged."""
         try:
-            components, index = (
-                load_file(projection)["components"],
-                faiss.read_index(str(path), _read_flags(self.kind)),
-            )
+            components = load_file(projection)["components"]
+            # Flat codes and inverted lists stay on disk, memory-mapped; a graph is read.
+            flags = {"flat": faiss.IO_FLAG_MMAP_IFC, "hnsw": 0, "ivf": faiss.IO_FLAG_MMAP}
+            index = faiss.read_index(str(path), flags[self.kind])
         except (OSError, RuntimeError, SafetensorError, KeyError) as error:
             logger.debug("the index %s is made: %s", path, error)
             return None
@@ -144,8 +140,7 @@ class VectorIndex:
             index.train(sample)
         for _, memory in snapshot.blocks(self.memory_size, [0]):
             index.add(self.project(memory))
-            if progress is not None:
-                progress(len(memory))
+            progress(len(memory))
         for old in self.folder.glob("*"):
             if not old.name.startswith(self.base_key) and old.name != "lock":
                 old.unlink(missing_ok=True)
@@ -158,9 +153,8 @@ class VectorIndex:
         try:
             return np.load(path)
         except (OSError, ValueError, EOFError):
-            vectors = np.concatenate(
-                [self.project(memory) for _, memory in snapshot.blocks(self.memory_size, [number])]
-            )
+            blocks = snapshot.blocks(self.memory_size, [number])
+            vectors = np.concatenate([self.project(memory) for _, memory in blocks])
             with replacing(path) as partial, open(partial, "wb") as file:
                 np.save(file, vectors)
             return vectors
@@ -183,12 +177,11 @@ class VectorIndex:
             where: the filter that `allowed` comes from, for engines that filter by themselves.
 
         Returns:
-            (questions, n) int64 rows of the snapshot in no particular order, -1 where there are no more.
+            (questions, n) int64 rows of the snapshot in no particular order, -1 if there are no more.
         """
         queries = self.project(query_memory)
-        mask = None if allowed is None else allowed[: self.n_base]
-        scores, rows = self._search_base(queries, n, mask)
-        for start, (_, vectors) in zip(self.starts[1:], self.tails, strict=False):
+        scores, rows = self._search_base(queries, n, None if allowed is None else allowed[: self.n_base])
+        for start, vectors in zip(self.starts[1:], self.tails.values(), strict=False):
             tail_scores = queries @ vectors.T
             if allowed is not None:
                 tail_scores[:, ~allowed[start : start + len(vectors)]] = -np.inf
@@ -204,8 +197,7 @@ class VectorIndex:
         n = min(n, self.n_base)
         selector, index = None, self.index
         if mask is not None and not mask.all():
-            bits = np.packbits(mask, bitorder="little")
-            selector = faiss.IDSelectorBitmap(bits)
+            selector = faiss.IDSelectorBitmap(np.packbits(mask, bitorder="little"))
             if self.kind == "hnsw" and mask.mean() < FILTERED_SHARE:
                 index = faiss.downcast_index(self.index.storage)
         if index is not self.index or self.kind == "flat":
@@ -244,22 +236,15 @@ def fit_components(snapshot: Snapshot, memory_size: int) -> torch.Tensor:
 
 def _empty_index(kind: str, dimensions: int, n_rows: int):
     """An index whose codes are 8 bits a dimension."""
-    metric = faiss.METRIC_INNER_PRODUCT
-    if kind == "flat":
-        return faiss.index_factory(dimensions, "SQ8", metric)
+    n_lists = max(1, min(int(4 * n_rows**0.5), n_rows // 16))
+    description = {"flat": "SQ8", "hnsw": f"HNSW{HNSW_LINKS},SQ8", "ivf": f"IVF{n_lists},SQ8"}[kind]
+    index = faiss.index_factory(dimensions, description, faiss.METRIC_INNER_PRODUCT)
     if kind == "hnsw":
-        index = faiss.index_factory(dimensions, f"HNSW{HNSW_LINKS},SQ8", metric)
         index.hnsw.efConstruction = HNSW_EF_CONSTRUCTION
-        return index
-    index = faiss.index_factory(dimensions, f"IVF{max(1, min(int(4 * n_rows**0.5), n_rows // 16))},SQ8", metric)
-    index.cp.max_points_per_centroid = 64
-    index.cp.min_points_per_centroid = 1  # a small corpus whose user asked for this kind
+    elif kind == "ivf":
+        index.cp.max_points_per_centroid = 64
+        index.cp.min_points_per_centroid = 1  # a small corpus whose user asked for this kind
     return index
-
-
-def _read_flags(kind: str) -> int:
-    """Flat codes and inverted lists stay on disk, memory-mapped; a graph is read."""
-    return {"flat": faiss.IO_FLAG_MMAP_IFC, "hnsw": 0}.get(kind, faiss.IO_FLAG_MMAP)
 
 
 # --- exact search ----------------------------------------------------------------------------------------------------
@@ -270,9 +255,8 @@ def rank_documents(
     query_memory: torch.Tensor,
     top_k: int,
     find: Callable[[torch.Tensor, int, np.ndarray | None], np.ndarray],
-    *,
     shortlist: int,
-    allowed: np.ndarray | None = None,
+    allowed: np.ndarray | None,
 ) -> Ranked:
     """The best documents of every question, each by its best chunk.
 
@@ -284,43 +268,36 @@ def rank_documents(
         shortlist: rows a question that are compared exactly.
         allowed: (rows,) bool; None for all.
     """
-    candidates = None if allowed is None else np.flatnonzero(allowed)
-    n_allowed = snapshot.n_rows if candidates is None else len(candidates)
-    if not n_allowed:
-        return [[] for _ in query_memory]
+    n_allowed = snapshot.n_rows if allowed is None else int(allowed.sum())
     ranked: Ranked = [[] for _ in query_memory]
-    open_questions, n = np.arange(len(query_memory)), max(shortlist, top_k)
-    n_documents = None
-    while len(open_questions):
-        questions = query_memory[torch.from_numpy(open_questions)]
+    waiting, n, wanted = np.arange(len(query_memory)), max(shortlist, top_k), None
+    while len(waiting) and n_allowed:
+        questions = query_memory[torch.from_numpy(waiting)]
         if n_allowed <= max(n, SMALL):
             n = n_allowed
-            all_rows = np.arange(n_allowed) if candidates is None else candidates
-            rows = np.broadcast_to(all_rows, (len(questions), n_allowed))
+            rows = np.broadcast_to(_candidates(snapshot, allowed), (len(questions), n_allowed))
         else:
             rows = find(questions, n, allowed)
-        for question, hits in zip(open_questions, exact_cosines(snapshot, questions, rows), strict=True):
+        for question, hits in zip(waiting, exact_cosines(snapshot, questions, rows), strict=True):
             ranked[question] = hits[:top_k]
-        open_questions = np.array([q for q in open_questions if len(ranked[q]) < top_k], dtype=np.int64)
         if n >= n_allowed:
             break
-        if len(open_questions) and n_documents is None:  # long documents may fill a shortlist with their chunks
-            everything = np.arange(snapshot.n_rows) if candidates is None else candidates
-            n_documents = len(np.unique(everything - snapshot.spans[everything]))
-            open_questions = np.array(
-                [q for q in open_questions if len(ranked[q]) < min(top_k, n_documents)], dtype=np.int64
-            )
+        if wanted is None and any(len(ranked[question]) < top_k for question in waiting):
+            candidates = _candidates(snapshot, allowed)  # long documents may fill a shortlist with their chunks
+            wanted = min(top_k, len(np.unique(candidates - snapshot.spans[candidates])))
+        waiting = np.array([q for q in waiting if len(ranked[q]) < (wanted or top_k)], dtype=np.int64)
         n = min(4 * n, n_allowed)
     return ranked
 
 
-def exact_cosines(snapshot: Snapshot, query_memory: torch.Tensor, rows: np.ndarray) -> Ranked:
+def _candidates(snapshot: Snapshot, allowed: np.ndarray | None) -> np.ndarray:
+    return np.arange(snapshot.n_rows) if allowed is None else np.flatnonzero(allowed)
+
+
+def exact_cosines(snapshot: Snapshot, query_memory: torch.Tensor, rows: Sequence[np.ndarray]) -> Ranked:
     """Cosines of the given rows (eq. 3.1), the best row of every document, best first; ties go to the lower row.
 
-    Args:
-        snapshot: that holds the rows.
-        query_memory: (questions, k, H) float32 on the CPU.
-        rows: (questions, n) int64, -1 where there is none.
+    `query_memory` is (questions, k, H) float32 on the CPU, `rows` has (n,) int64 for each question; -1 is none.
     """
     k = query_memory.shape[1]
     queries = flatten_memory(query_memory, k)

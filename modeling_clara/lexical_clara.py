@@ -39,9 +39,7 @@ def require_bm25() -> None:
 class Bm25:
     """BM25 scores of rows: bm25s with its default k1 and b, English stop words left out, words stemmed.
 
-    Args:
-        index: a `bm25s.BM25`; None if no row has a word.
-        n_rows: number of rows.
+    `index` is a `bm25s.BM25`, or None if no row has a word.
     """
 
     def __init__(self, index, n_rows: int):
@@ -72,9 +70,8 @@ def split_words(texts: Sequence[str]) -> list[list[str]]:
 def _tokens(texts: Sequence[str], return_ids: bool):
     require_bm25()
     stemmer = Stemmer.Stemmer("english")  # one for each call: threads cannot share it
-    return bm25s.tokenize(
-        list(texts), stopwords="en", stemmer=stemmer, return_ids=return_ids, show_progress=False, allow_empty=True
-    )
+    options = {"stopwords": "en", "stemmer": stemmer, "show_progress": False, "allow_empty": True}
+    return bm25s.tokenize(list(texts), return_ids=return_ids, **options)
 
 
 def _index(tokens) -> "bm25s.BM25":
@@ -84,11 +81,7 @@ def _index(tokens) -> "bm25s.BM25":
 
 
 class LexicalIndex:
-    """BM25 over title and text of every row of a snapshot, made once and memory-mapped.
-
-    Args:
-        snapshot: whose rows are found.
-    """
+    """BM25 over title and text of every row of a snapshot, made once and memory-mapped."""
 
     def __init__(self, snapshot: Snapshot):
         require_bm25()
@@ -104,13 +97,8 @@ class LexicalIndex:
     def _build(self, snapshot: Snapshot, folder: Path) -> None:
         for old in snapshot.index_folder.glob("bm25-*"):
             shutil.rmtree(old, ignore_errors=True)
-        bm25 = Bm25.of_texts(
-            [
-                f"{title} {text}"
-                for table in (segment.table for segment in snapshot.segments)
-                for title, text in zip(table["title"].to_pylist(), table["text"].to_pylist(), strict=True)
-            ]
-        )
+        rows = (row for segment in snapshot.segments for row in segment.table.select(["title", "text"]).to_pylist())
+        bm25 = Bm25.of_texts(["{title} {text}".format(**row) for row in rows])
         folder.mkdir(parents=True)
         if bm25.index is None:
             (folder / "empty").touch()
@@ -170,15 +158,14 @@ def fuse(
 
 
 def fuse_scores(cosines: Sequence[float], words: Sequence[float], weight: float = WORDS_WEIGHT) -> np.ndarray:
-    """Linear fusion: (1 - weight) times the cosine plus weight times BM25, both with mean 0 and deviation 1.
+    """(items,) float64 linear fusion: (1 - weight) times the cosine plus weight times BM25, both standardised.
+
+    Scores that are all equal count as zeros, so that the others decide.
 
     Args:
         cosines: (items,) of the candidates of one question.
         words: (items,) BM25 scores of the same candidates.
         weight: of BM25, 0 to 1.
-
-    Returns:
-        (items,) float64. Scores that are all equal count as zeros, so that the others decide.
 
     >>> fuse_scores([0.1, 0.3], [4.0, 2.0]).round(6).tolist()
     [0.4, -0.4]

@@ -4,7 +4,6 @@ Whatever corpus.json does not name is not part of the corpus.
 """
 
 import base64
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .codecs_clara import Codec, check_codec
-from .storage_clara import file_sha256
+from .storage_clara import file_sha256, read_json
 
 try:
     import pyarrow as pa
@@ -40,9 +39,9 @@ class Shard:
     Attributes:
         file: path inside the corpus.
         sha256: of its bytes, in hex.
-        n_bytes, n_spans, n_documents: its size; deleted documents are counted.
-        n_deleted: deleted documents.
+        n_bytes, n_spans, n_documents: its size; spans are chunks, and what is deleted counts too.
         codec_state: key of the state that its memories were encoded with; "" for float16.
+        n_deleted: deleted documents.
         tombstones: rows of deleted documents as (first, last + 1) pairs, ascending, disjoint.
     """
 
@@ -56,7 +55,7 @@ class Shard:
     tombstones: list[list[int]] = field(default_factory=list)
 
     def check(self) -> None:
-        """Raise a ValueError where a field cannot be right."""
+        """Raise a ValueError if a field cannot be right."""
         if not isinstance(self.file, str) or not SHARD_PATTERN.fullmatch(self.file):
             raise ValueError(f"a shard is called {self.file!r}")
         _check_types(self, self.file)
@@ -64,9 +63,8 @@ class Shard:
             raise ValueError(f"{self.file} counts {self.n_deleted}, {self.n_documents} and {self.n_spans}")
         previous = 0
         for pair in self.tombstones:
-            if type(pair) is not list or [type(row) for row in pair] != [int, int]:
-                raise ValueError(f"{self.file} has the tombstone {pair}")
-            if not previous <= pair[0] < pair[1] <= self.n_spans:
+            is_pair = type(pair) is list and [type(row) for row in pair] == [int, int]
+            if not is_pair or not previous <= pair[0] < pair[1] <= self.n_spans:
                 raise ValueError(f"{self.file} has the tombstone {pair}")
             previous = pair[1]
 
@@ -79,13 +77,13 @@ class Manifest:
         compressor: `fingerprint`, `name_or_path` and `revision` of the model that made the memories.
         hidden_size, memory_size: H and n of a memory; `memory_sizes` are the k that may be compared and read.
         retrieval_memory_size: k that is compared by default.
-        document_max_length, document_overlap: of the spans, in tokens.
+        document_max_length, document_overlap: of the chunks, in tokens.
         codec: one of `codecs_clara.CODECS`.
         codec_states: SHA-256 of the file of every state, by its key: `codec/KEY.safetensors`.
         source: `name`, `license` and `language` of the text.
         metadata: Arrow type of every metadata column; `metadata_schema` the same for programs, as Arrow serialises it.
         generation: number of changes.
-        n_documents, n_spans: without deleted ones.
+        n_documents, n_spans: without deleted ones; spans are chunks.
         n_rejected: rows that rejected.jsonl lists.
         build: options and input of the build, to tell whether another call means the same.
         measured: what the codec costs, see `recipes/benchmarks/corpus.py`.
@@ -132,9 +130,9 @@ class Manifest:
         """
         path = Path(folder) / MANIFEST_FILE
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
         except FileNotFoundError:
-            if (Path(folder) / BUILD_FOLDER).is_dir():
+            if (path.parent / BUILD_FOLDER).is_dir():
                 raise FileNotFoundError(
                     f"the build of the corpus in {folder} must be finished first. Run the same build again: it goes "
                     "on where it stopped."
@@ -153,20 +151,19 @@ class Manifest:
             )
         if version != FORMAT_VERSION:
             raise _damaged(folder, f"its format_version is {version!r}")
-        missing = {f.name for f in fields(cls)} - set(content)
-        if missing:
+        names = {declared.name for declared in fields(cls)}
+        if missing := names - set(content):
             raise _damaged(folder, f"it lacks {sorted(missing)}")
-        known = {f.name for f in fields(cls)}
         try:
             shards = [Shard(**shard) for shard in content["shards"]]
-            manifest = cls(**{name: value for name, value in content.items() if name in known} | {"shards": shards})
+            manifest = cls(**{name: content[name] for name in names} | {"shards": shards})
             manifest.check()
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise _damaged(folder, str(error)) from error
         return manifest
 
     def check(self) -> None:
-        """Raise a ValueError where a field cannot be right; file names come from strangers."""
+        """Raise a ValueError if a field cannot be right; file names come from strangers."""
         _check_types(self, "corpus.json")
         if not isinstance(self.compressor.get("fingerprint"), str):
             raise ValueError("compressor.fingerprint is no text")
@@ -178,16 +175,17 @@ class Manifest:
         if not all(isinstance(kind, str) for kind in self.metadata.values()):
             raise ValueError(f"metadata is {self.metadata}")
         sizes = self.memory_sizes
-        if not sizes or any(type(k) is not int or not 1 <= k <= self.memory_size for k in sizes):
+        if any(type(k) is not int or not 1 <= k <= self.memory_size for k in sizes):
             raise ValueError(f"memory_sizes is {sizes}")
         if self.memory_size not in sizes or self.retrieval_memory_size not in sizes:
             raise ValueError(f"memory_sizes {sizes} lack memory_size or retrieval_memory_size")
         for key, sha256 in self.codec_states.items():
             if not STATE_PATTERN.fullmatch(key) or not isinstance(sha256, str):
                 raise ValueError(f"codec_states has the key {key!r}")
+        states = {""} if self.codec == "float16" else set(self.codec_states)
         for shard in self.shards:
             shard.check()
-            if (shard.codec_state or None) not in ({None} if self.codec == "float16" else self.codec_states):
+            if shard.codec_state not in states:
                 raise ValueError(f"{shard.file} names the unknown codec state {shard.codec_state!r}")
         if len({shard.file for shard in self.shards}) != len(self.shards):
             raise ValueError("a shard is named twice")
@@ -209,15 +207,13 @@ def _damaged(folder, reason: str) -> ValueError:
 
 
 def load_codecs(folder: Path, manifest: Manifest) -> dict[str, Codec]:
-    """The codec with every state that the shards name, by key; with the key "" where there is no state.
+    """The codec with every state that the shards name, by key; with the key "" if there is no state.
 
     Raises:
         FileNotFoundError, ValueError: a state's file is missing or damaged.
     """
     shape = (manifest.codec, manifest.memory_size, manifest.hidden_size)
-    if not manifest.codec_states:
-        return {"": Codec(*shape)}
-    codecs = {}
+    codecs = {} if manifest.codec_states else {"": Codec(*shape)}
     for key, sha256 in manifest.codec_states.items():
         path = Path(folder) / state_file(key)
         if not path.is_file():
@@ -240,7 +236,7 @@ def state_file(key: str) -> str:
 
 
 def require_arrow() -> None:
-    """Raise an ImportError that names the remedy where pyarrow is missing."""
+    """Raise an ImportError that names the remedy if pyarrow is missing."""
     if pa is None:
         raise ImportError(
             "corpora need pyarrow: pip install pyarrow, or the extra `corpus` from a clone of the repository."
@@ -253,11 +249,7 @@ def metadata_types(schema: "pa.Schema") -> "dict[str, pa.DataType]":
 
 
 def memory_rows(column: "pa.Array", row_bytes: int, place: str) -> np.ndarray:
-    """(rows, row_bytes) uint8 view of a memory column.
-
-    Raises:
-        ValueError: a row is missing or of another size, naming it.
-    """
+    """(rows, row_bytes) uint8 view of a memory column; a ValueError names a row that is missing or of another size."""
     if not pa.types.is_large_binary(column.type):
         raise ValueError(
             f"the column `memory` of {place} must be large_binary, got {column.type}. The shard was not written by "
@@ -278,12 +270,7 @@ def memory_rows(column: "pa.Array", row_bytes: int, place: str) -> np.ndarray:
 
 
 def check_shard(folder: Path, shard: Shard) -> None:
-    """Raise unless the file of a shard is there and is, byte for byte, the one that was written.
-
-    Raises:
-        FileNotFoundError: missing.
-        ValueError: truncated, changed or of another build.
-    """
+    """Raise a FileNotFoundError or ValueError unless a shard's file is, byte for byte, the one that was written."""
     path = Path(folder) / shard.file
     if not path.is_file():
         raise FileNotFoundError(
@@ -303,19 +290,15 @@ def check_shard(folder: Path, shard: Shard) -> None:
 
 
 def read_batches(folder: Path, shard: Shard, columns: list[str] | None = None) -> "Iterator[pa.RecordBatch]":
-    """The rows of a shard in batches of at most `ROWS_PER_GROUP`.
-
-    Raises:
-        ValueError: the file is no Parquet file or lacks a column.
-    """
+    """The rows of a shard in batches of at most `ROWS_PER_GROUP`; a ValueError if they cannot be read."""
     path = Path(folder) / shard.file
     try:
         with pq.ParquetFile(path) as file:
             missing = set(columns or RESERVED_COLUMNS) - set(file.schema_arrow.names)
             if missing:
-                raise ValueError(f"it lacks the columns {sorted(missing)}")
+                raise ValueError(f"it lacks the columns {sorted(missing)} that corpus.json describes")
             if file.metadata.num_rows != shard.n_spans:
-                raise ValueError(f"it has {file.metadata.num_rows} rows in place of {shard.n_spans}")
+                raise ValueError(f"it has {file.metadata.num_rows} rows instead of {shard.n_spans}")
             yield from file.iter_batches(batch_size=ROWS_PER_GROUP, columns=columns)
     except (pa.ArrowException, ValueError) as error:
         raise ValueError(

@@ -42,14 +42,9 @@ class SearchOptions:
     shortlist: int = SHORTLIST
 
     def updated(self, columns: Sequence[str], **given) -> Self:
-        """The same with what is given and not None.
+        """The same with what is given and not None; raises a TypeError or ValueError that names a wrong option.
 
-        Args:
-            columns: that a filter may name.
-            given: values by the names of the fields.
-
-        Raises:
-            TypeError, ValueError: naming the option that is wrong.
+        `columns` are those that a filter may name, `given` has values by the names of the fields.
         """
         options = dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
         check_count(options.shortlist, "shortlist", f"Default: {SHORTLIST}.")
@@ -61,11 +56,6 @@ class SearchOptions:
         if options.where is not None:
             check_where(options.where, columns)
         return options
-
-    @property
-    def fusion(self) -> str:
-        """How `hybrid` fuses."""
-        return self.hybrid if self.hybrid in FUSIONS else FUSIONS[0]
 
 
 def check_query(query_memory, manifest: Manifest) -> torch.Tensor:
@@ -91,25 +81,14 @@ def check_query(query_memory, manifest: Manifest) -> torch.Tensor:
 # --- filters ---------------------------------------------------------------------------------------------------------
 
 # operator -> its function in Arrow
-COMPARISONS = {
-    "$eq": "equal",
-    "$ne": "not_equal",
-    "$gt": "greater",
-    "$gte": "greater_equal",
-    "$lt": "less",
-    "$lte": "less_equal",
-    "$in": None,
-    "$nin": None,
-}
-JUNCTIONS = ("$and", "$or")
+COMPARISONS = {"$eq": "equal", "$gt": "greater", "$gte": "greater_equal", "$lt": "less", "$lte": "less_equal"}
+NEGATIONS = {"$ne": "$eq", "$nin": "$in"}
+OPERATORS = ("$eq", "$ne", "$gt", "$gte", "$lt", "$lte", "$in", "$nin")
+JUNCTIONS = {"$and": np.logical_and, "$or": np.logical_or}
 
 
 def check_where(where, columns: Sequence[str], name: str = "where") -> None:
-    """Raise unless a filter is well formed and names columns of the corpus.
-
-    Raises:
-        TypeError, ValueError: naming the part that is not.
-    """
+    """Raise a TypeError or ValueError that names the part of a filter that is malformed or no column of the corpus."""
     if not isinstance(where, Mapping):
         raise TypeError(f"`{name}` must be a dict, got {type(where).__name__}. Example: {{'year': {{'$gte': 2000}}}}.")
     if not where:
@@ -135,8 +114,8 @@ def check_where(where, columns: Sequence[str], name: str = "where") -> None:
 
 
 def _check_operand(operator: str, operand, name: str) -> None:
-    if operator not in COMPARISONS:
-        raise ValueError(f"`{name}` must use one of {', '.join(COMPARISONS)}, got {operator!r}. Choose one of them.")
+    if operator not in OPERATORS:
+        raise ValueError(f"`{name}` must use one of {', '.join(OPERATORS)}, got {operator!r}. Choose one of them.")
     many = operator in ("$in", "$nin")
     if many and not isinstance(operand, list | tuple):
         raise TypeError(f"`{name}[{operator!r}]` must be a list, got {type(operand).__name__}. Wrap it in [].")
@@ -164,10 +143,8 @@ def rows_where(table, where: Mapping) -> np.ndarray:
     """
     keep = np.ones(len(table), dtype=bool)
     for key, value in where.items():
-        if key == "$and":
-            keep &= np.logical_and.reduce([rows_where(table, part) for part in value])
-        elif key == "$or":
-            keep &= np.logical_or.reduce([rows_where(table, part) for part in value])
+        if key in JUNCTIONS:
+            keep &= JUNCTIONS[key].reduce([rows_where(table, part) for part in value])
         elif key == "$not":
             keep &= ~rows_where(table, value)
         else:
@@ -177,13 +154,13 @@ def rows_where(table, where: Mapping) -> np.ndarray:
 
 
 def _compare(column, operator: str, operand, name: str) -> np.ndarray:
+    if operator in NEGATIONS:
+        return ~_compare(column, NEGATIONS[operator], operand, name)
     try:
-        if operator in ("$in", "$nin"):
-            found = np.zeros(len(column), dtype=bool)
-            for value in operand:
-                found |= _to_mask(pc.equal(column, value), missing=False)
-            return ~found if operator == "$nin" else found
-        return _to_mask(getattr(pc, COMPARISONS[operator])(column, operand), missing=operator == "$ne")
+        if operator == "$in":
+            masks = [_to_mask(pc.equal(column, value)) for value in operand]
+            return np.logical_or.reduce([np.zeros(len(column), dtype=bool), *masks])
+        return _to_mask(getattr(pc, COMPARISONS[operator])(column, operand))
     except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's exceptions are of these types
         raise TypeError(
             f"`where[{name!r}]` must be comparable with the column, which is {column.type}, got {operand!r}. Compare "
@@ -191,8 +168,8 @@ def _compare(column, operator: str, operand, name: str) -> np.ndarray:
         ) from error
 
 
-def _to_mask(compared, missing: bool) -> np.ndarray:
-    return pc.fill_null(compared, missing).to_numpy(zero_copy_only=False) if len(compared) else np.zeros(0, dtype=bool)
+def _to_mask(compared) -> np.ndarray:
+    return pc.fill_null(compared, False).to_numpy(zero_copy_only=False) if len(compared) else np.zeros(0, dtype=bool)
 
 
 def allowed_rows(snapshot: Snapshot, where: Mapping | None) -> np.ndarray | None:
@@ -200,8 +177,8 @@ def allowed_rows(snapshot: Snapshot, where: Mapping | None) -> np.ndarray | None
     allowed = None if snapshot.n_live == snapshot.n_rows else snapshot.live
     if where is None:
         return allowed
-    masks = [rows_where(segment.table, where) for segment in snapshot.segments]
-    met = np.concatenate(masks) if masks else np.zeros(0, dtype=bool)
+    masks = (rows_where(segment.table, where) for segment in snapshot.segments)
+    met = np.concatenate([np.zeros(0, dtype=bool), *masks])
     return met if allowed is None else met & allowed
 
 
@@ -211,9 +188,8 @@ def allowed_rows(snapshot: Snapshot, where: Mapping | None) -> np.ndarray | None
 class SearchState:
     """What all views of an open corpus share: the newest snapshot and its indexes, each made once.
 
-    Args:
-        make_index: `(snapshot, memory_size, progress=, previous=) -> index`, see `VectorIndex`.
-        always: make an index also for a corpus that is small enough to be compared row by row.
+    `make_index` takes snapshot, memory_size, progress= and previous=, see `VectorIndex`. With `always` even a corpus
+    that is small enough to be compared row by row has an index.
     """
 
     def __init__(self, make_index: Callable, always: bool):
@@ -226,10 +202,8 @@ class SearchState:
 
     def show(self, snapshot: Snapshot) -> None:
         """Make a snapshot the newest, with the indexes that the last one had; to be called with the lock held."""
-        indexes = {}
-        for k, index in self.indexes.items():
-            if self.is_indexed(snapshot):
-                indexes[k] = self._make(snapshot, k, previous=index)
+        known = self.indexes if self.is_indexed(snapshot) else {}
+        indexes = {k: self._make(snapshot, k, previous=index) for k, index in known.items()}
         self.snapshot, self.indexes = snapshot, indexes
 
     def is_indexed(self, snapshot: Snapshot) -> bool:
@@ -277,25 +251,14 @@ def fuse_words(
     query_memory: torch.Tensor,
     ranked: Ranked,
     found: Sequence[tuple[np.ndarray, np.ndarray]],
-    fusion: str,
+    hybrid: bool | str,
 ) -> Ranked:
-    """Both orders, of memories and of words, as one.
-
-    Args:
-        snapshot: that is searched.
-        query_memory: (questions, k, H) float32.
-        ranked: what the memories found.
-        found: what the words found, see `LexicalIndex.shortlist`.
-        fusion: see `fuse`.
-    """
-    rows = np.full((len(found), max([1, *(len(mine) for mine, _ in found)])), -1, dtype=np.int64)
-    for question, (mine, _) in enumerate(found):
-        rows[question, : len(mine)] = mine
-    cosines = exact_cosines(snapshot, query_memory, rows)
+    """One order of `ranked`, which the memories found, and of `found`, which `LexicalIndex.shortlist` gave."""
+    fusion = hybrid if hybrid in FUSIONS else FUSIONS[0]
+    cosines = exact_cosines(snapshot, query_memory, [rows for rows, _ in found])
     fused = []
     for by_memory, by_words, lexical_cosines in zip(ranked, found, cosines, strict=True):
-        best = {snapshot.first_row(row): (row, score) for row, score in lexical_cosines}
-        best |= {snapshot.first_row(row): (row, score) for row, score in by_memory}
+        best = {snapshot.first_row(row): (row, score) for row, score in [*lexical_cosines, *by_memory]}
         words = {}
         for row, score in zip(*by_words, strict=True):  # the best chunk of a document comes first
             words.setdefault(snapshot.first_row(int(row)), float(score))

@@ -3,9 +3,8 @@
 Segments are never changed, only replaced; every byte of them can be made again.
 """
 
-import bisect
 import hashlib
-import json
+import itertools
 import logging
 import mmap
 import os
@@ -28,12 +27,12 @@ from .manifest_clara import (
     pa,
     read_batches,
 )
-from .storage_clara import write_json
+from .storage_clara import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 64 * 2**20  # of decoded memories at a time
-# Segments behind the first one, and their share of its rows, above which they are made one. A change of the corpus
+# Segments after the first one, and their share of its rows, above which they are made one. A change of the corpus
 # leaves more of them, because it must be quick.
 WHEN_OPENED, WHEN_CHANGED = (8, 0.2), (64, 1.0)
 SEGMENT_FILE = "segment.json"
@@ -47,79 +46,61 @@ class Segment:
     """The rows of consecutive shards.
 
     Args:
-        folder: that `derive_segment` wrote.
+        folder: that `derive_segment` wrote; its name is the `key`.
 
     Raises:
         OSError, ValueError, KeyError: it is not complete.
     """
 
     def __init__(self, folder: Path):
-        self.folder = Path(folder)
-        description = json.loads((self.folder / SEGMENT_FILE).read_text(encoding="utf-8"))
+        self.folder, self.key = Path(folder), folder.name
+        description = read_json(self.folder / SEGMENT_FILE)
         self.shards: list[dict] = description["shards"]
         self.row_bytes: int = description["row_bytes"]
         self.codec_states: list[str] = [state for state, _ in description["codec_states"]]
-        starts = [n_rows for _, n_rows in description["codec_states"]]
-        self.state_starts = np.cumsum([0, *starts])  # the rows at which a codec state begins
+        # the rows at which a codec state begins
+        self.state_starts = np.cumsum([0, *(n_rows for _, n_rows in description["codec_states"])])
         with pa.memory_map(str(self.folder / TABLE_FILE)) as source:
             self.table = pa.ipc.open_file(source).read_all()
         self.n_rows = len(self.table)
         self.spans = self.table["span"].to_numpy()
-        self.chunk_starts = np.cumsum([0, *(len(chunk) for chunk in self.table["span"].chunks)]).tolist()
         self.ids = np.load(self.folder / IDS_FILE, mmap_mode="r")
         path = self.folder / ROWS_FILE
         if path.stat().st_size != self.n_rows * self.row_bytes:
             raise ValueError(f"{path} must have {self.n_rows * self.row_bytes} bytes")
-        self._map = None
+        self._map, self._touched = None, 0
         if self.n_rows:
             with open(path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             if hasattr(self._map, "madvise"):
                 self._map.madvise(mmap.MADV_RANDOM)
-        data = np.frombuffer(self._map or b"", np.uint8)
-        self.rows = data.reshape(self.n_rows, self.row_bytes)
-        self._touched = 0
-
-    @property
-    def key(self) -> str:
-        """Name of the folder."""
-        return self.folder.name
+        self.rows = np.frombuffer(self._map or b"", np.uint8).reshape(self.n_rows, self.row_bytes)
 
     def gather(self, rows: np.ndarray, n_bytes: int) -> np.ndarray:
         """(len(rows), n_bytes) uint8: the beginning of the memories of these rows."""
         gathered = self.rows[:, :n_bytes][rows]
-        self._release(len(rows) * max(n_bytes, 64 * 2**10))  # the system maps 64 KiB around a page that it has
-        return gathered
-
-    def _release(self, n_bytes: int) -> None:
-        """Give mapped pages back now and then: they stay in the page cache, but are not this process's memory."""
-        self._touched += n_bytes
+        # Mapped pages are given back now and then: they stay in the page cache, but are not this process's memory.
+        self._touched += len(rows) * max(n_bytes, 64 * 2**10)  # the system maps 64 KiB around a page that it has
         if self._touched > RELEASE_BYTES and hasattr(self._map, "madvise"):
             self._map.madvise(mmap.MADV_DONTNEED)
             self._touched = 0
+        return gathered
 
     def record(self, row: int, columns: Sequence[str]) -> dict:
         """Values of one row."""
-        chunk = bisect.bisect_right(self.chunk_starts, row) - 1
-        place = row - self.chunk_starts[chunk]
-        return {name: self.table[name].chunk(chunk)[place].as_py() for name in columns}
+        return {name: self.table[name][row].as_py() for name in columns}
 
-    def find(self, document_id: str) -> list[int]:
-        """First rows of documents with this id, deleted ones included."""
-        key = id_hash(document_id)
-        first = np.searchsorted(self.ids["hash"], key, side="left")
-        last = np.searchsorted(self.ids["hash"], key, side="right")
-        rows = [int(row) for row in self.ids["row"][first:last]]
-        return sorted(row for row in rows if self.record(row, ["document_id"])["document_id"] == document_id)
-
-    def n_spans(self, first_row: int) -> int:
-        """Spans of the document that begins at this row."""
-        following = self.spans[first_row + 1 : first_row + 1 + 1024]
-        starts = np.flatnonzero(following == 0)
-        if len(starts):
-            return int(starts[0]) + 1
-        rest = np.flatnonzero(self.spans[first_row + 1 :] == 0)
-        return int(rest[0]) + 1 if len(rest) else self.n_rows - first_row
+    def find(self, document_id: str) -> list[range]:
+        """The rows of documents with this id, deleted ones included."""
+        key, found = id_hash(document_id), []
+        first, last = (np.searchsorted(self.ids["hash"], key, side) for side in ("left", "right"))
+        for row in self.ids["row"][first:last].tolist():
+            if self.table["document_id"][row].as_py() == document_id:
+                end = row + 1
+                while end < self.n_rows and self.spans[end]:
+                    end += 1
+                found.append(range(row, end))
+        return found
 
 
 def id_hash(document_id: str) -> np.uint64:
@@ -138,25 +119,15 @@ def id_table(table: "pa.Table") -> np.ndarray:
     return ids[np.lexsort((ids["row"], ids["hash"]))]
 
 
-def segment_key(shards: Sequence[Shard]) -> str:
-    """The folder name of a segment of these shards."""
-    return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()[:16]
-
-
-def derive_segment(corpus: Path, shards: Sequence[Shard], row_bytes: int, target: Path, progress=None) -> Segment:
-    """Check the shards of a segment and write its files, batch by batch.
-
-    Args:
-        corpus: folder of the corpus.
-        shards: consecutive, in order.
-        row_bytes: of the codec.
-        target: folder of all segments.
-        progress: called with the number of rows after every batch.
+def derive_segment(
+    corpus: Path, shards: Sequence[Shard], row_bytes: int, target: Path, progress: Callable[[int], None]
+) -> Segment:
+    """Check consecutive shards of a corpus and write their segment into the folder of all segments, batch by batch.
 
     Raises:
         FileNotFoundError, ValueError: a shard is missing, damaged or does not fit, naming it.
     """
-    folder = target / segment_key(shards)
+    folder = target / hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()[:16]
     partial = target / f".{folder.name}.{os.getpid()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -168,30 +139,23 @@ def derive_segment(corpus: Path, shards: Sequence[Shard], row_bytes: int, target
                 for batch in read_batches(corpus, shard):
                     place = f"the shard {shard.file}"
                     rows_file.write(memory_rows(batch["memory"], row_bytes, place).data)
-                    missing = set() if schema is None else set(schema.names) - set(batch.schema.names)
-                    if missing:
-                        raise ValueError(f"{place} lacks the columns {sorted(missing)}. Copy or download it again.")
                     if writer is None:
                         columns = ["document_id", "span", "title", "text", "n_tokens", *metadata_types(batch.schema)]
                         schema = pa.schema([batch.schema.field(name) for name in columns])
                         writer = pa.ipc.new_file(table_file, schema)
+                    if missing := set(schema.names) - set(batch.schema.names):
+                        raise ValueError(f"{place} lacks the columns {sorted(missing)}. Copy or download it again.")
                     writer.write_batch(batch.select(schema.names).cast(schema))
-                    if progress is not None:
-                        progress(len(batch))
+                    progress(len(batch))
             if writer is not None:
                 writer.close()
         with pa.memory_map(str(partial / TABLE_FILE)) as source:
             np.save(partial / IDS_FILE, id_table(pa.ipc.open_file(source).read_all()))
-        states = []
-        for shard in shards:
-            if states and states[-1][0] == shard.codec_state:
-                states[-1][1] += shard.n_spans
-            else:
-                states.append([shard.codec_state, shard.n_spans])
+        states = itertools.groupby(shards, key=lambda shard: shard.codec_state)
         description = {
-            "shards": [shard_stamp(corpus, shard) for shard in shards],
+            "shards": [shard_stamp(corpus, shard.file, shard.sha256) for shard in shards],
             "row_bytes": row_bytes,
-            "codec_states": states,
+            "codec_states": [[state, sum(shard.n_spans for shard in group)] for state, group in states],
         }
         write_json(partial / SEGMENT_FILE, description)
         shutil.rmtree(folder, ignore_errors=True)
@@ -201,27 +165,17 @@ def derive_segment(corpus: Path, shards: Sequence[Shard], row_bytes: int, target
     return Segment(folder)
 
 
-def shard_stamp(corpus: Path, shard: Shard) -> dict:
+def shard_stamp(corpus: Path, file: str, sha256: str) -> dict:
     """What tells that a shard has not been touched since it was checked."""
-    status = (Path(corpus) / shard.file).stat()
-    return {"file": shard.file, "sha256": shard.sha256, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-
-
-def has_changed(corpus: Path, stamp: dict) -> bool:
-    """Whether a shard's file is another one than when its segment was made."""
-    try:
-        status = (Path(corpus) / stamp["file"]).stat()
-    except OSError:
-        return True
-    return (status.st_size, status.st_mtime_ns) != (stamp["size"], stamp["mtime_ns"])
+    status = (corpus / file).stat()
+    return {"file": file, "sha256": sha256, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 class Snapshot:
     """What a corpus consisted of when corpus.json was read.
 
     Args:
-        folder: of the corpus.
-        index_folder: for derived files.
+        folder, index_folder: of the corpus, and for derived files.
         manifest: as read.
         previous: a snapshot whose segments may be used again.
         limits: of scattered segments, see `WHEN_OPENED`.
@@ -237,9 +191,9 @@ class Snapshot:
         index_folder: Path,
         manifest: Manifest,
         *,
-        previous: "Snapshot | None" = None,
-        limits: tuple[int, float] = WHEN_OPENED,
-        progress: Callable[[int], None] | None = None,
+        previous: "Snapshot | None",
+        limits: tuple[int, float],
+        progress: Callable[[int], None],
     ):
         self.folder, self.index_folder, self.manifest = folder, index_folder, manifest
         self.codecs = load_codecs(folder, manifest)
@@ -248,11 +202,9 @@ class Snapshot:
         self.segments = open_segments(folder, index_folder, manifest, self.codec.row_bytes, opened, limits, progress)
         self.starts = np.cumsum([0, *(segment.n_rows for segment in self.segments)])
         self.n_rows = int(self.starts[-1])
-        masks = [live_mask(shard) for shard in manifest.shards]
-        self.live = np.concatenate(masks) if masks else np.zeros(0, dtype=bool)
+        self.live = np.concatenate([np.zeros(0, dtype=bool), *map(live_mask, manifest.shards)])
         self.n_live = int(self.live.sum())
-        spans = [segment.spans for segment in self.segments]
-        self.spans = np.concatenate(spans) if spans else np.zeros(0, dtype=np.int32)
+        self.spans = np.concatenate([np.zeros(0, dtype=np.int32), *(segment.spans for segment in self.segments)])
 
     # --- memories ----------------------------------------------------------------------------------------------------
 
@@ -298,12 +250,11 @@ class Snapshot:
         return segment.record(place, columns)
 
     def find(self, document_id: str) -> range | None:
-        """The rows of a document, or None where there is none or it was deleted."""
-        for segment, start in zip(self.segments, self.starts, strict=False):
-            for row in segment.find(document_id):
-                if self.live[start + row]:
-                    first = int(start + row)
-                    return range(first, first + segment.n_spans(row))
+        """The rows of a document, or None if there is none or it was deleted."""
+        for segment, start in zip(self.segments, self.starts.tolist(), strict=False):
+            for rows in segment.find(document_id):
+                if self.live[start + rows.start]:
+                    return range(start + rows.start, start + rows.stop)
         return None
 
     def first_row(self, row: int) -> int:
@@ -312,10 +263,9 @@ class Snapshot:
 
     def shard_rows(self, rows: range) -> tuple[int, range]:
         """The number of the shard that holds a document, and the document's rows in it."""
-        ends = np.cumsum([shard.n_spans for shard in self.manifest.shards])
-        number = int(np.searchsorted(ends, rows.start, side="right"))
-        offset = int(ends[number]) - self.manifest.shards[number].n_spans
-        return number, range(rows.start - offset, rows.stop - offset)
+        starts = np.cumsum([0, *(shard.n_spans for shard in self.manifest.shards)])
+        number = int(np.searchsorted(starts, rows.start, side="right")) - 1
+        return number, range(rows.start - int(starts[number]), rows.stop - int(starts[number]))
 
 
 def open_segments(
@@ -325,7 +275,7 @@ def open_segments(
     row_bytes: int,
     opened: dict[str, Segment],
     limits: tuple[int, float],
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], None],
 ) -> list[Segment]:
     """Segments that cover the shards in order: those that are there, the others derived now."""
     target, shards = index_folder / "segments", manifest.shards
@@ -355,11 +305,12 @@ def _known_segments(folder: Path, target: Path, opened: dict[str, Segment]) -> d
     for path in target.glob("[0-9a-f]*"):
         try:
             segment = opened.get(path.name) or Segment(path)
+            stamps = [shard_stamp(folder, shard["file"], shard["sha256"]) for shard in segment.shards]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
             logger.debug("the segment %s is derived again: %s", path, error)
             continue
-        if segment.shards and not any(has_changed(folder, stamp) for stamp in segment.shards):
-            known.setdefault(segment.shards[0]["sha256"], []).append(segment)
+        if stamps and stamps == segment.shards:
+            known.setdefault(stamps[0]["sha256"], []).append(segment)
     return {first: sorted(found, key=lambda s: len(s.shards), reverse=True) for first, found in known.items()}
 
 

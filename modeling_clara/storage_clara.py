@@ -1,4 +1,4 @@
-"""Writes files atomically, and finds the folders of a corpus: its files, and what is derived from them.
+"""Writes files atomically, and finds the folders of a corpus and of what is derived from it.
 
 It knows nothing of what the files mean.
 """
@@ -13,6 +13,11 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download
 
 PUBLISHED = ["corpus.json", "README.md", "data/*.parquet", "codec/*.safetensors", "rejected.jsonl"]
+
+
+def read_json(path: Path):
+    """The content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -52,12 +57,11 @@ def derived_folder(folder: Path) -> Path:
 
 
 def writable_index_folder(folder: Path) -> Path:
-    """`index/` of a corpus folder; a folder of the cache where that cannot be written."""
-    try:
-        index = derived_folder(folder)
-    except OSError:
-        return cached_index_folder(folder)
-    return index if os.access(index, os.W_OK) else cached_index_folder(folder)
+    """`index/` of a corpus folder; a folder of the cache if that cannot be written."""
+    with contextlib.suppress(OSError):
+        if os.access(index := derived_folder(folder), os.W_OK):
+            return index
+    return cached_index_folder(folder)
 
 
 def cached_index_folder(folder: Path) -> Path:
@@ -74,19 +78,11 @@ def download_corpus(repo_id: str, revision, token, cache_dir, local_files_only: 
     Raises:
         FileNotFoundError: there is no such folder and no such dataset.
     """
+    options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     try:
-        path = snapshot_download(
-            repo_id,
-            repo_type="dataset",
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            allow_patterns=PUBLISHED,
-        )
+        return Path(snapshot_download(repo_id, repo_type="dataset", allow_patterns=PUBLISHED, **options))
     except (OSError, ValueError) as error:  # all of the Hub client's own errors are OSErrors
         raise FileNotFoundError(
             f"`{repo_id}` must be a folder with a compressed corpus or the id of a dataset on the Hub, but could not "
             f"be read: {error} Check the name, the revision and the token."
         ) from error
-    return Path(path)

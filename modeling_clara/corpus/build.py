@@ -14,68 +14,100 @@ from ..text_clara import check_count
 from .card import CARD_FILE
 from .jobs import REJECTED_FILE, Build
 from .pipeline import row_digest
-from .sources import DocumentSource, type_from_name
+from .sources import DocumentSource, infer_types, is_utf8, type_from_name
 from .storage import foreign_files, writer_lock
 
 # What may lie in a folder before its first corpus.json: what a new repo of the Hub has, and with build/ also shards.
 EXPECTED = ("index", REJECTED_FILE, CARD_FILE, ".git", ".gitattributes", ".*.partial")
 
 
-def build_corpus(
+def build(
+    cls,
     model,
     documents,
     path,
     *,
-    codec: str,
-    shard_size: int,
-    resume: bool,
-    memory_size: int | None,
-    batch_size: int,
-    metadata: Mapping[str, str] | None,
-    source: Mapping[str, str] | None,
-    rank: int,
-    world_size: int,
+    codec: str = "int8",
+    shard_size: int = 1024,
+    resume: bool = True,
+    memory_size: int | None = None,
+    batch_size: int = 16,
+    metadata: Mapping[str, str] | None = None,
+    source: Mapping[str, str] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
     **columns,
-) -> str | None:
-    """Do what `CompressedCorpus.build` says, up to opening the corpus.
+):
+    """Compress documents into a corpus folder.
+
+    Killed at any moment, the same call resumes after the last whole shard. Rows that cannot be used are skipped,
+    counted and listed with their reason in rejected.jsonl.
+
+    Args:
+        cls: class of the corpus that is returned.
+        model: `CLaRaForRAG` whose compressor is used.
+        documents: a path, the id of a dataset on the Hub, a `datasets.Dataset` or an iterable of texts or of dicts
+            `{id?, title?, text, ...metadata}`, see `DocumentSource`. A dict's `id` counts before its `document_id`. A
+            `memory` (n, H) is not computed again.
+        path: folder of the corpus.
+        codec: "float16", "int8" or "int4".
+        shard_size: chunks of a shard, and what a killed build loses at most. The codec is fitted on the first 1,024
+            chunks of the first shard.
+        resume: resume where an earlier call stopped; False wants a new folder.
+        memory_size: n that is stored; default the largest.
+        batch_size: documents per pass, see `compress`.
+        metadata: Arrow types of metadata columns; default from the input's schema or its first 1,024 rows.
+        source: `name`, `license` and `language` of the text, for the card.
+        rank: of this process, from 0; it takes every `world_size`-th document.
+        world_size: number of processes that share the work. The last to finish completes the corpus.
+        columns: `text_column`, `title_column`, `id_column`, `split` and `config_name` of `DocumentSource`.
 
     Returns:
-        The model's fingerprint if the corpus is complete; None if other ranks are not finished.
+        The corpus, open; None if other ranks are not finished.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: the input or an argument is wrong, or the folder holds something
+            else: another input, other options, a corpus that was built from other documents.
+        RuntimeError: another process has this rank; it is named.
+        OSError: the disk is full; nothing is lost, and the same call resumes.
     """
     folder = Path(path)
     check_codec(codec)
     check_count(shard_size, "shard_size", "Default: 1024.")
     check_count(batch_size, "batch_size", "Default: 16.")
-    check_rank(rank, world_size)
-    source = {name: _check_source(name, value) for name, value in (source or {}).items()}
+    _check_rank(rank, world_size)
+    metadata, source = dict(metadata or {}), dict(source or {})
+    _check_source(source)
     memory_size = model.config.check_memory_size(memory_size)
-    types = {name: type_from_name(value) for name, value in _check_metadata(metadata).items()}
+    declared = _declared_types(metadata)
     rows = DocumentSource(documents, exclude=folder, **columns)
-    first = hashlib.sha256(b"".join(map(row_digest, rows.peek()))).hexdigest()
     options = {
         "fingerprint": model.fingerprint,
         "codec": codec,
         "shard_size": shard_size,
         "memory_size": memory_size,
         "jobs": world_size,
-        "metadata": dict(metadata or {}),
+        "metadata": metadata,
         "columns": {name: value for name, value in columns.items() if value is not None},
         "input": rows.description,
-        "first_rows": first,
+        "first_rows": hashlib.sha256(b"".join(map(row_digest, rows.peek()))).hexdigest(),
     }
     _check_folder(folder, resume)
     folder.mkdir(parents=True, exist_ok=True)
-    build = Build(folder, model, options, source, rank, world_size)
-    with writer_lock(folder / BUILD_FOLDER / f"{build.name}.lock", f"rank {rank} of {world_size} of {folder}"):
+    job = Build(folder, model, options, source, rank, world_size)
+    with writer_lock(job.path.with_suffix(".lock"), f"rank {rank} of {world_size} of {folder}"):
         if (folder / MANIFEST_FILE).exists():
-            build.check_finished(rows)
+            job.check_finished(rows)
         else:
-            build.run(rows, types, batch_size)
-    if not build.finish():
+            types = rows.metadata_types()
+            if types is None:  # the input does not tell them
+                types = infer_types([row.document for row in rows.peek() if row.document is not None])
+            job.run(rows, types | declared, batch_size)
+    if not job.finish():
         return None
     # Ignored: a rank that waits for its lock keeps the folder a moment longer, and then removes it.
     shutil.rmtree(folder / BUILD_FOLDER, ignore_errors=True)
-    return options["fingerprint"]
+    return cls.open(folder).attach(model, fingerprint=options["fingerprint"])
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
@@ -93,30 +125,29 @@ def _check_folder(folder: Path, resume: bool) -> None:
         )
 
 
-def _check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
-    """Return `metadata`, or raise a ValueError unless it names types of columns that are not ours."""
-    for name, kind in (metadata or {}).items():
+def _declared_types(metadata: Mapping[str, str]) -> dict:
+    """Arrow types by column; a ValueError unless `metadata` gives such types to columns that are not ours."""
+    for name, kind in metadata.items():
         if not isinstance(name, str) or name in RESERVED_COLUMNS or not isinstance(kind, str):
             raise ValueError(
                 f"`metadata` must give Arrow types by name to columns other than {', '.join(RESERVED_COLUMNS)}, got "
                 f"{name!r}: {kind!r}. Example: {{'year': 'int64'}}."
             )
-    return dict(metadata or {})
+    return {name: type_from_name(kind) for name, kind in metadata.items()}
 
 
-def _check_source(name: str, value) -> str:
-    """Return a field of `source`, or raise a ValueError unless it is a known one with text for the card."""
-    is_text = isinstance(value, str) and value.encode("utf-8", "replace").decode() == value
-    if name not in ("name", "license", "language") or not is_text:
-        raise ValueError(
-            f"`source` must have the texts name, license and language, got {name!r}: {value!r}. Correct it."
-        )
-    return value
+def _check_source(source: Mapping[str, str]) -> None:
+    """Raise a ValueError unless these are known fields with text for the card."""
+    for name, value in source.items():
+        is_text = isinstance(value, str) and is_utf8(value)
+        if name not in ("name", "license", "language") or not is_text:
+            raise ValueError(
+                f"`source` must have the texts name, license and language, got {name!r}: {value!r}. Correct it."
+            )
 
 
-def check_rank(rank, world_size) -> None:
-    """Raise a ValueError unless 0 <= rank < world_size."""
-    if not all(type(value) is int for value in (rank, world_size)) or not 0 <= rank < world_size:
+def _check_rank(rank, world_size) -> None:
+    if type(rank) is not int or type(world_size) is not int or not 0 <= rank < world_size:
         raise ValueError(
             f"`rank` must be an int from 0 to `world_size` - 1, got {rank!r} of {world_size!r}. Example: rank=0, "
             "world_size=4, the first of four."

@@ -20,7 +20,8 @@ BODY = """{begin}
 
 # {name}
 
-{n_documents:,} documents in {n_spans:,} spans, each compressed into {memory_size} memory tokens of {hidden_size}
+{m.n_documents:,} documents in {m.n_spans:,} spans, each compressed into {m.memory_size} memory tokens of \
+{m.hidden_size}
 values by the compressor of a CLaRa model ([arXiv 2511.18659](https://arxiv.org/abs/2511.18659)). A question is
 compared with the memories and answered from them; the text is for people.
 
@@ -33,16 +34,16 @@ model.answer(["..."], corpus=corpus)
 | | |
 | --- | --- |
 | compressor | {compressor} |
-| fingerprint | `{fingerprint}` |
-| spans | at most {document_max_length} tokens with the title, overlap {document_overlap} |
-| memory | {memory_size} x {hidden_size}; also usable as {memory_sizes} |
-| codec | {codec}, {bytes_per_span:,.0f} bytes a span |
+| fingerprint | `{m.fingerprint:.16}` |
+| spans | at most {m.document_max_length} tokens with the title, overlap {m.document_overlap} |
+| memory | {m.memory_size} x {m.hidden_size}; also usable as {memory_sizes} |
+| codec | {m.codec}, {bytes_per_span:,.0f} bytes a span |
 | files | {n_shards} Parquet shards, {megabytes:,.1f} MB |
 | text | {text} |
 | metadata columns | {metadata} |
 | rows left out | {rejected} |
 
-The column `memory` holds the memory of a span, encoded with {codec}; `corpus.json` names every shard with its
+The column `memory` holds the memory of a span, encoded with {m.codec}; `corpus.json` names every shard with its
 checksum.
 {loss}
 {end}
@@ -86,7 +87,7 @@ def _split(text: str) -> tuple[dict, str]:
 
 
 def _own_text(text: str) -> tuple[str, str]:
-    """What a user wrote before and behind the marks."""
+    """What a user wrote before and after the marks."""
     before, mark, rest = text.partition(BEGIN)
     if mark:
         return before, rest.partition(END)[2].removeprefix("\n")
@@ -106,10 +107,7 @@ def _ours(manifest: Manifest) -> dict:
             "codec": manifest.codec,
         },
     }
-    for name in ("license", "language"):
-        if manifest.source.get(name):
-            metadata[name] = manifest.source[name]
-    return metadata
+    return metadata | {name: manifest.source[name] for name in ("license", "language") if manifest.source.get(name)}
 
 
 def render(manifest: Manifest) -> str:
@@ -122,20 +120,13 @@ def render(manifest: Manifest) -> str:
     source = manifest.source
     text = ", ".join(filter(None, [source.get("name"), source.get("license"), source.get("language")]))
     return BODY.format(
+        m=manifest,
         begin=BEGIN,
         end=END,
         name=source.get("name") or "A compressed corpus",
         load=(FROM_HUB if revision else FROM_FOLDER).format(name=name or "the model that made it"),
         compressor=compressor,
-        fingerprint=manifest.fingerprint[:16],
-        n_documents=manifest.n_documents,
-        n_spans=manifest.n_spans,
-        memory_size=manifest.memory_size,
-        hidden_size=manifest.hidden_size,
         memory_sizes=" or ".join(map(str, manifest.memory_sizes)),
-        document_max_length=manifest.document_max_length,
-        document_overlap=manifest.document_overlap,
-        codec=manifest.codec,
         bytes_per_span=n_bytes / spans if spans else 0,
         n_shards=len(manifest.shards),
         megabytes=n_bytes / 1e6,

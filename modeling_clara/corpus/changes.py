@@ -7,7 +7,7 @@ between, the corpus is as it was. Readers keep the snapshot that they have.
 import base64
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 
@@ -18,32 +18,64 @@ from ..snapshot_clara import WHEN_CHANGED
 from ..text_clara import check_count, check_id, check_list
 from .card import write_card
 from .jobs import REJECTED_FILE
-from .pipeline import ShardPipeline, ShardResult
+from .pipeline import ShardDraft, ShardPipeline
 from .shards import count_live, delete_rows, remove_unreferenced, write_manifest
 from .sources import DocumentSource, InputRow
 from .storage import append_lines, corpus_lock, read_lines, write_lines
 
 
-@dataclass(frozen=True)
+@dataclass
 class Changes:
     """What a change did.
 
     Attributes:
-        n_documents, n_spans: added or put in place of earlier ones.
+        n_documents, n_spans: added or put in place of earlier ones; spans are chunks.
         rejected: `{row, place, id, reason}` of the rows that were skipped; they also stand in rejected.jsonl.
     """
 
-    n_documents: int
-    n_spans: int
+    n_documents: int = 0
+    n_spans: int = 0
     rejected: list[dict] = field(default_factory=list)
 
 
-def append(corpus, documents, *, shard_size: int, batch_size: int, is_update: bool, **columns) -> Changes:
-    rows = DocumentSource(documents, **columns)
+def add(corpus, documents, *, shard_size: int = 1024, batch_size: int = 16, **columns) -> Changes:
+    """Compress further documents and append them.
+
+    They are found by the next search of this object. Each shard becomes part of the corpus as soon as it is written: a
+    call that is killed has added its first documents or none, and none twice.
+
+    Args:
+        corpus: that is changed.
+        documents: as in `build`. Those that bring their `memory` (n, H) need no model.
+        shard_size: chunks of a shard.
+        batch_size: documents per pass.
+        columns: of `DocumentSource`.
+
+    Returns:
+        What was added, and which rows were not: an id that is there already is one of the reasons.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: the input is wrong, or there is no model.
+        RuntimeError: another process writes to the corpus; it is named.
+    """
+    return _append(corpus, DocumentSource(documents, **columns), shard_size, batch_size, is_update=False)
+
+
+def update(corpus, documents, *, shard_size: int = 1024, batch_size: int = 16, **columns) -> Changes:
+    """Replace the documents that have the same ids; arguments as in `add`.
+
+    Returns:
+        What was replaced, and which rows were not: an id that is not there is one of the reasons.
+    """
+    return _append(corpus, DocumentSource(documents, **columns), shard_size, batch_size, is_update=True)
+
+
+def _append(corpus, rows: DocumentSource, shard_size: int, batch_size: int, is_update: bool) -> Changes:
     check_count(shard_size, "shard_size", "Default: 1024.")
     check_count(batch_size, "batch_size", "Default: 16.")
     if corpus.model is not None:
         corpus.check_model(corpus.model)
+    changes = Changes()
     with writing(corpus) as manifest:
         snapshot = corpus.snapshot
         given: set[str] = set()
@@ -59,19 +91,20 @@ def append(corpus, documents, *, shard_size: int, batch_size: int, is_update: bo
             given.add(document_id)
             return None
 
-        numbers = itertools.count(sum(shard.n_documents for shard in manifest.shards))
+        numbers = map(str, itertools.count(sum(shard.n_documents for shard in manifest.shards)))
 
         def new_id(row: InputRow) -> str:
-            return next(name for name in map(str, numbers) if name not in given and snapshot.find(name) is None)
+            return next(name for name in numbers if name not in given and snapshot.find(name) is None)
 
-        codecs = [codec for codec in corpus.snapshot.codecs.values() if codec.is_fitted]
+        fitted = [codec for codec in snapshot.codecs.values() if codec.is_fitted]
+        schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(manifest.metadata_schema)))
         pipeline = ShardPipeline(
             corpus.folder,
             corpus.model,
-            codec=codecs[-1] if codecs else manifest.codec,
+            codec=fitted[-1] if fitted else manifest.codec,
             memory_size=manifest.memory_size,
             hidden_size=manifest.hidden_size,
-            types=_metadata_types(corpus.manifest),
+            types={column.name: column.type for column in schema},
             refusal=refusal,
             forget=given.discard,
             new_id=new_id,
@@ -80,20 +113,31 @@ def append(corpus, documents, *, shard_size: int, batch_size: int, is_update: bo
             prefix=f"{manifest.generation + 1:05d}",
         )
         wanted = _with_remedy(rows, corpus.model is not None, is_update)
-        n_documents = n_spans = 0
-        rejected: list[dict] = []
-        with tqdm(total=rows.length, desc="compressing", unit=" documents", delay=2) as bar:
-            for result in pipeline.run(_counted(wanted, bar.update)):
+        with tqdm(wanted, total=rows.length, desc="compressing", unit=" documents", delay=2) as counted:
+            for result in pipeline.run(iter(counted)):
                 _commit_result(corpus, manifest, result, pipeline, is_update)
-                rejected += result.rejected
+                changes.rejected += result.rejected
                 if result.shard is not None:
-                    n_documents += result.shard.n_documents
-                    n_spans += result.shard.n_spans
-    return Changes(n_documents, n_spans, rejected)
+                    changes.n_documents += result.shard.n_documents
+                    changes.n_spans += result.shard.n_spans
+    return changes
 
 
 def delete(corpus, ids: Sequence[str]) -> int:
-    """Do what `CompressedCorpus.delete` says."""
+    """Delete documents.
+
+    Their rows are only marked; `compact` takes them out of the files, as publishing does.
+
+    Args:
+        corpus: that is changed.
+        ids: of documents of the corpus, each once.
+
+    Returns:
+        Their number.
+
+    Raises:
+        KeyError: an id that is not there. Nothing is deleted then.
+    """
     ids = [check_id(name) for name in check_list(ids, "ids")]
     if len(set(ids)) != len(ids):
         raise ValueError("`ids` must be different, got one twice. Remove the second.")
@@ -111,7 +155,13 @@ def delete(corpus, ids: Sequence[str]) -> int:
 
 
 def record_measurement(corpus, measured: dict) -> None:
-    """Do what `CompressedCorpus.record_measurement` says."""
+    """Write what a codec costs into corpus.json and the card.
+
+    Args:
+        corpus: that was measured.
+        measured: `data`, `questions` and `codecs`: for each codec `bytes` and any of `recall@5`, `f1`, `em`,
+            `containment`.
+    """
     with writing(corpus) as manifest:
         manifest.measured = measured
         commit(corpus, manifest)
@@ -163,27 +213,16 @@ def _with_remedy(rows: Iterable[InputRow], has_model: bool, is_update: bool) -> 
         yield row
 
 
-def _commit_result(corpus, manifest: Manifest, result: ShardResult, pipeline: ShardPipeline, is_update: bool) -> None:
+def _commit_result(corpus, manifest: Manifest, result: ShardDraft, pipeline: ShardPipeline, is_update: bool) -> None:
     """Make one shard part of the corpus, and what it replaces no part of it, at once."""
     append_lines(corpus.folder / REJECTED_FILE, result.rejected)
     manifest.n_rejected += len(result.rejected)
     if result.shard is not None:
         if is_update:
-            for document_id in result.document_ids:
+            for document_id in result.documents:
                 number, rows = corpus.snapshot.shard_rows(corpus.snapshot.find(document_id))
                 delete_rows(manifest.shards[number], rows)
         manifest.codec_states |= pipeline.codec_states
         manifest.shards.append(result.shard)
     if result.shard is not None or result.rejected:
         commit(corpus, manifest)
-
-
-def _metadata_types(manifest: Manifest) -> "dict[str, pa.DataType]":
-    schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(manifest.metadata_schema)))
-    return {column.name: column.type for column in schema}
-
-
-def _counted(rows: Iterable[InputRow], count: Callable[[int], object]) -> Iterator[InputRow]:
-    for row in rows:
-        count(1)
-        yield row

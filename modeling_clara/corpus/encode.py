@@ -18,12 +18,7 @@ PRIOR_ROWS = 8  # the common spread counts as much as this many memories, so tha
 
 
 def fit_codec(name: str, memory: torch.Tensor) -> Codec:
-    """A codec whose state comes from a sample.
-
-    Args:
-        name: one of `CODECS`.
-        memory: (rows, n, H) floating point, at least one row.
-    """
+    """The codec of this name, with its state from a sample of (rows, n, H) memories, at least one."""
     check_codec(name)
     _, n, hidden = memory.shape
     if name == "float16":
@@ -41,18 +36,7 @@ def fit_codec(name: str, memory: torch.Tensor) -> Codec:
 
 
 def encode(codec: Codec, memory: torch.Tensor) -> np.ndarray:
-    """Rows of bytes.
-
-    Args:
-        codec: fitted.
-        memory: (rows, n, H) floating point.
-
-    Returns:
-        (rows, row_bytes) uint8
-
-    Raises:
-        ValueError: naming the row that is not finite or beyond 65,504.
-    """
+    """(rows, row_bytes) uint8 of (rows, n, H) memories; a ValueError names one that is not finite or does not fit."""
     codec.check_fitted()
     memory = memory.detach().float().cpu()
     if memory.shape[1:] != (codec.memory_size, codec.hidden_size):
@@ -67,7 +51,12 @@ def encode(codec: Codec, memory: torch.Tensor) -> np.ndarray:
             f"memory {int(broken[0])} must be finite and fit into {codec.name}, got a value that is {limit}. Train "
             "the compressor longer or take another codec."
         )
-    return ENCODERS[codec.name](codec, memory).reshape(len(memory), codec.row_bytes)
+    if codec.name == "float16":
+        parts = [memory.half().numpy().view(np.uint8)]
+    else:
+        values = (memory - codec.state["mean"]) / codec.state["weight"]
+        parts = _round_to_int8(values) if codec.name == "int8" else _int4_parts(values, codec.state["outliers"])
+    return np.concatenate(parts, axis=-1).reshape(len(memory), codec.row_bytes)
 
 
 def fits(codec: Codec, memory: torch.Tensor) -> torch.Tensor:
@@ -79,34 +68,22 @@ def fits(codec: Codec, memory: torch.Tensor) -> torch.Tensor:
     return (memory.abs() <= largest).flatten(1).all(-1)  # False for NaN
 
 
-def _encode_float16(codec: Codec, memory: torch.Tensor) -> np.ndarray:
-    return memory.half().numpy().view(np.uint8)
-
-
-def _encode_int8(codec: Codec, memory: torch.Tensor) -> np.ndarray:
-    scale, codes = _round_to_int8((memory - codec.state["mean"]) / codec.state["weight"])
-    return np.concatenate([scale, codes], axis=-1)
-
-
-def _encode_int4(codec: Codec, memory: torch.Tensor) -> np.ndarray:
-    values = (memory - codec.state["mean"]) / codec.state["weight"]
-    outliers, half = codec.state["outliers"], codec.hidden_size // 2
+def _int4_parts(values: torch.Tensor, outliers: torch.Tensor) -> list[np.ndarray]:
+    """Bytes of (rows, n, H) standardised values: both scales, the outliers with 8 bits, all others with 4."""
+    half = values.shape[-1] // 2
     fine_scale, fine = _round_to_int8(values[..., outliers])
-    rest = torch.ones(codec.hidden_size, dtype=torch.bool)
+    rest = torch.ones(values.shape[-1], dtype=torch.bool)
     rest[outliers] = False
     ordinary = values[..., rest]
     step = (ordinary.square().mean(-1, keepdim=True).sqrt() * INT4_STEP).clamp_min(1e-30)
     levels = (ordinary / step).round().clamp(-8, 7)
-    # the scale that fits these levels best, in place of the one that chose them
+    # the scale that fits these levels best, instead of the one that chose them
     scale = (ordinary * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True).clamp_min(1)
     codes = torch.zeros(values.shape, dtype=torch.int8)
     codes[..., rest] = levels.to(torch.int8)
     packed = ((codes[..., :half] & 15) | (codes[..., half:] << 4)).numpy().view(np.uint8)
     padding = np.zeros((*packed.shape[:-1], len(outliers) % 2), np.uint8)
-    return np.concatenate([_half_bytes(scale), fine_scale, fine, padding, packed], axis=-1)
-
-
-ENCODERS = {"float16": _encode_float16, "int8": _encode_int8, "int4": _encode_int4}
+    return [_half_bytes(scale), fine_scale, fine, padding, packed]
 
 
 def _round_to_int8(values: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -11,11 +11,9 @@ from ..snapshot_clara import id_hash
 
 
 class SeenIds:
-    """The ids of documents, in 16 bytes each once their shard is written.
+    """The ids of documents, in 16 bytes each once their shard is written: 64 bits of a hash, and the shard's number.
 
-    Ids of shards that are not written yet are held as they are. Of the others the set has 64 bits of a hash and the
-    number of the shard: if a hash is there already, the ids of that shard are read, so that two ids of one hash are
-    two ids.
+    If a hash is there already, the ids of that shard are read. Ids whose shard is not written yet are held as text.
 
     Args:
         read_ids: the ids of the shard with a number.
@@ -44,15 +42,11 @@ class SeenIds:
             self.recent.setdefault(int(id_hash(text)), []).append(shard)
         if len(self.recent) > max(2**16, len(self.hashes) // 16):
             pairs = [(hashed, number) for hashed, numbers in self.recent.items() for number in numbers]
-            hashes = np.concatenate([self.hashes, np.array([pair[0] for pair in pairs], np.uint64)])
-            shards = np.concatenate([self.shards, np.array([pair[1] for pair in pairs], np.uint32)])
+            hashes, shards = np.array(pairs, np.uint64).T
+            hashes, shards = np.append(self.hashes, hashes), np.append(self.shards, shards.astype(np.uint32))
             order = np.argsort(hashes, kind="stable")
             self.hashes, self.shards, self.recent = hashes[order], shards[order], {}
 
     def _shards_of(self, hashed: np.uint64) -> list[int]:
-        """Numbers of the shards that have an id with this hash."""
-        found, place = list(self.recent.get(int(hashed), ())), int(self.hashes.searchsorted(hashed))
-        while place < len(self.hashes) and self.hashes[place] == hashed:
-            found.append(int(self.shards[place]))
-            place += 1
-        return found
+        first, last = (self.hashes.searchsorted(hashed, side) for side in ("left", "right"))
+        return [*self.recent.get(int(hashed), ()), *self.shards[first:last].tolist()]

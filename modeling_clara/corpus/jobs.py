@@ -5,15 +5,16 @@ Until corpus.json is there, `build/` holds the progress of every rank, so that e
 
 import base64
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 from transformers.utils.logging import tqdm
 
+from ..codecs_clara import Codec
 from ..manifest_clara import (
     BUILD_FOLDER,
     MANIFEST_FILE,
@@ -25,12 +26,12 @@ from ..manifest_clara import (
     pa,
     read_batches,
 )
-from ..storage_clara import write_json
+from ..storage_clara import read_json, write_json
 from .card import write_card
 from .ids import SeenIds
 from .pipeline import ShardPipeline, row_digest
 from .shards import count_live, delete_rows, remove_unreferenced, shard_documents, write_manifest
-from .sources import DocumentSource, InputRow, infer_types
+from .sources import DocumentSource, InputRow
 from .storage import append_lines, corpus_lock, read_lines, write_lines
 
 logger = logging.getLogger(__name__)
@@ -40,53 +41,38 @@ FINISHING_SECONDS = 600.0  # that a rank waits while another one completes the c
 
 
 class Build:
-    """One rank of a build.
-
-    Args:
-        folder: of the corpus.
-        model: whose compressor is used.
-        options: all that must be the same when a build goes on.
-        source: of the text.
-        rank, world_size: this is one of `world_size` processes, the first has rank 0.
-    """
+    """One rank of a build, from 0 to `world_size` - 1; `options` is all that must be the same when it is resumed."""
 
     def __init__(self, folder: Path, model, options: dict, source: dict, rank: int, world_size: int):
         self.folder, self.model, self.options, self.source = folder, model, options, source
         self.rank, self.world_size = rank, world_size
-        self.name = job_name(rank, world_size)
-        self.path = self._progress_path(rank)
-        self.rejected_path = self.path.with_suffix(f".{REJECTED_FILE}")
-
-    def _progress_path(self, number: int) -> Path:
-        return self.folder / BUILD_FOLDER / f"{job_name(number, self.world_size)}.json"
+        names = [f"job-{number:05d}-of-{world_size:05d}.json" for number in range(world_size)]
+        self.paths = [folder / BUILD_FOLDER / name for name in names]  # the progress of every rank
+        self.path = self.paths[rank]
 
     # --- one rank ----------------------------------------------------------------------------------------------------
 
     def run(self, source: DocumentSource, types: dict, batch_size: int) -> None:
-        """Do what is left of this rank.
-
-        Args:
-            source: of the documents.
-            types: Arrow types of metadata columns that were declared; the others follow from the input.
-            batch_size: documents per pass.
-        """
-        types = _all_types(source, types)
+        """Do what is left of this rank; `types` are the Arrow types of the metadata."""
         progress = self._resume()
         if progress["complete"]:
             self._check_input(source, progress["input_sha256"])
             return
+        shards: list[dict] = progress["shards"]
         total = None if source.length is None else len(range(self.rank, source.length, self.world_size))
-        seen = SeenIds(lambda number: shard_documents(self.folder, Shard(**progress["shards"][number]["shard"])))
-        with tqdm(total=total, desc="compressing", unit=" documents", delay=2) as bar:
-            rows = _CountedRows(self._mine(source), bar.update)
-            for number, entry in enumerate(progress["shards"]):
-                rows.skip(entry, self.folder)
+        seen = SeenIds(lambda number: shard_documents(self.folder, Shard(**shards[number]["shard"])))
+        mine, digest = self._mine(source), hashlib.sha256()
+        with tqdm(mine, total=total, desc="compressing", unit=" documents", delay=2) as counted:
+            rows = _hashed(counted, digest)
+            for number, entry in enumerate(shards):
+                _skip(rows, entry, self.folder)
                 if entry["shard"] is not None:
-                    seen.settle(number, shard_documents(self.folder, Shard(**entry["shard"])))
+                    seen.settle(number, seen.read_ids(number))
+            keys = [entry["shard"]["codec_state"] for entry in shards if entry["shard"]]
             pipeline = ShardPipeline(
                 self.folder,
                 self.model,
-                codec=self._codec(progress),
+                codec=self._stored_codec(progress, keys[0]) if keys else self.options["codec"],
                 memory_size=self.options["memory_size"],
                 hidden_size=self.model.config.text_config.hidden_size,
                 types=types,
@@ -98,74 +84,70 @@ class Build:
                 prefix=f"{self.rank:05d}",
             )
             with self.model.bulk_compression():
-                for result in pipeline.run(rows, first_shard=len(progress["shards"])):
-                    append_lines(self.rejected_path, result.rejected)
-                    write_json(rows_path(self.path, len(progress["shards"])), {"rows": result.rows})
+                for result in pipeline.run(rows, first_shard=len(shards)):
+                    append_lines(_rejected_path(self.path), result.rejected)
+                    write_json(
+                        _rows_path(self.path, len(shards)), {"rows": [row.index for row in result.documents.values()]}
+                    )
                     progress["codec_states"] |= pipeline.codec_states
-                    progress["shards"].append(
+                    shards.append(
                         {
                             "shard": asdict(result.shard) if result.shard else None,
                             "next_row": result.next_row,
-                            "input_sha256": result.input_sha256,
+                            "input_sha256": result.digest.hexdigest(),
                             "n_rejected": len(result.rejected),
                         }
                     )
-                    seen.settle(len(progress["shards"]) - 1, result.document_ids)
+                    seen.settle(len(shards) - 1, result.documents)
                     write_json(self.path, progress)
-        progress |= {"complete": True, "input_sha256": rows.digest.hexdigest()}
-        write_json(self.path, progress)
+        write_json(self.path, progress | {"complete": True, "input_sha256": digest.hexdigest()})
 
     def _resume(self) -> dict:
         """What this rank has done. Shards that are gone or damaged are made again, and so are all after them."""
-        others = sorted((self.folder / BUILD_FOLDER).glob("job-*-of-*.json"))
-        for path in [self.path] if self.path.exists() else others[:1]:
-            self._check_options(json.loads(path.read_text(encoding="utf-8"))["options"])
+        begun = [self.path] if self.path.exists() else sorted(self.path.parent.glob("job-*-of-*.json"))
+        if begun:
+            self._check_options(read_json(begun[0])["options"])
         if not self.path.exists():
-            self.rejected_path.unlink(missing_ok=True)
+            _rejected_path(self.path).unlink(missing_ok=True)
             progress = {"options": self.options, "complete": False, "codec_states": {}, "shards": []}
             write_json(self.path, progress)
             return progress
-        progress = json.loads(self.path.read_text(encoding="utf-8"))
+        progress = read_json(self.path)
         for number, entry in enumerate(progress["shards"]):
             try:
                 if entry["shard"] is not None:
                     check_shard(self.folder, Shard(**entry["shard"]))
-                    key = entry["shard"]["codec_state"]
-                    load_codecs(self.folder, self._manifest({key: progress["codec_states"][key]} if key else {}))
+                    self._stored_codec(progress, entry["shard"]["codec_state"])
             except (FileNotFoundError, ValueError) as error:
                 logger.warning("%s It is made again, and so are the shards after it.", error)
                 del progress["shards"][number:]
                 progress["complete"] = False
                 break
         # The lines of a shard that was not recorded come again with it.
-        rejected = read_lines(self.rejected_path)[: sum(entry["n_rejected"] for entry in progress["shards"])]
-        write_lines(self.rejected_path, rejected)
+        rejected = read_lines(_rejected_path(self.path))
+        write_lines(_rejected_path(self.path), rejected[: sum(entry["n_rejected"] for entry in progress["shards"])])
         return progress
 
     def _check_options(self, found: dict) -> None:
-        different = sorted(name for name in self.options if found.get(name) != self.options[name])
-        if different:
-            name = different[0]
-            if name == "first_rows":
-                raise ValueError(
-                    "a build must go on with the input that it began with; its first rows are others than before. "
-                    "Give the same input, or choose another folder."
-                )
+        name = min((name for name in self.options if found.get(name) != self.options[name]), default=None)
+        if name == "first_rows":
+            raise ValueError(
+                "a build must go on with the input that it began with; its first rows are others than before. "
+                "Give the same input, or choose another folder."
+            )
+        if name is not None:
             raise ValueError(
                 f"a build must go on with the input and the options that it began with; `{name}` was "
                 f"{found.get(name)}, got {self.options[name]}. Give the same, or choose another folder."
             )
 
     def _mine(self, rows: Iterable[InputRow]) -> Iterator[InputRow]:
-        return (row for row in rows if row.index % self.world_size == self.rank)
+        return islice(rows, self.rank, None, self.world_size)
 
-    def _codec(self, progress: dict):
-        """The codec of the shards that are there; its name where there are none."""
-        keys = {entry["shard"]["codec_state"] for entry in progress["shards"] if entry["shard"]} - {""}
-        if not keys:
-            return self.options["codec"]
-        manifest = self._manifest({key: progress["codec_states"][key] for key in keys})
-        return load_codecs(self.folder, manifest)[keys.pop()]
+    def _stored_codec(self, progress: dict, key: str) -> Codec:
+        """The codec with a state that a shard of this rank names."""
+        states = {key: progress["codec_states"][key]} if key else {}
+        return load_codecs(self.folder, self._manifest(states))[key]
 
     def check_finished(self, source: DocumentSource) -> None:
         """Raise a ValueError unless the corpus that is there was built from this input with these options."""
@@ -175,10 +157,10 @@ class Build:
 
     def _check_input(self, source: DocumentSource, expected: str) -> None:
         """Raise a ValueError unless the rows of this rank are those that a digest was taken of."""
-        rows = _CountedRows(self._mine(source), lambda n: None)
-        for _ in rows:
+        digest = hashlib.sha256()
+        for _ in _hashed(self._mine(source), digest):
             pass
-        if rows.digest.hexdigest() != expected:
+        if digest.hexdigest() != expected:
             raise ValueError(
                 f"the corpus in {self.folder} was built from other documents than these. Change it with `add`, "
                 "`update` and `delete`, or choose another folder."
@@ -192,27 +174,25 @@ class Build:
         Raises:
             ValueError: no document could be used.
         """
-        paths = [self._progress_path(number) for number in range(self.world_size)]
         with corpus_lock(self.folder, FINISHING_SECONDS):
             if (self.folder / MANIFEST_FILE).exists():
                 return True
-            if not all(path.exists() for path in paths):
+            if not all(path.exists() for path in self.paths):
                 return False
-            jobs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+            jobs = [read_json(path) for path in self.paths]
             if not all(progress["complete"] for progress in jobs):
                 return False
             places = [
-                (rows_path(path, number), Shard(**entry["shard"]))
-                for path, progress in zip(paths, jobs, strict=True)
+                (_rows_path(path, number), Shard(**entry["shard"]))
+                for path, progress in zip(self.paths, jobs, strict=True)
                 for number, entry in enumerate(progress["shards"])
                 if entry["shard"]
             ]
             shards = [shard for _, shard in places]
-            rejected = [row for path in paths for row in read_lines(path.with_suffix(f".{REJECTED_FILE}"))]
+            rejected = [row for path in self.paths for row in read_lines(_rejected_path(path))]
             if self.world_size > 1:
                 rejected += self._delete_duplicates(places)
-            rejected.sort(key=lambda row: row["row"])
-            write_lines(self.folder / REJECTED_FILE, rejected)
+            write_lines(self.folder / REJECTED_FILE, sorted(rejected, key=lambda row: row["row"]))
             if not shards:
                 shutil.rmtree(self.folder / BUILD_FOLDER, ignore_errors=True)
                 raise ValueError(
@@ -226,20 +206,16 @@ class Build:
             manifest.metadata = {name: str(kind) for name, kind in types.items()}
             manifest.metadata_schema = base64.b64encode(pa.schema(list(types.items())).serialize()).decode()
             manifest.build = {**self.options, "input_sha256": [progress["input_sha256"] for progress in jobs]}
-            count_live(manifest)
             remove_unreferenced(self.folder, manifest)
+            count_live(manifest)
             write_card(self.folder, manifest)
             write_manifest(self.folder, manifest)
         return True
 
     def _delete_duplicates(self, places: list[tuple[Path, Shard]]) -> list[dict]:
-        """Delete all but the first row of an id that several ranks have used; ranks do not see each other's.
+        """Delete all but the first row of an id that several ranks have used, and return the rejected rows.
 
-        Args:
-            places: every shard with the file of its input rows.
-
-        Returns:
-            The rejected rows.
+        Ranks do not see each other's ids. `places` has every shard with the file of its input rows.
         """
         doubled, found, rejected = set(), {}, []
         seen = SeenIds(lambda number: shard_documents(self.folder, places[number][1]))
@@ -248,7 +224,7 @@ class Build:
             doubled |= {name for name in names if not seen.add(name)}
             seen.settle(number, names)
         for path, shard in places if doubled else []:
-            numbers = json.loads(path.read_text(encoding="utf-8"))["rows"]
+            numbers = read_json(path)["rows"]
             for (name, rows), number in zip(shard_documents(self.folder, shard).items(), numbers, strict=True):
                 if name in doubled:
                     found.setdefault(name, []).append((number, shard, rows))
@@ -261,7 +237,6 @@ class Build:
 
     def _manifest(self, codec_states: dict[str, str]) -> Manifest:
         config, size = self.model.config, self.options["memory_size"]
-        sizes = [k for k in config.memory_sizes if k <= size]
         return Manifest(
             compressor={
                 "fingerprint": self.options["fingerprint"],
@@ -270,7 +245,7 @@ class Build:
             },
             hidden_size=config.text_config.hidden_size,
             memory_size=size,
-            memory_sizes=sizes,
+            memory_sizes=[k for k in config.memory_sizes if k <= size],
             retrieval_memory_size=min(config.retrieval_memory_size, size),
             document_max_length=config.document_max_length,
             document_overlap=self.model.processor.document_overlap,
@@ -280,54 +255,37 @@ class Build:
         )
 
 
-class _CountedRows:
-    """Rows that are counted on a bar and hashed on their way."""
-
-    def __init__(self, rows: Iterator[InputRow], count):
-        self.rows, self.count, self.digest = rows, count, hashlib.sha256()
-
-    def __iter__(self) -> "_CountedRows":
-        return self
-
-    def __next__(self) -> InputRow:
-        row = next(self.rows)
-        self.digest.update(row_digest(row))
-        self.count(1)
-        return row
-
-    def skip(self, entry: dict, folder: Path) -> None:
-        """Pass the rows of a shard that is there.
-
-        Raises:
-            ValueError: they are other rows than the shard was made of.
-        """
-        digest = hashlib.sha256()
-        first = last = None
-        for row in self:
-            digest.update(row_digest(row))
-            first, last = first or row.place, row.place
-            if row.index + 1 >= entry["next_row"]:
-                break
-        if digest.hexdigest() != entry["input_sha256"]:
-            raise ValueError(
-                f"a build must go on with the input that it began with; the rows from {first} to {last} are others "
-                f"than before. Give the same input, or choose another folder than {folder}."
-            )
+def _hashed(rows: Iterable[InputRow], digest) -> Iterator[InputRow]:
+    """The rows, which a digest takes on their way."""
+    for row in rows:
+        digest.update(row_digest(row))
+        yield row
 
 
-def _all_types(source: DocumentSource, declared: dict) -> dict:
-    """Arrow types of the metadata: the input's, else those of its first rows; what was declared wins."""
-    types = source.metadata_types()
-    if types is None:
-        types = infer_types([row.document for row in source.peek() if row.document is not None])
-    return types | declared
+def _skip(rows: Iterator[InputRow], entry: dict, folder: Path) -> None:
+    """Pass the rows of a shard that is there.
+
+    Raises:
+        ValueError: they are other rows than the shard was made of.
+    """
+    digest, first, last = hashlib.sha256(), None, None
+    for row in rows:
+        digest.update(row_digest(row))
+        first, last = first or row.place, row.place
+        if row.index + 1 >= entry["next_row"]:
+            break
+    if digest.hexdigest() != entry["input_sha256"]:
+        raise ValueError(
+            f"a build must go on with the input that it began with; the rows from {first} to {last} are others than "
+            f"before. Give the same input, or choose another folder than {folder}."
+        )
 
 
-def rows_path(progress: Path, number: int) -> Path:
-    """Where the numbers of the input rows behind a shard of a job stand, for duplicate ids across jobs."""
+def _rejected_path(progress: Path) -> Path:
+    """Where the rejected rows of a rank stand."""
+    return progress.with_suffix(f".{REJECTED_FILE}")
+
+
+def _rows_path(progress: Path, number: int) -> Path:
+    """Where the numbers of the input rows of a rank's shard stand, for ids that several ranks have used."""
     return progress.with_suffix("") / f"{number:06d}.json"
-
-
-def job_name(number: int, n_jobs: int) -> str:
-    """The name of a job's files."""
-    return f"job-{number:05d}-of-{n_jobs:05d}"

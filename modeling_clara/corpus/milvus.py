@@ -4,12 +4,14 @@ Milvus holds the projected vectors and what filters compare. The memories stay i
 ranks the shortlist.
 """
 
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -30,11 +32,7 @@ MILVUS_WORDS = {"and", "or", "not", "in", "like", "true", "false", "is", "null",
 
 
 def import_pymilvus():
-    """The module, imported here: it takes a second, which others shall not wait.
-
-    Raises:
-        ImportError: it is missing, naming the remedy.
-    """
+    """The module, imported here because it takes a second; an ImportError names the remedy."""
     try:
         import pymilvus
     except ImportError as error:
@@ -43,6 +41,11 @@ def import_pymilvus():
             "of the repository."
         ) from error
     return pymilvus
+
+
+def index_maker(uri: str | None, collection: str | None) -> functools.partial:
+    """What makes the index of `CompressedCorpus.open(backend="milvus")`."""
+    return functools.partial(MilvusIndex, uri=uri, collection=collection)
 
 
 class MilvusIndex:
@@ -66,7 +69,8 @@ class MilvusIndex:
         memory_size: int,
         uri: str | None = None,
         collection: str | None = None,
-        progress: Callable[[int], None] | None = None,
+        *,
+        progress: Callable[[int], None],
         previous: "MilvusIndex | None" = None,
     ):
         self.memory_size = memory_size
@@ -75,10 +79,11 @@ class MilvusIndex:
         place = hashlib.sha256(str(snapshot.folder.resolve()).encode()).hexdigest()[:8]
         # The directions are part of the name: vectors of others could not be compared.
         self.collection = f"{collection or f'clara_{place}'}_k{memory_size}_{digest}"
-        self.uri = uri or str(snapshot.index_folder / "milvus.db")
-        self.client = previous.client if previous is not None else connect(self.uri)
+        self.client = previous.client if previous else connect(uri or str(snapshot.index_folder / "milvus.db"))
         self._open_collection()
-        self.firsts = dict(zip(map(_shard_key, snapshot.manifest.shards), _starts(snapshot), strict=True))
+        shards = snapshot.manifest.shards
+        ends = itertools.accumulate((shard.n_spans for shard in shards), initial=0)
+        self.firsts = dict(zip(map(_shard_key, shards), ends, strict=False))  # the first row of every shard
         self._update(snapshot, progress)
 
     def _components(self, snapshot: Snapshot) -> torch.Tensor:
@@ -103,45 +108,39 @@ class MilvusIndex:
             )
         self.client.load_collection(self.collection)
 
-    def _update(self, snapshot: Snapshot, progress) -> None:
+    def _update(self, snapshot: Snapshot, progress: Callable[[int], None]) -> None:
         """Insert the shards that are missing, remove what is no longer live."""
-        manifest, starts = snapshot.manifest, _starts(snapshot)
         if self.firsts:
             listed = ", ".join(f'"{key}"' for key in self.firsts)
             self.client.delete(self.collection, filter=f"clara_shard not in [{listed}]")
-        for shard, start in zip(manifest.shards, starts, strict=True):
-            key, live = _shard_key(shard), snapshot.live[start : start + shard.n_spans]
-            n_stored = self._count(f'clara_shard == "{key}"')
-            if n_stored == shard.n_spans > live.sum() and n_stored:
+        for shard, (key, start) in zip(snapshot.manifest.shards, self.firsts.items(), strict=True):
+            live = snapshot.live[start : start + shard.n_spans]
+            stored = self.client.query(self.collection, filter=f'clara_shard == "{key}"', output_fields=["count(*)"])
+            n_stored = int(stored[0]["count(*)"])
+            if n_stored == shard.n_spans > live.sum():
                 dead = [f"{key}:{row}" for row in np.flatnonzero(~live)]
                 for first in range(0, len(dead), INSERT_ROWS):
                     self.client.delete(self.collection, ids=dead[first : first + INSERT_ROWS])
             elif n_stored != live.sum():
                 self.client.delete(self.collection, filter=f'clara_shard == "{key}"')
-                for rows in self._rows(snapshot, key, np.flatnonzero(live), start):
+                places = np.flatnonzero(live)
+                for first in range(0, len(places), INSERT_ROWS):
+                    rows = self._rows(snapshot, key, places[first : first + INSERT_ROWS])
                     self.client.insert(self.collection, rows)
-            if progress is not None:
-                progress(shard.n_spans)
+            progress(shard.n_spans)
         self.client.flush(self.collection)
 
-    def _count(self, expression: str) -> int:
-        found = self.client.query(self.collection, filter=expression, output_fields=["count(*)"])
-        return int(found[0]["count(*)"])
-
-    def _rows(self, snapshot: Snapshot, key: str, places: np.ndarray, start: int) -> Iterator[list[dict]]:
-        columns = ["document_id", "title", "span", *snapshot.manifest.metadata]
-        for first in range(0, len(places), INSERT_ROWS):
-            mine = places[first : first + INSERT_ROWS]
-            vectors = self.project(snapshot.decode(mine + start, self.memory_size))
-            rows = []
-            for place, vector in zip(mine.tolist(), vectors, strict=True):
-                record = snapshot.record(start + place, columns)
-                record = {name: value for name, value in record.items() if isinstance(value, str | int | float | bool)}
-                record["title"] = record["title"][:TITLE_LENGTH]
-                rows.append(
-                    {**record, "clara_row": f"{key}:{place}", "clara_shard": key, "clara_vector": vector.tolist()}
-                )
-            yield rows
+    def _rows(self, snapshot: Snapshot, key: str, places: np.ndarray) -> list[dict]:
+        """What Milvus stores of these rows of a shard."""
+        columns, rows = ["document_id", "title", "span", *snapshot.manifest.metadata], []
+        numbers = places + self.firsts[key]
+        vectors = self.project(snapshot.decode(numbers, self.memory_size))
+        for place, number, vector in zip(places.tolist(), numbers.tolist(), vectors.tolist(), strict=True):
+            record = snapshot.record(number, columns)
+            record = {name: value for name, value in record.items() if isinstance(value, str | int | float | bool)}
+            record["title"] = record["title"][:TITLE_LENGTH]
+            rows.append({**record, "clara_row": f"{key}:{place}", "clara_shard": key, "clara_vector": vector})
+        return rows
 
     def project(self, memory: torch.Tensor) -> np.ndarray:
         """(rows, d) float32 of (rows, k, H) memories or query memories."""
@@ -150,16 +149,10 @@ class MilvusIndex:
     def shortlist(
         self, query_memory: torch.Tensor, n: int, allowed: np.ndarray | None, where: Mapping | None = None
     ) -> np.ndarray:
-        """As `VectorIndex.shortlist`; Milvus filters by itself where its rules on missing values are ours."""
+        """As `VectorIndex.shortlist`; Milvus filters by itself if its rules on missing values are ours."""
         n = min(n, MAX_LIMIT)
-        expression = (milvus_expression(where) if where is not None else None) or ""
-        found = self.client.search(
-            self.collection,
-            data=self.project(query_memory).tolist(),
-            limit=n,
-            filter=expression,
-            anns_field="clara_vector",
-        )
+        options = {"limit": n, "filter": milvus_expression(where or {}) or "", "anns_field": "clara_vector"}
+        found = self.client.search(self.collection, data=self.project(query_memory).tolist(), **options)
         rows = np.full((len(query_memory), n), -1, dtype=np.int64)
         for question, hits in enumerate(found):
             keys = [hit["clara_row"].rpartition(":") for hit in hits]
@@ -171,11 +164,7 @@ class MilvusIndex:
 
 
 def connect(uri: str):
-    """A client of a server, or of a file of Milvus Lite.
-
-    Raises:
-        RuntimeError: it cannot be reached or opened.
-    """
+    """A client of a server, or of a file of Milvus Lite; a RuntimeError if it cannot be reached or opened."""
     pymilvus, token = import_pymilvus(), os.environ.get("MILVUS_TOKEN", "")
     try:
         return pymilvus.MilvusClient(uri, token=token)
@@ -190,16 +179,11 @@ def _shard_key(shard: Shard) -> str:
     return shard.sha256[:16]
 
 
-def _starts(snapshot: Snapshot) -> list[int]:
-    """The first row of every shard."""
-    return np.cumsum([0, *(shard.n_spans for shard in snapshot.manifest.shards)])[:-1].tolist()
-
-
 # --- filters ---------------------------------------------------------------------------------------------------------
 
 
 def milvus_expression(where: Mapping) -> str | None:
-    """A checked filter in the language of Milvus; None where Milvus would not say the same.
+    """A checked filter in the language of Milvus; None if Milvus would not say the same.
 
     That is: a negation, about which missing values disagree, a column that is no identifier, a number that is not
     finite, and text with control characters.

@@ -5,10 +5,11 @@ The memory that it needs does not depend on the number of documents.
 
 import contextlib
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,78 +26,74 @@ OURS = ("span", "n_tokens")  # columns that a document cannot bring
 
 
 @dataclass
-class ShardResult:
-    """A shard that was written, and the input rows behind it.
+class ShardDraft:
+    """The input rows of one shard, and the shard once it is written.
 
     Attributes:
-        shard: None where all of these rows were rejected.
+        shard: None if all of these rows were rejected.
         next_row: number of the first input row that is not among them.
-        input_sha256: over the rows.
-        rejected: `{row, place, id, reason}` of each rejected one.
-        document_ids, rows: of the documents in the shard: their ids and the numbers of their input rows.
+        digest: SHA-256 over the rows.
+        spans: chunks that are not written yet.
+        documents: of the shard, by id: their input rows without the text.
+        rejected: `{row, place, id, reason}` of each rejected row.
     """
 
-    shard: Shard | None
-    next_row: int
-    input_sha256: str
+    shard: Shard | None = None
+    next_row: int = 0
+    digest: object = field(default_factory=hashlib.sha256)
+    spans: list[dict] = field(default_factory=list)
+    documents: dict[str, InputRow] = field(default_factory=dict)
     rejected: list[dict] = field(default_factory=list)
-    document_ids: list[str] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
+
+    def reject(self, row: InputRow, reason: str) -> None:
+        given = row.document.get("id") if row.document else None
+        self.rejected.append({"row": row.index, "place": row.place, "id": given, "reason": reason})
 
 
+@dataclass
 class ShardPipeline:
     """Makes shards.
 
-    Args:
+    Attributes:
         folder: of the corpus.
-        model: `CLaRaForRAG`; None where every document brings its memory.
-        codec: name of a codec, fitted on the first memories, or a fitted one.
+        model: `CLaRaForRAG`; None if every document brings its memory.
+        codec: name of a codec, which is fitted on the first memories, or a fitted one.
         memory_size, hidden_size: n and H of the memories.
         types: Arrow types of the metadata.
         refusal: takes an id; why a document cannot have it, or None.
         forget: takes an id that was not refused, but whose document was rejected later.
         new_id: takes a row without an id; the id that it gets.
-        shard_size: spans at which a shard is closed.
+        shard_size: chunks at which a shard is closed.
         batch_size: documents per pass, see `CLaRaForRAG.compress`.
         prefix: of the shards' names.
+        codec_states: files of states that were fitted here.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        model,
-        *,
-        codec: str | Codec,
-        memory_size: int,
-        hidden_size: int,
-        types: "dict[str, pa.DataType]",
-        refusal: Callable[[str], str | None],
-        forget: Callable[[str], object],
-        new_id: Callable[[InputRow], str],
-        shard_size: int,
-        batch_size: int,
-        prefix: str,
-    ):
-        self.folder, self.model, self.prefix = Path(folder), model, prefix
-        self.codec_name = codec.name if isinstance(codec, Codec) else codec
-        self.codec = codec if isinstance(codec, Codec) else None
-        self.memory_size, self.hidden_size = memory_size, hidden_size
-        self.types, self.schema = types, shard_schema(types)
-        self.refusal, self.forget, self.new_id = refusal, forget, new_id
-        self.shard_size, self.batch_size = shard_size, batch_size
-        self.codec_states: dict[str, str] = {}  # files of states that were fitted here
+    folder: Path
+    model: object
+    _: KW_ONLY
+    codec: str | Codec
+    memory_size: int
+    hidden_size: int
+    types: "dict[str, pa.DataType]"
+    refusal: Callable[[str], str | None]
+    forget: Callable[[str], object]
+    new_id: Callable[[InputRow], str]
+    shard_size: int
+    batch_size: int
+    prefix: str
+    codec_states: dict[str, str] = field(default_factory=dict)
 
-    def run(self, rows: Iterator[InputRow], first_shard: int = 0) -> Iterator[ShardResult]:
+    def run(self, rows: Iterator[InputRow], first_shard: int = 0) -> Iterator[ShardDraft]:
         """Write shards of these rows; each result comes when its shard is on disk."""
         with ThreadPoolExecutor(1) as writer:  # a shard is written while the next one is compressed
             writing: Future | None = None
             try:
-                for number, chunk in enumerate(self._chunks(rows), start=first_shard):
-                    encoded = self._encode(chunk)
+                for number, draft in enumerate(self._drafts(rows), start=first_shard):
+                    codes = self._encode(draft)
                     if writing is not None:
-                        done, writing = writing, None
-                        yield done.result()
-                    writing = writer.submit(self._write, f"{self.prefix}-{number:06d}", chunk, encoded)
+                        yield writing.result()
+                    writing = writer.submit(self._write, f"{self.prefix}-{number:06d}", draft, codes)
             except Exception:  # of the input or the model: the shard that is being written is not lost
                 if writing is not None:
                     yield writing.result()
@@ -104,30 +101,32 @@ class ShardPipeline:
             if writing is not None:
                 yield writing.result()
 
-    def _chunks(self, rows: Iterator[InputRow]) -> Iterator["_Chunk"]:
+    def _drafts(self, rows: Iterator[InputRow]) -> Iterator[ShardDraft]:
         """Rows of one shard each; a document is never cut in two."""
-        chunk = _Chunk()
+        draft = ShardDraft()
         for row in rows:
-            chunk.digest.update(row_digest(row))
-            chunk.next_row = row.index + 1
+            draft.digest.update(row_digest(row))
+            draft.next_row = row.index + 1
             try:
-                chunk.add(row, self._spans(row))
+                spans = self._spans(row)
+                document_id = spans[0]["document_id"]
+                draft.spans += spans
+                draft.documents[document_id] = InputRow(row.index, row.place, {"id": document_id})
             except (TypeError, ValueError) as error:
-                chunk.reject(row, str(error))
-            if len(chunk.spans) >= self.shard_size or len(chunk.rejected) >= COMPRESSED_SPANS:
-                yield chunk
-                chunk = _Chunk(chunk.next_row)
-        if chunk.next_row > chunk.first_row or chunk.rejected:
-            yield chunk
+                draft.reject(row, str(error))
+            if len(draft.spans) >= self.shard_size or len(draft.rejected) >= COMPRESSED_SPANS:
+                yield draft
+                draft = ShardDraft()
+        if draft.spans or draft.rejected:
+            yield draft
 
-    # --- documents -> spans ------------------------------------------------------------------------------------------
+    # --- documents -> chunks -----------------------------------------------------------------------------------------
 
     def _spans(self, row: InputRow) -> list[dict]:
-        """The spans of a document, each with all columns but the memory."""
+        """The chunks of a document, each with all columns but the memory."""
         if row.document is None:
             raise ValueError(row.problem)
-        document_id = self._document_id(row)
-        metadata = self._metadata(row)
+        document_id, metadata = self._document_id(row), self._metadata(row)
         fields = {name: row.document.get(name) for name in ("title", "text")}
         for name, value in {**fields, "id": document_id}.items():
             if value and not is_utf8(value):
@@ -135,9 +134,8 @@ class ShardPipeline:
                     f"`{row.place}[{name!r}]` must be valid UTF-8, got a lone surrogate. Correct its source."
                 )
         if row.document.get("memory") is not None:
-            memory = self._given_memory(row)
-            spans = [{"title": (fields["title"] or "").strip(), "text": fields["text"], "span": 0, "n_tokens": None}]
-            spans[0]["memory"] = memory
+            title, memory = (fields["title"] or "").strip(), self._given_memory(row)
+            spans = [{"title": title, "text": fields["text"], "span": 0, "n_tokens": None, "memory": memory}]
         else:
             spans = self.model.processor.split_document(fields, row.place)
         reason = self.refusal(document_id)
@@ -168,13 +166,7 @@ class ShardPipeline:
                     f"`{row.place}` must have the metadata of the corpus ({', '.join(self.types) or 'none'}), got "
                     f"{name!r}. Build the corpus with `metadata={{{name!r}: 'string'}}`, or leave it out."
                 )
-            try:
-                is_kept = _is_kept(value, pa.scalar(value, self.types[name]).as_py())
-            except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-                raise TypeError(
-                    f"`{row.place}[{name!r}]` must be {self.types[name]}, got {value!r}. Convert it."
-                ) from error
-            if not is_kept:
+            if not _can_hold(self.types[name], value):
                 raise TypeError(f"`{row.place}[{name!r}]` must be {self.types[name]}, got {value!r}. Convert it.")
         return {name: values.get(name) for name in self.types}
 
@@ -192,103 +184,68 @@ class ShardPipeline:
             raise ValueError(f"`{row.place}['memory']` must be finite, got NaN or infinity. Compress it again.")
         return memory[: self.memory_size]
 
-    # --- spans -> memories -> codes ----------------------------------------------------------------------------------
+    # --- chunks -> memories -> codes ---------------------------------------------------------------------------------
 
-    def _encode(self, chunk: "_Chunk") -> np.ndarray:
-        """(spans, row_bytes) uint8; documents without a usable memory are rejected."""
-        parts, is_good = [], []
-        for start in range(0, len(chunk.spans), COMPRESSED_SPANS):
-            memory = self._memories(chunk.spans[start : start + COMPRESSED_SPANS])
+    def _encode(self, draft: ShardDraft) -> np.ndarray:
+        """(chunks, row_bytes) uint8; documents without a usable memory are rejected."""
+        codes, usable, broken = [], [], set()
+        for start in range(0, len(draft.spans), COMPRESSED_SPANS):
+            spans = draft.spans[start : start + COMPRESSED_SPANS]
+            memory = self._memories(spans)
             good = memory.isfinite().flatten(1).all(-1)
-            if self.codec is None and good.any():
-                self._fit(memory[good])
-            if self.codec is not None:
+            if isinstance(self.codec, str) and good.any():
+                self.codec = fit_codec(self.codec, memory[good])
+                self.codec_states |= write_state(self.folder, self.codec)  # before the first shard that needs it
+            if isinstance(self.codec, Codec):
                 good &= fits(self.codec, memory)
-                parts.append(encode(self.codec, torch.where(good[:, None, None], memory, 0.0)))
-            is_good += good.tolist()
-        broken = {
-            span["document_id"]: chunk.documents[span["document_id"]]
-            for span, good in zip(chunk.spans, is_good, strict=True)
-            if not good
-        }
-        compressed = {span["document_id"] for span in chunk.spans if "memory" not in span}
-        if len(compressed) > 1 and compressed <= set(broken):
+                codes.append(encode(self.codec, memory[good]))
+            for span, is_good in zip(spans, good.tolist(), strict=True):
+                if is_good:
+                    usable.append(span)
+                else:
+                    broken.add(span["document_id"])
+        name = self.codec if isinstance(self.codec, str) else self.codec.name
+        compressed = {span["document_id"] for span in draft.spans if "memory" not in span}
+        if len(compressed) > 1 and compressed <= broken:
             raise ValueError(
-                f"memories must be finite and fit into {self.codec_name}, but none of a shard does. The weights of "
-                "the model are broken: reload it with `from_pretrained`, or take an earlier checkpoint."
+                f"memories must be finite and fit into {name}, but none of a shard does. The weights of the model are "
+                "broken: reload it with `from_pretrained`, or take an earlier checkpoint."
             )
-        for document_id, row in broken.items():
+        for document_id in broken:
             self.forget(document_id)
-            chunk.reject(
-                row, f"the memory of `{row.place}` must be finite and fit into {self.codec_name}. Check its text."
-            )
-        keep = [span["document_id"] not in broken for span in chunk.spans]
-        chunk.spans = [span for span, kept in zip(chunk.spans, keep, strict=True) if kept]
-        return np.concatenate(parts)[np.array(keep)] if chunk.spans else np.empty((0, 0), np.uint8)
+            row = draft.documents.pop(document_id)
+            draft.reject(row, f"the memory of `{row.place}` must be finite and fit into {name}. Check its text.")
+        kept = [span["document_id"] not in broken for span in usable]
+        draft.spans = list(itertools.compress(usable, kept))
+        return np.concatenate(codes)[kept] if draft.spans else np.empty((0, 0), np.uint8)
 
     def _memories(self, spans: Sequence[Mapping]) -> torch.Tensor:
-        """(spans, n, H) float32, NaN where a memory is not finite."""
+        """(chunks, n, H) float32, NaN if a memory is not finite."""
         memory = torch.full((len(spans), self.memory_size, self.hidden_size), torch.nan)
-        given = [place for place, span in enumerate(spans) if "memory" in span]
-        for place in given:
-            memory[place] = spans[place]["memory"]
         texts = [place for place, span in enumerate(spans) if "memory" not in span]
-        if texts:
-            memory[texts] = self._compress([spans[place] for place in texts])
-        return memory
-
-    def _compress(self, spans: list[Mapping]) -> torch.Tensor:
+        for place, span in enumerate(spans):
+            if "memory" in span:
+                memory[place] = span["memory"]
         options = {"memory_size": self.memory_size, "batch_size": self.batch_size}
         try:
-            return self.model.compress(spans, **options).cpu()
+            if texts:
+                memory[texts] = self.model.compress([spans[place] for place in texts], **options).cpu()
         except ValueError:  # one of them has a memory that is not finite: find it
-            memory = torch.full((len(spans), self.memory_size, self.hidden_size), torch.nan)
-            for place, span in enumerate(spans):
+            for place in texts:
                 with contextlib.suppress(ValueError):
-                    memory[place] = self.model.compress([span], **options)[0].cpu()
-            return memory
-
-    def _fit(self, memory: torch.Tensor) -> None:
-        """Fit the codec and write its state, before the first shard that needs it."""
-        self.codec = fit_codec(self.codec_name, memory)
-        self.codec_states |= write_state(self.folder, self.codec)
+                    memory[place] = self.model.compress([spans[place]], **options)[0].cpu()
+        return memory
 
     # --- codes -> shard ----------------------------------------------------------------------------------------------
 
-    def _write(self, name: str, chunk: "_Chunk", codes: np.ndarray) -> ShardResult:
-        shard = None
-        if chunk.spans:
-            writer = ShardWriter(self.folder, self.schema, name, self.codec.key)
-            try:
-                columns = {n: [span[n] for span in chunk.spans] for n in self.schema.names if n != "memory"}
-                writer.write(columns, codes)
-                shard = writer.close()
-            finally:
-                writer.abandon()
-        ids = list(dict.fromkeys(span["document_id"] for span in chunk.spans))
-        rows = [chunk.documents[document_id].index for document_id in ids]
-        rejected = sorted(chunk.rejected, key=lambda row: row["row"])
-        return ShardResult(shard, chunk.next_row, chunk.digest.hexdigest(), rejected, ids, rows)
-
-
-class _Chunk:
-    """What becomes one shard."""
-
-    def __init__(self, first_row: int = 0):
-        self.first_row = self.next_row = first_row
-        self.digest = hashlib.sha256()
-        self.spans: list[dict] = []
-        self.documents: dict[str, InputRow] = {}
-        self.rejected: list[dict] = []
-
-    def add(self, row: InputRow, spans: list[dict]) -> None:
-        self.spans += spans
-        document_id = spans[0]["document_id"]
-        self.documents[document_id] = InputRow(row.index, row.place, {"id": document_id})
-
-    def reject(self, row: InputRow, reason: str) -> None:
-        given = row.document.get("id") if row.document else None
-        self.rejected.append({"row": row.index, "place": row.place, "id": given, "reason": reason})
+    def _write(self, name: str, draft: ShardDraft, codes: np.ndarray) -> ShardDraft:
+        if draft.spans:
+            with ShardWriter(self.folder, shard_schema(self.types), name, self.codec.key) as writer:
+                writer.write(draft.spans, codes)
+                draft.shard = writer.close()
+        draft.spans = []
+        draft.rejected.sort(key=lambda row: row["row"])
+        return draft
 
 
 def row_digest(row: InputRow) -> bytes:
@@ -297,13 +254,17 @@ def row_digest(row: InputRow) -> bytes:
         return f"{row.index} {row.problem}".encode("utf-8", "surrogatepass")
     try:
         text = json.dumps(row.document, sort_keys=True, default=_as_text, ensure_ascii=False)
-    except (
-        TypeError,
-        ValueError,
-        RecursionError,
-    ):  # keys that are no text, a list in itself: no document will be made
+    except (TypeError, ValueError, RecursionError):  # a list in itself, keys that are no text: it will be rejected
         text = f"{sorted(map(repr, row.document))}"
     return f"{row.index} {text}".encode("utf-8", "surrogatepass")
+
+
+def _can_hold(kind: "pa.DataType", value) -> bool:
+    """Whether Arrow can store a value in a column of this type as it is."""
+    try:
+        return _is_kept(value, pa.scalar(value, kind).as_py())
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        return False
 
 
 def _is_kept(given, stored) -> bool:

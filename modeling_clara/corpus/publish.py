@@ -16,14 +16,35 @@ def push_to_hub(
     corpus,
     repo_id: str,
     *,
-    private: bool | None,
-    token: str | bool | None,
-    revision: str | None,
-    commit_message: str,
-    compressor: str | None,
-    compressor_revision: str | None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload a compressed corpus",
+    compressor: str | None = None,
+    compressor_revision: str | None = None,
 ) -> str:
-    """Do what `CompressedCorpus.push_to_hub` says."""
+    """Publish the corpus as a dataset, in one commit: the Hub has all of it or none.
+
+    Deleted documents are taken out of the files first (`compact`); shards of an earlier push that the corpus no longer
+    has are removed from the repo.
+
+    Args:
+        corpus: that is published.
+        repo_id: of the dataset, made if there is none.
+        private: of a new repo.
+        token: for the Hub.
+        revision: branch; default main.
+        commit_message: of the commit.
+        compressor: id of the compressor's model on the Hub, for the card and for `clara ask`; needed if the corpus was
+            made with a model from a folder, whose path tells others nothing.
+        compressor_revision: its commit.
+
+    Returns:
+        URL of the commit.
+
+    Raises:
+        ValueError: the compressor has no id on the Hub, or a file is damaged.
+    """
     name = compressor or corpus.manifest.compressor.get("name_or_path")
     if not name or os.path.exists(name) or name.startswith((".", "/", "~")):
         raise ValueError(
@@ -38,31 +59,18 @@ def push_to_hub(
             manifest.compressor |= named
             commit(corpus, manifest)
         if manifest.has_tombstones:
-            rewrite(corpus, manifest, 1024, None)
-        problems = verify_files(corpus.folder)
-        if problems:
+            rewrite(corpus, manifest)
+        if problems := verify_files(corpus.folder):
             raise ValueError(f"the corpus must be whole to be published: {problems[0]}")
-        return _upload(corpus, repo_id, private, token, revision, commit_message)
-
-
-def _upload(corpus, repo_id: str, private, token, revision, commit_message: str) -> str:
-    """Put the files of the corpus into a dataset repo; its URL."""
-    names = [MANIFEST_FILE, CARD_FILE, *(shard.file for shard in corpus.manifest.shards)]
-    names += [state_file(key) for key in corpus.manifest.codec_states]
-    names += [REJECTED_FILE] if (corpus.folder / REJECTED_FILE).exists() else []
-    api = HfApi(token=token)
-    api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-    info = api.repo_info(repo_id, repo_type="dataset", revision=revision)
-    there = {sibling.rfilename for sibling in info.siblings or []}
-    stale = [name for name in there if name.startswith(("data/", "codec/")) or name == REJECTED_FILE]
-    operations = [CommitOperationAdd(name, str(corpus.folder / name)) for name in names]
-    operations += [CommitOperationDelete(name) for name in sorted(set(stale) - set(names))]
-    commit = api.create_commit(
-        repo_id,
-        operations,
-        commit_message=commit_message,
-        repo_type="dataset",
-        revision=revision,
-        parent_commit=info.sha,
-    )
-    return commit.commit_url
+        names = [MANIFEST_FILE, CARD_FILE, *(shard.file for shard in manifest.shards)]
+        names += [state_file(key) for key in manifest.codec_states]
+        names += [REJECTED_FILE] if (corpus.folder / REJECTED_FILE).exists() else []
+        api, repo = HfApi(token=token), {"repo_id": repo_id, "repo_type": "dataset"}
+        api.create_repo(**repo, private=private, exist_ok=True)
+        info = api.repo_info(**repo, revision=revision)
+        there = {sibling.rfilename for sibling in info.siblings or []}
+        stale = {name for name in there if name.startswith(("data/", "codec/")) or name == REJECTED_FILE}
+        operations = [CommitOperationAdd(name, str(corpus.folder / name)) for name in names]
+        operations += [CommitOperationDelete(name) for name in sorted(stale - set(names))]
+        options = {"commit_message": commit_message, "revision": revision, "parent_commit": info.sha}
+        return api.create_commit(**repo, operations=operations, **options).commit_url

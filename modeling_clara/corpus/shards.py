@@ -3,11 +3,13 @@
 A file gets its final name when it is whole, so that a writer may be killed at any moment.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from safetensors.torch import save
@@ -16,6 +18,7 @@ from ..codecs_clara import Codec
 from ..manifest_clara import (
     DATA_FOLDER,
     MANIFEST_FILE,
+    RESERVED_COLUMNS,
     ROWS_PER_GROUP,
     Manifest,
     Shard,
@@ -69,10 +72,10 @@ def merge_ranges(ranges: list) -> list[list[int]]:
 
 
 def write_state(folder: Path, codec: Codec) -> dict[str, str]:
-    """Write the state of a codec; `{key: SHA-256 of the file}`, empty where it has none."""
+    """Write the state of a codec; `{key: SHA-256 of the file}`, empty if it has none."""
     if not codec.state:
         return {}
-    path = Path(folder) / state_file(codec.key)
+    path = folder / state_file(codec.key)
     with replacing(path) as partial:
         partial.write_bytes(save(codec.state))  # not `save_file`, whose error on a full disk is no OSError
     return {codec.key: file_sha256(path)}
@@ -83,25 +86,16 @@ def write_state(folder: Path, codec: Codec) -> dict[str, str]:
 
 def shard_schema(metadata: "dict[str, pa.DataType]") -> "pa.Schema":
     """The columns of a shard; the memory comes last and is one binary value a row, which reads fastest."""
-    fixed = [
-        ("id", pa.string()),
-        ("document_id", pa.string()),
-        ("span", pa.int32()),
-        ("title", pa.string()),
-        ("text", pa.string()),
-        ("n_tokens", pa.int32()),
-    ]
-    return pa.schema([*fixed, *metadata.items(), ("memory", pa.large_binary())])
+    types = {"span": pa.int32(), "n_tokens": pa.int32(), "memory": pa.large_binary()}
+    *fixed, memory = [(name, types.get(name, pa.string())) for name in RESERVED_COLUMNS]
+    return pa.schema([*fixed, *metadata.items(), memory])
 
 
 class ShardWriter:
     """Writes one shard under a temporary name; `close` gives it its checksum and its final name.
 
-    Args:
-        folder: of the corpus.
-        schema: see `shard_schema`.
-        name: of the shard, without the checksum and the suffix that `close` appends.
-        codec_state: key of the state that the memories are encoded with.
+    A context manager: what was not closed at its end is removed. `name` is without the checksum and the suffix that
+    `close` appends, `codec_state` is the key of the state that the memories are encoded with.
     """
 
     def __init__(self, folder: Path, schema: "pa.Schema", name: str, codec_state: str):
@@ -116,16 +110,11 @@ class ShardWriter:
         )
         self.n_spans = self.n_documents = 0
 
-    def write(self, columns: dict[str, Sequence], memory: np.ndarray) -> None:
-        """Append rows.
-
-        Args:
-            columns: values of all columns but `memory`.
-            memory: (rows, row_bytes) uint8, encoded.
-        """
-        arrays = [pa.array(columns[field.name], field.type) for field in self.schema if field.name != "memory"]
-        table = pa.Table.from_arrays([*arrays, binary_array(memory)], schema=self.schema)
-        self.write_table(table)
+    def write(self, rows: Sequence[Mapping], memory: np.ndarray) -> None:
+        """Append rows, which have all columns but `memory`, with (rows, row_bytes) uint8 encoded memories."""
+        fields = [column for column in self.schema if column.name != "memory"]
+        arrays = [pa.array([row[column.name] for row in rows], column.type) for column in fields]
+        self.write_table(pa.Table.from_arrays([*arrays, binary_array(memory)], schema=self.schema))
 
     def write_table(self, table: "pa.Table") -> None:
         """Append rows that already have the columns of the schema."""
@@ -138,20 +127,19 @@ class ShardWriter:
         self.writer.close()
         with open(self.partial, "rb") as file:
             os.fsync(file.fileno())
-        sha256 = file_sha256(self.partial)
+        sha256, n_bytes = file_sha256(self.partial), self.partial.stat().st_size
         file = f"{DATA_FOLDER}/{self.name}-{sha256[:12]}.parquet"
-        n_bytes = self.partial.stat().st_size
         os.replace(self.partial, self.folder / file)
         return Shard(file, sha256, n_bytes, self.n_spans, self.n_documents, self.codec_state)
 
-    def abandon(self) -> None:
-        """Remove what was written."""
-        try:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Remove what was not closed."""
+        with contextlib.suppress(OSError):  # a full disk, which the caller's error tells of
             self.writer.close()
-        except OSError:  # a full disk, which the caller's error tells of
-            pass
-        finally:
-            self.partial.unlink(missing_ok=True)
+        self.partial.unlink(missing_ok=True)
 
 
 def binary_array(memory: np.ndarray) -> "pa.Array":
@@ -173,8 +161,8 @@ def shard_documents(folder: Path, shard: Shard) -> dict[str, range]:
 
 def remove_unreferenced(folder: Path, manifest: Manifest) -> None:
     """Remove shards and states that corpus.json does not name: what killed writers left behind."""
-    named = {shard.file for shard in manifest.shards} | {f"codec/{key}.safetensors" for key in manifest.codec_states}
-    for path in [*folder.glob(".*"), *(folder / DATA_FOLDER).iterdir(), *(folder / "codec").glob("*")]:
-        is_ours = OURS.fullmatch(path.relative_to(folder).as_posix())
-        if is_ours and path.relative_to(folder).as_posix() not in named and path.is_file():
+    named = {shard.file for shard in manifest.shards} | set(map(state_file, manifest.codec_states))
+    for path in [*folder.glob(".*"), *folder.glob(f"{DATA_FOLDER}/*"), *folder.glob("codec/*")]:
+        name = path.relative_to(folder).as_posix()
+        if OURS.fullmatch(name) and name not in named and path.is_file():
             path.unlink(missing_ok=True)

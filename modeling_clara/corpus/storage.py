@@ -5,6 +5,7 @@ It knows nothing of what the files mean; training and evaluation use it too.
 
 import contextlib
 import gzip
+import itertools
 import json
 import os
 import zlib
@@ -22,15 +23,10 @@ from ..storage_clara import derived_folder, replacing
 
 @contextlib.contextmanager
 def writer_lock(path: Path, what: str, timeout: float = 0.0):
-    """Hold a lock file; released by the system when the process ends, however it ends.
-
-    Args:
-        path: of the lock file; the holder's pid stands in `path` + ".pid".
-        what: what is locked, for the error.
-        timeout: seconds to wait for it.
+    """Hold the lock file of `what`; released by the system when the process ends, however it ends.
 
     Raises:
-        RuntimeError: another process or thread holds it, naming its pid.
+        RuntimeError: another process or thread still holds it after `timeout` seconds, naming its pid.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, holder = FileLock(path), path.with_name(path.name + ".pid")
@@ -62,12 +58,7 @@ def corpus_lock(folder: Path, timeout: float = 0.0):
 
 
 def foreign_files(folder: Path, expected: Iterable[str]) -> list[str]:
-    """Names in a folder that are not its writer's own, in order; none if there is no folder.
-
-    Args:
-        folder: that a build, a training or an evaluation is about to write to.
-        expected: names and patterns of `fnmatch` of what it writes there, or leaves there when it is killed.
-    """
+    """Names in a folder that match none of the patterns of what its writer puts there; none if there is no folder."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     return [name for name in names if not any(fnmatch(name, pattern) for pattern in expected)]
 
@@ -100,22 +91,17 @@ def iter_lines(path: Path) -> Iterator[tuple[int, object, str | None]]:
 
 def read_lines(path: Path) -> list:
     """The values of a JSONL file up to a line that was not finished; none if there is no file."""
-    values = []
-    for _, value, problem in iter_lines(path) if path.exists() else ():
-        if problem is not None:
-            break
-        values.append(value)
-    return values
+    lines = iter_lines(path) if path.exists() else ()
+    return [value for _, value, _ in itertools.takewhile(lambda line: line[2] is None, lines)]
 
 
 def write_lines(path: Path, rows: Iterable[Mapping]) -> int:
     """Replace a JSONL file by one with these rows, at once, and return how many; none remove it."""
     n_rows = 0
-    with replacing(path) as partial:
-        with open(partial, "wb") as file:
-            for row in rows:
-                file.write(_line(row))
-                n_rows += 1
+    with replacing(path) as partial, open(partial, "wb") as file:
+        for row in rows:
+            file.write(_line(row))
+            n_rows += 1
     if not n_rows:
         path.unlink()
     return n_rows
@@ -146,8 +132,7 @@ def _whole_size(file: BinaryIO) -> int:
     while end:
         start = max(0, end - 2**16)
         file.seek(start)
-        found = file.read(end - start).rfind(b"\n")
-        if found >= 0:
+        if (found := file.read(end - start).rfind(b"\n")) >= 0:
             return start + found + 1
         end = start
     return 0

@@ -7,6 +7,7 @@ import numpy as np
 from ..codecs_clara import Codec
 from ..manifest_clara import (
     MANIFEST_FILE,
+    RESERVED_COLUMNS,
     Manifest,
     Shard,
     check_shard,
@@ -25,25 +26,29 @@ REMEDY = "Copy or download the corpus again, or build it again."
 
 
 def verify(corpus) -> list[str]:
-    """Do what `CompressedCorpus.verify` says."""
+    """Read every byte of the corpus.
+
+    Checked are the checksums of all shards and codec states, the columns, that the chunks of a document stand together
+    and in order, that ids are unique, that memories decode to finite values, the counts, and the derived files.
+
+    Returns:
+        What is wrong, at most 100 problems; an empty list if all is well.
+    """
     return verify_files(corpus.folder) or _verify_derived(corpus)
 
 
 def _verify_derived(corpus) -> list[str]:
     """Compare what was derived with the shards, column by column."""
-    snapshot, first, wrong = corpus.snapshot, 0, {}
+    snapshot, start, wrong = corpus.snapshot, 0, {}
     for shard in snapshot.manifest.shards:
-        start = first
         for batch in read_batches(corpus.folder, shard):
             segment, place = snapshot.locate(start)
-            rows = memory_rows(batch["memory"], snapshot.codec.row_bytes, shard.file)
-            columns = segment.table.schema.names
             table = segment.table.slice(place, len(batch)).combine_chunks()
-            same = np.array_equal(rows, segment.rows[place : place + len(batch)])
-            if not same or not table.equals(pa.Table.from_batches([batch.select(columns)]).cast(table.schema)):
+            stored = pa.Table.from_batches([batch.select(table.schema.names)]).cast(table.schema)
+            rows = memory_rows(batch["memory"], snapshot.codec.row_bytes, shard.file)
+            if not np.array_equal(rows, segment.rows[place : place + len(batch)]) or not table.equals(stored):
                 wrong[segment.folder] = shard.file
             start += len(batch)
-        first += shard.n_spans
     for segment in snapshot.segments:
         if segment.folder not in wrong and not np.array_equal(segment.ids, id_table(segment.table)):
             wrong[segment.folder] = "the ids of its documents"
@@ -51,7 +56,7 @@ def _verify_derived(corpus) -> list[str]:
 
 
 def verify_files(folder: Path) -> list[str]:
-    """Problems of the published files of a corpus, see `CompressedCorpus.verify`."""
+    """Problems of the published files of a corpus, see `verify`."""
     folder, problems = Path(folder), []
     try:
         manifest = Manifest.read(folder)
@@ -63,10 +68,7 @@ def verify_files(folder: Path) -> list[str]:
     for number, shard in enumerate(manifest.shards):
         try:
             check_shard(folder, shard)
-            codec = codecs.get(shard.codec_state)
-            if codec is None:
-                raise ValueError(f"{shard.file} must name a state of the codec, got {shard.codec_state!r}.")
-            ids, n_live_spans = _verify_rows(folder, shard, codec, seen, manifest.metadata)
+            ids, n_live_spans = _verify_rows(folder, shard, codecs[shard.codec_state], seen, list(manifest.metadata))
             seen.settle(number, ids)
             n_documents, n_spans = n_documents + len(ids), n_spans + n_live_spans
         except (OSError, ValueError) as error:
@@ -79,47 +81,41 @@ def verify_files(folder: Path) -> list[str]:
     return problems[:MAX_PROBLEMS]
 
 
-def _verify_rows(folder: Path, shard: Shard, codec: Codec, seen: SeenIds, metadata: dict) -> tuple[list[str], int]:
-    """Check the rows of a shard; returns the ids of its live documents and the number of their chunks.
+def _verify_rows(folder: Path, shard: Shard, codec: Codec, seen: SeenIds, metadata: list) -> tuple[list[str], int]:
+    """Check the rows of a shard; the ids of its live documents, and the number of their chunks.
 
     Raises:
         ValueError: naming shard and row.
     """
-    live, row, previous = live_mask(shard), 0, (None, -1, True)
-    n_documents = n_spans = 0
-    ids: list[str] = []
-    missing = set(metadata) - set(next(read_batches(folder, shard)).schema.names) if shard.n_spans else set()
-    if missing:
-        raise ValueError(f"{MANIFEST_FILE} names the columns {sorted(missing)}, which {shard.file} lacks. {REMEDY}")
-    for batch in read_batches(folder, shard):
+    live, row, expected = live_mask(shard), 0, None
+    n_documents, ids = 0, []
+    for batch in read_batches(folder, shard, [*RESERVED_COLUMNS, *metadata]):
         memory = codec.decode(memory_rows(batch["memory"], codec.row_bytes, shard.file))
         if not memory.isfinite().all():
             raise ValueError(f"{shard.file} must hold finite memories, got NaN or infinity. {REMEDY}")
         columns = [batch[name].to_pylist() for name in ("id", "document_id", "span", "text")]
         for span_id, document_id, span, text in zip(*columns, strict=True):
-            is_live = bool(live[row])
-            follows = (document_id, span) == (previous[0], previous[1] + 1) and is_live == previous[2]
-            if not (span == 0 or follows) or span_id != f"{document_id}#{span}" or text is None:
+            is_placed = span == 0 or (document_id, span, live[row]) == expected
+            if not is_placed or span_id != f"{document_id}#{span}" or text is None:
                 raise ValueError(
-                    f"{shard.file} must hold the spans of each document in order, all live or all deleted; row {row} "
+                    f"{shard.file} must hold the chunks of each document in order, all live or all deleted; row {row} "
                     f"is {span_id!r}. {REMEDY}"
                 )
             if span == 0:
                 n_documents += 1
-                if is_live and not seen.add(document_id):
-                    raise ValueError(
-                        f"{shard.file} has the document {document_id!r}, which is there already. {REMEDY}"
-                    )
-                if is_live:
+                if live[row]:
                     ids.append(document_id)
-            n_spans += is_live
-            previous, row = (document_id, span, is_live), row + 1
+                    if not seen.add(document_id):
+                        raise ValueError(
+                            f"{shard.file} has the document {document_id!r}, which is there already. {REMEDY}"
+                        )
+            expected, row = (document_id, span + 1, live[row]), row + 1
     if (n_documents, n_documents - len(ids)) != (shard.n_documents, shard.n_deleted):
         raise ValueError(
             f"{shard.file} must count {n_documents} documents, {n_documents - len(ids)} of them deleted; "
             f"{MANIFEST_FILE} says {shard.n_documents} and {shard.n_deleted}. {REMEDY}"
         )
-    return ids, n_spans
+    return ids, int(live.sum())
 
 
 def _live_ids(folder: Path, shard: Shard) -> set[str]:

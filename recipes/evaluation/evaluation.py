@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from modeling_clara import CLaRaForRAG
+from modeling_clara import CLaRaForRAG, CompressedCorpus
 from modeling_clara.corpus.storage import write_lines
-from modeling_clara.manifest_clara import MANIFEST_FILE
 from recipes.evaluation.external import read_predictions
 from recipes.evaluation.progress import Progress
 from recipes.evaluation.questions import EvaluationData, hash_data, read_data
@@ -200,7 +199,7 @@ class Evaluation:
         ).hexdigest()[:16]
         folder = (arguments.memories or arguments.output / "memories") / digest
         codec = self._codec()
-        if not any((folder / name / MANIFEST_FILE).exists() for name in ("float16", codec)):
+        if not any(CompressedCorpus.is_complete(folder / name) for name in ("float16", codec)):
             share = {"rank": state.process_index, "world_size": state.num_processes}
             compress_documents(model, documents, folder, **share)
         state.wait_for_everyone()
@@ -249,7 +248,7 @@ class Evaluation:
             "weights": weights_digest(self.model),
             "data": self.data.sha256,
             "setting": arguments.setting,
-            "corpus": None if self.corpus is None else hash_data(self.corpus.folder / MANIFEST_FILE),
+            "corpus": None if self.corpus is None else hash_data(self.corpus.folder / "corpus.json"),
             **sizes,
             "codec": self._codec(),
             "num_candidates": arguments.num_candidates,

@@ -14,7 +14,6 @@ import torch
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus
 from modeling_clara.candidates_clara import Source
-from modeling_clara.manifest_clara import MANIFEST_FILE
 from recipes.evaluation.progress import Progress
 
 
@@ -182,7 +181,7 @@ class _Counted:
 
 def finish_codec(folder: Path, codec: str) -> None:
     """Make `folder/CODEC` out of `folder/float16`, unless it is there."""
-    if codec == "float16" or (folder / codec / MANIFEST_FILE).exists():
+    if codec == "float16" or CompressedCorpus.is_complete(folder / codec):
         return
     partial = folder / f"{codec}.partial"
     shutil.rmtree(partial, ignore_errors=True)

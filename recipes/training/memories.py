@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus
-from modeling_clara.manifest_clara import MANIFEST_FILE
 from recipes.training.data import document_key
 
 
@@ -97,7 +96,7 @@ def open_or_compress(
         memories.corpus.add(to_rows(needed), batch_size=batch_size)
         return with_all(memories.corpus, documents)
     try:
-        if not (folder / MANIFEST_FILE).exists():
+        if not CompressedCorpus.is_complete(folder):
             return compress_documents(model, documents, folder, batch_size)  # goes on where it was killed
     except ValueError:
         pass  # of other documents, or of an earlier compressor

@@ -229,6 +229,7 @@ def test_more_ranks_than_documents(shared_model, tmp_path):
 def test_ranks_must_agree(shared_model, tmp_path):
     build = CompressedCorpus.build
     assert build(shared_model, many(6), tmp_path / "c", rank=0, world_size=2) is None
+    assert not CompressedCorpus.is_complete(tmp_path / "c")
     for rank, n, options in [(1, 3, {}), (1, 2, {"codec": "int4"}), (1, 2, {"memory_size": 2}), (0, 1, {})]:
         with pytest.raises(ValueError, match="a build must go on with the input and the options"):
             build(shared_model, many(6), tmp_path / "c", rank=rank, world_size=n, **options)
@@ -238,6 +239,7 @@ def test_ranks_must_agree(shared_model, tmp_path):
     with pytest.raises(ValueError, match="must go on with the input"):
         build(shared_model, changed, tmp_path / "c", rank=0, world_size=2)
     assert len(build(shared_model, many(6), tmp_path / "c", rank=1, world_size=2)) == 6
+    assert CompressedCorpus.is_complete(tmp_path / "c")
 
 
 @pytest.mark.parametrize(

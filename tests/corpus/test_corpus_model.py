@@ -311,3 +311,18 @@ def test_threads_search_while_documents_come_and_go(shared_model, tmp_path, n_do
     again = CompressedCorpus.open(tmp_path / "corpus")
     assert ids(again.search(queries, 5, exact=True)) == ids(corpus.search(queries, 5, exact=True))
     assert len(again) == len(corpus) == len(list(corpus.document_ids()))
+
+
+def test_a_codec_is_fitted_on_the_first_memories_that_are_finite(shared_model, tmp_path, monkeypatch):
+    compress = type(shared_model).compress
+
+    def compressed(model, documents, **options):
+        if any("broken" in document["text"] for document in documents):
+            raise ValueError("a memory is not finite")
+        return compress(model, documents, **options)
+
+    monkeypatch.setattr(type(shared_model), "compress", compressed)
+    monkeypatch.setattr("modeling_clara.corpus.pipeline.COMPRESSED_SPANS", 2)  # compressed at once
+    texts = ["broken", "also broken", "a whole one", "another one"]
+    corpus = CompressedCorpus.build(shared_model, texts, tmp_path / "c")
+    assert [*corpus.document_ids()] == ["2", "3"] and corpus.manifest.n_rejected == 2
