@@ -3,18 +3,16 @@
 Other processes are forked from a server that has imported the package once; they open the corpus by its path.
 """
 
-import json
 import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
-import threading
 
 import pytest
 import torch
-from test_corpus_changes import CODECS, ERRORS, assert_holds, build, by_id, make, make_many, read_json, texts, top
+from corpora import CODECS, ERRORS, assert_holds, build, by_id, ids, make, make_many, read_json, texts, top
 
 from modeling_clara import CompressedCorpus
 
@@ -36,19 +34,13 @@ def receive(connection):
     return connection.recv()
 
 
-@pytest.fixture
-def corpus(shared_model, tmp_path) -> CompressedCorpus:
-    """d0 to d9 as float16 in three shards."""
-    return build(shared_model, tmp_path / "corpus")
-
-
 # --- long histories --------------------------------------------------------------------------------------------------
 
 
 def test_a_random_sequence_of_changes_is_that_of_a_dictionary(shared_model, tmp_path):
     draw, expected = random.Random(0), by_id(make_many(10))
     corpus, error = build(shared_model, tmp_path / "corpus"), ERRORS["float16"]
-    for step in range(60):
+    for step in range(40):
         kind = draw.choices(("add", "update", "delete", "compact", "convert"), (5, 3, 5, 1, 1))[0]
         some = draw.sample(sorted(expected), min(len(expected), draw.randint(1, 4)))
         if kind == "add":
@@ -72,15 +64,11 @@ def test_a_random_sequence_of_changes_is_that_of_a_dictionary(shared_model, tmp_
         opened = CompressedCorpus.open(corpus.folder)
         assert list(texts(opened).items()) == [(name, document["text"]) for name, document in expected.items()]
         query = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(step))
-        hits = [
-            [[(hit["document_id"], hit["score"]) for hit in row] for row in c.search(query, 9)]
-            for c in (corpus, opened)
-        ]
-        assert hits[0] == hits[1]
+        assert ids(corpus.search(query, 9)) == ids(opened.search(query, 9))
 
 
 def test_many_single_adds_keep_the_number_of_segments_bounded(corpus):
-    documents = make_many(150, "new")
+    documents = make_many(100, "new")
     for document in documents:
         corpus.add([document])
         assert len(corpus.snapshot.segments) <= 70
@@ -117,14 +105,6 @@ def test_a_reader_keeps_its_snapshot_until_it_refreshes(corpus):
         assert len(reader) == read_json(corpus)["n_documents"]
 
 
-def test_a_view_shows_what_its_corpus_changes(corpus):
-    view = corpus.with_options(where={"year": {"$gte": 2005}}, exact=True)
-    document = make("new", 30)
-    view.add([document])
-    assert top(corpus, document)["document_id"] == top(view, document)["document_id"] == "new"
-    assert len(corpus) == len(view) == 11
-
-
 def test_two_objects_change_one_corpus_in_turn(corpus):
     other = CompressedCorpus.open(corpus.folder)
     corpus.add([make("a", 40)])
@@ -158,32 +138,6 @@ def test_a_corpus_that_was_replaced_by_another_of_as_many_changes_is_not_mixed_w
         assert_holds(seen, expected)
 
 
-def test_threads_search_while_one_writes(corpus):
-    problems, is_done = [], threading.Event()
-
-    def search():
-        while not is_done.is_set():
-            for index in (0, 5, 9):
-                document = make(f"d{index}", index)
-                hit = top(corpus, document)
-                if (hit["document_id"], hit["text"]) != (document["id"], document["text"]):
-                    problems.append(hit)
-
-    threads = [threading.Thread(target=search) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    try:
-        for round_ in range(4):
-            corpus.add(make_many(4, f"r{round_}-", 100), shard_size=2)
-            corpus.delete([f"r{round_}-100"])
-            corpus.compact(shard_size=3)
-    finally:
-        is_done.set()
-        for thread in threads:
-            thread.join()
-    assert problems == [] and len(corpus) == 10 + 4 * 3
-
-
 def keep_reading(connection, path):
     """Open, refresh and search until told to stop; sends the number of rounds, or what was wrong."""
     torch.set_num_threads(1)
@@ -205,19 +159,16 @@ def keep_reading(connection, path):
 def test_a_reader_in_another_process_while_this_one_changes_everything(corpus):
     process, connection = start(keep_reading, corpus.folder)
     assert receive(connection) == "ready"
-    for round_ in range(8):
+    for round_ in range(5):
         corpus.compact(shard_size=1 + round_)
         corpus.add(make_many(2, f"r{round_}-", 50), shard_size=1)
         corpus.convert(CODECS[(round_ + 1) % 2])
         corpus.delete([f"r{round_}-50"])
     connection.send("stop")
-    try:
-        rounds = receive(connection)
-    except EOFError:
-        pytest.fail("the reader has failed, its error is above")
+    assert receive(connection) > 1  # EOFError: the reader has failed, its error is above
     process.join(30)
-    assert process.exitcode == 0 and rounds > 1
-    assert corpus.verify() == [] and len(corpus) == 10 + 8
+    assert process.exitcode == 0
+    assert corpus.verify() == [] and len(corpus) == 10 + 5
 
 
 # --- a second writer -------------------------------------------------------------------------------------------------
@@ -304,12 +255,10 @@ def assert_is_before_or_after(folder, kind: str) -> None:
     assert opened.add([make("next", 72)]).n_documents == 1 and opened.verify() == []
 
 
-@pytest.mark.parametrize("kind", ["add", "update", "compact", "convert"])
+@pytest.mark.parametrize("kind", ["update", "convert"])
 def test_a_change_whose_derived_files_cannot_be_written_loses_nothing(corpus, kind):
     segments = corpus.folder / "index" / "segments"
-    for path in [*segments.glob("*/*"), *segments.iterdir()]:
-        path.unlink() if path.is_file() else path.rmdir()
-    segments.rmdir()
+    shutil.rmtree(segments)
     segments.write_text("a file where the folder should be")
     with pytest.raises(OSError):
         CHANGES[kind](corpus)
@@ -330,7 +279,7 @@ def change_with_limit(connection, path, kind, n_bytes):
         connection.send([kind.__name__ for kind in type(error).__mro__])
 
 
-@pytest.mark.parametrize("n_bytes", [100, 1500, 3500, 6000, 20_000, 10**8])
+@pytest.mark.parametrize("n_bytes", [100, 3500, 20_000, 10**8])
 @pytest.mark.parametrize("kind", ["add", "compact", "convert"])
 def test_a_full_disk_loses_nothing(corpus, kind, n_bytes):
     process, connection = start(change_with_limit, corpus.folder, kind, n_bytes)
@@ -340,6 +289,5 @@ def test_a_full_disk_loses_nothing(corpus, kind, n_bytes):
     assert_is_before_or_after(corpus.folder, kind)
     assert not classes or "OSError" in classes
     if not classes:
-        content = json.loads((corpus.folder / "corpus.json").read_text())
         assert kind != "add" or "new" in CompressedCorpus.open(corpus.folder)
-        assert kind != "convert" or content["codec"] == "int8"
+        assert kind != "convert" or read_json(corpus)["codec"] == "int8"
