@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from corpora import ERRORS, LONG, files, named_files, read_all, rejected, relative_error, stamps
+from corpora import ERRORS, LONG, assert_has_no_strays, files, read_all, rejected, relative_error, stamps
 from huggingface_hub import DatasetCard
 
 from modeling_clara import CompressedCorpus
@@ -66,9 +66,8 @@ def test_every_document_is_there_with_its_id_its_chunks_and_its_files(shared_mod
     table = [row for shard in corpus.manifest.shards for row in pq.read_table(folder / shard.file).to_pylist()]
     expected = [f"{document_id}#{span}" for document_id, texts in found.items() for span in range(len(texts))]
     assert [row["id"] for row in table] == expected
-    published = {name for name in files(folder) if not name.startswith("index/")}
-    assert published - {".lock"} == named_files(corpus) | {"rejected.jsonl"} and not (folder / "build").exists()
-    assert not [name for name in files(folder) if "partial" in name or name.endswith(".pid")]
+    assert len(rejected(folder)) == 2
+    assert_has_no_strays(corpus)
 
 
 @pytest.mark.parametrize("codec", ["float16", "int8", "int4"])

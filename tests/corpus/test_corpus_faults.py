@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpora import damage, files, ids, named_files, read_all, rejected, stamps
-from test_corpus_histories import receive, start
+from corpora import assert_has_no_strays, damage, ids, read_all, receive, rejected, stamps, start
 from tiny import randomize_adapters, save_backbone
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus
@@ -89,11 +88,7 @@ def check_same(corpus: CompressedCorpus, expected: tuple) -> None:
     found = contents(corpus)
     assert found[0] == expected[0] and torch.equal(found[1], expected[1]) and found[2:] == expected[2:]
     assert corpus.verify() == []
-    names = files(corpus.folder)
-    assert {name for name in names if name.startswith(("data/", "codec/"))} == {
-        name for name in named_files(corpus) if "/" in name
-    }
-    assert not [name for name in names if "partial" in name or name.startswith("build/")]
+    assert_has_no_strays(corpus)
 
 
 def n_shards(folder: Path) -> int:

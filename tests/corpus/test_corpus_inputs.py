@@ -239,14 +239,14 @@ def test_a_given_memory_is_stored_and_its_text_is_not_cut(shared_model, tmp_path
         assert relative_error(document["memory"][0], given) < ERRORS[codec]
 
 
-def test_memories_that_float16_cannot_hold_are_left_out(shared_model, tmp_path):
-    rows = [{"id": f"bad{n}", "text": "b", "memory": memory(0) + 1e6} for n in range(1024)]  # a whole shard of them
-    rows += [{"id": name, "text": "g", "memory": memory(0)} for name in ("good0", "good1", "bad0")]
-    for shard_size in (2, 2048):
-        folder = tmp_path / str(shard_size)
-        corpus = CompressedCorpus.build(shared_model, rows, folder, codec="float16", shard_size=shard_size)
-        assert [*corpus.document_ids()] == ["good0", "good1", "bad0"]  # what was left out has not taken the id
-        assert [row["row"] for row in rejected(folder)] == [*range(1024)] and corpus.manifest.n_rejected == 1024
+@pytest.mark.parametrize(("n", "shard_size"), [(3, 2), (1024, 2048)])
+def test_memories_that_float16_cannot_hold_are_left_out(shared_model, tmp_path, n, shard_size):
+    rows = [{"id": f"bad{number}", "text": "b", "memory": memory(0) + 1e6} for number in range(n)]
+    rows += [{"id": name, "text": "g", "memory": memory(0)} for name in ("good0", "good1")]
+    rows += [{"id": "bad0", "text": "g", "memory": memory(0)}] * (shard_size == 2)  # which no earlier shard has taken
+    corpus = CompressedCorpus.build(shared_model, rows, tmp_path / "c", codec="float16", shard_size=shard_size)
+    assert [*corpus.document_ids()] == [row["id"] for row in rows[n:]]
+    assert [row["row"] for row in rejected(corpus.folder)] == [*range(n)] and corpus.manifest.n_rejected == n
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4"])
