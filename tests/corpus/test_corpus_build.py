@@ -6,6 +6,7 @@ Every expectation is the model's own: texts of its processor, memories of `compr
 import itertools
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -244,10 +245,11 @@ def test_a_folder_that_holds_something_else_is_refused(shared_model, tmp_path, n
 def test_a_wrong_argument_leaves_no_folder(shared_model, tmp_path):
     options = [{"codec": "int2"}, {"shard_size": 0}, {"batch_size": -1}, {"memory_size": 3}, {"split_column": "x"}]
     options += [{"metadata": {"year": "integer"}}, {"metadata": {"text": "string"}}, {"metadata": {"span": "int32"}}]
+    options += [{"source": {"language": ["en", "de"]}}]  # no card can show it
     for wrong in options:
         with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
             CompressedCorpus.build(shared_model, many(3), tmp_path / "c", **wrong)
-    for documents in ({"text": "a"}, b"bytes", 5, None, pa.table({"text": ["a"]})):
+    for documents in ({"text": "a"}, b"bytes", 5, None, pa.table({"text": ["a"]}), pd.DataFrame({"text": ["a"]})):
         with pytest.raises(TypeError, match="`documents` must be"):
             CompressedCorpus.build(shared_model, documents, tmp_path / "c")
     assert not (tmp_path / "c").exists()

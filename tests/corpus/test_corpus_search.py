@@ -38,9 +38,9 @@ def corpus(request, shared_model, tmp_path_factory) -> CompressedCorpus:
 
 @pytest.fixture(scope="module")
 def large(shared_model, tmp_path_factory) -> Path:
-    """A corpus of 3,000 rows in five shards; copy the folder before changing it."""
+    """A corpus of 4,000 rows in six shards; copy the folder before changing it."""
     folder = tmp_path_factory.mktemp("large") / "corpus"
-    return CompressedCorpus.build(shared_model, make_documents(3000), folder, shard_size=700).folder
+    return CompressedCorpus.build(shared_model, make_documents(4000), folder, shard_size=700).folder
 
 
 @pytest.fixture(scope="module")
