@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modeling_clara.codecs_clara import CODECS, Codec, check_codec
+from modeling_clara.codecs_clara import CODECS, Codec
 from modeling_clara.corpus.encode import encode, fit_codec
 
-N, H = 16, 576
 ROUNDED = ("int8", "int4")
 # of the error of one vector: its length over that of what is left of a memory without the common mean
 SPREAD_ERROR = {"float16": 0.01, "int8": 0.02, "int4": 0.12}
@@ -40,57 +39,31 @@ def spread_error(codec: Codec, memory: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", CODECS)
-@pytest.mark.parametrize("hidden", [2, 6, 32, 36, 62, 64, 96, 576])
-def test_the_first_vectors_are_the_first_bytes(name, hidden):
-    memory = memories(5, 7, hidden, outliers=1)
+@pytest.mark.parametrize("hidden", [2, 30, 36, 62, 64, 96, 576, 4096])
+def test_a_row_is_its_vectors_one_after_another(name, hidden):
+    memory = memories(20, 5, hidden, outliers=0)
     codec = fit_codec(name, memory)
     rows = encode(codec, memory)
     whole = codec.decode(rows)
-    assert rows.dtype == np.uint8 and rows.shape == (5, codec.row_bytes)
-    assert whole.dtype == torch.float32 and whole.shape == (5, 7, hidden)
-    for k in range(1, 8):
-        assert torch.equal(codec.decode(rows, k), whole[:, :k])
+    assert rows.dtype == np.uint8 and rows.shape == (20, 5 * codec.vector_bytes) == (20, codec.row_bytes)
+    assert whole.dtype == torch.float32 and torch.equal(codec.decode(rows, 5), whole)
+    assert float((whole - memory).norm() / (memory - memory.mean(0)).norm()) < SPREAD_ERROR[name]
+    assert name != "int4" or len(codec.state["outliers"]) == hidden // 32
+    for k in range(1, 6):
         cut = np.ascontiguousarray(rows[:, : k * codec.vector_bytes])
-        assert torch.equal(codec.decode(cut, k), whole[:, :k])
-    assert torch.equal(codec.decode(rows, 7), whole)
-
-
-@pytest.mark.parametrize("name", CODECS)
-def test_a_row_does_not_hang_on_its_neighbours(name):
-    memory = memories(9)
-    codec = fit_codec(name, memory)
-    rows = encode(codec, memory)
-    for place in range(9):
-        alone = encode(codec, memory[place : place + 1])
-        assert np.array_equal(alone, rows[place : place + 1])
-        assert torch.equal(codec.decode(alone), codec.decode(rows)[place : place + 1])
-    assert torch.equal(codec.decode(rows[::-2].copy()), codec.decode(rows)[torch.arange(8, -1, -2)])
-    assert torch.equal(codec.decode(rows[::2]), codec.decode(rows)[::2])
+        assert torch.equal(codec.decode(rows, k), whole[:, :k]) and torch.equal(codec.decode(cut, k), whole[:, :k])
+    for place in range(20):  # a row does not hang on its neighbours
+        assert np.array_equal(encode(codec, memory[place : place + 1]), rows[place : place + 1])
+    assert torch.equal(codec.decode(rows[::-2].copy()), whole[torch.arange(19, -1, -2)])
+    assert torch.equal(codec.decode(rows[::2]), whole[::2])
 
 
 @pytest.mark.parametrize(("name", "limit"), [("float16", 18600), ("int8", 9600), ("int4", 5100)])
 def test_bytes_of_a_memory_of_16_vectors_of_576(name, limit):
-    codec = fit_codec(name, memories(3, N, H))
-    assert codec.row_bytes == N * codec.vector_bytes <= limit
-    assert encode(codec, memories(2, N, H)).nbytes == 2 * codec.row_bytes
-
-
-@pytest.mark.parametrize("name", CODECS)
-@pytest.mark.parametrize("hidden", [2, 30, 32, 62, 64, 96, 576, 4096])
-def test_every_even_size_comes_back(name, hidden):
-    memory = memories(40, 2, hidden, outliers=0)
-    codec = fit_codec(name, memory)
-    assert spread_error(codec, memory) < SPREAD_ERROR[name]
-    if name == "int4":
-        assert len(codec.state["outliers"]) == hidden // 32
-
-
-@pytest.mark.parametrize("name", CODECS)
-def test_no_rows_are_no_rows(name):
-    codec = fit_codec(name, memories(3))
-    rows = encode(codec, memories(3)[:0])
-    assert rows.shape == (0, codec.row_bytes) and rows.dtype == np.uint8
-    assert codec.decode(rows).shape == (0, 4, 64) and codec.decode(rows, 2).shape == (0, 2, 64)
+    codec = fit_codec(name, memories(3, 16, 576))
+    none = encode(codec, memories(0, 16, 576))
+    assert none.shape == (0, codec.row_bytes) and codec.row_bytes <= limit
+    assert codec.decode(none).shape == (0, 16, 576) and codec.decode(none, 2).shape == (0, 2, 576)
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -163,31 +136,20 @@ def test_int8_and_int4_round_to_nearest(name):
 
 
 @pytest.mark.parametrize("name", ROUNDED)
-@pytest.mark.parametrize("factor", [3.0, 100.0, 1e4, 1e6, 1e9, 1e30])
-def test_a_memory_far_outside_the_sample_is_kept_or_refused(name, factor):
+@pytest.mark.parametrize("size", [100.0, -1e3, 1e4, -1e6, 1e9, 1e30])
+def test_what_is_far_outside_the_sample_is_kept_or_refused(name, size):
     codec = fit_codec(name, memories(200))
-    memory = memories(3, seed=7) * factor
-    try:
-        rows = encode(codec, memory)
-    except ValueError as error:
-        assert "memory 0" in str(error) and factor > 1e4
-        return
-    error = (codec.decode(rows) - memory).flatten(1).norm(dim=1) / memory.flatten(1).norm(dim=1)
-    assert error.max() < {"int8": 0.02, "int4": 0.15}[name]
-
-
-@pytest.mark.parametrize("name", ROUNDED)
-@pytest.mark.parametrize("value", [1e3, -1e3, 1e5, -1e6, 1e8, -1e12])
-def test_a_single_spike_is_kept_or_refused(name, value):
-    codec = fit_codec(name, memories(200))
-    memory = memories(2, seed=7)
-    memory[1, 2, 33] = value
-    try:
-        rows = encode(codec, memory)
-    except ValueError as error:
-        assert "memory 1" in str(error) and abs(value) > 1e5
-        return
-    assert float(codec.decode(rows)[1, 2, 33]) == pytest.approx(value, rel=0.1)
+    scaled, spiked = memories(3, seed=7) * size, memories(3, seed=7)
+    spiked[1, 2, 33] = size
+    for memory, first in ((scaled, 0), (spiked, 1)):
+        try:
+            decoded = codec.decode(encode(codec, memory))
+        except ValueError as error:
+            assert f"memory {first}" in str(error) and abs(size) > 1e4
+            continue
+        assert float(decoded[1, 2, 33]) == pytest.approx(float(memory[1, 2, 33]), rel=0.15)
+        error = (decoded - memory).flatten(1).norm(dim=1) / memory.flatten(1).norm(dim=1)
+        assert memory is spiked or error.max() < {"int8": 0.02, "int4": 0.15}[name]
 
 
 @pytest.mark.parametrize("name", ROUNDED)
@@ -209,31 +171,11 @@ def test_a_poor_sample_still_encodes_what_comes_later(name, sample):
     assert float(error) < {"int8": 0.02, "int4": 0.3}[name]  # int4 did not see which channels are wild
 
 
-def clustered(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, 8, 576) memories in groups of ten, and (80, 8, 576) questions, each near one of them."""
-    generator = torch.Generator().manual_seed(seed)
-    base = memories(1, 8, 576, outliers=6, seed=seed)
-    spread = memories(64, 8, 576, outliers=6).std(0)
-    topics = torch.randn(rows // 10, 8, 576, generator=generator)
-    own = torch.randn(rows, 8, 576, generator=generator)
-    memory = base + (topics.repeat_interleave(10, 0) + 0.8 * own) * spread
-    picked = torch.randperm(rows, generator=generator)[:80]
-    noise = torch.randn(80, 8, 576, generator=generator)
-    return memory, memory[picked] + 0.8 * noise * spread
-
-
-@pytest.mark.parametrize(("name", "limit"), [("float16", 0.99), ("int8", 0.99), ("int4", 0.95)])
-def test_the_nearest_five_stay_the_nearest_five(name, limit):
-    memory, questions = clustered(400, seed=3)
-    codec = fit_codec(name, memory)
-    decoded = codec.decode(encode(codec, memory))
-
-    def nearest(documents):
-        flat = torch.nn.functional.normalize(documents.flatten(1), dim=1)
-        return (torch.nn.functional.normalize(questions.flatten(1), dim=1) @ flat.T).topk(5).indices.tolist()
-
-    pairs = zip(nearest(memory), nearest(decoded), strict=True)
-    assert np.mean([len(set(exact) & set(found)) / 5 for exact, found in pairs]) >= limit
+@pytest.mark.parametrize("name", ROUNDED)
+def test_one_wild_memory_in_the_sample_does_not_spoil_the_others(name):
+    sample = memories(100)
+    sample[17] *= 1e9
+    assert spread_error(fit_codec(name, sample), memories(50, seed=3)) < 2 * SPREAD_ERROR[name]
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -244,103 +186,80 @@ def test_the_nearest_five_stay_the_nearest_five(name, limit):
 def test_what_is_not_finite_is_an_error_that_names_the_row(name, value):
     codec = fit_codec(name, memories(5))
     memory = memories(5)
-    memory[3, 1, 7] = value
-    memory[4, 0, 0] = value
+    memory[3, 1, 7] = memory[4, 0, 0] = value
     with pytest.raises(ValueError, match=rf"memory 3 .*{name}.*got"):
         encode(codec, memory)
-    assert encode(codec, memory[:3]).shape == (3, codec.row_bytes)
 
 
-@pytest.mark.parametrize(("value", "fits"), [(65504.0, True), (-65504.0, True), (65536.0, False), (-1e30, False)])
-def test_float16_holds_up_to_65504(value, fits):
-    memory = memories(3)
-    memory[2, 3, 63] = value
-    codec = fit_codec("float16", memory)
-    if fits:
+def test_float16_holds_up_to_65504():
+    codec, memory = fit_codec("float16", memories(3)), memories(3)
+    for value in (65504.0, -65504.0):
+        memory[2, 3, 63] = value
         assert float(codec.decode(encode(codec, memory))[2, 3, 63]) == value
-    else:
+    for value in (65536.0, -1e30):
+        memory[2, 3, 63] = value
         with pytest.raises(ValueError, match="memory 2 .*float16.*65,504"):
             encode(codec, memory)
 
 
 @pytest.mark.parametrize("name", CODECS)
-@pytest.mark.parametrize("shape", [(3, 4, 32), (3, 2, 64), (3, 5, 64), (4, 64), (3, 4, 64, 1), (64,)])
-def test_a_memory_of_another_shape_is_an_error(name, shape):
-    codec = fit_codec(name, memories(3))
-    with pytest.raises(ValueError, match=r"\(rows, 4, 64\), got"):
-        encode(codec, torch.zeros(shape))
-
-
-@pytest.mark.parametrize("name", ["int2", "", "INT8", None, 8, ["int8"]])
-def test_an_unknown_name_is_an_error_that_lists_the_codecs(name):
-    for call in (check_codec, lambda name: Codec(name, 4, 64), lambda name: fit_codec(name, memories(2))):
-        with pytest.raises(ValueError, match="float16, int8, int4, got"):
-            call(name)
-    assert [check_codec(name) for name in CODECS] == list(CODECS)
-
-
-@pytest.mark.parametrize("name", CODECS)
-def test_an_odd_hidden_size_is_an_error(name):
+def test_another_shape_is_an_error(name):
+    codec = fit_codec(name, memories(5))
+    for shape in ((3, 4, 32), (3, 2, 64), (3, 5, 64), (4, 64), (3, 4, 64, 1), (64,)):
+        with pytest.raises(ValueError, match=r"\(rows, 4, 64\), got"):
+            encode(codec, torch.zeros(shape))
+    rows = encode(codec, memories(5))
+    for wrong, k in ((rows, 5), (rows, 0), (rows, -1), (rows[:, :-1], 4), (rows[:, : codec.vector_bytes], 2)):
+        with pytest.raises(ValueError, match="`rows` must have the shape"):
+            codec.decode(wrong, k)
     with pytest.raises(ValueError, match="`hidden_size` must be even, got 33"):
         fit_codec(name, memories(2, 1, 33, outliers=0))
 
 
-def test_a_state_of_another_corpus_is_an_error():
-    state = fit_codec("int8", memories(5)).state
-    wrong = [
-        ("float16", 4, 64, state),
-        ("int8", 2, 64, state),
-        ("int8", 4, 128, state),
-        ("int8", 4, 64, {**state, "more": state["mean"]}),
-        ("int8", 4, 64, {"mean": state["mean"], "outliers": state["outliers"]}),
-        ("int4", 4, 64, {**state, "outliers": torch.arange(3)}),
-    ]
-    for arguments in wrong:
-        with pytest.raises(ValueError, match=f"codec {arguments[0]} must have the shapes"):
-            Codec(*arguments)
+@pytest.mark.parametrize("name", ["int2", "", "INT8", None, 8, ["int8"]])
+def test_an_unknown_name_is_an_error_that_lists_the_codecs(name):
+    for call in (lambda: Codec(name, 4, 64), lambda: fit_codec(name, memories(2))):
+        with pytest.raises(ValueError, match="float16, int8, int4, got"):
+            call()
+
+
+STATE = fit_codec("int4", memories(5)).state
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("name", "n", "hidden", "state", "message"),
     [
-        {"outliers": torch.tensor([0, 64])},
-        {"outliers": torch.tensor([-1, 5])},
-        {"outliers": torch.tensor([3, 3])},
-        {"outliers": torch.tensor([0.0, 1.0])},
-        {"mean": torch.full((4, 64), torch.nan)},
-        {"weight": torch.zeros(4, 64)},
-        {"weight": torch.full((4, 64), torch.inf)},
+        ("float16", 4, 64, STATE, "must have the shapes"),
+        ("int8", 2, 64, STATE, "must have the shapes"),
+        ("int8", 4, 128, STATE, "must have the shapes"),
+        ("int8", 4, 64, {**STATE, "more": STATE["mean"]}, "must have the shapes"),
+        ("int8", 4, 64, {"mean": STATE["mean"], "outliers": STATE["outliers"]}, "must have the shapes"),
+        ("int4", 4, 64, STATE | {"outliers": torch.arange(3)}, "must have the shapes"),
+        ("int4", 4, 64, STATE | {"outliers": torch.tensor([0, 64])}, "damaged"),
+        ("int4", 4, 64, STATE | {"outliers": torch.tensor([-1, 5])}, "damaged"),
+        ("int4", 4, 64, STATE | {"outliers": torch.tensor([3, 3])}, "damaged"),
+        ("int4", 4, 64, STATE | {"outliers": torch.tensor([0.0, 1.0])}, "damaged"),
+        ("int4", 4, 64, STATE | {"mean": torch.full((4, 64), torch.nan)}, "damaged"),
+        ("int4", 4, 64, STATE | {"weight": torch.zeros(4, 64)}, "damaged"),
+        ("int4", 4, 64, STATE | {"weight": torch.full((4, 64), torch.inf)}, "damaged"),
     ],
-    ids=lambda damage: f"{next(iter(damage))}={next(iter(damage.values())).flatten()[-1]}",
 )
-def test_a_state_with_impossible_values_is_an_error(damage):
-    state = fit_codec("int4", memories(5)).state
-    with pytest.raises(ValueError, match="codec int4"):
-        Codec("int4", 4, 64, state | damage)
-
-
-@pytest.mark.parametrize("name", CODECS)
-def test_vectors_that_a_row_does_not_have_are_an_error(name):
-    codec = fit_codec(name, memories(5))
-    rows = encode(codec, memories(5))
-    for wrong, k in ((rows, 5), (rows, 0), (rows, -1), (rows[:, :-1], 4), (rows[:, : codec.vector_bytes], 2)):
-        with pytest.raises(ValueError):
-            codec.decode(wrong, k)
+def test_a_state_that_cannot_be_right_is_an_error(name, n, hidden, state, message):
+    with pytest.raises(ValueError, match=f"codec {name} .*{message}"):
+        Codec(name, n, hidden, state)
 
 
 # --- states ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CODECS)
-@pytest.mark.parametrize("hidden", [30, 64])
-def test_a_state_comes_back_from_a_file(name, hidden, tmp_path):
-    memory = memories(20, 4, hidden, outliers=1)
+def test_a_state_comes_back_from_a_file(name, tmp_path):
+    memory = memories(20)
     codec = fit_codec(name, memory)
     save_file(codec.state, tmp_path / "state.safetensors")
-    again = Codec(name, 4, hidden, load_file(tmp_path / "state.safetensors"))
-    assert again.key == codec.key
+    again = Codec(name, 4, 64, load_file(tmp_path / "state.safetensors"))
     rows = encode(codec, memory)
-    assert np.array_equal(encode(again, memory), rows)
+    assert again.key == codec.key and np.array_equal(encode(again, memory), rows)
     assert torch.equal(again.decode(rows), codec.decode(rows))
 
 
@@ -349,18 +268,11 @@ def test_a_key_names_a_state():
     assert len({codec.key for codec in codecs}) == 4
     assert all(len(codec.key) == 12 and set(codec.key) <= set("0123456789abcdef") for codec in codecs)
     assert fit_codec("float16", memories(20)).key == ""
-    first = codecs[0]
-    assert fit_codec("int8", memories(20)).key == first.key  # the same sample, the same state
-    assert Codec("int8", 4, 64, dict(reversed(first.state.items()))).key == first.key
-    strided = {key: torch.stack([value, value], -1)[..., 0] for key, value in first.state.items()}
-    assert Codec("int8", 4, 64, strided).key == first.key
-    assert Codec("int8", 4, 64, first.state | {"mean": first.state["mean"] + 1}).key != first.key
-
-
-def test_two_states_do_not_share_a_decode():
-    memory = memories(20)
-    first, second = fit_codec("int8", memory), fit_codec("int8", memory + 100)
-    assert not torch.allclose(first.decode(encode(first, memory)), second.decode(encode(first, memory)))
+    state, key = codecs[0].state, codecs[0].key
+    strided = {name: torch.stack([value, value], -1)[..., 0] for name, value in state.items()}
+    for same in (state, dict(reversed(state.items())), strided, fit_codec("int8", memories(20)).state):
+        assert Codec("int8", 4, 64, same).key == key
+    assert Codec("int8", 4, 64, state | {"mean": state["mean"] + 1}).key != key
 
 
 @pytest.mark.parametrize("name", ROUNDED)
@@ -370,11 +282,3 @@ def test_a_codec_that_was_not_fitted_knows_its_size_and_nothing_else(name):
     for call in (lambda: encode(codec, memories(2)), lambda: codec.decode(np.zeros((2, codec.row_bytes), np.uint8))):
         with pytest.raises(ValueError, match="must be fitted"):
             call()
-
-
-@pytest.mark.parametrize("name", ROUNDED)
-def test_one_wild_memory_in_the_sample_does_not_spoil_the_others(name):
-    sample = memories(100)
-    sample[17] *= 1e9
-    codec = fit_codec(name, sample)
-    assert spread_error(codec, memories(50, seed=3)) < 2 * SPREAD_ERROR[name]

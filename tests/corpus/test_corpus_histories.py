@@ -1,86 +1,77 @@
-"""Long histories of changes, and what others see of them: readers, a second writer, changes that fail half-way.
+"""Long histories of changes, what readers see of them, and second writers."""
 
-Other processes are forked from a server that has imported the package once; they open the corpus by its path.
-"""
-
-import json
-import multiprocessing
 import os
 import random
-import resource
 import shutil
-import signal
-import threading
 
 import pytest
 import torch
-from test_corpus_changes import CODECS, ERRORS, assert_holds, build, by_id, make, make_many, read_json, texts, top
+from corpora import (
+    CODECS,
+    ERRORS,
+    assert_has_no_strays,
+    assert_holds,
+    build,
+    by_id,
+    ids,
+    make,
+    make_many,
+    read_all,
+    read_json,
+    receive,
+    start,
+    texts,
+    top,
+)
 
 from modeling_clara import CompressedCorpus
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["modeling_clara", "datasets"])
+
+def stored(corpus) -> bytes:
+    return torch.cat([document["memory"] for document in read_all(corpus)]).numpy().tobytes()
 
 
-def start(function, *arguments):
-    """Call `function(connection, *arguments)` in another process; returns it and our end of the connection."""
-    ours, theirs = PROCESSES.Pipe()
-    process = PROCESSES.Process(target=function, args=(theirs, *arguments), daemon=True)
-    process.start()
-    theirs.close()
-    return process, ours
-
-
-def receive(connection):
-    assert connection.poll(60), "the other process does not answer"
-    return connection.recv()
-
-
-@pytest.fixture
-def corpus(shared_model, tmp_path) -> CompressedCorpus:
-    """d0 to d9 as float16 in three shards."""
-    return build(shared_model, tmp_path / "corpus")
-
-
-# --- long histories --------------------------------------------------------------------------------------------------
-
-
-def test_a_random_sequence_of_changes_is_that_of_a_dictionary(shared_model, tmp_path):
-    draw, expected = random.Random(0), by_id(make_many(10))
-    corpus, error = build(shared_model, tmp_path / "corpus"), ERRORS["float16"]
-    for step in range(60):
-        kind = draw.choices(("add", "update", "delete", "compact", "convert"), (5, 3, 5, 1, 1))[0]
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_random_sequence_of_changes_is_that_of_a_dictionary(shared_model, tmp_path, codec):
+    draw, expected = random.Random(codec), by_id(make_many(10))
+    corpus, error = build(shared_model, tmp_path / "corpus", codec=codec), ERRORS[codec]
+    kinds = [*draw.choices(("add", "update", "delete", "compact"), (5, 3, 5, 2), k=20), "compact", "convert", "add"]
+    for step, kind in enumerate(kinds):
         some = draw.sample(sorted(expected), min(len(expected), draw.randint(1, 4)))
+        size = draw.randint(1, 7)
         if kind == "add":
             new = [make(f"s{step}-{i}", 1000 * step + i) for i in range(draw.randint(1, 4))]
-            corpus.add(new, shard_size=draw.randint(1, 4))
+            assert corpus.add(new, shard_size=size).n_documents == len(new)
             expected |= by_id(new)
         elif kind == "update" and some:
             new = [make(name, 1000 * step + 500 + i) for i, name in enumerate(some)]
-            corpus.update(new, shard_size=draw.randint(1, 4))
+            assert corpus.update(new, shard_size=size).n_documents == len(new)
             expected = {name: document for name, document in expected.items() if name not in some} | by_id(new)
         elif kind == "delete" and some:
             assert corpus.delete(some) == len(some)
             expected = {name: document for name, document in expected.items() if name not in some}
         elif kind == "compact":
-            corpus.compact(shard_size=draw.randint(1, 20))
+            before = stored(corpus)
+            corpus.compact(shard_size=size)
+            shards = read_json(corpus)["shards"]
+            assert stored(corpus) == before and [shard["n_spans"] for shard in shards[:-1]] == [size] * len(shards[1:])
+            assert all(shard["tombstones"] == [] and shard["n_deleted"] == 0 for shard in shards)
         elif kind == "convert":
-            codec = draw.choice([codec for codec in CODECS if codec != corpus.manifest.codec])
-            corpus.convert(codec, shard_size=draw.randint(1, 20))
-            error += 2 * ERRORS[codec]
-        assert_holds(corpus, expected, error)
+            target = CODECS[CODECS.index(codec) - 1]
+            corpus.convert(target, shard_size=size)
+            error += ERRORS[target]
+            assert read_json(corpus)["codec"] == target
+            assert len(read_json(corpus)["codec_states"]) == (target != "float16")
+        assert_has_no_strays(corpus)
+        assert_holds(corpus, expected, 2 * error)
         opened = CompressedCorpus.open(corpus.folder)
         assert list(texts(opened).items()) == [(name, document["text"]) for name, document in expected.items()]
         query = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(step))
-        hits = [
-            [[(hit["document_id"], hit["score"]) for hit in row] for row in c.search(query, 9)]
-            for c in (corpus, opened)
-        ]
-        assert hits[0] == hits[1]
+        assert ids(corpus.search(query, 9)) == ids(opened.search(query, 9))
 
 
 def test_many_single_adds_keep_the_number_of_segments_bounded(corpus):
-    documents = make_many(150, "new")
+    documents = make_many(75, "new")
     for document in documents:
         corpus.add([document])
         assert len(corpus.snapshot.segments) <= 70
@@ -117,14 +108,6 @@ def test_a_reader_keeps_its_snapshot_until_it_refreshes(corpus):
         assert len(reader) == read_json(corpus)["n_documents"]
 
 
-def test_a_view_shows_what_its_corpus_changes(corpus):
-    view = corpus.with_options(where={"year": {"$gte": 2005}}, exact=True)
-    document = make("new", 30)
-    view.add([document])
-    assert top(corpus, document)["document_id"] == top(view, document)["document_id"] == "new"
-    assert len(corpus) == len(view) == 11
-
-
 def test_two_objects_change_one_corpus_in_turn(corpus):
     other = CompressedCorpus.open(corpus.folder)
     corpus.add([make("a", 40)])
@@ -158,34 +141,8 @@ def test_a_corpus_that_was_replaced_by_another_of_as_many_changes_is_not_mixed_w
         assert_holds(seen, expected)
 
 
-def test_threads_search_while_one_writes(corpus):
-    problems, is_done = [], threading.Event()
-
-    def search():
-        while not is_done.is_set():
-            for index in (0, 5, 9):
-                document = make(f"d{index}", index)
-                hit = top(corpus, document)
-                if (hit["document_id"], hit["text"]) != (document["id"], document["text"]):
-                    problems.append(hit)
-
-    threads = [threading.Thread(target=search) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    try:
-        for round_ in range(4):
-            corpus.add(make_many(4, f"r{round_}-", 100), shard_size=2)
-            corpus.delete([f"r{round_}-100"])
-            corpus.compact(shard_size=3)
-    finally:
-        is_done.set()
-        for thread in threads:
-            thread.join()
-    assert problems == [] and len(corpus) == 10 + 4 * 3
-
-
 def keep_reading(connection, path):
-    """Open, refresh and search until told to stop; sends the number of rounds, or what was wrong."""
+    """Open, refresh and search until told to stop; sends the number of rounds, or fails."""
     torch.set_num_threads(1)
     refreshed, rounds = CompressedCorpus.open(path), 0
     connection.send("ready")
@@ -193,11 +150,8 @@ def keep_reading(connection, path):
         for reader in (refreshed.refresh(), CompressedCorpus.open(path)):
             for index in (0, 4, 9):
                 hit = top(reader, make(f"d{index}", index))
-                if (hit["document_id"], hit["text"]) != (f"d{index}", f"text {index} of d{index}"):
-                    raise ValueError(hit)
-            ids = [name for name in reader.document_ids() if name.startswith("d")]
-            if ids != [f"d{index}" for index in range(10)]:
-                raise ValueError(ids)
+                assert (hit["document_id"], hit["text"]) == (f"d{index}", f"text {index} of d{index}")
+            assert [name for name in reader.document_ids() if name[0] == "d"] == [f"d{index}" for index in range(10)]
         rounds += 1
     connection.send(rounds)
 
@@ -205,19 +159,15 @@ def keep_reading(connection, path):
 def test_a_reader_in_another_process_while_this_one_changes_everything(corpus):
     process, connection = start(keep_reading, corpus.folder)
     assert receive(connection) == "ready"
-    for round_ in range(8):
+    for round_ in range(5):
         corpus.compact(shard_size=1 + round_)
         corpus.add(make_many(2, f"r{round_}-", 50), shard_size=1)
         corpus.convert(CODECS[(round_ + 1) % 2])
         corpus.delete([f"r{round_}-50"])
     connection.send("stop")
-    try:
-        rounds = receive(connection)
-    except EOFError:
-        pytest.fail("the reader has failed, its error is above")
+    assert receive(connection) > 1  # EOFError: the reader has failed, its error is above
     process.join(30)
-    assert process.exitcode == 0 and rounds > 1
-    assert corpus.verify() == [] and len(corpus) == 10 + 8
+    assert process.exitcode == 0 and corpus.verify() == [] and len(corpus) == 10 + 5
 
 
 # --- a second writer -------------------------------------------------------------------------------------------------
@@ -228,7 +178,7 @@ def hold_the_lock(connection, path):
 
     def rows():
         yield make("held", 60)
-        connection.send(os.getpid())
+        connection.send("held")
         connection.recv()
         yield make("last", 61)
 
@@ -238,8 +188,7 @@ def hold_the_lock(connection, path):
 
 def test_a_second_writer_is_told_the_pid_of_the_first(corpus):
     process, connection = start(hold_the_lock, corpus.folder)
-    pid = receive(connection)
-    assert pid == process.pid
+    receive(connection)
     changes = [
         lambda: corpus.add([make("x", 1)]),
         lambda: corpus.update([make("d1", 1)]),
@@ -250,24 +199,14 @@ def test_a_second_writer_is_told_the_pid_of_the_first(corpus):
     ]
     before = read_json(corpus)
     for change in changes:
-        with pytest.raises(RuntimeError, match=rf"{corpus.folder}.*process {pid} .*[Ww]ait"):
+        with pytest.raises(RuntimeError, match=rf"{corpus.folder}.*process {process.pid} .*[Ww]ait"):
             change()
-    assert read_json(corpus) == before and len(corpus) == 10
-    assert top(corpus, make("d1", 1))["document_id"] == "d1"
+    assert read_json(corpus) == before and top(corpus, make("d1", 1))["document_id"] == "d1"
     connection.send("go on")
     process.join(60)
     assert process.exitcode == 0
     corpus.add([make("x", 62)])
     assert_holds(corpus, by_id([*make_many(10), make("held", 60), make("last", 61), make("x", 62)]))
-
-
-def test_a_writer_that_is_killed_leaves_no_lock(corpus):
-    process, connection = start(hold_the_lock, corpus.folder)
-    receive(connection)
-    process.kill()
-    process.join()
-    corpus.add([make("x", 62)])
-    assert_holds(corpus, by_id([*make_many(10), make("x", 62)]))
 
 
 def test_a_change_inside_a_change_is_refused(corpus):
@@ -280,66 +219,3 @@ def test_a_change_inside_a_change_is_refused(corpus):
         corpus.add(rows())
     corpus.delete(["d0"])
     assert_holds(corpus, by_id(make_many(10)[1:]))
-
-
-# --- changes that fail half-way --------------------------------------------------------------------------------------
-
-CHANGES = {
-    "add": lambda corpus: corpus.add([make("new", 70, text="long " * 40_000)]),
-    "update": lambda corpus: corpus.update([make("d3", 71, text="long " * 40_000)]),
-    "delete": lambda corpus: corpus.delete(["d3"]),
-    "compact": lambda corpus: corpus.compact(),
-    "convert": lambda corpus: corpus.convert("int8"),
-}
-
-
-def assert_is_before_or_after(folder, kind: str) -> None:
-    """The corpus is what it was before one of `CHANGES`, or what it shall be after it."""
-    opened = CompressedCorpus.open(folder)
-    assert opened.verify() == []
-    before = {document["id"]: document["text"] for document in make_many(10)}
-    after = {"add": before | {"new": "long " * 40_000}, "update": before | {"d3": "long " * 40_000}}
-    after["delete"] = {name: text for name, text in before.items() if name != "d3"}
-    assert texts(opened) in (before, after.get(kind, before))
-    assert opened.add([make("next", 72)]).n_documents == 1 and opened.verify() == []
-
-
-@pytest.mark.parametrize("kind", ["add", "update", "compact", "convert"])
-def test_a_change_whose_derived_files_cannot_be_written_loses_nothing(corpus, kind):
-    segments = corpus.folder / "index" / "segments"
-    for path in [*segments.glob("*/*"), *segments.iterdir()]:
-        path.unlink() if path.is_file() else path.rmdir()
-    segments.rmdir()
-    segments.write_text("a file where the folder should be")
-    with pytest.raises(OSError):
-        CHANGES[kind](corpus)
-    segments.unlink()
-    assert_is_before_or_after(corpus.folder, kind)
-
-
-def change_with_limit(connection, path, kind, n_bytes):
-    """Make a change where no file may grow beyond `n_bytes`; sends the classes of the error, none where it worked."""
-    torch.set_num_threads(1)
-    corpus = CompressedCorpus.open(path)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
-    try:
-        CHANGES[kind](corpus)
-        connection.send([])
-    except Exception as error:
-        connection.send([kind.__name__ for kind in type(error).__mro__])
-
-
-@pytest.mark.parametrize("n_bytes", [100, 1500, 3500, 6000, 20_000, 10**8])
-@pytest.mark.parametrize("kind", ["add", "compact", "convert"])
-def test_a_full_disk_loses_nothing(corpus, kind, n_bytes):
-    process, connection = start(change_with_limit, corpus.folder, kind, n_bytes)
-    classes = receive(connection)
-    process.join(30)
-    assert process.exitcode == 0 and (not classes or n_bytes < 10**8)
-    assert_is_before_or_after(corpus.folder, kind)
-    assert not classes or "OSError" in classes
-    if not classes:
-        content = json.loads((corpus.folder / "corpus.json").read_text())
-        assert kind != "add" or "new" in CompressedCorpus.open(corpus.folder)
-        assert kind != "convert" or content["codec"] == "int8"

@@ -5,7 +5,6 @@ It stands on the loopback Hub, where corpora are also built from a data set.
 
 import contextlib
 import itertools
-import json
 import re
 import shutil
 import threading
@@ -13,21 +12,24 @@ from pathlib import Path
 
 import datasets
 import pytest
-from hub_server import Failure
-from huggingface_hub import HfApi, snapshot_download
-from test_corpus_changes import (
+from corpora import (
     CODECS,
     ERRORS,
     assert_holds,
     build,
     by_id,
+    damage,
     edit_json,
     make,
     make_many,
+    named_files,
     read_json,
+    rejected,
     texts,
     top,
 )
+from hub_server import Failure
+from huggingface_hub import DatasetCard, HfApi, snapshot_download
 
 from modeling_clara import CompressedCorpus
 
@@ -44,12 +46,6 @@ def repo(request) -> str:
     return f"hubcorpus/{name[:80].strip('-')}"
 
 
-@pytest.fixture
-def corpus(shared_model, tmp_path) -> CompressedCorpus:
-    """d0 to d9 as float16 in three shards."""
-    return build(shared_model, tmp_path / "corpus")
-
-
 def files(repo: str, revision: str | None = None) -> set[str]:
     return set(HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)) - {".gitattributes"}
 
@@ -58,30 +54,28 @@ def n_commits(repo: str) -> int:
     return len(HfApi().list_repo_commits(repo, repo_type="dataset"))
 
 
-def named_files(corpus) -> set[str]:
-    content = read_json(corpus)
-    states = {f"codec/{key}.safetensors" for key in content["codec_states"]}
-    return {"corpus.json", "README.md", *(shard["file"] for shard in content["shards"]), *states}
-
-
 # --- published and opened --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_pushed_corpus_is_opened_by_its_id(shared_model, tmp_path, repo, codec):
-    corpus = build(shared_model, tmp_path / "corpus", codec=codec)
+    corpus, documents = build(shared_model, tmp_path / "corpus", codec=codec), by_id(make_many(10))
     url = corpus.push_to_hub(repo, compressor=MODEL, compressor_revision="abc")
     assert repo in url and url.endswith(HfApi().dataset_info(repo).sha)
-    assert n_commits(repo) == 2  # the first made the repo
-    assert files(repo) == named_files(corpus)
+    assert n_commits(repo) == 2 and files(repo) == named_files(corpus)  # the first commit made the repo
     opened = CompressedCorpus.open(repo)
-    assert_holds(opened, by_id(make_many(10)), ERRORS[codec])
-    assert opened.repo_id == repo and opened.manifest.compressor["name_or_path"] == MODEL
-    assert opened.manifest.compressor["revision"] == "abc"
-    assert opened.fingerprint == shared_model.fingerprint
+    assert_holds(opened, documents, ERRORS[codec])
+    assert opened.repo_id == repo and opened.fingerprint == shared_model.fingerprint
+    compressor = opened.manifest.compressor
+    assert (compressor["name_or_path"], compressor["revision"]) == (MODEL, "abc")
     assert not (opened.folder / "index").exists()  # nothing is written beside the files of the Hub
-    assert_holds(CompressedCorpus.open(repo, local_files_only=True), by_id(make_many(10)), ERRORS[codec])
+    assert_holds(CompressedCorpus.open(repo, local_files_only=True), documents, ERRORS[codec])
     assert len(shared_model.load_corpus(repo)) == 10
+    corpus.push_to_hub(repo, compressor=MODEL)
+    assert read_json(corpus)["compressor"]["revision"] == "abc"  # kept
+    corpus.push_to_hub(repo, compressor="hubcorpus/renamed")
+    compressor = read_json(corpus)["compressor"]
+    assert (compressor["name_or_path"], compressor["revision"]) == ("hubcorpus/renamed", None)
 
 
 def test_datasets_reads_a_corpus(corpus, repo):
@@ -96,29 +90,17 @@ def test_datasets_reads_a_corpus(corpus, repo):
     assert [row["text"] for row in streamed] == list(whole["text"])
 
 
-def test_the_card_is_that_of_a_dataset(corpus, repo):
+@pytest.mark.parametrize("tags, expected", [("[medical]", ["medical"]), ("medical", ["medical"]), ("", [])])
+def test_the_card_of_a_user_goes_along(corpus, repo, tags, expected):
     readme = corpus.folder / "README.md"
-    readme.write_text(readme.read_text().replace("---\n", "---\npretty_name: Mine\n", 1) + "\nMy own words.\n")
+    readme.write_text(f"---\npretty_name: Mine\ntags: {tags}\n---\n\nMy own words.\n")
     corpus.add([make("new", 20)])
     corpus.push_to_hub(repo, compressor=MODEL)
-    info = HfApi().dataset_info(repo)
-    path = Path(snapshot_download(repo, repo_type="dataset")) / "README.md"
-    card = path.read_text()
-    assert info.sha in str(path) and card == readme.read_text()
-    assert "pretty_name: Mine" in card and card.endswith("\nMy own words.\n")
-    assert "11 documents in 11 spans" in card and f"from_pretrained('{MODEL}'" in card
-    assert card.count("<!-- clara: begin -->") == 1
-
-
-@pytest.mark.parametrize("tags, expected", [("[medical]", ["medical"]), ("medical", ["medical"]), ("", [])])
-def test_tags_of_a_user_stay_in_the_card(corpus, repo, tags, expected):
-    from huggingface_hub import DatasetCard
-
-    (corpus.folder / "README.md").write_text(f"---\ntags: {tags}\n---\n\nMine.\n")
-    corpus.push_to_hub(repo, compressor=MODEL)
     card = DatasetCard.load(repo)
-    assert [tag for tag in card.data.tags if "clara" not in tag][: len(expected)] == expected
-    assert len(card.data.tags) == len(expected) + 4 and "Mine." in card.text
+    assert str(card) == readme.read_text() and card.data.pretty_name == "Mine" and "My own words." in card.text
+    assert card.data.tags[: len(expected)] == expected and len(card.data.tags) == len(expected) + 4
+    assert "11 documents in 11 spans" in card.text and f"from_pretrained('{MODEL}'" in card.text
+    assert card.text.count("<!-- clara: begin -->") == 1
 
 
 def test_a_revision_is_opened(corpus, repo):
@@ -170,7 +152,7 @@ def test_deleted_text_is_nowhere_in_the_uploaded_files(corpus, repo, hub):
 
 
 def test_a_second_push_removes_stale_files_and_keeps_those_of_others(corpus, repo):
-    corpus.add([make("d0", 1)])  # rejected
+    corpus.add([make("d0", 1)])  # is rejected
     corpus.push_to_hub(repo, compressor=MODEL)
     assert files(repo) == named_files(corpus) | {"rejected.jsonl"}
     HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id=repo, repo_type="dataset")
@@ -235,30 +217,17 @@ def test_a_compressor_that_others_cannot_load_is_refused(corpus, repo, checkpoin
     assert not HfApi().repo_exists(repo, repo_type="dataset")
 
 
-def test_the_revision_of_the_compressor_is_kept(corpus, repo):
-    corpus.push_to_hub(repo, compressor=MODEL, compressor_revision="abc")
-    corpus.push_to_hub(repo, compressor=MODEL)
-    assert read_json(corpus)["compressor"]["revision"] == "abc"
-    corpus.push_to_hub(repo, compressor="hubcorpus/renamed")
-    assert read_json(corpus)["compressor"]["name_or_path"] == "hubcorpus/renamed"
-    assert read_json(corpus)["compressor"]["revision"] is None  # of another repo
-
-
-@pytest.mark.parametrize("damage", ["shard", "counts", "missing"])
-def test_a_damaged_corpus_is_not_published(corpus, repo, damage):
+def test_a_damaged_corpus_is_not_published(corpus, repo):
     path = corpus.folder / read_json(corpus)["shards"][1]["file"]
-    if damage == "shard":
-        data = bytearray(path.read_bytes())
-        data[-400] ^= 1
-        path.write_bytes(data)
-    elif damage == "missing":
-        path.unlink()
-    else:
-        compressor = read_json(corpus)["compressor"] | {"name_or_path": MODEL}
-        edit_json(corpus, n_documents=9, compressor=compressor)
-        corpus = CompressedCorpus.open(corpus.folder)
-    with pytest.raises((ValueError, FileNotFoundError), match="corpus.json"):
-        corpus.push_to_hub(repo, compressor=MODEL)
+    whole = path.read_bytes()
+    for kind in ("flipped", "missing"):
+        damage(path, kind)
+        with pytest.raises((ValueError, FileNotFoundError), match="corpus.json"):
+            corpus.push_to_hub(repo, compressor=MODEL)
+        path.write_bytes(whole)
+    edit_json(corpus, n_documents=9, compressor=read_json(corpus)["compressor"] | {"name_or_path": MODEL})
+    with pytest.raises(ValueError, match="corpus.json"):
+        CompressedCorpus.open(corpus.folder).push_to_hub(repo, compressor=MODEL)
     assert not HfApi().repo_exists(repo, repo_type="dataset")
 
 
@@ -294,9 +263,8 @@ def test_a_damaged_file_of_the_cache_is_named(corpus, repo, tmp_path):
     corpus.push_to_hub(repo, compressor=MODEL)
     opened = CompressedCorpus.open(repo, cache_dir=tmp_path / "cache")
     path = next((opened.folder / "data").iterdir())
-    real = path.resolve()
-    real.chmod(0o644)
-    real.write_bytes(real.read_bytes()[:-1])
+    path.resolve().chmod(0o644)
+    path.resolve().write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=f"{path}.*download it again"):
         CompressedCorpus.open(repo, cache_dir=tmp_path / "cache")
     shutil.rmtree(tmp_path / "cache")
@@ -306,23 +274,17 @@ def test_a_damaged_file_of_the_cache_is_named(corpus, repo, tmp_path):
 # --- built from a data set of the Hub --------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory) -> str:
-    """A data set of texts on the Hub, in two files, with one row that has no text."""
+def test_a_corpus_is_built_from_a_data_set_of_the_hub(shared_model, tmp_path, repo):
     rows = {"key": ["a", "b", "c", "d", "e"], "body": ["Rome.", "Paris.", "", "Die Seine fließt.", "Berlin. " * 40]}
-    data = datasets.Dataset.from_dict(rows | {"year": [1, 2, 3, None, 5]})
-    data.push_to_hub("hubcorpus/plain", num_shards=2)
-    return "hubcorpus/plain"
-
-
-def test_a_corpus_is_built_from_a_data_set_of_the_hub(shared_model, plain, tmp_path, repo):
+    plain = "hubcorpus/plain"
+    datasets.Dataset.from_dict(rows | {"year": [1, 2, 3, None, 5]}).push_to_hub(plain, num_shards=2)
     columns = {"text_column": "body", "id_column": "key", "split": "train"}
     corpus = CompressedCorpus.build(shared_model, plain, tmp_path / "corpus", codec="float16", **columns)
     assert list(corpus.document_ids()) == ["a", "b", "d", "e"] and corpus.metadata_columns == ["year"]
     assert texts(corpus)["d"] == "Die Seine fließt." and len(corpus.get(["e"])[0]["spans"]) > 1
     assert [found["metadata"]["year"] for found in corpus.get(["a", "d", "e"])] == [1, None, 5]
-    (line,) = (tmp_path / "corpus" / "rejected.jsonl").read_text().splitlines()
-    assert json.loads(line)["row"] == 2 and corpus.manifest.n_rejected == 1
+    (row,) = rejected(tmp_path / "corpus")
+    assert row["row"] == 2 and corpus.manifest.n_rejected == 1
     again = CompressedCorpus.build(shared_model, plain, tmp_path / "corpus", codec="float16", **columns)
     assert texts(again) == texts(corpus)
     changes = corpus.add(plain, **columns)

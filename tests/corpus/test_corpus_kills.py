@@ -1,4 +1,4 @@
-"""Processes that are killed, or interrupted from the keyboard, while they change a corpus.
+"""Changes that are killed, interrupted from the keyboard, or find no room on the disk.
 
 Some end at random moments of a long change, others before a given file operation of a short one. What is left must be
 a whole corpus, before or after each change.
@@ -6,6 +6,7 @@ a whole corpus, before or after each change.
 
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -14,8 +15,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_corpus_changes import CODECS, ERRORS, build, make, make_many, read_all, read_json, relative_error, texts
-from test_corpus_histories import receive, start
+from corpora import (
+    CODECS,
+    ERRORS,
+    assert_has_no_strays,
+    build,
+    by_id,
+    make,
+    make_many,
+    read_all,
+    read_json,
+    receive,
+    rejected,
+    relative_error,
+    start,
+    texts,
+)
 
 from modeling_clara import CompressedCorpus
 
@@ -27,12 +42,6 @@ OPERATIONS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.
 def original(shared_model, tmp_path_factory) -> Path:
     """d0 to d119 as float16."""
     return build(shared_model, tmp_path_factory.mktemp("kills") / "corpus", COUNT, shard_size=40).folder
-
-
-@pytest.fixture
-def folder(original, tmp_path) -> Path:
-    """A copy to change; derived files stay valid."""
-    return Path(shutil.copytree(original, tmp_path / "corpus"))
 
 
 def updated(index: int) -> dict:
@@ -71,7 +80,7 @@ def assert_is_whole(path: Path, kind: str) -> int:
         steps, rest = divmod(len(found) - COUNT, SHARD)
         documents += [make(f"new{index}", index) for index in range(steps * SHARD)]
     elif kind == "update":
-        steps, rest = divmod(sum(found[name] != document["text"] for name, document in by_id(documents)), SHARD)
+        steps, rest = divmod(sum(found[document["id"]] != document["text"] for document in documents), SHARD)
         documents = documents[steps * SHARD :] + [updated(index) for index in range(steps * SHARD)]
     elif kind == "delete":
         steps, rest = COUNT - len(found), 0
@@ -86,41 +95,29 @@ def assert_is_whole(path: Path, kind: str) -> int:
     return steps
 
 
-def by_id(documents: list[dict]) -> list[tuple[str, dict]]:
-    return [(document["id"], document) for document in documents]
-
-
-def assert_has_no_strays(corpus: CompressedCorpus) -> None:
-    """Every file is one that corpus.json names, a card, or derived and in use."""
-    files = {path.relative_to(corpus.folder).as_posix() for path in corpus.folder.rglob("*") if path.is_file()}
-    content = read_json(corpus)
-    named = {"corpus.json", "README.md", *(shard["file"] for shard in content["shards"])}
-    named |= {f"codec/{key}.safetensors" for key in content["codec_states"]}
-    keys = {segment.key for segment in corpus.snapshot.segments}
-    derived = {name for name in files if name.startswith("index/segments/")}
-    assert {name.split("/")[2] for name in derived} == keys
-    assert sorted(name for name in files - derived - named if not name.startswith("index/")) == []
-    assert not [name for name in files if "partial" in name or name.endswith((".pid", ".ids", ".tmp"))]
-
-
 def kill_at_random(folder: Path, kind: str, draw: random.Random) -> int:
-    process, connection = start(work, folder, kind)
-    assert receive(connection) == "ready"
-    time.sleep(draw.uniform(0, 0.8))
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    """Kill a change, or twice one that keeps all documents, and check what is left."""
+    for _ in range(2 if kind in ("compact", "convert") else 1):
+        process, connection = start(work, folder, kind)
+        assert receive(connection) == "ready"
+        time.sleep(draw.uniform(0, 0.8))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
     steps = assert_is_whole(folder, kind)
-    corpus = CompressedCorpus.open(folder)
-    corpus.add([make("last", 5000)])
-    assert corpus.verify() == [] and "last" in corpus
-    assert_has_no_strays(corpus)
+    assert_takes_another(folder)
     return steps
 
 
-@pytest.mark.parametrize("kind", ["add", "update", "delete", "compact", "convert", "convert"])
-def test_a_change_that_is_killed_leaves_a_whole_corpus(folder, kind):
-    kill_at_random(folder, kind, random.Random(kind))
+def assert_takes_another(folder: Path) -> None:
+    corpus = CompressedCorpus.open(folder)
+    assert corpus.add([make("last", 5000)]).n_documents == 1 and corpus.verify() == []
+    assert_has_no_strays(corpus)
+
+
+@pytest.mark.parametrize("kind", ["add", "update", "delete", "compact", "convert"])
+def test_a_change_that_is_killed_leaves_a_whole_corpus(original, tmp_path, kind):
+    kill_at_random(shutil.copytree(original, tmp_path / "copy"), kind, random.Random(kind))
 
 
 @pytest.mark.slow
@@ -131,25 +128,12 @@ def test_twenty_changes_that_are_killed_leave_whole_corpora(original, tmp_path, 
     assert len(set(steps)) > 3  # they were killed at different moments
 
 
-def test_a_corpus_that_is_killed_again_and_again_stays_whole(folder):
-    draw, names = random.Random(1), {f"d{index}" for index in range(COUNT)}
-    for kind in ("compact", "convert", "compact"):
-        process, connection = start(work, folder, kind)
-        assert receive(connection) == "ready"
-        time.sleep(draw.uniform(0, 0.4))
-        process.kill()
-        process.join()
-        corpus = CompressedCorpus.open(folder)
-        assert set(corpus.document_ids()) == names and corpus.verify() == []
-    corpus.compact()
-    assert_has_no_strays(corpus)
+# --- short changes that end before a file operation, or when a file grows too large ----------------------------------
 
-
-# --- short changes, ended before a file operation --------------------------------------------------------------------
-
+LARGE = "long " * 40_000
 CHANGES = {
-    "add": lambda corpus: corpus.add([make("new", 1)]),
-    "update": lambda corpus: corpus.update([updated(3), updated(50)]),
+    "add": lambda corpus: corpus.add([make("new", 1, text=LARGE)]),
+    "update": lambda corpus: corpus.update([make("d3", 1003, text=LARGE), updated(50)]),
     "delete": lambda corpus: corpus.delete(["d3", "d50"]),
     "compact": lambda corpus: corpus.compact(),
     "convert": lambda corpus: corpus.convert("int8"),
@@ -157,8 +141,11 @@ CHANGES = {
 }
 
 
-def change_until(connection, path, kind, number, sent):
-    """Make a change, and send this process a signal before its file operation of this number; sends how it ended."""
+def change(connection, path, kind, number, sent, n_bytes):
+    """Make a change, and send this process a signal before its file operation of this number; sends how it ended.
+
+    No file may grow beyond `n_bytes`.
+    """
     torch.set_num_threads(1)
     corpus, count, root = CompressedCorpus.open(path), 0, str(path)
     if kind in ("compact", "convert"):
@@ -171,42 +158,41 @@ def change_until(connection, path, kind, number, sent):
             if count == number + 1:
                 os.kill(os.getpid(), sent)
 
-    sys.addaudithook(watch)
+    if number is not None:
+        sys.addaudithook(watch)
+    if n_bytes is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
     try:
         CHANGES[kind](corpus)
-    except KeyboardInterrupt:
-        connection.send("interrupted")
-        return
-    connection.send("done")
+        connection.send("done")
+    except (KeyboardInterrupt, OSError):
+        connection.send("ended")
 
 
-def end_before_operation(folder: Path, kind: str, number: int, sent: signal.Signals) -> bool:
-    """Whether the change has this many operations; its corpus must be whole."""
-    process, connection = start(change_until, folder, kind, number, sent)
+def change_and_check(folder: Path, kind: str, number=None, sent=None, n_bytes=None) -> bool:
+    """Whether the change was ended; the corpus must be what it was before, or what it shall be after it."""
+    process, connection = start(change, folder, kind, number, sent, n_bytes)
     try:
-        is_ended = receive(connection) == "interrupted"
+        is_ended = receive(connection) == "ended"
     except EOFError:
-        is_ended = True
+        is_ended = process.exitcode in (None, -signal.SIGKILL)
     process.join(60)
+    assert process.exitcode == 0 or (is_ended and process.exitcode == -signal.SIGKILL)
     corpus = CompressedCorpus.open(folder)
     assert corpus.verify() == []
-    before = {document["id"]: document["text"] for document in make_many(COUNT)}
+    before = {name: document["text"] for name, document in by_id(make_many(COUNT)).items()}
     if kind in ("compact", "convert"):
         del before["d7"]
     after = {
-        "add": before | {"new": make("new", 1)["text"]},
-        "update": before | {f"d{index}": updated(index)["text"] for index in (3, 50)},
+        "add": before | {"new": LARGE},
+        "update": before | {"d3": LARGE, "d50": updated(50)["text"]},
         "delete": {name: text for name, text in before.items() if name not in ("d3", "d50")},
     }.get(kind, before)
-    found = texts(corpus)
-    assert found in (before, after) and (is_ended or found == after)
-    corpus.add([make("last", 5000)])
-    assert corpus.verify() == []
-    rejected = folder / "rejected.jsonl"
-    n_lines = len(rejected.read_text().splitlines()) if rejected.exists() else 0
-    assert n_lines == read_json(corpus)["n_rejected"] <= (kind == "reject")
-    rejected.unlink(missing_ok=True)
-    assert_has_no_strays(corpus)
+    assert texts(corpus) in (before, after) and (is_ended or texts(corpus) == after)
+    assert is_ended or kind != "convert" or read_json(corpus)["codec"] == "int8"
+    assert_takes_another(folder)
+    assert len(rejected(folder)) == read_json(corpus)["n_rejected"] <= (kind == "reject")
     return is_ended
 
 
@@ -216,8 +202,8 @@ SIGNALS = pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=[
 @SIGNALS
 @pytest.mark.parametrize("kind", CHANGES)
 def test_a_change_that_ends_before_a_file_operation_leaves_a_whole_corpus(original, tmp_path, kind, sent):
-    for number in random.Random(f"{kind} {sent}").sample(range(45 if kind in ("add", "update") else 18), 2):
-        end_before_operation(shutil.copytree(original, tmp_path / str(number)), kind, number, sent)
+    number = random.Random(f"{kind} {sent}").randrange(45 if kind in ("add", "update") else 18)
+    change_and_check(shutil.copytree(original, tmp_path / "copy"), kind, number, sent)
 
 
 @pytest.mark.slow
@@ -227,8 +213,29 @@ def test_a_change_that_ends_before_any_file_operation_leaves_a_whole_corpus(orig
     problems, number, is_ended = [], 0, True
     while is_ended:
         try:
-            is_ended = end_before_operation(shutil.copytree(original, tmp_path / str(number)), kind, number, sent)
+            is_ended = change_and_check(shutil.copytree(original, tmp_path / str(number)), kind, number, sent)
         except (AssertionError, OSError, ValueError) as error:
             problems.append(f"before operation {number}: {type(error).__name__} {str(error)[:120]}")
         number += 1
     assert number > 10 and problems == []
+
+
+@pytest.mark.parametrize("n_bytes", [100, 3500, 20_000])
+@pytest.mark.parametrize("kind", ["add", "compact", "convert"])
+def test_a_full_disk_loses_nothing(original, tmp_path, kind, n_bytes):
+    assert change_and_check(shutil.copytree(original, tmp_path / "copy"), kind, n_bytes=n_bytes) or n_bytes > 3500
+
+
+@pytest.mark.parametrize("kind", ["update", "convert"])
+def test_a_change_whose_derived_files_cannot_be_written_loses_nothing(original, tmp_path, kind):
+    folder = shutil.copytree(original, tmp_path / "copy")
+    shutil.rmtree(folder / "index" / "segments")
+    (folder / "index" / "segments").write_text("a file where the folder should be")
+    with pytest.raises(OSError):
+        CHANGES[kind](CompressedCorpus.open(folder))
+    (folder / "index" / "segments").unlink()
+    corpus = CompressedCorpus.open(folder)
+    after = {"d3": LARGE, "d50": updated(50)["text"]} if kind == "update" else {}
+    before = {name: document["text"] for name, document in by_id(make_many(COUNT)).items()}
+    assert texts(corpus) in (before, before | after) and corpus.verify() == []
+    assert_takes_another(folder)

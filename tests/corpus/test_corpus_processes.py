@@ -1,24 +1,23 @@
 """Corpora in clean processes: read by remote code without the package, and what is imported when."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from corpora import ENVIRONMENT, PACKAGE
 from test_corpus_model import QUESTIONS, TEXTS
 from tiny import randomize_adapters
 
-import modeling_clara
 from modeling_clara import CompressedCorpus
 
 
-@pytest.fixture
-def foreign(model, tmp_path) -> CompressedCorpus:
-    """A corpus of another compressor."""
-    randomize_adapters(model, seed=5)
-    return CompressedCorpus.build(model, TEXTS, tmp_path / "foreign")
+def run(folder, *arguments, **environment) -> str:
+    """What a Python process prints that starts in a folder."""
+    options = {"env": ENVIRONMENT | environment, "cwd": folder, "stdin": subprocess.DEVNULL}
+    process = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, **options)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 SCRIPT = """
@@ -73,21 +72,13 @@ print(json.dumps([answers, [answer.text for answer in mixed], n_documents, refus
 """
 
 
-def test_a_checkpoint_brings_the_code_that_reads_corpora(shared_model, checkpoint, foreign, tmp_path):
+def test_a_checkpoint_brings_the_code_that_reads_corpora(shared_model, checkpoint, model, tmp_path):
     own = CompressedCorpus.build(shared_model, TEXTS, tmp_path / "own", codec="float16")
-    package = str(Path(modeling_clara.__file__).parent.parent)
-    given = [str(checkpoint), str(own.folder), str(foreign.folder), QUESTIONS, package]
-    run = subprocess.run(
-        [sys.executable, "-I", "-c", SCRIPT, *map(json.dumps, given)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
-    answers, mixed, n_documents, refused, refusals = json.loads(run.stdout)
+    randomize_adapters(model, seed=5)  # another compressor
+    foreign = CompressedCorpus.build(model, TEXTS, tmp_path / "foreign")
+    given = [str(checkpoint), str(own.folder), str(foreign.folder), QUESTIONS, str(PACKAGE)]
+    printed = run(tmp_path, "-I", "-c", SCRIPT, *map(json.dumps, given))
+    answers, mixed, n_documents, refused, refusals = json.loads(printed)
     options = {"top_k": 3, "max_new_tokens": 8}
     expected = shared_model.answer(QUESTIONS, corpus=own, **options)
     expected += shared_model.answer(
@@ -99,17 +90,8 @@ def test_a_checkpoint_brings_the_code_that_reads_corpora(shared_model, checkpoin
         assert [score for _, score in sources] == pytest.approx([source.score for source in answer.sources], abs=1e-5)
     assert mixed == [answer.text for answer in expected[:3]]
     assert (n_documents, refused) == (8, 2)
-    names = (
-        "add",
-        "update",
-        "delete",
-        "compact",
-        "convert",
-        "verify",
-        "push_to_hub",
-        "build",
-        "open(backend='milvus')",
-    )
+    names = ["add", "update", "delete", "compact", "convert", "verify", "push_to_hub", "build"]
+    names += ["open(backend='milvus')"]
     assert [refusal.split("`")[1] for refusal in refusals] == [f"CompressedCorpus.{name}" for name in names]
     assert all("install it from a clone of the repository" in refusal for refusal in refusals)
     assert not (tmp_path / "elsewhere").exists() and len(CompressedCorpus.open(own.folder)) == 8
@@ -134,14 +116,5 @@ assert corpus.add([{"id": "new", "text": "Rome is new.", "n": 9}]).n_documents =
 
 def test_the_package_imports_what_is_optional_when_a_corpus_is_opened(shared_model, checkpoint, tmp_path):
     own = CompressedCorpus.build(shared_model, TEXTS, tmp_path / "own", codec="float16")
-    package = Path(modeling_clara.__file__).parent.parent
-    run = subprocess.run(
-        [sys.executable, "-c", PACKAGE_SCRIPT, str(checkpoint), str(own.folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(package)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
+    run(tmp_path, "-c", PACKAGE_SCRIPT, str(checkpoint), str(own.folder), PYTHONPATH=str(PACKAGE))
     assert "new" in CompressedCorpus.open(own.folder)

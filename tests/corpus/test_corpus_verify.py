@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_corpus_changes import build, edit_json, make, make_many, memory, read_json, texts
+from corpora import build, edit_json, make, make_many, read_json
 
 from modeling_clara import CompressedCorpus, cli
 
@@ -88,11 +88,13 @@ def test_a_whole_corpus_has_no_problem(corpus, capsys):
 # --- shards ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", [0.0, 0.2, 0.5, 0.8, 0.999])
-def test_a_flipped_byte_in_a_shard_is_found(corpus, capsys, place):
+def test_a_flipped_byte_in_a_shard_is_found(corpus, capsys):
     path = shard_path(corpus, 1)
-    flip(path, int(place * path.stat().st_size))
-    assert_found(corpus, str(path), capsys)
+    for place in (0.0, 0.2, 0.5, 0.8, 0.999):
+        flip(path, int(place * path.stat().st_size))
+        assert_found(corpus, str(path), capsys)
+        flip(path, int(place * path.stat().st_size))
+    assert corpus.verify() == []
 
 
 def test_derived_memories_are_not_blamed_for_a_damaged_shard(corpus):
@@ -114,11 +116,21 @@ def test_a_shard_that_is_not_whole_is_found(corpus, capsys, damage):
         new = {"cut": data[:-1], "empty": b"", "longer": data + b"\0", "another shard": other}
         path.write_bytes(new[damage])
     assert_found(corpus, str(path), capsys)
-    with pytest.raises((ValueError, FileNotFoundError), match=str(path)):
-        CompressedCorpus.open(corpus.folder)
+    for _ in range(2):
+        with pytest.raises((ValueError, FileNotFoundError), match=str(path)):
+            CompressedCorpus.open(corpus.folder)
+        shutil.rmtree(corpus.folder / "index")  # as if it was opened for the first time
 
 
-@pytest.mark.parametrize("change", ["compact", "convert", "update", "push_to_hub"])
+CHANGES = {
+    "compact": lambda corpus: corpus.compact(),
+    "convert": lambda corpus: corpus.convert("float16"),
+    "update": lambda corpus: (corpus.update([make("d3", 30)]), corpus.compact()),
+    "push_to_hub": lambda corpus: corpus.push_to_hub("verify/damaged", compressor="verify/model"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_damage_is_not_copied_into_new_shards(corpus, change):
     """A byte that has flipped inside a memory must not get a fresh checksum."""
     path = shard_path(corpus)
@@ -126,14 +138,8 @@ def test_damage_is_not_copied_into_new_shards(corpus, change):
     code = corpus.snapshot.segments[0].rows[2].tobytes()
     flip(path, path.read_bytes().index(code) + 40)
     before = corpus.get(["d2"])[0]["memory"]
-    changes = {
-        "compact": lambda: corpus.compact(),
-        "convert": lambda: corpus.convert("float16"),
-        "update": lambda: (corpus.update([make("d3", 30)]), corpus.compact()),
-        "push_to_hub": lambda: corpus.push_to_hub("verify/damaged", compressor="verify/model"),
-    }
     with pytest.raises(ValueError, match="checksum.*[Cc]opy"):
-        changes[change]()
+        CHANGES[change](corpus)
     problems = corpus.verify()
     assert len(problems) >= 1 and path.name in problems[0]
     assert torch.equal(CompressedCorpus.open(corpus.folder).get(["d2"])[0]["memory"], before)
@@ -159,14 +165,11 @@ def test_spans_out_of_order_are_found(corpus, capsys, order):
     assert_found(corpus, file, capsys)
 
 
-@pytest.mark.parametrize(
-    "column, values",
-    [("id", ["wrong#0", None]), ("text", [None]), ("document_id", ["other", None]), ("span", [7, None])],
-)
-def test_a_wrong_value_in_a_row_is_found(corpus, capsys, column, values):
+@pytest.mark.parametrize("column", ["id", "text", "document_id", "span"])
+def test_a_wrong_value_in_a_row_is_found(corpus, capsys, column):
     number, table = long_shard(corpus)
     place = table.schema.get_field_index(column)
-    for value in values:
+    for value in {"id": ["wrong#0", None], "text": [None], "document_id": ["other", None], "span": [7, None]}[column]:
         new = pa.array([value, *table[column].to_pylist()[1:]], table.schema.field(column).type)
         file = replace_shard(corpus, number, table.set_column(place, column, new))
         assert_found(corpus, file, capsys)
@@ -209,16 +212,15 @@ def test_a_document_in_two_shards_is_found(corpus, capsys):
 # --- corpus.json -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fields", [{"n_documents": 11}, {"n_spans": 9}, {"n_documents": 0, "n_spans": 0}])
-def test_wrong_counts_are_found(corpus, capsys, fields):
-    edit_json(corpus, **fields)
-    assert_found(corpus, "corpus.json", capsys)
-
-
-@pytest.mark.parametrize("fields", [{"n_documents": 5}, {"n_deleted": 1}, {"n_documents": 5, "n_deleted": 1}])
-def test_wrong_counts_of_a_shard_are_found(corpus, capsys, fields):
-    edit_shard_entry(corpus, 0, **fields)
-    assert_found(corpus, "corpus.json", capsys)
+def test_wrong_counts_are_found(corpus, capsys):
+    right = read_json(corpus)
+    for fields in ({"n_documents": 11}, {"n_spans": 9}, {"n_documents": 0, "n_spans": 0}):
+        edit_json(corpus, **right | fields)
+        assert_found(corpus, "corpus.json", capsys)
+    for fields in ({"n_documents": 5}, {"n_deleted": 1}, {"n_documents": 5, "n_deleted": 1}):
+        edit_json(corpus, **right)
+        edit_shard_entry(corpus, 0, **fields)
+        assert_found(corpus, "corpus.json", capsys)
 
 
 def test_a_tombstone_on_a_part_of_a_document_is_found(corpus, capsys):
@@ -233,24 +235,21 @@ def test_metadata_that_the_shards_do_not_have_is_found(corpus, capsys):
     assert_found(corpus, "corpus.json", capsys)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"format_version": 1}', '{"format_version": 99}', "\0", '{"shards": 3}'], ids=repr
-)
-def test_a_damaged_corpus_json_is_found(corpus, capsys, text):
-    (corpus.folder / "corpus.json").write_text(text)
-    problems = corpus.verify()
-    assert len(problems) == 1 and "corpus.json" in problems[0]
-    assert cli.main(["info", str(corpus.folder), "--verify", "--json"]) == 1
-    assert "corpus.json" in json.dumps(json.loads(capsys.readouterr().out))
-    with pytest.raises(ValueError, match="corpus.json"):
-        CompressedCorpus.open(corpus.folder)
+def test_a_damaged_corpus_json_is_found(corpus, capsys):
+    for text in ("", "{", '{"format_version": 99}', '{"shards": 3}'):
+        (corpus.folder / "corpus.json").write_text(text)
+        (problem,) = corpus.verify()
+        assert "corpus.json" in problem
+        assert cli.main(["info", str(corpus.folder), "--verify", "--json"]) == 1
+        assert "corpus.json" in json.dumps(json.loads(capsys.readouterr().out))
+        with pytest.raises(ValueError, match="corpus.json"):
+            CompressedCorpus.open(corpus.folder)
 
 
-@pytest.mark.parametrize("file", ["../secret.parquet", "/etc/passwd", "data/../../x.parquet", "data/a/b.parquet"])
-def test_names_that_lead_out_of_the_folder_are_refused(corpus, file):
-    edit_shard_entry(corpus, 0, file=file)
+def test_a_name_that_leads_out_of_the_folder_is_found(corpus):
+    edit_shard_entry(corpus, 0, file="data/../../x.parquet")
     (problem,) = corpus.verify()
-    assert "corpus.json" in problem and repr(file) in problem
+    assert "corpus.json" in problem and "'data/../../x.parquet'" in problem
 
 
 # --- codec and derived files -----------------------------------------------------------------------------------------
@@ -285,23 +284,8 @@ def test_damaged_derived_texts_and_ids_are_found(corpus, capsys, name, old):
     assert_found(opened, str(path.parent), capsys)
 
 
-@pytest.mark.parametrize("name", ["rows.bin", "table.arrow", "ids.npy", "segment.json"])
-@pytest.mark.parametrize("damage", ["cut", "missing", "empty"])
-def test_derived_files_that_are_not_whole_are_made_again(corpus, name, damage):
-    expected = texts(corpus)
-    folder, query = corpus.snapshot.segments[0].folder, memory(3)[None]
-    hits = [(hit["document_id"], hit["score"]) for hit in corpus.search(query, 9)[0]]
-    data = (folder / name).read_bytes()
-    (folder / name).unlink()
-    if damage != "missing":
-        (folder / name).write_bytes(data[: len(data) // 2] if damage == "cut" else b"")
-    opened = CompressedCorpus.open(corpus.folder)
-    assert texts(opened) == expected and opened.verify() == []
-    assert [(hit["document_id"], hit["score"]) for hit in opened.search(query, 9)[0]] == hits
-
-
 def test_at_most_a_hundred_problems_are_listed(shared_model, tmp_path):
-    corpus = build(shared_model, tmp_path / "many", 120, shard_size=1)
+    corpus = build(shared_model, tmp_path / "many", 102, shard_size=1)
     for shard in read_json(corpus)["shards"]:
         (corpus.folder / shard["file"]).unlink()
     assert len(corpus.verify()) == 100
