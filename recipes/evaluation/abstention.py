@@ -1,7 +1,6 @@
 """Scores of questions that can and cannot be answered -> a threshold, and what it refuses and loses.
 
-Stands between `calibrate.py`, which measures the scores, and the model's `min_score`. Pure functions: no model, no
-files.
+Pure functions; `calibrate.py` measures the scores.
 """
 
 import math
@@ -41,24 +40,16 @@ def area_under_curve(answerable: Sequence[float], unanswerable: Sequence[float])
 def trade_off(
     answerable: Sequence[float], unanswerable: Mapping[str, Sequence[float]], losses: Sequence[float] = LOSSES
 ) -> list[dict]:
-    """What thresholds refuse and lose, one row for each share of answerable questions that may be lost.
+    """`{max_loss, threshold, lost, refused: {kind: share}}` for each share of answerable questions that may be lost.
 
-    Args:
-        answerable: score of the best source of each answerable question.
-        unanswerable: kind -> scores of questions that cannot be answered.
-        losses: shares, 0 to 1.
-
-    Returns:
-        Rows `{max_loss, threshold, lost, refused: {kind: share}}`.
+    A score is that of a question's best source; those of questions that cannot be answered come by kind.
     """
     rows = []
     for loss in losses:
-        threshold = threshold_at(answerable, loss)
-        threshold = math.floor(threshold * 10**DIGITS) / 10**DIGITS
+        threshold = math.floor(threshold_at(answerable, loss) * 10**DIGITS) / 10**DIGITS
         refused = {kind: share_below(scores, threshold) for kind, scores in unanswerable.items()}
-        rows.append(
-            {"max_loss": loss, "threshold": threshold, "lost": share_below(answerable, threshold), "refused": refused}
-        )
+        lost = share_below(answerable, threshold)
+        rows.append({"max_loss": loss, "threshold": threshold, "lost": lost, "refused": refused})
     return rows
 
 
@@ -66,7 +57,7 @@ def signals(cosines: Sequence[Sequence[float]]) -> dict[str, list[float]]:
     """Two scores a question out of the cosines of all its candidates.
 
     `cosine` is that of the best, which `min_score` compares; `deviations` is how many standard deviations it lies
-    above the mean of all, 0 where all are equal.
+    above the mean of all, 0 if all are equal.
 
     >>> signals([[0.5, 0.1, 0.3, 0.1]])["deviations"][0].__round__(3)
     1.508

@@ -2,7 +2,7 @@
 
     corpus.jsonl {_id, title?, text}    queries.jsonl {_id, text, metadata?}    qrels/SPLIT.tsv query, document, score
 
-Each may be gzipped. It knows nothing of questions or scores.
+Each may be gzipped.
 """
 
 import csv
@@ -15,8 +15,6 @@ from trl.scripts.utils import DatasetConfig
 
 from recipes.training.data import BadRow, read_rows
 
-Reject = Callable[[BadRow], None]
-
 
 def beir_files(folder: Path) -> list[Path]:
     """All files of a folder that BEIR names, sorted."""
@@ -24,20 +22,13 @@ def beir_files(folder: Path) -> list[Path]:
     return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
-def beir_rows(folder: Path, split: str, reject: Reject) -> Iterator[tuple[str, dict]]:
+def beir_rows(folder: Path, split: str, reject: Callable[[BadRow], None]) -> Iterator[tuple[str, dict]]:
     """(place, row): documents, then queries with `gold`, the ids of what was judged relevant (score above 0).
 
-    Args:
-        folder: of the data set.
-        split: of the judgements.
-        reject: called with what cannot be used.
-
-    Raises:
-        FileNotFoundError: a file is missing.
+    `reject` is called with what cannot be used; a FileNotFoundError names a file that is missing.
     """
-    corpus, queries, judged = (
-        _existing(folder / name) for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv")
-    )
+    names = ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv")
+    corpus, queries, judged = (_existing(folder / name) for name in names)
     gold, asked = _read_judgements(judged, reject), set()
     for path in (corpus, queries):
         for place, row in read_rows(DatasetConfig(path=str(path)), on_bad_row=reject):
@@ -51,9 +42,9 @@ def beir_rows(folder: Path, split: str, reject: Reject) -> Iterator[tuple[str, d
                 row["gold"] = list(gold[row["_id"]])
                 asked.add(row["_id"])
             yield place, row
-    for query, documents in gold.items():
-        if query not in asked:
-            reject(BadRow(f"judges the query {query!r}, which {queries.name} lacks", next(iter(documents.values()))))
+    for query in [query for query in gold if query not in asked]:
+        place = next(iter(gold[query].values()))
+        reject(BadRow(f"judges the query {query!r}, which {queries.name} lacks", place))
 
 
 def _existing(path: Path) -> Path:
@@ -63,7 +54,7 @@ def _existing(path: Path) -> Path:
     raise FileNotFoundError(f"a BEIR folder must have {path}, found none. Correct --data or --split.")
 
 
-def _read_judgements(path: Path, reject: Reject) -> dict[str, dict[str, str]]:
+def _read_judgements(path: Path, reject: Callable[[BadRow], None]) -> dict[str, dict[str, str]]:
     """query -> relevant document -> place."""
     gold: dict[str, dict[str, str]] = {}
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
@@ -72,11 +63,10 @@ def _read_judgements(path: Path, reject: Reject) -> dict[str, dict[str, str]]:
                 continue
             try:
                 (query, *_, document), score = row[:-1], float(row[-1])
-                if math.isnan(score):
-                    raise ValueError
             except ValueError:
+                score = math.nan
+            if math.isnan(score):
                 reject(BadRow(f"must be query, document and score, got {row!r}", f"{path}:{number}"))
-                continue
-            if score > 0:
+            elif score > 0:
                 gold.setdefault(query, {}).setdefault(document, f"{path}:{number}")
     return gold

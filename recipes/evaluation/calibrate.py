@@ -12,6 +12,7 @@ import json
 import random
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,18 +26,15 @@ from recipes.evaluation.report import CALIBRATION_FILE, table
 from recipes.evaluation.spans import Spans, compress_documents, open_memories
 
 ANSWERABLE, SAME, OTHER = "answerable", "same subject", "other documents"
+Asked = list[tuple[str, list[str]]]  # questions, each with the ids of its documents
 
 
-def with_candidates(
-    model: CLaRaForRAG, data: EvaluationData, questions: Sequence[Question], n: int
-) -> list[tuple[str, list[str]]]:
-    """(text, ids of documents): gold, what the row brings, and BM25's best of the file until there are n."""
+def with_candidates(model: CLaRaForRAG, data: EvaluationData, questions: Sequence[Question], n: int) -> Asked:
+    """Gold documents, what the row brings, and BM25's best of the file until there are n."""
     spans = Spans.of_documents(model, data.documents)
-    texts = [question.text for question in questions]
-    ranker = Bm25Ranker(spans)
-    ranked = ranker.rank(texts, [None] * len(texts), n)
+    ranker, found = Bm25Ranker(spans), []
+    ranked = ranker.rank([question.text for question in questions], [None] * len(questions), n)
     ranker.warn_of_chance()
-    found = []
     for question, hits in zip(questions, ranked, strict=True):
         own = dict.fromkeys((*question.gold, *question.candidates))
         names = dict.fromkeys((*own, *(spans.document_ids[row] for row, _ in hits)))
@@ -44,10 +42,8 @@ def with_candidates(
     return found
 
 
-def with_others(
-    asked: Sequence[tuple[str, list[str]]], names: Sequence[str], seed: int = 0
-) -> list[tuple[str, list[str]]]:
-    """The same questions beside as many documents that are not their candidates; left out where there is none."""
+def with_others(asked: Asked, names: Sequence[str], seed: int = 0) -> Asked:
+    """The same questions beside as many documents that are not their candidates; left out if there is none."""
     draws, found = random.Random(seed), []
     for text, candidates in asked:
         others = sorted(set(names).difference(candidates))
@@ -56,10 +52,8 @@ def with_others(
     return found
 
 
-def measure(
-    model: CLaRaForRAG, documents: Mapping[str, Mapping], asked: Sequence[tuple[str, list[str]]]
-) -> list[list[float]]:
-    """For each question the cosines of its documents, best first, each by its best span."""
+def measure(model: CLaRaForRAG, documents: Mapping[str, Mapping], asked: Asked) -> list[list[float]]:
+    """For each question the cosines of its documents, best first, each by its best chunk."""
     needed = {name for _, names in asked for name in names}
     documents = {name: document for name, document in documents.items() if name in needed}
     queries = model.encode_queries([text for text, _ in asked], memory_size=model.config.retrieval_memory_size).cpu()
@@ -78,9 +72,11 @@ def read_questions(path: str, arguments: argparse.Namespace, answerable: bool) -
     kept = [
         question
         for question in data.questions
-        if bool(question.answers) == answerable and question.asks_answer and data.documents.keys() >= {*question.gold}
+        if bool(question.answers) == answerable
+        and question.asks_answer
+        and data.documents.keys() >= {*question.gold}
+        and (question.gold or not answerable)
     ]
-    kept = [question for question in kept if question.gold or not answerable]
     if not kept or not data.documents:
         wanted = "answers and gold documents" if answerable else "`answers: []` and documents"
         raise ValueError(f"{path} must have questions with {wanted}, found none. Leave it out.")
@@ -89,28 +85,23 @@ def read_questions(path: str, arguments: argparse.Namespace, answerable: bool) -
 
 def score_files(model: CLaRaForRAG, arguments: argparse.Namespace) -> dict[str, list[list[float]]]:
     """Kind of question -> for each question the cosines of its candidates; kinds without questions are left out."""
-    kinds: dict[str, list] = {ANSWERABLE: [], SAME: [], OTHER: []}
-    for path in arguments.data:
-        data, questions = read_questions(path, arguments, answerable=True)
+    kinds = defaultdict(list)
+    paths = [(path, True) for path in arguments.data] + [(path, False) for path in arguments.unanswerable]
+    for path, answerable in paths:
+        data, questions = read_questions(path, arguments, answerable)
         asked = with_candidates(model, data, questions, arguments.num_candidates)
-        others = with_others(asked, list(data.documents))
+        others = with_others(asked, list(data.documents)) if answerable else []
         cosines = measure(model, data.documents, asked + others)
-        kinds[ANSWERABLE] += cosines[: len(asked)]
+        kinds[ANSWERABLE if answerable else SAME] += cosines[: len(asked)]
         kinds[OTHER] += cosines[len(asked) :]
-    for path in arguments.unanswerable:
-        data, questions = read_questions(path, arguments, answerable=False)
-        kinds[SAME] += measure(
-            model, data.documents, with_candidates(model, data, questions, arguments.num_candidates)
-        )
-    return {kind: rows for kind, rows in kinds.items() if rows}
+    return {kind: kinds[kind] for kind in (ANSWERABLE, SAME, OTHER) if kinds[kind]}
 
 
 def report(cosines: Mapping[str, list[list[float]]], max_loss: float) -> tuple[str, dict]:
     """Tables of both signals, and the row of the cosine for `max_loss` with its areas under the curve."""
     found = {kind: signals(rows) for kind, rows in cosines.items()}
     parts, chosen = [], {}
-    for name in found[ANSWERABLE]:
-        answerable = found[ANSWERABLE][name]
+    for name, answerable in found[ANSWERABLE].items():
         unanswerable = {kind: scores[name] for kind, scores in found.items() if kind != ANSWERABLE}
         rows = trade_off(answerable, unanswerable, sorted({*LOSSES, max_loss}))
         areas = {kind: area_under_curve(answerable, scores) for kind, scores in unanswerable.items()}
@@ -131,12 +122,9 @@ def report(cosines: Mapping[str, list[list[float]]], max_loss: float) -> tuple[s
 
 def write(folder: Path, chosen: Mapping) -> None:
     """Put the threshold into config.json, and how it was chosen beside it."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    with replacing(folder / "config.json") as partial:
-        text = json.dumps(
-            {**config, "min_score": chosen["min_score"]}, indent=2, sort_keys=True
-        )  # as transformers does
-        partial.write_text(f"{text}\n", encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"min_score": chosen["min_score"]}
+    with replacing(folder / "config.json") as partial:  # as transformers writes it
+        partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_json(folder / CALIBRATION_FILE, dict(chosen))
 
 

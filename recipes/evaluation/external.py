@@ -1,12 +1,10 @@
-"""Predictions that another system made -> rows of predictions.jsonl.
-
-Stands where `run.py` stands for our own systems. A file has a line for every question:
+"""Predictions that another system made -> rows of predictions.jsonl. A file has a line for every question:
 
     {"id": "...", "prediction": "Paris", "retrieved": [3, 0]}        an answer, and documents by their place in `docs`
     {"id": "...", "prediction": null, "abstained": true}             no answer, because it is not in the documents
     {"id": "...", "prediction": null, "failure": "timeout"}          no answer, because something went wrong
 
-Where rows of the data have no `docs`, `retrieved` has ids: `_id` (BEIR), `wikipedia_id` (KILT), and of passages their
+If rows of the data have no `docs`, `retrieved` has ids: `_id` (BEIR), `wikipedia_id` (KILT), and of passages their
 number in the file, from 0, equal ones counted once. A document that the data does not have is one that is not gold.
 """
 
@@ -15,24 +13,20 @@ from pathlib import Path
 
 from trl.scripts.utils import DatasetConfig
 
+from recipes.evaluation.questions import MAX_NAMED
 from recipes.evaluation.run import MAX_REASON, prediction_row
 from recipes.evaluation.tasks import Task
 from recipes.training.data import BadRow, read_rows
 
-MAX_NAMED = 3
 KEYS = {"id", "prediction", "abstained", "failure", "retrieved", "n_tokens"}
 
 
 def read_predictions(
     path: Path, tasks: Sequence[Task], ids: Collection[str] = (), documents: Collection[str] = ()
 ) -> list[dict]:
-    """Read a file of predictions, in the order of the tasks.
+    """Rows of a file of predictions (.jsonl or .jsonl.gz), in the order of the tasks.
 
-    Args:
-        path: .jsonl or .jsonl.gz.
-        tasks: with the questions that must be answered.
-        ids: of further questions of the data, whose predictions are left aside.
-        documents: ids of the data's documents.
+    `ids` are further questions of the data, whose predictions are left aside; `documents` ids of its documents.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -50,9 +44,8 @@ def read_predictions(
                     f"has the id {question_id!r}, which the data does not have (its first is {next(iter(by_id))!r})"
                 )
             places[question_id] = place
-            if question_id not in by_id:
-                continue
-            rows[question_id] = _prediction(row, by_id[question_id])
+            if question_id in by_id:
+                rows[question_id] = _prediction(row, by_id[question_id])
         except BadRow as error:
             problems.append(BadRow(f"{str(error).rstrip('.')}.", place))
     if problems:
@@ -65,26 +58,26 @@ def read_predictions(
             f"{missing[0]!r}. Add them; what failed is written as "
             '{"id": ..., "prediction": null, "failure": "reason"}.'
         )
-    _check_known(path, tasks, rows, documents)
-    return [rows[name] for name in by_id]
-
-
-def _check_known(path: Path, tasks: Sequence[Task], rows: Mapping[str, dict], documents: Collection[str]) -> None:
-    """Raise a ValueError where documents were retrieved, and the data knows none of them."""
-    retrieved = {name for row in rows.values() for name in row["retrieved"]}
+    ordered = [rows[name] for name in by_id]
+    retrieved = [(row["id"], name) for row in ordered for name in row["retrieved"]]
     known = set(documents).union(*(task.question.candidates + task.gold for task in tasks))
-    if retrieved and known and not retrieved & known:
-        question_id = next(task.question.id for task in tasks if rows[task.question.id]["retrieved"])
+    if retrieved and known and not any(name in known for _, name in retrieved):
+        question_id, name = retrieved[0]
         raise ValueError(
-            f"`retrieved` of {path.name} must have documents of the data, but has none of them; the first is "
-            f"{rows[question_id]['retrieved'][0]!r} of {question_id!r}. Write ids as the data has them, such as "
-            f"{next(iter(known))!r}, or places in `docs` as numbers."
+            f"`retrieved` of {path.name} must have documents of the data, but has none of them; the first is {name!r} "
+            f"of {question_id!r}. Write ids as the data has them, such as {next(iter(known))!r}, or places in `docs` "
+            "as numbers."
         )
+    return ordered
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _id(row: Mapping) -> str:
     given = row.get("id")
-    if isinstance(given, bool) or not isinstance(given, str | int):
+    if not _is_int(given) and not isinstance(given, str):
         raise BadRow(f"must have an `id`, got {given!r}")
     return str(given)
 
@@ -100,41 +93,37 @@ def _prediction(row: Mapping, task: Task) -> dict:
         raise BadRow(f"must have true or false as `abstained` and a text as `failure`, got {abstained!r}, {failure!r}")
     if failure is not None and not failure.isprintable():
         raise BadRow(f"must have a printable text of one line as `failure`, got {failure!r}")
-    if (text is not None and bool(text.strip())) + abstained + (failure is not None) != 1:
+    prediction = (text or "").strip() or None
+    if (prediction is not None) + abstained + (failure is not None) != 1:
         raise BadRow(
             f"must have one of `prediction`, `abstained` and `failure`, got {text!r}, {abstained!r} and {failure!r}; "
             "an empty prediction is a failure or an abstention, say which"
         )
     n_tokens = row.get("n_tokens")
-    if n_tokens is not None and (isinstance(n_tokens, bool) or not isinstance(n_tokens, int) or n_tokens < 0):
+    if n_tokens is not None and (not _is_int(n_tokens) or n_tokens < 0):
         raise BadRow(f"must have a number of tokens >= 0 as `n_tokens`, got {n_tokens!r}")
-    retrieved = _retrieved(row.get("retrieved"), task)
-    prediction = text.strip() if text and text.strip() else None
     return prediction_row(
         task.question.id,
         prediction=prediction,
         abstained=abstained,
         failure=failure and failure[:MAX_REASON],
-        retrieved=retrieved,
+        retrieved=_retrieved(row.get("retrieved"), task.question.candidates),
         n_tokens=n_tokens,
     )
 
 
-def _retrieved(given, task: Task) -> list[str]:
-    if given is None:
-        return []
-    if not isinstance(given, list):
+def _retrieved(given, candidates: Sequence[str]) -> list[str]:
+    """Ids of documents, each once; `candidates` are those of the question, which places stand for."""
+    if given is not None and not isinstance(given, list):
         raise BadRow(f"must have a list as `retrieved`, got {given!r}")
-    candidates, names = task.question.candidates, []
-    for entry in given:
-        if isinstance(entry, bool) or not isinstance(entry, str | int):
+    names = []
+    for entry in given or ():
+        if not _is_int(entry) and not isinstance(entry, str):
             raise BadRow(f"must have ids or places in `retrieved`, got {entry!r}")
         if isinstance(entry, str) and candidates and entry.isdigit():
             raise BadRow(f"must have places in `docs` as numbers in `retrieved`, got the text {entry!r}")
-        if isinstance(entry, str) or not candidates:
-            names.append(str(entry))
-            continue
-        if not 0 <= entry < len(candidates):
+        is_place = _is_int(entry) and bool(candidates)
+        if is_place and not 0 <= entry < len(candidates):
             raise BadRow(f"must have places from 0 to {len(candidates) - 1} in `retrieved`, got {entry}")
-        names.append(candidates[entry])
+        names.append(candidates[entry] if is_place else str(entry))
     return list(dict.fromkeys(names))

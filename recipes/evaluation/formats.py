@@ -12,105 +12,76 @@ from recipes.training.data import BadRow, document_key, read_documents, read_pos
 
 FORMATS = ("multihop", "passages", "reference", "flashrag", "kilt", "beir")
 ALIKE = {"multihop", "reference", "flashrag"}  # differ in names of optional keys; the first row names a file
+ANSWERS = ("answers", "golden_answers", "gold_answer", "answer")
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question.
+    """One question of a file."""
 
-    Attributes:
-        id: unique in the file.
-        text: as asked.
-        answers: gold answers, each equally right; none where the data says that there is no answer, or asks for
-            documents only.
-        candidates: ids of the documents that the data offers, in its order, repeated where the data repeats them; none
-            where it offers none.
-        gold: ids of the documents that hold the answer; none where that is not known.
-        place: file and line, for errors.
-        asks_answer: False where the data asks for documents only, so that no answers do not mean that there is none.
-    """
-
-    id: str
+    id: str  # unique in the file
     text: str
-    answers: tuple[str, ...]
-    candidates: tuple[str, ...]
-    gold: tuple[str, ...]
-    place: str
-    asks_answer: bool = True
+    answers: tuple[str, ...]  # each equally right; none if there is no answer, or only documents are asked for
+    candidates: tuple[str, ...]  # ids of documents that the data offers, in its order and repeated as there
+    gold: tuple[str, ...]  # ids of the documents that hold the answer; none if that is not known
+    place: str  # file and line, for errors
+    asks_answer: bool = True  # False if the data asks for documents only
 
 
 class Reader:
-    """Makes questions and documents of rows.
-
-    Attributes:
-        format: one of `FORMATS`, that of the first row.
-        questions: in the order of the rows.
-        documents: id -> `{title, text}`, every distinct document once, in the order of the rows.
-        titles: id -> title of gold documents whose text the rows do not have (KILT).
-        digest: SHA-256 over the rows as JSON.
-    """
+    """Makes questions and documents of rows, in their order; all of one format, that of the first row."""
 
     def __init__(self, is_beir: bool = False):
-        self.is_beir, self.format, self.digest = is_beir, "", hashlib.sha256()
+        self.format = "beir" if is_beir else ""
+        self.digest = hashlib.sha256()  # over the rows as JSON
         self.questions: list[Question] = []
-        self.documents: dict[str, dict] = {}
-        self.titles: dict[str, str] = {}
+        self.documents: dict[str, dict] = {}  # id -> `{title, text}`, every distinct document once
+        self.titles: dict[str, str] = {}  # id -> title of gold documents whose text the rows do not have (KILT)
         self.ids: dict[str, str] = {}  # document_key -> id
         self.places: dict[str, str] = {}  # question id -> place
 
     def add(self, place: str, row: Mapping) -> None:
-        """One row.
-
-        Raises:
-            BadRow: naming the rule.
-        """
+        """Add one row, or raise a BadRow that names the rule."""
         try:
             self.digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
         except UnicodeEncodeError as error:
             raise BadRow("must be text in Unicode, but has half of a surrogate pair") from error
         row = without_nulls(row)
-        kind = "beir" if self.is_beir else row_format(row)
+        kind = "beir" if self.format == "beir" else row_format(row)
         if self.format and kind != self.format:
             if not {kind, self.format} <= ALIKE:
                 raise BadRow(f"must be of the format {self.format} like the rows before it, got {kind}")
             kind = self.format
-        before = len(self.documents)
+        n_documents, places = len(self.documents), {}
         try:
             found = list(getattr(self, f"_{kind}")(row, place))
             for question in found:
-                if question.id in self.places:
-                    raise BadRow(f"must have an id of its own, got {question.id!r} like {self.places[question.id]}")
+                earlier = self.places.get(question.id) or places.get(question.id)
+                if earlier:
+                    raise BadRow(f"must have an id of its own, got {question.id!r} like {earlier}")
+                places[question.id] = place
         except BadRow:
-            for name in list(self.documents)[before:]:
-                document = self.documents.pop(name)
-                self.ids.pop(document_key(document), None)
+            for name in list(self.documents)[n_documents:]:
+                self.ids.pop(document_key(self.documents.pop(name)), None)
             raise
-        for question in found:
-            self.places[question.id] = place
+        self.places |= places
         self.format = kind
         self.questions += found
 
-    def _documents(self, documents: list[dict]) -> list[str]:
+    def _documents(self, documents: list[dict]) -> tuple[str, ...]:
         """Ids of documents, which are numbers from 0; the same title and text is the same document."""
-        ids = []
-        for document in documents:
-            key = document_key(document)
-            if key not in self.ids:
-                self.ids[key] = str(len(self.ids))
-                self.documents[self.ids[key]] = document
-            ids.append(self.ids[key])
+        ids = tuple(self.ids.setdefault(document_key(document), str(len(self.ids))) for document in documents)
+        for name, document in zip(ids, documents, strict=True):
+            self.documents.setdefault(name, document)
         return ids
 
     def _passages(self, row: Mapping, place: str) -> Iterator[Question]:
-        (document,) = read_documents({"text": row["text"], "title": row.get("title", "")})
-        pairs = row["qas"]
-        if not isinstance(pairs, list) or not all(isinstance(pair, Mapping) for pair in pairs):
-            raise BadRow(f"`qas` must be a list of {{question, answers}}, got {pairs!r}")
-        read = [(_text(pair, "question"), _answers(pair)) for pair in pairs]
-        ids = self._documents([document])
-        for index, (pair, (text, answers)) in enumerate(zip(pairs, read, strict=True)):
+        documents = read_documents({"text": row["text"], "title": row.get("title", "")})
+        read = [(pair, _text(pair, "question"), _answers(pair)) for pair in _objects(row, "qas", "question, answers")]
+        gold = self._documents(documents)
+        for index, (pair, text, answers) in enumerate(read):
             question_id = _id(pair, place) if "id" in pair else f"{_id(row, place)}#{index}"
-            yield Question(question_id, text, answers, (), tuple(ids), place)
+            yield Question(question_id, text, answers, (), gold, place)
 
     def _multihop(self, row: Mapping, place: str) -> Iterator[Question]:
         text, answers = _text(row, "question"), _answers(row)
@@ -118,7 +89,7 @@ class Reader:
         positives = read_positives(row, len(documents))
         ids = self._documents(documents)
         gold = dict.fromkeys(ids[index] for index in positives)
-        yield Question(_id(row, place), text, answers, tuple(ids), tuple(gold), place)
+        yield Question(_id(row, place), text, answers, ids, tuple(gold), place)
 
     _reference = _multihop
 
@@ -131,16 +102,10 @@ class Reader:
         yield from self._multihop({**row, "docs": documents}, place)
 
     def _kilt(self, row: Mapping, place: str) -> Iterator[Question]:
-        outputs = row["output"]
-        if not isinstance(outputs, list) or not all(isinstance(output, Mapping) for output in outputs):
-            raise BadRow(f"`output` must be a list of {{answer, provenance}}, got {outputs!r}")
+        outputs, gold = _objects(row, "output", "answer, provenance"), {}
         answers = [output["answer"] for output in outputs if output.get("answer")]
-        gold = {}
         for output in outputs:
-            sources = output.get("provenance") or []
-            if not isinstance(sources, list) or not all(isinstance(source, Mapping) for source in sources):
-                raise BadRow(f"`provenance` must be a list of {{wikipedia_id, title}}, got {sources!r}")
-            for source in sources:
+            for source in _objects(output, "provenance", "wikipedia_id, title") if output.get("provenance") else []:
                 title = str(source.get("title") or "")
                 document_id = str(source.get("wikipedia_id") or title)
                 if document_id:
@@ -169,28 +134,22 @@ class Reader:
 
 
 def row_format(row: Mapping) -> str:
-    """The format of a row, by its keys.
+    """The format of a row, by its keys; a BadRow if it is none of them.
 
     >>> row_format({"question": "Who?", "docs": ["A"], "answers": ["B"]})
     'multihop'
-
-    Raises:
-        BadRow: it is none of them.
     """
     if "qas" in row and "text" in row:
         return "passages"
     if "input" in row and "output" in row:
         return "kilt"
-    if "question" in row:
-        has_documents = bool(row.get("docs", row.get("documents")))
-        if "golden_answers" in row and not ("docs" in row and "pos_index" in row):
-            return "flashrag"
-        if has_documents:
-            return "multihop" if "answers" in row else "reference"
-        return "multihop"
-    raise BadRow(
-        f"must have the keys of one of the formats {', '.join(FORMATS)}, got {', '.join(sorted(row)) or 'none'}"
-    )
+    if "question" not in row:
+        given = ", ".join(sorted(row)) or "none"
+        raise BadRow(f"must have the keys of one of the formats {', '.join(FORMATS)}, got {given}")
+    if "golden_answers" in row and not ("docs" in row and "pos_index" in row):
+        return "flashrag"
+    has_documents = bool(row.get("docs", row.get("documents")))
+    return "reference" if has_documents and "answers" not in row else "multihop"
 
 
 def _id(row: Mapping, place: str) -> str:
@@ -208,22 +167,26 @@ def _text(row: Mapping, name: str) -> str:
     return text.strip()
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value  # NaN is none
+def _objects(row: Mapping, name: str, keys: str) -> list[Mapping]:
+    given = row[name]
+    if not isinstance(given, list) or not all(isinstance(entry, Mapping) for entry in given):
+        raise BadRow(f"`{name}` must be a list of {{{keys}}}, got {given!r}")
+    return given
 
 
 def _answers(row: Mapping) -> tuple[str, ...]:
-    """All gold answers of a row; none only where the row says so with an empty list."""
-    names = ("answers", "golden_answers", "gold_answer", "answer")
-    given = next((row[name] for name in names if name in row), None)
+    """All gold answers of a row; none only if the row says so with an empty list."""
+    given = next((row[name] for name in ANSWERS if name in row), None)
     if given is None:
-        raise BadRow(f"must have one of {', '.join(f'`{name}`' for name in names)}; an empty list says: no answer")
-    given = given if isinstance(given, list | tuple) else [given]
-    answers = [str(answer) if _is_number(answer) else answer for answer in given]
-    for answer in answers:
-        if not isinstance(answer, str) or not answer.strip():
+        raise BadRow(f"must have one of {', '.join(f'`{name}`' for name in ANSWERS)}; an empty list says: no answer")
+    answers = []
+    for answer in given if isinstance(given, list | tuple) else [given]:
+        is_number = isinstance(answer, int | float) and not isinstance(answer, bool) and answer == answer  # no NaN
+        text = str(answer) if is_number else answer
+        if not isinstance(text, str) or not text.strip():
             raise BadRow(f"answers must be texts that are not empty, got {answer!r}")
-    return tuple(dict.fromkeys(answer.strip() for answer in answers))
+        answers.append(text.strip())
+    return tuple(dict.fromkeys(answers))
 
 
 def without_nulls(value):

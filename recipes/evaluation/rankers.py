@@ -1,6 +1,6 @@
 """What ranks spans by text, BM25 and a dense encoder, and BM25 together with the model's cosine.
 
-Stands beside the model's own retrieval and has the same surface. It knows nothing of answers.
+All of them rank like `Bm25Ranker.rank`.
 """
 
 import logging
@@ -26,9 +26,6 @@ class Bm25Ranker:
 
     If no word of a question is in any text, the order is one by chance, with scores of 0: the order of the rows would
     say something of the data. Such questions are counted.
-
-    Args:
-        spans: that are ranked.
     """
 
     def __init__(self, spans: Spans):
@@ -44,18 +41,14 @@ class Bm25Ranker:
         for question, words, mine in zip(questions, split_words(questions), rows, strict=True):
             if mine is None:
                 self.bm25 = self.bm25 or Bm25.of_words(self.words)
-                scores = self.bm25.scores(words)
-            else:
-                scores = Bm25.of_words([self.words[row] for row in mine]).scores(words)
+            bm25 = self.bm25 if mine is None else Bm25.of_words([self.words[row] for row in mine])
+            scores = bm25.scores(words)
             self.asked.add(question)
             found = len(scores) == 0 or scores.max() > 0
             if not found:
                 self.by_chance.add(question)
                 scores = np.random.default_rng(zlib.crc32(question.encode())).random(len(scores), np.float32)
-            if mine is None:
-                best = _rank_all(self.spans, scores, depth)
-            else:
-                best = self.spans.best_of_documents(mine, scores, depth)
+            best = _best(self.spans, mine, scores, depth)
             ranked.append(best if found else [(row, 0.0) for row, _ in best])
         return ranked
 
@@ -65,57 +58,46 @@ class Bm25Ranker:
             logger.warning(
                 "BM25 found no word of %d of %d questions in the documents; its order of their documents is one by "
                 "chance. Leave BM25 out for such texts: rows with `docs`, or --setting corpus, need none.",
-                len(self.by_chance), len(self.asked),
-            )  # fmt: skip
+                len(self.by_chance),
+                len(self.asked),
+            )
 
 
 class DenseRanker:
-    """Cosine of sentence embeddings (sentence-transformers) of title and text of all spans.
+    """Cosine of sentence embeddings (sentence-transformers) of title and text of all spans."""
 
-    Args:
-        spans: that are ranked.
-        model_name_or_path: id or folder of a sentence-transformers model, such as
-            sentence-transformers/all-MiniLM-L6-v2.
-        device: of the encoder.
-        batch_size: texts a pass.
-    """
-
-    def __init__(self, spans: Spans, model_name_or_path: str, *, device: str = "cpu", batch_size: int = 64):
+    def __init__(self, spans: Spans, model_name_or_path: str, *, device: str = "cpu"):
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise ImportError(
                 "--dense needs sentence-transformers. Install it: pip install sentence-transformers."
             ) from error
-        self.spans = spans
         try:
             self.encoder = SentenceTransformer(str(model_name_or_path), device=device)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"--dense must name a sentence-transformers model, got {model_name_or_path}: {error}"
             ) from error
-        self.options = {"batch_size": batch_size, "normalize_embeddings": True, "show_progress_bar": False}
+        self.spans = spans
         texts = [f"{title}\n{text}".strip() for title, text in zip(spans.titles, spans.texts, strict=True)]
-        self.vectors = self.encoder.encode(texts, **self.options)  # (spans, size) float32
+        self.vectors = self._encode(texts)  # (spans, size) float32
+
+    def _encode(self, texts: Sequence[str]) -> np.ndarray:
+        return self.encoder.encode(list(texts), batch_size=64, normalize_embeddings=True, show_progress_bar=False)
 
     def rank(self, questions: Sequence[str], rows: Sequence[np.ndarray | None], depth: int) -> list[list[tuple]]:
         """As `Bm25Ranker.rank`."""
-        queries = self.encoder.encode(list(questions), **self.options)
         return [
-            _rank_all(self.spans, self.vectors @ query, depth)
-            if mine is None
-            else self.spans.best_of_documents(mine, self.vectors[mine] @ query, depth)
-            for query, mine in zip(queries, rows, strict=True)
+            _best(self.spans, mine, (self.vectors if mine is None else self.vectors[mine]) @ query, depth)
+            for query, mine in zip(self._encode(questions), rows, strict=True)
         ]
 
 
 class HybridRanker:
     """The model's cosine and BM25, fused as a corpus fuses them (`lexical_clara.fuse`).
 
-    Args:
-        spans: that are ranked, with memories.
-        bm25: over the same spans. A whole corpus is searched as users do, with its own BM25.
-        fusion: one of `lexical_clara.FUSIONS`.
+    A whole corpus is searched as users do, with its own BM25.
     """
 
     def __init__(self, spans: Spans, bm25: Bm25Ranker, fusion: str):
@@ -138,18 +120,19 @@ class HybridRanker:
         return ranked
 
     def _rank_candidates(self, question: str, query: torch.Tensor, rows: np.ndarray) -> list[tuple[int, float]]:
-        best = {self._document(row): (row, cosine) for row, cosine in self.spans.cosines(query, rows, len(rows))}
+        first = rows - self.spans.numbers[rows]  # a document is its first row
+        document = dict(zip(rows.tolist(), first.tolist(), strict=True))
+        best = {document[row]: (row, cosine) for row, cosine in self.spans.cosines(query, rows, len(rows))}
         (words,) = self.bm25.rank([question], [rows], len(rows))
-        by_words = {self._document(row): score for row, score in words if score > 0}
+        by_words = {document[row]: score for row, score in words if score > 0}
         order = fuse(list(best), by_words, {name: cosine for name, (_, cosine) in best.items()}, self.fusion)
-        return [best[document] for document in order]
-
-    def _document(self, row: int) -> int:
-        return row - int(self.spans.numbers[row])
+        return [best[name] for name in order]
 
 
-def _rank_all(spans: Spans, scores: np.ndarray, depth: int) -> list[tuple[int, float]]:
-    """The best documents of all live rows."""
+def _best(spans: Spans, rows: np.ndarray | None, scores: np.ndarray, depth: int) -> list[tuple[int, float]]:
+    """The best documents of these rows by their scores; None stands for all live rows."""
+    if rows is not None:
+        return spans.best_of_documents(rows, scores, depth)
     scores = np.where(spans.live, scores, -np.inf)
     shortlist = 4 * depth
     while True:  # a long document may fill a shortlist with its spans

@@ -5,7 +5,7 @@ Last in the way. It reads results files and nothing else.
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -55,44 +55,50 @@ def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
 
 def results_table(results: Sequence[Mapping]) -> str:
     """One row a system: answers and retrieval with their 95 % intervals, bytes, tokens, milliseconds, failures."""
-    metrics = [name for name in SHOWN if any(name in content["metrics"] for content in results)]
-    header = ["data", "setting", "system", "k", "codec", *metrics, "bytes/span", "tokens", "p50 ms", "failed"]
-    named = [data_name(content["data"]) for content in results]
-    halves = {content["data"].get("half") for content in results}
-    files = {(content["data"]["name"], content["data"]["sha256"], content["data"]["questions"]) for content in results}
-    several = {
-        "data": len(files) > 1 or halves != {None},  # a half is always named
-        "setting": len({content["setting"] for content in results}) > 1,
-    }
-    lines = []
-    for name, content in zip(named, results, strict=True):
+    rows = []
+    for content in results:
         system, efficiency, latency = content["system"], content["efficiency"], content["efficiency"]["latency_ms"]
-        row = [name, content["setting"], system["name"], system["memory_size"], system["codec"]]
-        row += [_interval(content["metrics"].get(name)) for name in metrics]
-        row += [_number(efficiency["bytes_per_span"]), _number(efficiency["tokens_read"])]
-        row += [_number(latency["total"]["p50"]) if latency else None, content["counts"]["failed"]]
-        lines.append(row)
-    kept = [
-        column
-        for column, name in enumerate(header)
-        if several.get(name, True) and any(row[column] is not None for row in lines)
-    ]
-    cells = [["" if row[column] is None else _escape(row[column]) for column in kept] for row in lines]
-    return table([header[column] for column in kept], cells)
+        rows.append(
+            {
+                "data": data_name(content["data"]),
+                "setting": content["setting"],
+                "system": system["name"],
+                "k": system["memory_size"],
+                "codec": system["codec"],
+                **{name: _interval(content["metrics"].get(name)) for name in SHOWN},
+                "bytes/span": _number(efficiency["bytes_per_span"]),
+                "tokens": _number(efficiency["tokens_read"]),
+                "p50 ms": _number(latency["total"]["p50"]) if latency else None,
+                "failed": content["counts"]["failed"],
+            }
+        )
+    data = [content["data"] for content in results]
+    left_out = {name for name in rows[0] if all(row[name] is None for row in rows)}
+    if len({content["setting"] for content in results}) == 1:
+        left_out.add("setting")
+    if len({(d["name"], d["sha256"], d["questions"], d.get("half")) for d in data}) == 1 and not data[0].get("half"):
+        left_out.add("data")  # a half is always named
+    header = [name for name in rows[0] if name not in left_out]
+    return table(header, [["" if row[name] is None else _escape(row[name]) for name in header] for row in rows])
 
 
 def data_name(data: Mapping) -> str:
-    """The name of the data, with the half of the questions where it was not all of them."""
-    half = data.get("half")
-    return f"{data['name']}, {half} half" if half else data["name"]
+    """The name of the data, with the half of the questions if it was not all of them."""
+    return f"{data['name']}, {data['half']} half" if data.get("half") else data["name"]
 
 
 def comparison_table(content: Mapping) -> str:
-    """F1, containment and recall@1 against every other system; empty where there is none."""
-    rows = []
-    for row in (row for row in content["comparisons"] if row["metric"] in TABLE_COMPARISONS):
-        difference = f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
-        rows.append([_escape(row["system"]), row["metric"], difference, f"{row['p_value']:.4f}"])
+    """F1, containment and recall@1 against every other system; empty if there is none."""
+    rows = [
+        [
+            _escape(row["system"]),
+            row["metric"],
+            f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})",
+            f"{row['p_value']:.4f}",
+        ]
+        for row in content["comparisons"]
+        if row["metric"] in TABLE_COMPARISONS
+    ]
     return table(["against", "metric", "difference", "p"], rows) if rows else ""
 
 
@@ -101,13 +107,11 @@ def _interval(metric: Mapping | None) -> str | None:
 
 
 def _number(value: float | None) -> str | None:
-    if value is None:
-        return None
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    return None if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def _escape(value) -> str:
-    return re.sub(r"([|\\`*_<>\[\]])", r"\\\1", " ".join(str(value).split())) if isinstance(value, str) else str(value)
+    return re.sub(r"([|\\`*_<>\[\]])", r"\\\1", " ".join(str(value).split()))
 
 
 # --- cards -----------------------------------------------------------------------------------------------------------
@@ -118,10 +122,11 @@ def card_section(results: Sequence[Mapping], calibration: Mapping | None = None)
 
     Args:
         results: contents of results.json.
-        calibration: content of calibration.json; None where the model has no threshold.
+        calibration: content of calibration.json; None if the model has no threshold.
     """
-    machines = dict.fromkeys(_machine(content["hardware"]) for content in results)
-    commands = list(dict.fromkeys(content["command"] for content in results))
+    hardware = [content["hardware"] for content in results]
+    machines = dict.fromkeys(h["accelerator"] or f"{h['cores']} cores, {h['cpu']}" for h in hardware)
+    commands = dict.fromkeys(content["command"] for content in results)
     data = {data_name(content["data"]): content["data"] for content in results}
     named = "; ".join(
         f"{_escape(name)}, {d['questions']:,} questions (SHA-256 {d['sha256'][:12]})" for name, d in data.items()
@@ -140,7 +145,8 @@ def card_section(results: Sequence[Mapping], calibration: Mapping | None = None)
             f"({_escape(data_name(compared['data']))}, {setting}); paired bootstrap intervals, p by sign flips:",
             comparison_table(compared),
         ]
-    parts += [] if calibration is None else [calibration_text(calibration)]
+    if calibration is not None:
+        parts.append(calibration_text(calibration))
     parts += ["\n".join("    " + " ".join(command.split()).replace("<!--", "<! --") for command in commands), END]
     return "\n\n".join(parts)
 
@@ -160,10 +166,6 @@ def calibration_text(calibration: Mapping) -> str:
     )
 
 
-def _machine(hardware: Mapping) -> str:
-    return hardware["accelerator"] or f"{hardware['cores']} cores, {hardware['cpu']}"
-
-
 def insert_section(card: str, section: str) -> str:
     """Put the section in the place of an earlier one, or at the end."""
     earlier = re.search(f"{BEGIN}(?:(?!{BEGIN}).)*?{END}", card, re.DOTALL)
@@ -172,45 +174,46 @@ def insert_section(card: str, section: str) -> str:
     return f"{card.rstrip()}\n\n{section}\n"
 
 
+# --- metadata for the Hub --------------------------------------------------------------------------------------------
+
+
+def _card_metrics(results: Sequence[Mapping]) -> Iterator[tuple[Mapping, str, Mapping]]:
+    """(results, name, metric) of the CLaRa systems."""
+    for content in results:
+        if content["system"]["kind"] == "clara":
+            for name in CARD_METRICS:
+                if name in content["metrics"]:
+                    yield content, name, content["metrics"][name]
+
+
 def hub_results(results: Sequence[Mapping], dataset: str | None = None) -> list[EvalResult]:
     """Entries of a card's `model-index`: the metrics of the CLaRa systems, for each data file and setting."""
-    entries = []
-    for content in results:
-        if content["system"]["kind"] != "clara":
-            continue
-        half = content["data"].get("half")
-        for name in CARD_METRICS:
-            if name not in content["metrics"]:
-                continue
-            metric = content["metrics"][name]
-            entries.append(
-                EvalResult(
-                    task_type="question-answering",
-                    task_name="retrieval-augmented question answering",
-                    dataset_type=dataset or dataset_id(content),
-                    dataset_name=content["data"]["name"],
-                    dataset_config=f"{content['setting']}, {describe(content)}",
-                    dataset_split=f"{half} half" if half else "all",
-                    metric_type=name,
-                    metric_name=f"{name} ({metric['low']:.3f} to {metric['high']:.3f})",
-                    metric_value=round(metric["value"], 4),
-                    metric_config=describe(content),
-                )
-            )
-    return entries
+    return [
+        EvalResult(
+            task_type="question-answering",
+            task_name="retrieval-augmented question answering",
+            dataset_type=dataset or _dataset_id(content),
+            dataset_name=content["data"]["name"],
+            dataset_config=f"{content['setting']}, {describe(content)}",
+            dataset_split=f"{content['data']['half']} half" if content["data"].get("half") else "all",
+            metric_type=name,
+            metric_name=f"{name} ({metric['low']:.3f} to {metric['high']:.3f})",
+            metric_value=round(metric["value"], 4),
+            metric_config=describe(content),
+        )
+        for content, name, metric in _card_metrics(results)
+    ]
 
 
 def describe(content: Mapping) -> str:
     """A system in few words, such as `clara k=16 int8`."""
     system = content["system"]
-    words = [system["name"]]
-    words += [f"k={system['memory_size']}"] if system["memory_size"] else []
-    words += [system["codec"]] if system["codec"] else []
-    return " ".join(words)
+    size = f"k={system['memory_size']}" if system["memory_size"] else None
+    return " ".join(word for word in (system["name"], size, system["codec"]) if word)
 
 
-def dataset_id(content: Mapping) -> str:
-    """The data as an id: itself where it has the form `org/name`, else a name without dots and slashes."""
+def _dataset_id(content: Mapping) -> str:
+    """The data as an id: itself if it has the form `org/name`, else a name without dots and slashes."""
     name = content["data"]["name"]
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else re.sub(r"\.jsonl(\.gz)?$|\.parquet$", "", name)
 
@@ -220,32 +223,23 @@ def eval_result_files(results: Sequence[Mapping], dataset: str | None = None) ->
 
     Args:
         results: of CLaRa systems; others are left out, and of several with one task the first stands.
-        dataset: id of the benchmark on the Hub; default the data's own name where it is one.
+        dataset: id of the benchmark on the Hub; default the data's own name if it is one.
     """
     files: dict[str, dict] = {}
-    for content in results:
-        benchmark = dataset or dataset_id(content)
-        if content["system"]["kind"] != "clara" or "/" not in benchmark:
+    for content, metric, value in _card_metrics(results):
+        benchmark, half = dataset or _dataset_id(content), content["data"].get("half")
+        if "/" not in benchmark:
             continue
+        entry = EvalResultEntry(
+            dataset_id=benchmark,
+            task_id="_".join([content["setting"], *([half, "half"] if half else []), metric]),
+            value=round(value["value"], 4),
+            date=content["created"],
+            notes=f"{describe(content)}; 95 % interval {value['low']:.3f} to {value['high']:.3f}",
+        )
         name = re.sub(r"[^\w-]+", "-", benchmark).strip("-")
-        half = content["data"].get("half")
-        task = f"{content['setting']}_{half}_half" if half else content["setting"]
-        for metric in CARD_METRICS:
-            if metric in content["metrics"]:
-                value = content["metrics"][metric]
-                entry = EvalResultEntry(
-                    dataset_id=benchmark,
-                    task_id=f"{task}_{metric}",
-                    value=round(value["value"], 4),
-                    date=content["created"],
-                    notes=f"{describe(content)}; 95 % interval {value['low']:.3f} to {value['high']:.3f}",
-                )
-                files.setdefault(f".eval_results/{name}.yaml", {}).setdefault(entry.task_id, entry)
+        files.setdefault(f".eval_results/{name}.yaml", {}).setdefault(entry.task_id, entry)
     return {path: eval_result_entries_to_yaml(list(entries.values())) for path, entries in files.items()}
-
-
-def _identity(entry: EvalResult) -> tuple:
-    return entry.dataset_type, entry.dataset_config, entry.dataset_split, entry.metric_type
 
 
 def update_card(folder: Path, results: Sequence[Mapping], dataset: str | None = None) -> list[Path]:
@@ -254,12 +248,13 @@ def update_card(folder: Path, results: Sequence[Mapping], dataset: str | None = 
     Raises:
         FileNotFoundError: the folder has no README.md.
     """
-    path = Path(folder) / "README.md"
+    folder, path = Path(folder), Path(folder) / "README.md"
     if not path.exists():
         raise FileNotFoundError(f"{path} must be a model card, found none. Save the model there first.")
+    calibration, known = folder / CALIBRATION_FILE, None
+    if calibration.exists():
+        known = json.loads(calibration.read_text(encoding="utf-8"))
     try:
-        calibration = Path(folder) / CALIBRATION_FILE
-        known = json.loads(calibration.read_text(encoding="utf-8")) if calibration.exists() else None
         card = ModelCard(insert_section(path.read_text(encoding="utf-8"), card_section(results, known)))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} must begin with YAML between two lines of ---, but: {error}. Correct it.") from error
@@ -267,16 +262,20 @@ def update_card(folder: Path, results: Sequence[Mapping], dataset: str | None = 
     if entries:
         new = {_identity(entry) for entry in entries}
         kept = [entry for entry in card.data.get("eval_results") or [] if _identity(entry) not in new]
-        card.data.model_name = card.data.get("model_name") or Path(folder).resolve().name
+        card.data.model_name = card.data.get("model_name") or folder.resolve().name
         card.data.eval_results = kept + entries
     path.write_text(str(card), encoding="utf-8")
     written = [path]
     for name, content in eval_result_files(results, dataset).items():
-        target = Path(folder) / name
+        target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        new = {entry["dataset"]["task_id"] for entry in content}
+        tasks = {entry["dataset"]["task_id"] for entry in content}
         there = (yaml.safe_load(target.read_text(encoding="utf-8")) or []) if target.exists() else []
-        kept = [entry for entry in there if entry["dataset"]["task_id"] not in new]
+        kept = [entry for entry in there if entry["dataset"]["task_id"] not in tasks]
         target.write_text(yaml.safe_dump(kept + content, sort_keys=False, allow_unicode=True), encoding="utf-8")
         written.append(target)
     return written
+
+
+def _identity(entry: EvalResult) -> tuple:
+    return entry.dataset_type, entry.dataset_config, entry.dataset_split, entry.metric_type

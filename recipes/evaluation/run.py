@@ -1,7 +1,7 @@
 """Tasks -> predictions.jsonl: resumable, in several processes, every failure counted.
 
-Stands between a system and the scores. What is predicted is appended to `parts/`, one file a process; at the end they
-become predictions.jsonl, in the order of the data. It knows nothing of answers or metrics.
+What is predicted is appended to `parts/`, one file a process; at the end they become predictions.jsonl, in the order
+of the data.
 """
 
 import json
@@ -30,29 +30,23 @@ def is_foreign(folder: Path) -> bool:
 
 
 def start_run(folder: Path, options: dict) -> None:
-    """Write run.json, or check that the folder was begun with the same options.
-
-    Raises:
-        ValueError: it holds another run: the option that differs is named.
-    """
+    """Write run.json, or raise a ValueError unless the folder was begun with the same options; it names the other."""
     path = folder / RUN_FILE
-    if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(
-                f"{path} must be JSON: {error}. Remove the folder, or choose another --output."
-            ) from error
-        for name in sorted({*before, *options}):
-            if before.get(name) != options.get(name):
-                raise ValueError(
-                    f"`{name}` must be {before.get(name)!r} as when {folder} was begun, got {options.get(name)!r}. "
-                    "Choose another --output, or remove the folder."
-                )
-        return
     if is_foreign(folder):
         raise ValueError(f"--output must be a new folder or one of this command, got {folder}. Choose another one.")
-    write_json(path, options)
+    if not path.exists():
+        write_json(path, options)
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON: {error}. Remove the folder, or choose another --output.") from error
+    for name in sorted({*before, *options}):
+        if before.get(name) != options.get(name):
+            raise ValueError(
+                f"`{name}` must be {before.get(name)!r} as when {folder} was begun, got {options.get(name)!r}. "
+                "Choose another --output, or remove the folder."
+            )
 
 
 def predict(
@@ -65,20 +59,13 @@ def predict(
     process: tuple[int, int] = (0, 1),
     description: str = "questions",
 ) -> None:
-    """Predict what is not there yet, this process every N-th of it.
+    """Predict what `folder` does not have yet; process i of N every N-th of all tasks.
 
-    Args:
-        bench: of the run.
-        system: that answers.
-        tasks: all of the run, the same in every process.
-        folder: of the run.
-        batch_size: questions that are retrieved and read together; of one that fails each is tried alone.
-        process: (i, N).
-        description: of the work, in its progress.
+    `batch_size` questions are retrieved and read together; of a batch that fails each is tried alone.
     """
     index, count = process
     done = {row["id"] for row in finished_rows(folder)}
-    mine = [task for number, task in enumerate(tasks) if number % count == index and task.question.id not in done]
+    mine = [task for task in tasks[index::count] if task.question.id not in done]
     if not mine:
         return
     part = folder / PARTS_FOLDER / f"{index}-of-{count}.jsonl"
@@ -90,7 +77,7 @@ def predict(
 
 
 def predict_batch(bench: Bench, system: System, tasks: Sequence[Task]) -> list[dict]:
-    """Rows of predictions.jsonl; where the batch fails, each question is tried by itself."""
+    """Rows of predictions.jsonl; if the batch fails, each question is tried by itself."""
     try:
         return _predict(bench, system, tasks)
     except Exception as error:  # whatever goes wrong is counted: a missing answer must not look like a wrong one
@@ -105,51 +92,42 @@ def predict_batch(bench: Bench, system: System, tasks: Sequence[Task]) -> list[d
 def _predict(bench: Bench, system: System, tasks: Sequence[Task]) -> list[dict]:
     clock = Clock()
     hits = retrieve(bench, system, tasks, clock)
-    rows = [rows_to_read(bench, system, row) for row in hits]
-    abstains = [system.retriever is not None and not row for row in rows]
-    reading = [number for number, abstained in enumerate(abstains) if not abstained]
-    texts, lengths = {}, {}
+    chosen = [rows_to_read(bench, system, row) for row in hits]
+    answers = [("", None)] * len(tasks)
+    reading = [number for number, rows in enumerate(chosen) if rows or system.retriever is None]
     if reading:
-        found = read(bench, system, [tasks[n] for n in reading], [rows[n] for n in reading], clock)
-        texts, lengths = (dict(zip(reading, values, strict=True)) for values in found)
-    total = sum(clock.seconds.values())
-    in_model = clock.seconds.get("query", 0.0) + clock.seconds.get("decode", 0.0)
-    ids = bench.spans.document_ids
-    shown = [] if bench.read_all or system.retriever in (None, "wrong") else hits
-    return [
-        prediction_row(
-            task.question.id,
-            prediction=texts.get(n) or None,
-            abstained=abstains[n],
-            failure=None if abstains[n] or texts[n] else "empty answer",
-            retrieved=[ids[row] for row, _ in shown[n]] if shown else [],
-            scores=[round(score, 6) for _, score in shown[n]] if shown else [],
-            read=list(dict.fromkeys(ids[row] for row in rows[n])),
-            n_tokens=lengths.get(n),
-            span_bytes=span_bytes(bench, system, rows[n]),
-            seconds=total / len(tasks),
-            model_seconds=in_model / len(tasks),
+        found = read(bench, system, [tasks[n] for n in reading], [chosen[n] for n in reading], clock)
+        for number, *answer in zip(reading, *found, strict=True):
+            answers[number] = answer
+    seconds = {name: clock.seconds.get(name, 0.0) / len(tasks) for name in ("query", "search", "prepare", "decode")}
+    ids, is_ranked = bench.spans.document_ids, system.ranks and not bench.read_all
+    predicted = []
+    for number, (task, ranked, rows, (text, n_tokens)) in enumerate(zip(tasks, hits, chosen, answers, strict=True)):
+        abstained = number not in reading
+        shown = ranked if is_ranked else []
+        predicted.append(
+            prediction_row(
+                task.question.id,
+                prediction=text or None,
+                abstained=abstained,
+                failure=None if abstained or text else "empty answer",
+                retrieved=[ids[row] for row, _ in shown],
+                scores=[round(score, 6) for _, score in shown],
+                read=list(dict.fromkeys(ids[row] for row in rows)),
+                n_tokens=n_tokens,
+                span_bytes=span_bytes(bench, system, rows),
+                seconds=sum(seconds.values()),
+                model_seconds=seconds["query"] + seconds["decode"],
+            )
         )
-        for n, task in enumerate(tasks)
-    ]
+    return predicted
 
 
 def prediction_row(question_id: str, **values) -> dict:
     """One line of predictions.jsonl: exactly one of `prediction`, `abstained` and `failure` says how it ended."""
-    row = {
-        "id": question_id,
-        "prediction": None,
-        "abstained": False,
-        "failure": None,
-        "retrieved": [],
-        "scores": [],
-        "read": [],
-        "n_tokens": None,
-        "span_bytes": None,
-        "seconds": None,
-        "model_seconds": None,
-    }
-    return row | values
+    row = {"id": question_id, "prediction": None, "abstained": False, "failure": None}
+    row |= {"retrieved": [], "scores": [], "read": []}
+    return row | dict.fromkeys(("n_tokens", "span_bytes", "seconds", "model_seconds")) | values
 
 
 def _release_memory(error: Exception) -> None:
@@ -183,22 +161,13 @@ def collect(folder: Path, tasks: Sequence[Task]) -> list[dict]:
 
 
 def measure_latency(bench: Bench, system: System, tasks: Sequence[Task], n_questions: int) -> list[dict[str, float]]:
-    """Milliseconds of the first questions, one at a time, after one that is not counted.
-
-    Args:
-        bench: of the run.
-        system: that is timed.
-        tasks: that did not fail and were not abstained from.
-        n_questions: at most.
-    """
-    if not tasks or not n_questions:
-        return []
-    times = []
-    for task in [tasks[0], *tasks[:n_questions]]:
+    """Milliseconds of the first `n_questions` of the tasks, one at a time, after one that is not counted."""
+    times, timed = [], tasks[:n_questions]
+    for number, task in enumerate([*timed[:1], *timed]):
         try:
-            times.append(time_one(bench, system, task))
+            found = time_one(bench, system, task)
+            times += [found] if number else []
         except Exception as error:  # the answers are there; that one cannot be timed shall not cost them
             _release_memory(error)
             logger.warning("question %s cannot be timed: %s. It is left out of the latency.", task.question.id, error)
-            times.append(None)
-    return [row for row in times[1:] if row is not None]
+    return times

@@ -1,9 +1,9 @@
 """Predictions -> metrics with intervals, and paired comparisons of systems.
 
-Stands between predictions.jsonl and results.json. The metrics are those of `metrics/`; here they become means over
-questions with their uncertainty. It knows nothing of models.
+The metrics are those of `recipes/spaces/metrics/`; here they become means over questions with their uncertainty.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -22,50 +22,37 @@ Scores = dict[str, np.ndarray]
 
 
 def score_questions(tasks: Sequence[Task], rows: Sequence[Mapping], *, with_retrieval: bool) -> Scores:
-    """Every metric of every question.
+    """Every metric of every question; one that failed or was abstained from scores 0.
 
-    A question that failed or was abstained from scores 0. A question without gold answers has no answer metrics and
-    instead `abstention`: 1 where the system abstained. A question without known gold documents has no retrieval
-    metrics.
+    A question without gold answers has, instead of answer metrics, `abstention`: 1 if the system abstained. One
+    without known gold documents has no retrieval metrics.
 
-    Args:
-        tasks: of the run.
-        rows: of predictions.jsonl, in the order of the tasks.
-        with_retrieval: whether the system ranks documents.
-
-    Returns:
-        metric -> (questions,) float64, NaN where it does not apply; a metric that applies to none is left out.
+    `rows` are those of predictions.jsonl, in the order of the tasks. The result is metric -> (questions,) float64, NaN
+    for a question to which it does not apply; a metric that applies to none is left out.
     """
-    scores = {name: np.full(len(tasks), np.nan) for name in (*MEASURES, "abstention")}
+    scores = defaultdict(lambda: np.full(len(tasks), np.nan))
     for index, (task, row) in enumerate(zip(tasks, rows, strict=True)):
-        if not task.question.answers:
-            if task.question.asks_answer:
-                scores["abstention"][index] = float(row["abstained"])
-        else:
-            found = score_answer(row["prediction"], task.question.answers) if row["prediction"] else {}
-            for name in MEASURES:
-                scores[name][index] = found.get(name, 0.0)
+        found = {}
+        if task.question.answers:
+            found = dict.fromkeys(MEASURES, 0.0)
+            if row["prediction"]:
+                found = score_answer(row["prediction"], task.question.answers)
+        elif task.question.asks_answer:
+            found = {"abstention": float(row["abstained"])}
         if with_retrieval and task.gold:
-            for name, value in score_ranking(row["retrieved"], task.gold, CUTOFFS).items():
-                if name not in scores:
-                    scores[name] = np.full(len(tasks), np.nan)
-                scores[name][index] = value
-    return {name: values for name, values in scores.items() if not np.isnan(values).all()}
+            found |= score_ranking(row["retrieved"], task.gold, CUTOFFS)
+        for name, value in found.items():
+            scores[name][index] = value
+    order = dict.fromkeys((*MEASURES, "abstention", *scores))
+    return {name: scores[name] for name in order if name in scores}
 
 
 def bootstrap_means(values: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
-    """Means of columns over resampled rows: the same rows are drawn for all columns.
+    """Means of columns over resampled rows.
 
-    `scipy.stats.bootstrap` does the same a column at a time; drawing once keeps the columns comparable and takes a
-    fraction of the time.
-
-    Args:
-        values: (questions, columns) float64; NaN does not count.
-        seed: of the draws.
-        resamples: number of draws.
-
-    Returns:
-        (resamples, columns) float64, NaN where a draw has no value.
+    `scipy.stats.bootstrap` takes one column; drawing the same rows for all keeps them comparable and is faster.
+    `values` is (questions, columns) float64, in which NaN does not count; the result (resamples, columns) float64, NaN
+    if a draw has no value.
     """
     generator, n = np.random.default_rng(seed), len(values)
     present = ~np.isnan(values)
@@ -86,39 +73,27 @@ def with_intervals(scores: Scores, *, seed: int = 0, resamples: int = RESAMPLES)
     >>> with_intervals({"em": np.array([1.0, 1.0])})
     {'em': {'value': 1.0, 'low': 1.0, 'high': 1.0, 'n': 2}}
     """
-    names = list(scores)
-    if not names:
+    if not scores:
         return {}
-    table = np.stack([scores[name] for name in names], axis=1)
-    low, high = _interval(bootstrap_means(table, seed=seed, resamples=resamples))
+    means = bootstrap_means(np.stack(list(scores.values()), axis=1), seed=seed, resamples=resamples)
+    tail = 100 * (1 - CONFIDENCE) / 2
+    lows, highs = np.nanpercentile(means, [tail, 100 - tail], axis=0)
     return {
         name: {
-            "value": float(np.nanmean(table[:, column])),
-            "low": float(low[column]),
-            "high": float(high[column]),
-            "n": int((~np.isnan(table[:, column])).sum()),
+            "value": float(np.nanmean(values)),
+            "low": float(low),
+            "high": float(high),
+            "n": int((~np.isnan(values)).sum()),
         }
-        for column, name in enumerate(names)
+        for (name, values), low, high in zip(scores.items(), lows, highs, strict=True)
     }
-
-
-def _interval(means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    tail = 100 * (1 - CONFIDENCE) / 2
-    return tuple(np.nanpercentile(means, [tail, 100 - tail], axis=0))
 
 
 def sign_flip_test(differences: np.ndarray, *, seed: int = 0, flips: int = FLIPS) -> np.ndarray:
     """Two-sided p-values of the means of paired differences under random signs (Fisher's randomisation test).
 
-    The observed signs count as one of the draws, so the smallest value is 1 / (flips + 1).
-
-    Args:
-        differences: (questions, columns) float64; NaN counts as no difference.
-        seed: of the signs, which all columns share.
-        flips: number of draws.
-
-    Returns:
-        (columns,) float64.
+    `differences` is (questions, columns) float64, in which NaN counts as no difference; the result (columns,) float64.
+    All columns share the signs. The observed ones count as a draw, so the smallest value is 1 / (flips + 1).
     """
     differences = np.nan_to_num(differences)
     differences = differences[differences.any(axis=1)].astype(np.float32)
@@ -133,52 +108,37 @@ def sign_flip_test(differences: np.ndarray, *, seed: int = 0, flips: int = FLIPS
     return (extreme + 1) / (flips + 1)
 
 
-def compare(
-    mine: Scores, other: Scores, name: str, *, seed: int = 0, resamples: int = RESAMPLES, flips: int = FLIPS
-) -> list[dict]:
-    """This system minus another one on the same questions.
+def compare(mine: Scores, other: Scores, name: str, *, seed: int = 0, resamples: int = RESAMPLES) -> list[dict]:
+    """This system minus the other one, called `name`, on the same questions in the same order, of every shared metric.
 
-    Args:
-        mine: scores of this system.
-        other: of the other one, over the same questions in the same order.
-        name: of the other one.
-        seed: of draws and signs.
-        resamples: of the bootstrap.
-        flips: of the test.
-
-    Returns:
-        For each metric that both have: `{system, metric, difference, low, high, p_value, n}`.
+    Rows `{system, metric, difference, low, high, p_value, n}`.
     """
-    shared = [metric for metric in COMPARED if metric in mine and metric in other]
-    metrics = [metric for metric in shared if not np.isnan(mine[metric] - other[metric]).all()]
-    if not metrics:
+    shared = {metric: mine[metric] - other[metric] for metric in COMPARED if metric in mine and metric in other}
+    differences = {metric: values for metric, values in shared.items() if not np.isnan(values).all()}
+    if not differences:
         return []
-    table = np.stack([mine[metric] - other[metric] for metric in metrics], axis=1)
-    low, high = _interval(bootstrap_means(table, seed=seed, resamples=resamples))
-    p_values = sign_flip_test(table, seed=seed, flips=flips)
-    rows = []
-    for column, metric in enumerate(metrics):
-        differences = table[:, column][~np.isnan(table[:, column])]
-        rows.append(
-            {
-                "system": name,
-                "metric": metric,
-                "difference": float(differences.mean()),
-                "low": float(low[column]),
-                "high": float(high[column]),
-                "p_value": float(p_values[column]),
-                "n": len(differences),
-            }
-        )
-    return rows
+    found = with_intervals(differences, seed=seed, resamples=resamples)
+    p_values = sign_flip_test(np.stack(list(differences.values()), axis=1), seed=seed)
+    return [
+        {
+            "system": name,
+            "metric": metric,
+            "difference": mean["value"],
+            "low": mean["low"],
+            "high": mean["high"],
+            "p_value": float(p_value),
+            "n": mean["n"],
+        }
+        for (metric, mean), p_value in zip(found.items(), p_values, strict=True)
+    ]
 
 
 def quantiles(times: Sequence[Mapping[str, float]]) -> dict[str, dict] | None:
-    """name -> `{p50, p95}` of times a question; None where none was timed."""
+    """name -> `{p50, p95}` of times a question; None if none was timed."""
     if not times:
         return None
+    columns = {name: [row[name] for row in times] for name in times[0]}
     return {
         name: {"p50": float(np.percentile(values, 50)), "p95": float(np.percentile(values, 95))}
-        for name in times[0]
-        for values in [[row[name] for row in times]]
+        for name, values in columns.items()
     }

@@ -1,11 +1,12 @@
-"""The spans that an evaluation retrieves and reads: rows with text, their memories where a system needs them.
+"""The spans that an evaluation retrieves and reads: rows with text, their memories if a system needs them.
 
-Stands between the documents of a data file, or a compressed corpus, and the systems. All systems see the same rows, so
-that only what ranks and what reads them differs. It knows nothing of questions or scores.
+All systems see the same rows, so that only what ranks and what reads them differs.
 """
 
+import functools
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,15 +19,9 @@ from recipes.evaluation.progress import Progress
 
 
 class Spans:
-    """Rows `{document_id, span, title, text}`, numbered as in the corpus that holds their memories.
+    """Rows `{document_id, span, title, text}`, numbered as in the corpus that holds their memories, if one does.
 
-    Args:
-        document_ids: of every row.
-        numbers: (rows,) number of each row's span in its document.
-        titles: of every row.
-        texts: of every row.
-        live: (rows,) bool, False where a row was deleted; None for all.
-        corpus: that holds the memories of these rows; None where no memory is needed.
+    `numbers` are those of the rows' spans in their documents; `live` (rows,) bool is False for rows that were deleted.
     """
 
     def __init__(
@@ -42,11 +37,9 @@ class Spans:
         self.document_ids, self.titles, self.texts, self.corpus = document_ids, titles, texts, corpus
         self.numbers = np.asarray(numbers, dtype=np.int64)
         self.live = np.ones(len(texts), dtype=bool) if live is None else live
-        self.rows: dict[str, range] = {}
         starts = [*np.flatnonzero(self.numbers == 0).tolist(), len(texts)]
-        for first, end in zip(starts, starts[1:], strict=False):
-            if self.live[first]:
-                self.rows[document_ids[first]] = range(first, end)
+        pairs = zip(starts, starts[1:], strict=False)
+        self.rows = {document_ids[first]: range(first, end) for first, end in pairs if self.live[first]}
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -59,8 +52,7 @@ class Spans:
             for document_id, document in documents.items()
             for span in model.processor.split_document(dict(document), f"document {document_id!r}")
         ]
-        columns = [[span[name] for span in spans] for name in ("document_id", "span", "title", "text")]
-        return cls(*columns)
+        return cls(*([span[name] for span in spans] for name in ("document_id", "span", "title", "text")))
 
     @classmethod
     def of_corpus(cls, corpus: CompressedCorpus) -> "Spans":
@@ -75,12 +67,16 @@ class Spans:
             numbers[row], live[row] = values["span"], True
         return cls(ids, numbers, titles, texts, live=live, corpus=corpus)
 
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """Ids of all documents, sorted: several processes that compress leave them in another order."""
+        return sorted(self.rows)
+
     # --- rows --------------------------------------------------------------------------------------------------------
 
     def rows_of(self, document_ids: Iterable[str]) -> np.ndarray:
         """Rows of these documents, in their order."""
-        rows = [np.arange(self.rows[name].start, self.rows[name].stop) for name in document_ids]
-        return np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
+        return np.array([row for name in document_ids for row in self.rows[name]], dtype=np.int64)
 
     def document(self, row: int) -> dict:
         """`{title, text}` of a row's span."""
@@ -88,8 +84,7 @@ class Spans:
 
     def source(self, row: int) -> Source:
         """A row's span as the model's own retrieval gives it; its score is not known here."""
-        span = int(self.numbers[row])
-        return Source(self.document_ids[row], span, 0.0, self.titles[row], self.texts[row])
+        return Source(self.document_ids[row], int(self.numbers[row]), 0.0, self.titles[row], self.texts[row])
 
     def best_of_documents(self, rows: np.ndarray, scores: np.ndarray, depth: int) -> list[tuple[int, float]]:
         """(row, score) of the best `depth` documents, each by its best span; ties go to the lower row."""
@@ -105,21 +100,14 @@ class Spans:
     # --- memories ----------------------------------------------------------------------------------------------------
 
     def cosines(self, query: torch.Tensor, rows: np.ndarray | None, depth: int, **options) -> list[tuple[int, float]]:
-        """The best documents for one query memory (k, H) float32 by exact cosine (eq. 3.1).
+        """(row, cosine) of the best documents' best spans, by exact cosine (eq. 3.1) with a (k, H) query memory.
 
-        Args:
-            query: on the CPU.
-            rows: that are compared; None searches the whole corpus as users do, through its index.
-            depth: documents.
-            options: of that search, such as `hybrid`.
-
-        Returns:
-            (row, cosine) of each document's best span, best first.
+        No `rows` search the whole corpus as users do, through its index and with these options, such as `hybrid`.
         """
-        if rows is None:
-            (hits,) = self.corpus.search(query[None], min(depth, len(self.corpus)), **options)
-            return [(self.rows[hit["document_id"]].start + hit["span"], hit["score"]) for hit in hits]
-        return self.corpus.cosines(query[None], rows[None])[0][:depth]
+        if rows is not None:
+            return self.corpus.cosines(query[None], rows[None])[0][:depth]
+        (hits,) = self.corpus.search(query[None], min(depth, len(self.corpus)), **options)
+        return [(self.rows[hit["document_id"]].start + hit["span"], hit["score"]) for hit in hits]
 
     def memories(self, rows: Sequence[int], memory_size: int) -> torch.Tensor:
         """(rows, k, H) float32."""
@@ -131,26 +119,11 @@ class Spans:
 
 
 def compress_documents(
-    model: CLaRaForRAG,
-    documents: Mapping[str, Mapping],
-    folder: Path,
-    *,
-    batch_size: int = 16,
-    rank: int = 0,
-    world_size: int = 1,
+    model: CLaRaForRAG, documents: Mapping[str, Mapping], folder: Path, *, rank: int = 0, world_size: int = 1
 ) -> None:
-    """Compress documents into a float16 corpus; what is there is kept.
+    """Compress documents `{title, text}` by id into the float16 corpus `folder/float16`; what is there is kept.
 
-    Args:
-        model: whose compressor is used.
-        documents: id -> `{title, text}`.
-        folder: the corpus goes into `folder/float16`.
-        batch_size: documents a pass.
-        rank: of this process.
-        world_size: processes that share the work; the rows are in the order of `documents` for every number.
-
-    Raises:
-        ValueError: the folder holds memories of other documents or of another model.
+    `world_size` processes share the work; whatever their number, the rows are in the order of `documents`.
     """
     given = [{"id": document_id, **document} for document_id, document in documents.items()]
     rows, start = [{}] * len(given), 0
@@ -159,22 +132,20 @@ def compress_documents(
         rows[number::world_size] = given[start : start + size]
         start += size
     with Progress("compressing", len(rows), "documents", shown=rank == 0, own_bar=False) as progress:
-        counted, share = _Counted(rows, progress), {"rank": rank, "world_size": world_size}
-        CompressedCorpus.build(model, counted, folder / "float16", codec="float16", batch_size=batch_size, **share)
+        options = {"codec": "float16", "batch_size": 16, "rank": rank, "world_size": world_size}
+        CompressedCorpus.build(model, _Counted(rows, progress), folder / "float16", **options)
 
 
-class _Counted:
-    """A list whose rows are counted when they are read, anew each time."""
+class _Counted(list):
+    """Rows that are counted when they are read, anew each time."""
 
     def __init__(self, rows: Sequence[Mapping], progress: Progress):
-        self.rows, self.progress = rows, progress
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        super().__init__(rows)
+        self.progress = progress
 
     def __iter__(self) -> Iterator[Mapping]:
         self.progress.done = 0
-        for row in self.rows:
+        for row in super().__iter__():
             self.progress.update()
             yield row
 
@@ -192,11 +163,7 @@ def finish_codec(folder: Path, codec: str) -> None:
 
 
 def open_memories(model: CLaRaForRAG, folder: Path, codec: str, n_documents: int) -> Spans:
-    """The spans of `compress_documents`, with their memories.
-
-    Raises:
-        ValueError: documents could not be compressed.
-    """
+    """The spans of `compress_documents`, with their memories; a ValueError unless all were compressed."""
     corpus = CompressedCorpus.open(folder / codec, model=model)
     if len(corpus) != n_documents:
         raise ValueError(
@@ -207,35 +174,27 @@ def open_memories(model: CLaRaForRAG, folder: Path, codec: str, n_documents: int
 
 
 def match_documents(spans: Spans, documents: Mapping[str, Mapping], titles: Mapping[str, str]) -> dict[str, str]:
-    """Ids of a data file -> ids of the same documents in a corpus.
+    """Ids of a data file -> ids of the same documents in a corpus, of those that it has.
 
-    A document is the same where title and text have the same words; of a corpus document of several spans the first
-    one must be the beginning of the data's text. Where the data has no text (KILT) it is the document with its id and
-    title, or else the only one with its title.
-
-    Args:
-        spans: of the corpus.
-        documents: id -> `{title, text}` of the data.
-        titles: id -> title where the data has no text.
-
-    Returns:
-        Only those that are in the corpus.
+    A document is the same if title and text have the same words; of a corpus document of several spans the first one
+    must be the beginning of the data's text. If the data has no text (KILT) it is the document with its id and title,
+    or else the only one with its title.
     """
-    by_words, by_title, long = {}, {}, {}
+    by_words, by_title, long = {}, defaultdict(list), defaultdict(list)
     for document_id, rows in spans.rows.items():
-        words = _words(spans.document(rows.start))
-        by_title.setdefault(spans.titles[rows.start].casefold(), []).append(document_id)
+        title, text = _words(spans.document(rows.start))
+        by_title[spans.titles[rows.start].casefold()].append(document_id)
         if len(rows) == 1:
-            by_words.setdefault(words, document_id)
+            by_words.setdefault((title, text), document_id)
         else:
-            long.setdefault(words[0], []).append((words[1], document_id))
+            long[title].append((text, document_id))
     found = {}
     for name, document in documents.items():
         title, text = _words(document)
-        same = by_words.get((title, text))
         longer = [document_id for start, document_id in long.get(title, ()) if text.startswith(start)]
-        if same is not None or longer:
-            found[name] = same or longer[0]
+        same = by_words.get((title, text), longer[0] if longer else None)
+        if same is not None:
+            found[name] = same
     for name, title in titles.items():
         candidates = by_title.get(title.casefold(), [])
         if name in spans.rows and (not title or name in candidates or not spans.titles[spans.rows[name].start]):

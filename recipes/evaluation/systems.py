@@ -1,7 +1,6 @@
 """Systems: what ranks the documents of a task and what reads them, all on one backbone.
 
-Stands between tasks and predictions. A system retrieves rows of `Spans` and reads them; it knows nothing of gold
-documents, answers or scores.
+A system retrieves rows of `Spans` and reads them; it knows nothing of gold documents, answers or scores.
 """
 
 import random
@@ -21,6 +20,9 @@ from recipes.evaluation.rankers import Bm25Ranker, DenseRanker, HybridRanker
 from recipes.evaluation.spans import Spans
 from recipes.evaluation.tasks import Task
 
+FUSION = {"hybrid": "ranks", "hybrid_scores": "scores"}  # of a retriever that uses cosine and words
+COMPARING = ("clara", *FUSION)  # retrievers that compare memories
+
 
 @dataclass(frozen=True)
 class System:
@@ -31,6 +33,11 @@ class System:
     reader: str
 
     @property
+    def ranks(self) -> bool:
+        """Whether it chooses among candidates."""
+        return self.retriever not in (None, "wrong")
+
+    @property
     def reads_memory(self) -> bool:
         """Whether it reads memories, of all documents or of all but the best."""
         return self.reader in ("memory", "memory_and_text")
@@ -39,6 +46,11 @@ class System:
     def needs_memory(self) -> bool:
         """Whether it compares or reads memories."""
         return self.retriever == "clara" or self.reads_memory
+
+    @property
+    def role(self) -> str | None:
+        """Texts are read by the plain backbone, as who has no CLaRa would, or by an adapter trained for them."""
+        return None if self.reader in ("text", "backbone") else "generator"
 
     def n_texts(self, n_rows: int, expand: int) -> int:
         """How many of `n_rows` spans, the best first, are read as text."""
@@ -59,18 +71,6 @@ SYSTEMS = {
     "closed_book": System("closed_book", None, "question"),
     "closed_book_backbone": System("closed_book", None, "backbone"),
     "wrong_memory": System("control", "wrong", "memory"),
-}
-FUSION = {"hybrid": "ranks", "hybrid_scores": "scores"}  # of a retriever that uses cosine and words
-COMPARING = ("clara", *FUSION)  # retrievers that compare memories
-RANKING = (*COMPARING, "bm25", "dense")  # retrievers that choose among candidates
-# the reader's role: texts are read by the plain backbone, as who has no CLaRa would, or by an adapter trained for them
-ROLES = {
-    "memory": "generator",
-    "memory_and_text": "generator",
-    "question": "generator",
-    "text": None,
-    "tuned_text": "generator",
-    "backbone": None,
 }
 
 
@@ -105,81 +105,44 @@ class _FirstToken(BaseStreamer):
 
 @dataclass
 class Bench:
-    """What all systems of a run share.
+    """What all systems of a run share."""
 
-    Attributes:
-        model: whose backbone all of them use.
-        spans: that are retrieved and read; with memories where a system needs them.
-        top_k: documents read.
-        memory_size: k that is read.
-        retrieval_memory_size: k that is compared.
-        max_new_tokens: of an answer.
-        min_score: cosine that a document must reach, or nothing is read and the model abstains, as `min_score` of a
-            model's config.json does.
-        dense: encoder of the dense baseline.
-        text_reader: whose generator was trained on texts (stage "text"), for the readers "tuned_text".
-        expand: spans that the reader "memory_and_text" reads as text, the best first; the rest from memory.
-        depth: documents ranked.
-        read_all: read every span of the candidates, unranked (the setting gold_only).
-        seed: of the control's documents.
-    """
-
-    model: CLaRaForRAG
-    spans: Spans
-    top_k: int
-    memory_size: int
-    retrieval_memory_size: int
+    model: CLaRaForRAG  # whose backbone all of them use
+    spans: Spans  # that are retrieved and read; with memories if a system needs them
+    top_k: int  # documents read
+    memory_size: int  # k that is read
+    retrieval_memory_size: int  # k that is compared
     max_new_tokens: int = 64
-    min_score: float | None = None
-    dense: str | None = None
-    text_reader: CLaRaForRAG | None = None
-    expand: int = 1
-    depth: int = 20
-    read_all: bool = False
-    seed: int = 0
-    _made: dict = field(default_factory=dict)
+    min_score: float | None = None  # as in a model's config.json: below this cosine nothing is read
+    dense: str | None = None  # encoder of the dense baseline
+    text_reader: CLaRaForRAG | None = None  # whose generator was trained on texts, for the reader "tuned_text"
+    expand: int = 1  # spans that the reader "memory_and_text" reads as text, the best first
+    depth: int = 20  # documents ranked
+    read_all: bool = False  # every span of the candidates, unranked (the setting gold_only)
+    seed: int = 0  # of the control's documents
+    _rankers: dict = field(default_factory=dict, init=False)
 
     def ranker(self, name: str):
         """BM25, the dense encoder or BM25 with the cosine, made when it is first needed."""
-        if name not in self._made:
-            if name == "dense" and self.dense is None:
-                raise ValueError("the system 'dense_text' needs an encoder. Pass --dense MODEL, or leave it out.")
-            device = str(self.model.memory_embeddings.device)
-            if name in FUSION:
-                self._made[name] = HybridRanker(self.spans, self.ranker("bm25"), FUSION[name])
+        if name not in self._rankers:
+            if name == "bm25":
+                made = Bm25Ranker(self.spans)
+            elif name == "dense":
+                made = DenseRanker(self.spans, self.dense, device=str(self.model.memory_embeddings.device))
             else:
-                self._made[name] = (
-                    Bm25Ranker(self.spans) if name == "bm25" else DenseRanker(self.spans, self.dense, device=device)
-                )
-        return self._made[name]
+                made = HybridRanker(self.spans, self.ranker("bm25"), FUSION[name])
+            self._rankers[name] = made
+        return self._rankers[name]
 
-    def reader(self, system: System) -> CLaRaForRAG:
-        """The model whose prompts and weights a system reads with."""
-        if system.reader != "tuned_text":
-            return self.model
-        if self.text_reader is None:
-            raise ValueError(
-                "a system that reads with 'tuned_text' needs a checkpoint of the stage \"text\". Pass --text-reader "
-                "CHECKPOINT, or leave it out."
-            )
-        return self.text_reader
+    def prepare(self, system: System) -> None:
+        """Make what a system ranks with; what is missing is an error here, not a failure of every question."""
+        if system.ranks and system.retriever != "clara":
+            self.ranker(system.retriever)
 
     def warn_of_chance(self) -> None:
         """Say of how many questions BM25 has found nothing, so that their documents are in an order by chance."""
-        if "bm25" in self._made:
-            self._made["bm25"].warn_of_chance()
-
-    def prepare(self, system: System) -> None:
-        """Make what a system works with; what is missing is an error here, not a failure of every question."""
-        if system.retriever in RANKING and system.retriever != "clara":
-            self.ranker(system.retriever)
-        self.reader(system)
-
-    def names(self) -> list[str]:
-        """Ids of all documents, sorted: several processes that compress leave them in another order."""
-        if "names" not in self._made:
-            self._made["names"] = sorted(self.spans.rows)
-        return self._made["names"]
+        if "bm25" in self._rankers:
+            self._rankers["bm25"].warn_of_chance()
 
 
 Hits = list[tuple[int, float]]
@@ -198,15 +161,14 @@ def retrieve(bench: Bench, system: System, tasks: Sequence[Task], clock: Clock) 
     if system.retriever in COMPARING:
         queries = bench.model.encode_queries(texts, memory_size=bench.retrieval_memory_size).cpu()
         clock.mark("query")
-    if system.retriever in FUSION:
-        hits = bench.ranker(system.retriever).rank(texts, rows, bench.depth, queries)
-    elif system.retriever == "clara":
+    if system.retriever == "clara":
         hits = [
             bench.spans.cosines(query, mine, bench.depth) if mine is None or len(mine) else []
             for query, mine in zip(queries, rows, strict=True)
         ]
     else:
-        hits = bench.ranker(system.retriever).rank(texts, rows, bench.depth)
+        given = (queries,) if system.retriever in FUSION else ()
+        hits = bench.ranker(system.retriever).rank(texts, rows, bench.depth, *given)
     clock.mark("search")
     return hits
 
@@ -214,20 +176,16 @@ def retrieve(bench: Bench, system: System, tasks: Sequence[Task], clock: Clock) 
 def wrong_rows(bench: Bench, task: Task) -> list[int]:
     """First spans of documents that have nothing to do with the question, drawn from (seed, question id).
 
-    As many as the question's own system reads: `top_k`, or where all gold documents are read, as many as these.
-    Documents that are no candidates of the question come first, then candidates that are not gold.
-
-    Raises:
-        ValueError: there is none.
+    As many as `clara` reads: `top_k`, or if all gold documents are read, as many as these. Documents that are no
+    candidates of the question come first, then candidates that are not gold; a ValueError if there is none.
     """
-    names = bench.names()
-    generator = random.Random(f"{bench.seed} {task.question.id}")
+    names, generator = bench.spans.names, random.Random(f"{bench.seed} {task.question.id}")
     gold, chosen = set(task.gold), {}
     wanted = max(1, len(gold)) if bench.read_all else bench.top_k
     for avoided in (gold.union(task.candidates or ()), gold):
-        for index in generator.sample(range(len(names)), min(len(names), wanted + len(avoided))):
-            if names[index] not in avoided and len(chosen) < wanted:
-                chosen.setdefault(bench.spans.rows[names[index]].start)
+        for name in generator.sample(names, min(len(names), wanted + len(avoided))):
+            if name not in avoided and len(chosen) < wanted:
+                chosen.setdefault(bench.spans.rows[name].start)
     if chosen:
         return list(chosen)
     raise ValueError("the control needs documents that are not gold, found none. Leave out 'wrong_memory'.")
@@ -248,56 +206,37 @@ def rows_to_read(bench: Bench, system: System, hits: Hits) -> list[int]:
 def read(
     bench: Bench, system: System, tasks: Sequence[Task], rows: Sequence[Sequence[int]], clock: Clock, **kwargs
 ) -> tuple[list[str], list[int]]:
-    """Answers, and how many positions of input each took; marks `decode`.
+    """Answers to `tasks` from their `rows`, and how many positions of input each took; marks `prepare` and `decode`.
 
-    Args:
-        bench: of the run.
-        system: that reads.
-        tasks: with their questions.
-        rows: that each task reads.
-        clock: gets what preparing and generating take together, unless a streamer has marked the first token.
-        kwargs: of `generate`, such as a streamer for one task.
-
-    Raises:
-        ValueError: a prompt does not fit into the backbone's window.
+    `kwargs` are those of `generate`. Raises a ValueError if a prompt does not fit into the backbone's window.
     """
-    model = bench.reader(system)
+    model = bench.text_reader if system.reader == "tuned_text" else bench.model
     generation = model.build_generation_config(None, bench.max_new_tokens)
-    readings = [
-        _read_memories(bench, model, system, task, mine, generation)
-        if system.reads_memory
-        else _read_texts(bench, model, task, mine)
-        for task, mine in zip(tasks, rows, strict=True)
-    ]
-    prompts, memories = [prompt for prompt, _ in readings], [memory for _, memory in readings]
+    reading = [_prepare(bench, model, system, task, mine, generation) for task, mine in zip(tasks, rows, strict=True)]
+    prompts, memories = (list(column) for column in zip(*reading, strict=True))
     clock.mark("prepare")
     with model.lock, eval_mode(model), torch.no_grad():
-        texts = model.generate_texts(prompts, memories, generation, role=ROLES[system.reader], **kwargs)
+        texts = model.generate_texts(prompts, memories, generation, role=system.role, **kwargs)
     clock.mark("decode")
     return texts, [len(prompt.input_ids) for prompt in prompts]
 
 
-def _read_memories(
+def _prepare(
     bench: Bench, model: CLaRaForRAG, system: System, task: Task, rows: Sequence[int], generation: GenerationConfig
 ) -> tuple[Prompt, torch.Tensor]:
     """Prompt and memories (rows that are not read as text, k, hidden), as the model's own `answer` prepares them."""
-    question, name = task.question.text, f"question {task.question.id}"
-    memories = bench.spans.memories(rows, bench.memory_size).to(model.memory_embeddings.device)
-    hits = [(bench.spans.source(row), memory) for row, memory in zip(rows, memories, strict=True)]
-    n_texts = system.n_texts(len(rows), bench.expand)
-    reading = prepare_reading(model, question, hits, bench.memory_size, n_texts, generation, name)
-    return reading.prompt, reading.memory
-
-
-def _read_texts(bench: Bench, model: CLaRaForRAG, task: Task, rows: Sequence[int]) -> tuple[Prompt, torch.Tensor]:
-    """Prompt with the texts of the rows, and a memory of no documents."""
-    name, documents = f"question {task.question.id}", [bench.spans.document(row) for row in rows]
-    prompt = model.processor.build_prompt(
-        task.question.text, 0, bench.memory_size, text_documents=documents, name=name
-    )
+    spans, size, question, name = bench.spans, bench.memory_size, task.question.text, f"question {task.question.id}"
+    device = model.memory_embeddings.device
+    if system.reads_memory:
+        memories = spans.memories(rows, size).to(device)
+        hits = [(spans.source(row), memory) for row, memory in zip(rows, memories, strict=True)]
+        n_texts = system.n_texts(len(rows), bench.expand)
+        reading = prepare_reading(model, question, hits, size, n_texts, generation, name)
+        return reading.prompt, reading.memory
+    documents = [spans.document(row) for row in rows]
+    prompt = model.processor.build_prompt(question, 0, size, text_documents=documents, name=name)
     model.config.check_window(len(prompt.input_ids) + bench.max_new_tokens, name, "Lower --top-k.")
-    hidden, device = model.config.text_config.hidden_size, model.memory_embeddings.device
-    return prompt, torch.zeros(0, bench.memory_size, hidden, device=device)
+    return prompt, torch.zeros(0, size, model.config.text_config.hidden_size, device=device)
 
 
 def time_one(bench: Bench, system: System, task: Task) -> dict[str, float]:
@@ -313,10 +252,7 @@ def time_one(bench: Bench, system: System, task: Task) -> dict[str, float]:
 
 
 def span_bytes(bench: Bench, system: System, rows: Sequence[int]) -> float | None:
-    """Bytes of a span that was read, stored as it was read (memory or text), the mean over these rows, best first.
-
-    None where nothing was read.
-    """
+    """Bytes of a span as it was read (stored memory or text), the mean over these rows, best first; None of none."""
     if not len(rows):
         return None
     n_texts = system.n_texts(len(rows), bench.expand)

@@ -13,7 +13,6 @@ from recipes.evaluation.report import read_results, update_card
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do it; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of the model")
     parser.add_argument("results", nargs="+", type=Path, help="results.json files, or folders of runs")
@@ -24,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print("Written: " + ", ".join(map(str, written)))
+    print(f"Written: {', '.join(map(str, written))}")
     return 0
 
 

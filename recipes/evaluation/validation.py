@@ -6,7 +6,9 @@ It does not know files, the Hub or the interface; it needs nothing beyond the st
 import json
 import math
 import re
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 
 from jsonschema import Draft202012Validator, FormatChecker
@@ -20,7 +22,7 @@ TOLERANCE = 1e-9  # of comparisons of floats
 REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 URL = re.compile(r"https?://[^\s<>\"'`{}|\\^]{1,2000}")
 REVISION = re.compile(r"[0-9a-f]{40}")
-NOT_ABOVE = (("em", "f1"), ("em", "containment"))  # of every question, so of means
+NOT_ABOVE = (("em", "f1"), ("em", "containment"), ("hit@1", "mrr"))  # of every question, so of means
 ANSWER_METRICS = ("em", "f1", "containment", "bag_containment")
 RETRIEVAL_METRIC = re.compile(r"mrr|(recall|hit|ndcg|precision)@\d{1,4}")
 RISING = ("recall", "hit")  # a further document can only add
@@ -55,7 +57,7 @@ VALIDATOR = Draft202012Validator(load_schema(), format_checker=_format_checker()
 
 
 def parse_results(text: bytes) -> object:
-    """The JSON value of a file's bytes; ValueError with a plain message where it is none.
+    """The JSON value of a file's bytes; ValueError with a plain message if it is none.
 
     Refused are more than `MAX_BYTES`, other encodings than UTF-8, a key twice in one object, and nesting too deep.
     NaN and Infinity pass: `check_results` names where they stand.
@@ -95,19 +97,13 @@ def quote(value: object) -> str:
 
 
 def check_results(content: object) -> list[str]:
-    """What is wrong with a results.json, in plain words; nothing where it is valid.
-
-    Args:
-        content: the parsed file, whatever it is.
-    """
+    """What is wrong with the value of a results.json, whatever it is, in plain words; nothing if it is valid."""
     if not isinstance(content, dict):
         return [f"results must be a JSON object, got {type(content).__name__}. Is this a results.json?"]
     version = content.get("schema_version")
     if isinstance(version, bool) or version != SCHEMA_VERSION:
         return [_version_problem(version, "schema_version" in content)]
-    problems = _check_values(content)
-    if not problems:
-        problems = schema_problems(content)
+    problems = _check_values(content) or schema_problems(content)
     if not problems:
         problems = [*(_check_counts(content) or _check_metrics(content)), *_check_rest(content)]
     return shortened(problems)
@@ -118,17 +114,15 @@ def schema_problems(content: dict) -> list[str]:
 
 
 def _version_problem(version: object, is_there: bool) -> str:
-    if not is_there:
-        return f"schema_version must be {SCHEMA_VERSION}, but is missing. Is this a results.json of recipes.evaluate?"
-    message = f"schema_version must be {SCHEMA_VERSION}, got {quote(version)}"
-    if isinstance(version, int) and not isinstance(version, bool) and version > SCHEMA_VERSION:
-        return f"{message}: made by a newer recipes.evaluate; update the leaderboard."
-    if isinstance(version, int) and not isinstance(version, bool):
-        return f"{message}: made by an older recipes.evaluate; update it and evaluate again."
-    return f"{message}. Is this a results.json of recipes.evaluate?"
+    got = f"got {quote(version)}" if is_there else "but is missing"
+    if not isinstance(version, int) or isinstance(version, bool):
+        return f"schema_version must be {SCHEMA_VERSION}, {got}. Is this a results.json of recipes.evaluate?"
+    newer = "a newer recipes.evaluate; update the leaderboard."
+    older = "an older recipes.evaluate; update it and evaluate again."
+    return f"schema_version must be {SCHEMA_VERSION}, {got}: made by {newer if version > SCHEMA_VERSION else older}"
 
 
-def _path(keys: object) -> str:
+def _path(keys: Iterable) -> str:
     """The place of a value, such as `metrics.f1.value: `; nothing for the whole file."""
     path = ".".join(str(key) for key in keys)
     return f"{path[:100]}: " if path else ""
@@ -171,18 +165,20 @@ def _is_finite(number: int | float) -> bool:
 
 
 def _check_counts(content: dict) -> list[str]:
-    counts, failures = content["counts"], content["failures"]
-    problems, questions = [], counts["questions"]
+    counts, data, total = content["counts"], content["data"], sum(content["failures"].values())
+    problems, questions, asked = [], counts["questions"], data["questions"]
     done = counts["answered"] + counts["abstained"] + counts["failed"]
     if done != questions:
         rule = f"counts: answered + abstained + failed must be questions ({questions}), got {done}"
         problems.append(f"{rule}. Evaluate again, some questions were lost.")
-    if questions != content["data"]["questions"]:
-        asked = content["data"]["questions"]
+    if questions != asked:
         problems.append(f"counts.questions must be data.questions ({asked}), got {questions}. Evaluate again.")
-    problems += _check_file_questions(content)
-    if sum(failures.values()) != counts["failed"]:
-        total = sum(failures.values())
+    whole = data.get("file_questions", asked)  # older results do not say it
+    is_part = data.get("half") is not None or content["options"].get("limit") is not None
+    if asked > whole or (asked < whole and not is_part):
+        rule = "at least" if is_part else "exactly"
+        problems.append(f"data.file_questions must be {rule} data.questions ({asked}), got {whole}. Evaluate again.")
+    if total != counts["failed"]:
         problems.append(f"failures: their sum must be counts.failed ({counts['failed']}), got {total}.")
     for name in ("without_answers", "without_gold"):
         if counts[name] > questions:
@@ -190,66 +186,41 @@ def _check_counts(content: dict) -> list[str]:
     return problems
 
 
-def _check_file_questions(content: dict) -> list[str]:
-    """Whether as many questions were asked as the whole file has; a half or `--limit` may ask fewer."""
-    data, asked = content["data"], content["data"]["questions"]
-    whole = data.get("file_questions", asked)  # older results do not say it
-    is_part = data.get("half") is not None or content["options"].get("limit") is not None
-    if asked > whole or (asked < whole and not is_part):
-        rule = "at least" if is_part else "exactly"
-        return [f"data.file_questions must be {rule} data.questions ({asked}), got {whole}. Evaluate again."]
-    return []
-
-
 def _check_metrics(content: dict) -> list[str]:
-    problems, metrics, questions = [], content["metrics"], content["counts"]["questions"]
+    metrics = content["metrics"]
+    problems = [] if metrics else ["metrics must have at least one, got none. Evaluate again."]
     for name, metric in metrics.items():
-        low, value, high = metric["low"], metric["value"], metric["high"]
-        if not low - TOLERANCE <= value <= high + TOLERANCE:
-            problems.append(f"metrics.{name}: low <= value <= high must hold, got {low} <= {value} <= {high}.")
-        if metric["n"] > questions:
-            problems.append(f"metrics.{name}.n must be <= counts.questions ({questions}), got {metric['n']}.")
-    problems += _check_sizes(content)
-    pairs = [*NOT_ABOVE, *_rising_pairs(metrics)]
-    pairs += [("hit@1", "mrr")]
-    for lower, upper in pairs:
-        if lower not in metrics or upper not in metrics or metrics[lower]["n"] != metrics[upper]["n"]:
-            continue
-        small, large = metrics[lower]["value"], metrics[upper]["value"]
-        if small > large + TOLERANCE:
-            problems.append(
-                f"metrics.{lower} must be <= metrics.{upper} ({large}), got {small}: it holds per question."
-            )
-    return problems
-
-
-def _check_sizes(content: dict) -> list[str]:
-    """Whether each metric is a mean over the questions that it must be a mean of, and can be what it is."""
-    problems, metrics, counts = [], content["metrics"], content["counts"]
-    sizes = {name: counts["questions"] - counts["without_answers"] for name in ANSWER_METRICS}
-    if not metrics:
-        problems.append("metrics must have at least one, got none. Evaluate again.")
-    for name, metric in metrics.items():
-        is_retrieval = RETRIEVAL_METRIC.fullmatch(name) is not None
-        expected = counts["questions"] - counts["without_gold"] if is_retrieval else sizes.get(name, metric["n"])
-        if metric["n"] != expected:
-            problems.append(f"metrics.{name}.n must be all {expected} questions that it is of, got {metric['n']}.")
-        if is_retrieval and content["setting"] in ("closed_book", "gold_only"):
-            problems.append(f"metrics.{name} must be left out in the setting {content['setting']}: nothing is ranked.")
-        if name in ANSWER_METRICS and metric["value"] * metric["n"] > counts["answered"] + 1e-6:
-            problems.append(
-                f"metrics.{name} must be <= the share of questions that were answered, got {metric['value']}."
-            )
-    return problems
-
-
-def _rising_pairs(metrics: dict) -> list[tuple[str, str]]:
-    """Neighbours such as recall@5 and recall@10."""
-    pairs = []
-    for name in RISING:
+        problems += [f"metrics.{name}{problem}" for problem in _metric_problems(content, name, metric)]
+    pairs = list(NOT_ABOVE)
+    for name in RISING:  # neighbours such as recall@5 and recall@10
         depths = sorted(int(key.split("@")[1]) for key in metrics if key.startswith(f"{name}@"))
-        pairs += [(f"{name}@{a}", f"{name}@{b}") for a, b in zip(depths, depths[1:], strict=False)]
-    return pairs
+        pairs += [(f"{name}@{small}", f"{name}@{large}") for small, large in pairwise(depths)]
+    for lower, upper in pairs:
+        if lower in metrics and upper in metrics and metrics[lower]["n"] == metrics[upper]["n"]:
+            small, large = metrics[lower]["value"], metrics[upper]["value"]
+            if small > large + TOLERANCE:
+                rule = f"metrics.{lower} must be <= metrics.{upper} ({large})"
+                problems.append(f"{rule}, got {small}: it holds per question.")
+    return problems
+
+
+def _metric_problems(content: dict, name: str, metric: dict) -> list[str]:
+    """Whether a metric is a mean over the questions that it must be a mean of, and can be what it is."""
+    problems, counts, setting = [], content["counts"], content["setting"]
+    low, value, high, n = (metric[key] for key in ("low", "value", "high", "n"))
+    questions, is_retrieval = counts["questions"], RETRIEVAL_METRIC.fullmatch(name) is not None
+    if not low - TOLERANCE <= value <= high + TOLERANCE:
+        problems.append(f": low <= value <= high must hold, got {low} <= {value} <= {high}.")
+    if n > questions:
+        problems.append(f".n must be <= counts.questions ({questions}), got {n}.")
+    left_out = "without_gold" if is_retrieval else "without_answers" if name in ANSWER_METRICS else None
+    if left_out and n != questions - counts[left_out]:
+        problems.append(f".n must be all {questions - counts[left_out]} questions that it is of, got {n}.")
+    if is_retrieval and setting in ("closed_book", "gold_only"):
+        problems.append(f" must be left out in the setting {setting}: nothing is ranked.")
+    if name in ANSWER_METRICS and value * n > counts["answered"] + 1e-6:
+        problems.append(f" must be <= the share of questions that were answered, got {value}.")
+    return problems
 
 
 def _check_rest(content: dict) -> list[str]:

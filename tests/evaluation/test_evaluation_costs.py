@@ -5,7 +5,7 @@ from evaluation_systems import N_TOKENS, predict
 
 from modeling_clara.codecs_clara import Codec
 from recipes.evaluation.formats import Question
-from recipes.evaluation.systems import COMPARING, RANKING, SYSTEMS, Bench, Clock, read, span_bytes, time_one
+from recipes.evaluation.systems import COMPARING, SYSTEMS, Bench, Clock, read, span_bytes, time_one
 from recipes.evaluation.tasks import Task
 
 
@@ -19,7 +19,7 @@ def test_parts_of_the_time(bench, tasks, name):
     assert times["total"] == pytest.approx(sum(times[part] for part in ("query", "search", "read", "decode")))
     assert times["read"] > 0 and times["decode"] > 0
     assert (times["query"] > 0) == (SYSTEMS[name].retriever in COMPARING)
-    assert (times["search"] > 0) == (SYSTEMS[name].retriever in RANKING)
+    assert (times["search"] > 0) == (SYSTEMS[name].ranks)
 
 
 def test_more_tokens_take_longer_to_decode_and_not_to_read(bench, tasks):

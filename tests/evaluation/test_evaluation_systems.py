@@ -4,6 +4,8 @@ Documents are short and one is long, so that it has several spans. Memories lie 
 is handed to the public calls as stored memories, so that answers must be equal.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,6 @@ from evaluation_systems import (
 
 from recipes.evaluation.systems import (
     SYSTEMS,
-    Bench,
     Clock,
     retrieve,
     rows_to_read,
@@ -233,7 +234,7 @@ def test_the_control_reads_other_documents(bench, tasks):
 def test_the_control_reads_as_many_documents_as_the_gold_ones(bench, memories):
     """In the setting gold_only, where `top_k` counts for nothing: else more memories, not wrong ones, are compared."""
     for task in make_tasks(make_data(), "gold_only", nothing):
-        alone = Bench(**{**vars(bench), "read_all": True, "top_k": 3})
+        alone = dataclasses.replace(bench, read_all=True, top_k=3)
         rows = wrong_rows(alone, task)
         assert len(rows) == len(task.gold) == 1 and bench.spans.document_ids[rows[0]] not in task.gold
 

@@ -349,7 +349,7 @@ def test_dense_scores_are_cosines_of_title_and_text(encoder):
     texts = [text or "kilo" for text in random_texts(generator, 40)]
     documents = {str(n): [("tango", texts[2 * n]), ("tango", texts[2 * n + 1])] for n in range(20)}
     spans = spans_of(documents)
-    ranker = DenseRanker(spans, str(folder), batch_size=7)
+    ranker = DenseRanker(spans, str(folder))
 
     def vector(text: str) -> np.ndarray:
         total = sum(table[word].astype(np.float64) for word in text.split())

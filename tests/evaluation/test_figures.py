@@ -6,7 +6,7 @@ import torch
 from matplotlib.image import imread
 from results_factory import metric, valid_results
 
-from recipes.evaluation import figures
+from recipes import figures
 
 
 def run(k: int, **changes) -> dict:

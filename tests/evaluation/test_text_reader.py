@@ -154,14 +154,6 @@ def test_parts_of_the_time(bench, tasks, name):
     assert times["read"] > 0 and times["decode"] > 0 and (times["query"] > 0) == (name == "tuned_text")
 
 
-@pytest.mark.parametrize("name", TUNED)
-def test_without_a_text_reader_nothing_is_asked(bench, tasks, name):
-    bench.text_reader = None
-    with pytest.raises(ValueError, match='needs a checkpoint of the stage "text". Pass --text-reader CHECKPOINT'):
-        bench.prepare(SYSTEMS[name])
-    bench.prepare(SYSTEMS["text"])
-
-
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
