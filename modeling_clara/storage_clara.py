@@ -11,8 +11,14 @@ import uuid
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 PUBLISHED = ["corpus.json", "README.md", "data/*.parquet", "codec/*.safetensors", "rejected.jsonl"]
+HUB_REASONS = {  # in place of the Hub client's own paragraphs
+    RepositoryNotFoundError: "the Hub has no such dataset, or the token may not read it",
+    RevisionNotFoundError: "the dataset has no such revision",
+    LocalEntryNotFoundError: "the Hub did not give it and the cache has no copy of it",
+}
 
 
 def read_json(path: Path):
@@ -82,7 +88,9 @@ def download_corpus(repo_id: str, revision, token, cache_dir, local_files_only: 
     try:
         return Path(snapshot_download(repo_id, repo_type="dataset", allow_patterns=PUBLISHED, **options))
     except (OSError, ValueError) as error:  # all of the Hub client's own errors are OSErrors
+        known = [reason for kind, reason in HUB_REASONS.items() if isinstance(error, kind)]
+        reason = known[0] if known else str(error).rstrip(".")
         raise FileNotFoundError(
-            f"`{repo_id}` must be a folder with a compressed corpus or the id of a dataset on the Hub, but could not "
-            f"be read: {error} Check the name, the revision and the token."
+            f"`{repo_id}` must be a folder with a compressed corpus or the id of a dataset on the Hub, but {reason}. "
+            "Check the name, the revision, the token and the connection."
         ) from error

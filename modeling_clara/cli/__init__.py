@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from . import ask, compress, convert, demo, info
 from .compress import DTYPES, add_build_options, build_options
+from .models import silence_libraries
 
 __all__ = ["DTYPES", "add_build_options", "build_options", "build_parser", "main"]
 
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):  # a console without a letter prints "?" for it
         sys.stdout.reconfigure(errors="replace")
     arguments = build_parser().parse_args(argv)
+    silence_libraries()
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:

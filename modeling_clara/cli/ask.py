@@ -5,9 +5,10 @@ import json
 import time
 from dataclasses import asdict
 
-from .models import load_model, silence_libraries
+from .models import load_model
 
 ABSTAINED = "(no document is near enough)"
+CALL_OPTIONS = ("top_k", "memory_size", "retrieval_memory_size", "min_score", "max_new_tokens", "expand")
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -27,7 +28,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "--retrieval-memory-size", type=int, help="memory vectors that are compared (default: the model's)"
     )
     parser.add_argument(
-        "--min-score", type=float, help="abstain where no document has this cosine (default: the model's; -1: never)"
+        "--min-score", type=float, help="abstain if no document has this cosine (default: the model's; -1: never)"
     )
     parser.add_argument("--max-new-tokens", type=int, default=64, help="length limit of an answer (default: 64)")
     parser.add_argument("--where", type=_parse_filter, help='filter, such as \'{"year": {"$gte": 2020}}\'')
@@ -48,7 +49,6 @@ def _parse_filter(text: str) -> dict:
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns the exit status."""
-    silence_libraries()
     from .. import CompressedCorpus
 
     corpus = CompressedCorpus.open(arguments.corpus, arguments.revision)
@@ -59,31 +59,23 @@ def run(arguments: argparse.Namespace) -> int:
     revision = None if arguments.model else compressor.get("revision")
     model = load_model(name, revision=revision, backbone=arguments.backbone)
     corpus = corpus.attach(model).with_options(where=arguments.where, hybrid=arguments.hybrid)
+    options = {name: getattr(arguments, name) for name in CALL_OPTIONS}
     start = time.perf_counter()
-    answers = model.answer(
-        arguments.question,
-        corpus=corpus,
-        top_k=arguments.top_k,
-        memory_size=arguments.memory_size,
-        retrieval_memory_size=arguments.retrieval_memory_size,
-        min_score=arguments.min_score,
-        max_new_tokens=arguments.max_new_tokens,
-        expand=arguments.expand,
-    )
+    answers = model.answer(arguments.question, corpus=corpus, **options)
     answer_ms = 1e3 * (time.perf_counter() - start)
-    rows = [
-        {"question": question, "answer": answer.text, "abstained": answer.abstained}
-        | {"prompt_tokens": answer.prompt_tokens, "sources": [asdict(source) for source in answer.sources]}
-        for question, answer in zip(arguments.question, answers, strict=True)
-    ]
     if arguments.json:
+        rows = [
+            {"question": question, "answer": answer.text, "abstained": answer.abstained}
+            | {"prompt_tokens": answer.prompt_tokens, "sources": [asdict(source) for source in answer.sources]}
+            for question, answer in zip(arguments.question, answers, strict=True)
+        ]
         print(json.dumps({"answers": rows, "answer_ms": answer_ms}, indent=2))
         return 0
-    for row in rows:
-        print(f"{row['question']}\n  {ABSTAINED if row['abstained'] else one_line(row['answer'])}")
-        for source in row["sources"]:
-            print(f"  {source['score']:.3f}  {source['read_as']:<6}  {source['document_id']}  {source['title']}")
-        print(f"  {row['prompt_tokens']:,} prompt tokens")
+    for question, answer in zip(arguments.question, answers, strict=True):
+        print(f"{question}\n  {ABSTAINED if answer.abstained else one_line(answer.text)}")
+        for source in answer.sources:
+            print(f"  {source.score:.3f}  {source.read_as:<6}  {source.document_id}  {source.title}")
+        print(f"  {answer.prompt_tokens:,} prompt tokens")
     print(f"retrieved and answered in {answer_ms:,.0f} ms")
     return 0
 

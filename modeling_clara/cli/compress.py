@@ -6,7 +6,9 @@ recipes/compress.py has the same options, without `--rank` and `--world-size`: i
 import argparse
 import json
 
-from .models import load_model, silence_libraries
+from transformers.utils import logging as transformers_logging
+
+from .models import load_model
 
 DTYPES = ("float32", "bfloat16")
 
@@ -39,7 +41,7 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--codec", default="int8", help="float16, int8 or int4 (default: int8)")
     parser.add_argument("--memory-size", type=int, help="memory vectors that are stored (default: the largest)")
-    parser.add_argument("--shard-size", type=int, default=1024, help="spans of a shard (default: 1024)")
+    parser.add_argument("--shard-size", type=int, default=1024, help="chunks of a shard (default: 1024)")
     parser.add_argument("--batch-size", type=int, default=16, help="documents per pass (default: 16)")
     parser.add_argument("--text-column", default="text", help="column of the text (default: text)")
     parser.add_argument("--title-column", default="title", help="column of the title (default: title)")
@@ -59,10 +61,8 @@ def build_options(arguments: argparse.Namespace) -> dict:
     names = ("codec", "memory_size", "shard_size", "batch_size", "metadata")
     columns = ("text_column", "title_column", "id_column", "split", "config_name")
     source = {"name": arguments.source, "license": arguments.license, "language": arguments.language}
-    return {
-        **{name: getattr(arguments, name) for name in (*names, *columns)},
-        "source": {name: value for name, value in source.items() if value},
-    }
+    options = {name: getattr(arguments, name) for name in names + columns}
+    return options | {"source": {name: value for name, value in source.items() if value}}
 
 
 def _parse_metadata(text: str) -> dict[str, str]:
@@ -85,9 +85,6 @@ def run(arguments: argparse.Namespace) -> int:
     rank, world_size = arguments.shard or (arguments.rank, arguments.world_size)
     if not 0 <= rank < world_size:
         raise ValueError(f"`--rank` must be from 0 to `--world-size` - 1 ({world_size - 1}), got {rank}. Correct one.")
-    silence_libraries()
-    from transformers.utils import logging as transformers_logging
-
     from .. import CompressedCorpus
 
     model = load_model(arguments.model, backbone=arguments.backbone, dtype=arguments.dtype)

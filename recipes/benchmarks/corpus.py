@@ -3,7 +3,7 @@
     python -m recipes.benchmarks.corpus --data corpus.jsonl.gz --questions questions.jsonl.gz --folder bench
 
 Real passages are compressed by SmolLM2 with fresh adapters; larger corpora are filled up with mixtures of two of their
-memories, with a fixed seed. The folder keeps what was built (about 20 KB a span), and a second call goes on there.
+memories, with a fixed seed. The folder keeps what was built (about 20 KB a chunk), and a second call goes on there.
 Every corpus is measured in a process of its own with one thread. It knows nothing of answer quality.
 """
 
@@ -29,10 +29,8 @@ from modeling_clara.codecs_clara import CODECS
 from modeling_clara.corpus.encode import encode, fit_codec
 from modeling_clara.index_clara import choose_kind
 from modeling_clara.smollm2 import fetch_backbone
-from recipes.benchmarks.codecs import measure_codecs
-from recipes.benchmarks.codecs import render as render_codecs
-from recipes.benchmarks.shared import benchmark_parser, in_turn, load_subject, read_rows, show
-from recipes.evaluation.report import table
+from recipes.benchmarks import codecs, shared
+from recipes.benchmarks.shared import in_turn, medians, seconds_of
 
 N_QUESTIONS = 200
 TOP_K = 10
@@ -40,14 +38,8 @@ REAL, QUERIES = "real", "queries.safetensors"
 
 
 def disk(folder: Path) -> int:
-    """Bytes of all files below a folder."""
+    """Bytes of all files below a folder; 0 if there is none."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def rss() -> float:
-    """Resident memory of this process now, in MB."""
-    fields = Path("/proc/self/status").read_text(encoding="utf-8").split("VmRSS:")
-    return int(fields[1].split()[0]) / 1e3
 
 
 def mixed_documents(real: CompressedCorpus, n: int) -> Iterator[dict]:
@@ -55,9 +47,8 @@ def mixed_documents(real: CompressedCorpus, n: int) -> Iterator[dict]:
     rows = list(real.rows())
     generator = torch.Generator().manual_seed(0)
     for row in range(n):
-        if row < len(rows):
-            pair, share = [row, row], 1.0
-        else:
+        pair, share = [row, row], 1.0
+        if row >= len(rows):
             pair = torch.randint(0, len(rows), (2,), generator=generator).tolist()
             share = float(torch.rand((), generator=generator))
         first, second = real.decode([rows[number]["row"] for number in pair])
@@ -69,14 +60,14 @@ def mixed_documents(real: CompressedCorpus, n: int) -> Iterator[dict]:
 
 
 def build_mixed(folder: Path, n: int, backbone: str | None) -> dict:
-    """Build a corpus of n spans; its time, and the peak memory of the process beyond the model."""
+    """Build a corpus of n chunks; its time, and the peak memory of the process beyond the model."""
     torch.manual_seed(0)
     model = CLaRaForRAG.from_backbone(backbone or fetch_backbone())
-    real = CompressedCorpus.open(folder / REAL, model=model)
-    before, start = rss(), time.perf_counter()
-    CompressedCorpus.build(model, mixed_documents(real, n), folder / f"mixed-{n}", shard_size=1024)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    return {"build_seconds": time.perf_counter() - start, "build_peak_mb": peak - before}
+    documents = mixed_documents(CompressedCorpus.open(folder / REAL, model=model), n)
+    before = shared.resident_bytes()
+    seconds = seconds_of(lambda: CompressedCorpus.build(model, documents, folder / f"mixed-{n}", shard_size=1024))
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"build_seconds": seconds, "build_peak_mb": (peak - before) / 1e6}
 
 
 def open_first(folder: Path) -> dict:
@@ -85,8 +76,7 @@ def open_first(folder: Path) -> dict:
     start = time.perf_counter()
     corpus = CompressedCorpus.open(folder)
     seconds = time.perf_counter() - start
-    searched = folder / "index" / f"k{corpus.manifest.retrieval_memory_size}"
-    index = disk(searched) if searched.is_dir() else 0
+    index = disk(folder / "index" / f"k{corpus.manifest.retrieval_memory_size}")
     return {"first_open_seconds": seconds, "first_open_mb": disk(folder / "index") / 1e6, "index_bytes": index}
 
 
@@ -95,43 +85,40 @@ def search_one(folder: Path, n_exact: int = 5) -> dict:
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     queries = load_file(folder.parent / QUERIES)["queries"].float()
-    before, start = rss(), time.perf_counter()
+    before, start = shared.resident_bytes(), time.perf_counter()
     corpus = CompressedCorpus.open(folder)
-    report = {"open_seconds": time.perf_counter() - start, "open_mb": rss() - before}
+    report = {"open_seconds": time.perf_counter() - start, "open_mb": (shared.resident_bytes() - before) / 1e6}
     corpus.search(queries[:1], TOP_K)
-    seconds, fast = [], []
-    for query in queries:
-        start = time.perf_counter()
-        fast.append([hit["document_id"] for hit in corpus.search(query[None], TOP_K)[0]])
-        seconds.append(1e3 * (time.perf_counter() - start))
-    report |= {"p50_ms": statistics.median(seconds), "p95_ms": float(np.percentile(seconds, 95))}
-    report["searched_mb"] = rss() - before
-    exact_seconds = []
-    for query in queries[:n_exact]:
-        start = time.perf_counter()
-        corpus.search(query[None], TOP_K, exact=True)
-        exact_seconds.append(1e3 * (time.perf_counter() - start))
-    exact = [[hit["document_id"] for hit in row] for row in corpus.search(queries, TOP_K, exact=True)]
-    shared = [len(set(a) & set(b)) / len(b) for a, b in zip(fast, exact, strict=True)]
-    report |= {"exact_ms": statistics.median(exact_seconds), "recall@10": statistics.mean(shared)}
+
+    fast, ids = [], lambda hits: {hit["document_id"] for hit in hits}
+    milliseconds = [
+        1e3 * seconds_of(lambda query=query: fast.append(ids(corpus.search(query[None], TOP_K)[0])))
+        for query in queries
+    ]
+    report |= {"p50_ms": statistics.median(milliseconds), "p95_ms": float(np.percentile(milliseconds, 95))}
+    report["searched_mb"] = (shared.resident_bytes() - before) / 1e6
+    scans = [
+        1e3 * seconds_of(lambda query=query: corpus.search(query[None], TOP_K, exact=True))
+        for query in queries[:n_exact]
+    ]
+    exact = [ids(hits) for hits in corpus.search(queries, TOP_K, exact=True)]
+    recall = statistics.mean(len(mine & best) / len(best) for mine, best in zip(fast, exact, strict=True))
+    report |= {"exact_ms": statistics.median(scans), "recall@10": recall}
     report["times_faster"] = report["exact_ms"] / report["p50_ms"]
-    start = time.perf_counter()
-    corpus.search(queries.repeat(5, 1, 1), TOP_K)
-    report["batch_ms_per_query"] = 1e3 * (time.perf_counter() - start) / (5 * len(queries))
+    batch = queries.repeat(5, 1, 1)
+    report["batch_ms_per_query"] = 1e3 * seconds_of(lambda: corpus.search(batch, TOP_K)) / len(batch)
     report |= add_and_find(corpus, queries)
-    report["kind"] = choose_kind(corpus.manifest.n_spans)
-    report["spans"] = corpus.manifest.n_spans
-    return report
+    return report | {"kind": choose_kind(corpus.manifest.n_spans), "spans": corpus.manifest.n_spans}
 
 
 def add_and_find(corpus: CompressedCorpus, queries: torch.Tensor, rounds: int = 9) -> dict:
     """A document whose memory is computed: until the next search finds it."""
     seconds = []
-    for number in range(rounds):
-        document = {"id": f"added-{time.time_ns()}", "text": "new", "memory": queries[number]}
+    for query in queries[:rounds]:
+        document = {"id": f"added-{time.time_ns()}", "text": "new", "memory": query}
         start = time.perf_counter()
         corpus.add([document])
-        hit = corpus.search(queries[number : number + 1], 1)[0][0]
+        hit = corpus.search(query[None], 1)[0][0]
         seconds.append(1e3 * (time.perf_counter() - start))
         if hit["document_id"] != document["id"]:
             raise RuntimeError(f"the added document must be found, got {hit['document_id']}")
@@ -155,73 +142,42 @@ def in_process(step: str, *arguments) -> dict:
 
 
 def benchmark_build(model: CLaRaForRAG, rows: list[dict], rounds: int, n_documents: int = 128) -> dict:
-    """Documents per second of a whole build, and of `compress` alone on the same spans."""
+    """Documents per second of a whole build, and of `compress` alone on the same chunks."""
     documents = [{"title": row.get("title", ""), "text": row["text"]} for row in rows[:n_documents]]
-    spans = [span for document in documents for span in model.processor.split_document(document)]
+    chunks = shared.split_rows(model, documents)
 
     def alone():
         with model.bulk_compression():
-            model.compress(spans)
+            model.compress(chunks)
 
     def build():
         with tempfile.TemporaryDirectory() as folder:
             CompressedCorpus.build(model, documents, Path(folder) / "corpus")
 
     seconds = in_turn({"compress": alone, "build": build}, rounds)
-    ratios = [a / b for a, b in zip(seconds["compress"], seconds["build"], strict=True)]
-    return {"documents": n_documents, "seconds": seconds, "share_of_compress": statistics.median(ratios)}
+    share = shared.ratio(seconds["compress"], seconds["build"])
+    return {"documents": n_documents, "seconds": seconds, "share_of_compress": share}
 
 
 def benchmark_decode(real: CompressedCorpus, rounds: int = 50) -> dict:
-    """Milliseconds to decode 100 memories, by codec and number of threads."""
+    """Milliseconds to decode 100 memories, by number of threads and codec."""
     memory = real.decode([row["row"] for row in itertools.islice(real.rows(), 1024)])
-    codecs = {name: fit_codec(name, memory) for name in CODECS}
-    codes = {name: encode(codec, memory)[:100] for name, codec in codecs.items()}
-    report, threads = {}, torch.get_num_threads()
-    for n_threads in (1, threads):
+    fitted = {name: fit_codec(name, memory) for name in CODECS}
+    codes = {name: encode(codec, memory)[:100] for name, codec in fitted.items()}
+    runs = {name: lambda name=name: fitted[name].decode(codes[name]) for name in CODECS}
+    report = {}
+    for n_threads in (1, torch.get_num_threads()):
         torch.set_num_threads(n_threads)
-        runs = {name: lambda name=name: codecs[name].decode(codes[name]) for name in CODECS}
-        seconds = in_turn(runs, rounds)
-        report[n_threads] = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+        report[n_threads] = {name: 1e3 * second for name, second in medians(in_turn(runs, rounds)).items()}
     return report
 
 
 def render(report: dict) -> str:
     """The tables."""
-    sizes = report["sizes"]
-    search = table(
-        ["chunks", "index", "p50", "p95", "exact scan", "times", "recall@10", "batch, per question"],
-        [
-            [
-                f"{row['spans']:,}",
-                row["kind"],
-                f"{row['p50_ms']:.1f} ms",
-                f"{row['p95_ms']:.1f} ms",
-                f"{row['exact_ms']:,.0f} ms",
-                f"{row['times_faster']:.0f}",
-                f"{row['recall@10']:.4f}",
-                f"{row['batch_ms_per_query']:.1f} ms",
-            ]
-            for row in sizes
-        ],
-    )
-    opening = table(
-        ["chunks", "build peak", "first opening", "its disk", "index a chunk", "opening", "memory", "searched", "add"],
-        [
-            [
-                f"{row['spans']:,}",
-                f"{row['build_peak_mb']:.0f} MB" if "build_peak_mb" in row else "",
-                f"{row['first_open_seconds']:.1f} s",
-                f"{row['first_open_mb']:,.0f} MB",
-                f"{row['index_bytes'] / row['spans']:.0f} bytes",
-                f"{row['open_seconds']:.2f} s",
-                f"{row['open_mb']:.0f} MB",
-                f"{row['searched_mb']:.0f} MB",
-                f"{row['add_and_find_ms']:.0f} ms",
-            ]
-            for row in sizes
-        ],
-    )
+    sizes = []
+    for row in report["sizes"]:
+        peak = f"{row['build_peak_mb']:.0f} MB" if "build_peak_mb" in row else ""
+        sizes.append({**row, "peak": peak, "index_a_chunk": row["index_bytes"] / row["spans"]})
     decode = "; ".join(
         f"{n} thread(s): " + ", ".join(f"{name} {value:.2f} ms" for name, value in row.items())
         for n, row in report["decode_ms"].items()
@@ -230,10 +186,21 @@ def render(report: dict) -> str:
     return "\n\n".join(
         [
             f"Building {build['documents']} documents: {100 * build['share_of_compress']:.1f} % of `compress` alone.",
-            search,
-            opening,
+            shared.figures(
+                "chunks | index | p50 | p95 | exact scan | times | recall@10 | batch, per question",
+                "{spans:,} | {kind} | {p50_ms:.1f} ms | {p95_ms:.1f} ms | {exact_ms:,.0f} ms | {times_faster:.0f} | "
+                "{recall@10:.4f} | {batch_ms_per_query:.1f} ms",
+                sizes,
+            ),
+            shared.figures(
+                "chunks | build peak | first opening | its disk | index a chunk | opening | memory | searched | add",
+                "{spans:,} | {peak} | {first_open_seconds:.1f} s | {first_open_mb:,.0f} MB | "
+                "{index_a_chunk:.0f} bytes | {open_seconds:.2f} s | {open_mb:.0f} MB | {searched_mb:.0f} MB | "
+                "{add_and_find_ms:.0f} ms",
+                sizes,
+            ),
             f"Decoding 100 memories of 16 x 576. {decode}.",
-            render_codecs(report["codecs"]),
+            codecs.render(report["codecs"]),
         ]
     )
 
@@ -241,37 +208,34 @@ def render(report: dict) -> str:
 def main() -> None:
     """Parse, measure, print."""
     if sys.argv[1:2] == ["--step"]:
-        arguments = json.loads(sys.argv[3])
-        folder = [Path(arguments[0])] if arguments else []
-        print(json.dumps(STEPS[sys.argv[2]](*folder, *arguments[1:])))
+        folder, *arguments = json.loads(sys.argv[3])
+        print(json.dumps(STEPS[sys.argv[2]](Path(folder), *arguments)))
         return
-    parser = benchmark_parser(__doc__, rounds=3)
+    parser = shared.benchmark_parser(__doc__, rounds=3)
     parser.add_argument("--questions", required=True, help="JSONL of questions, .gz or plain")
     parser.add_argument("--folder", type=Path, required=True, help="for the corpora; kept, and used again")
     parser.add_argument("--spans", type=int, nargs="+", default=[10_000, 30_000, 100_000, 300_000])
     arguments = parser.parse_args()
     if not arguments.data or not arguments.questions:
         parser.error("--data must name a JSONL of documents and --questions one of questions")
-    rows, model, report = load_subject(arguments)
+    rows, model, report = shared.load_subject(arguments)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     real = CompressedCorpus.build(model, arguments.data, arguments.folder / REAL, codec="float16")
     report["real_spans"] = real.manifest.n_spans
-    questions = [row["question"] for row in read_rows(arguments.questions)[:N_QUESTIONS]]
+    questions = [row["question"] for row in shared.read_rows(arguments.questions)[:N_QUESTIONS]]
     if not (arguments.folder / QUERIES).exists():
         with model.bulk_compression():
             save_file({"queries": model.encode_queries(questions)}, arguments.folder / QUERIES)
     report["build"] = benchmark_build(model, rows, arguments.rounds)
     report["decode_ms"] = benchmark_decode(real)
-    report["codecs"] = measure_codecs(model, arguments.folder / REAL, questions, None)
+    report["codecs"] = codecs.measure_codecs(model, arguments.folder / REAL, questions, None)
     report["sizes"] = []
     for n in arguments.spans:
         folder, row = arguments.folder / f"mixed-{n}", {}
         if not (folder / "corpus.json").exists():
             row |= in_process("build", arguments.folder, n, arguments.backbone)
-        row |= in_process("open", folder)
-        row |= in_process("search", folder)
-        report["sizes"].append(row)
-    show("corpus", report, render(report), arguments)
+        report["sizes"].append(row | in_process("open", folder) | in_process("search", folder))
+    shared.show("corpus", report, render(report), arguments)
 
 
 if __name__ == "__main__":

@@ -3,21 +3,22 @@
 Prints Markdown tables. It knows nothing of answer quality: its adapters are untrained.
 """
 
+import contextlib
 import resource
 import statistics
-import time
 
 import torch
 import transformers
-from torch.nn import functional as F
 
 from modeling_clara import CLaRaForRAG
 from modeling_clara.packing_clara import MAX_TOKENS
-from recipes.benchmarks.shared import benchmark_parser, in_turn, linear_layers, load_subject, ratio, show
-from recipes.evaluation.report import table
+from recipes.benchmarks import shared
+from recipes.benchmarks.shared import in_turn, ratio, seconds_of, split_rows
 
 QUESTION = "Who is the editor-in-chief of Thrasher magazine, as mentioned in the document?"
-SPAN_WITH_SLOTS = 272  # the naive way pads every document to this: 256 tokens and 16 slots
+CHUNK_WITH_SLOTS = 272  # the naive way pads every document to this: 256 tokens and 16 slots
+LENGTHS = ((60, 16), (120, 16), (250, 16), (250, 8), (250, 4))  # tokens of each of five documents, k
+WAYS = {"bulk": "`compress` in `bulk_compression()`", "compress": "`compress`", "naive": "naive"}
 
 
 @torch.no_grad()
@@ -25,9 +26,9 @@ def naive_compress(model: CLaRaForRAG, ids: list[list[int]], memory_size: int) -
     """The plain way: every document padded to 272, masked, through the LM head, all hidden states kept, 16 a pass."""
     pad = model.processor.pad_token_id
     rows = model.memory_embeddings[:memory_size]
+    length = CHUNK_WITH_SLOTS - memory_size
     for start in range(0, len(ids), 16):
         batch = ids[start : start + 16]
-        length = SPAN_WITH_SLOTS - memory_size
         tokens = torch.tensor([[pad] * (length - len(text)) + text for text in batch])
         mask = torch.tensor([[0] * (length - len(text)) + [1] * (len(text) + memory_size) for text in batch])
         embeds = torch.cat([model.get_input_embeddings()(tokens), rows.expand(len(batch), -1, -1)], dim=1)
@@ -38,28 +39,19 @@ def naive_compress(model: CLaRaForRAG, ids: list[list[int]], memory_size: int) -
 
 def benchmark_compression(model: CLaRaForRAG, rows: list[dict], rounds: int) -> dict:
     """Documents per second of every way to compress, and the share of what the machine's GEMM allows."""
-    passages = [{"title": row.get("title", ""), "text": row["text"]} for row in rows[:64]]
-    documents = [span for passage in passages for span in model.processor.split_document(passage)]
+    passages = rows[:64]
+    documents = split_rows(model, passages)
     ids = model.processor.encode_documents(documents)
     memory_size = model.config.max_memory_size
     tokens = sum(map(len, ids)) + memory_size * len(ids)
-    weights = linear_layers(model)
-    # matrices of the model's own shapes, with as many rows as a packed pass has tokens
-    inputs = {width: torch.randn(MAX_TOKENS, width) for width in {weight.shape[1] for weight in weights}}
-    parameters = sum(weight.numel() for weight in weights)
-
-    @torch.no_grad()
-    def gemm():
-        for weight in weights:
-            F.linear(inputs[weight.shape[1]], weight)
+    gemm, gemm_work = shared.gemm_run(model, MAX_TOKENS)  # with as many rows as a packed pass has tokens
+    work = gemm_work * tokens / MAX_TOKENS
+    merged_seconds = []
 
     def merged():
         with model.bulk_compression():
-            start = time.perf_counter()
-            model.compress(documents)
-            merged_seconds.append(time.perf_counter() - start)
+            merged_seconds.append(seconds_of(lambda: model.compress(documents)))
 
-    merged_seconds = []
     runs = {
         "gemm": gemm,
         "bulk": merged,
@@ -69,24 +61,16 @@ def benchmark_compression(model: CLaRaForRAG, rows: list[dict], rounds: int) -> 
     }
     seconds = in_turn(runs, rounds)
     seconds["bulk"] = merged_seconds[1:]  # without merging, which a long run pays once
-    speed = [
-        2 * 2 * parameters * MAX_TOKENS / (a + b) for a, b in zip(seconds["gemm"], seconds["gemm again"], strict=True)
-    ]
-    share = {
-        name: statistics.median(
-            2 * parameters * tokens / second / flops for second, flops in zip(seconds[name], speed, strict=True)
-        )
-        for name in ("bulk", "compress", "naive")
-    }
+    speeds = shared.gemm_speeds(seconds, gemm_work)
     return {
         "passages": len(passages),
         "spans": len(documents),
         "document_tokens": tokens - memory_size * len(ids),
         "tokens": tokens,
-        "gemm_gflops": statistics.median(speed) / 1e9,
-        "documents_per_second": {name: len(documents) / statistics.median(seconds[name]) for name in share},
-        "share_of_gemm": share,
-        "times_naive": {name: ratio(seconds["naive"], seconds[name]) for name in ("bulk", "compress")},
+        "gemm_gflops": statistics.median(speeds) / 1e9,
+        "documents_per_second": {name: len(documents) / statistics.median(seconds[name]) for name in WAYS},
+        "share_of_gemm": {name: ratio([work / second for second in seconds[name]], speeds) for name in WAYS},
+        "times_naive": {name: ratio(seconds["naive"], seconds[name]) for name in WAYS},
         "seconds": seconds,
     }
 
@@ -98,16 +82,14 @@ def first_token_runs(model: CLaRaForRAG, documents: list[dict], memory_size: int
     prompt = model.processor.build_prompt(QUESTION, 0, memory_size, text_documents=documents)
     ids = torch.tensor([prompt.input_ids])
     first = model.build_generation_config(None, 1)
+    options = {"top_k": len(stored), "memory_size": memory_size, "retrieval_memory_size": memory_size}
 
     def from_text():
         with model.roles.use(None), torch.no_grad():
             model.backbone.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=first)
 
     def from_memory():
-        model.answer(
-            [QUESTION], documents=stored, top_k=len(stored), memory_size=memory_size, max_new_tokens=1,
-            retrieval_memory_size=memory_size, min_score=-1,
-        )  # fmt: skip
+        model.answer([QUESTION], documents=stored, max_new_tokens=1, min_score=-1, **options)
 
     short = model.processor.build_prompt(QUESTION, len(documents), memory_size)
     return {"text": from_text, "memory": from_memory}, ids.shape[1], len(short.input_ids)
@@ -122,15 +104,12 @@ def cut_to(model: CLaRaForRAG, rows: list[dict], n_tokens: int) -> list[dict]:
 
 def benchmark_first_token(model: CLaRaForRAG, rows: list[dict], rounds: int) -> list[dict]:
     """Time to the first token from stored memories, question included, against reading the text."""
-    passages = [span for row in rows[:5] for span in model.processor.split_document(
-        {"title": row.get("title", ""), "text": row["text"]})[:1]]  # fmt: skip
-    cases = [("first 5 passages", passages, 16)]
-    cases += [(f"5 x {n} tokens", cut_to(model, rows, n), 16) for n in (60, 120, 250)]
-    cases += [("5 x 250 tokens", cut_to(model, rows, 250), k) for k in (4, 8)]
+    cases = [("first 5 passages", [split_rows(model, [row])[0] for row in rows[:5]], 16)]
+    cases += [(f"5 x {n} tokens", cut_to(model, rows, n), k) for n, k in LENGTHS]
     results = []
     for name, documents, memory_size in cases:
         if max(map(len, model.processor.encode_documents(documents))) > model.processor.document_max_length:
-            raise ValueError(f"the documents of {name!r} must fit into one span. Choose other data.")
+            raise ValueError(f"the documents of {name!r} must fit into one chunk. Choose other data.")
         runs, text_tokens, memory_tokens = first_token_runs(model, documents, memory_size)
         seconds = in_turn(runs, rounds)
         with model.bulk_answering():
@@ -153,78 +132,58 @@ def benchmark_first_token(model: CLaRaForRAG, rows: list[dict], rounds: int) -> 
 
 def benchmark_decode(model: CLaRaForRAG, rows: list[dict], rounds: int, n_tokens: int = 16) -> dict:
     """Milliseconds per generated token after the first, from memories, with LoRA beside the weights and merged."""
-    documents = [{"text": row["text"]} for row in rows[:5]]
-    spans = [span for document in documents for span in model.processor.split_document(document)][:5]
-    stored = [{"text": s["text"], "memory": rows} for s, rows in zip(spans, model.compress(spans), strict=True)]
+    chunks = split_rows(model, [{"text": row["text"]} for row in rows[:5]])[:5]
+    memories = model.compress(chunks)
+    stored = [{"text": chunk["text"], "memory": memory} for chunk, memory in zip(chunks, memories, strict=True)]
 
     def ask(length: int):
         forced = transformers.GenerationConfig(max_new_tokens=length, min_new_tokens=length, do_sample=False)
         return lambda: model.answer([QUESTION], documents=stored, min_score=-1, generation_config=forced)
 
-    runs = {"one": ask(1), "many": ask(n_tokens)}
     report = {}
-    for name, context in (("ms_per_token", None), ("ms_per_token_merged", model.bulk_answering)):
-        if context is None:
-            seconds = in_turn(runs, rounds)
-        else:
-            with context():
-                seconds = in_turn(runs, rounds)
-        extra = statistics.median(seconds["many"]) - statistics.median(seconds["one"])
-        report[name] = 1e3 * extra / (n_tokens - 1)
+    for name, context in (("ms_per_token", contextlib.nullcontext), ("ms_per_token_merged", model.bulk_answering)):
+        with context():
+            seconds = shared.medians(in_turn({"one": ask(1), "many": ask(n_tokens)}, rounds))
+        report[name] = 1e3 * (seconds["many"] - seconds["one"]) / (n_tokens - 1)
     return report
 
 
 def render(report: dict) -> str:
     """The tables."""
-    compression = report["compression"]
-    names = {"bulk": "`compress` in `bulk_compression()`", "compress": "`compress`", "naive": "naive"}
-    parts = [
-        f"Compression: {compression['passages']} passages, {compression['spans']} chunks, "
-        f"{compression['document_tokens']:,} document tokens; GEMM {compression['gemm_gflops']:.0f} GFLOP/s.",
-        table(
-            ["way", "chunks/s", "share of GEMM", "times naive"],
-            [
-                [
-                    label,
-                    f"{compression['documents_per_second'][name]:.2f}",
-                    f"{100 * compression['share_of_gemm'][name]:.0f} %",
-                    f"{compression['times_naive'].get(name, 1):.1f}",
-                ]
-                for name, label in names.items()
-            ],
-        ),
-        "Time to the first token, question encoded, documents ranked and read:",
-        table(
-            ["documents", "k", "prompt tokens text / memory", "text", "memory", "merged", "times sooner", "merged"],
-            [
-                [
-                    row["documents"],
-                    row["memory_size"],
-                    f"{row['text_tokens']} / {row['memory_tokens']}",
-                    f"{row['text_ms']:.0f} ms",
-                    f"{row['memory_ms']:.0f} ms",
-                    f"{row['merged_ms']:.0f} ms",
-                    f"{row['times']:.1f}",
-                    f"{row['times_merged']:.1f}",
-                ]
-                for row in report["first_token"]
-            ],
-        ),
-        f"Each further token: {report['decode']['ms_per_token']:.0f} ms, in `bulk_answering()` "
-        f"{report['decode']['ms_per_token_merged']:.0f} ms.",
-    ]
-    return "\n\n".join(parts)
+    compression, decode = report["compression"], report["decode"]
+    columns = ("documents_per_second", "share_of_gemm", "times_naive")
+    ways = [{"way": label} | {column: compression[column][name] for column in columns} for name, label in WAYS.items()]
+    return "\n\n".join(
+        [
+            f"Compression: {compression['passages']} passages, {compression['spans']} chunks, "
+            f"{compression['document_tokens']:,} document tokens; GEMM {compression['gemm_gflops']:.0f} GFLOP/s.",
+            shared.figures(
+                "way | chunks/s | share of GEMM | times naive",
+                "{way} | {documents_per_second:.2f} | {share_of_gemm:.0%} | {times_naive:.1f}",
+                ways,
+            ),
+            "Time to the first token, question encoded, documents ranked and read:",
+            shared.figures(
+                "documents | k | prompt tokens text / memory | text | memory | merged | times sooner | merged",
+                "{documents} | {memory_size} | {text_tokens} / {memory_tokens} | {text_ms:.0f} ms | "
+                "{memory_ms:.0f} ms | {merged_ms:.0f} ms | {times:.1f} | {times_merged:.1f}",
+                report["first_token"],
+            ),
+            f"Each further token: {decode['ms_per_token']:.0f} ms, in `bulk_answering()` "
+            f"{decode['ms_per_token_merged']:.0f} ms.",
+        ]
+    )
 
 
 def main() -> None:
     """Parse, measure, print."""
-    arguments = benchmark_parser(__doc__, rounds=5).parse_args()
-    rows, model, report = load_subject(arguments)
+    arguments = shared.benchmark_parser(__doc__, rounds=5).parse_args()
+    rows, model, report = shared.load_subject(arguments)
     report["compression"] = benchmark_compression(model, rows, arguments.rounds)
     report["first_token"] = benchmark_first_token(model, rows, arguments.rounds)
     report["decode"] = benchmark_decode(model, rows, arguments.rounds)
     report["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    show("inference", report, render(report), arguments)
+    shared.show("inference", report, render(report), arguments)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Ratios are what to quote: every pair is measured in turn, round by round, in one
 
 import argparse
 import datetime
-import gzip
 import json
 import os
 import platform
@@ -13,40 +12,51 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import transformers
+from torch.nn import functional as F
+from trl.scripts.utils import DatasetConfig
 
 from modeling_clara import CLaRaForRAG
 from modeling_clara.cli.demo import PASSAGES
 from modeling_clara.smollm2 import fetch_backbone
+from recipes.evaluation.report import table
+from recipes.training import data
 
-RAW = argparse.RawDescriptionHelpFormatter
+CPU = torch.device("cpu")
 
 
 def read_rows(path: str | None) -> list[dict]:
     """Rows `{title, text, ...}` of a JSONL file, gzipped or not; default the packaged passages."""
-    source = Path(path) if path else PASSAGES
-    opener = gzip.open if source.suffix == ".gz" else open
-    with opener(source, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return [row for _, row in data.read_rows(DatasetConfig(path or str(PASSAGES)))]
+
+
+def split_rows(model: CLaRaForRAG, rows: Iterable[Mapping]) -> list[dict]:
+    """The chunks of all rows."""
+    documents = [{"title": row.get("title", ""), "text": row["text"]} for row in rows]
+    return [chunk for document in documents for chunk in model.processor.split_document(document)]
 
 
 # --- timing ----------------------------------------------------------------------------------------------------------
 
 
+def seconds_of(run: Callable[[], object]) -> float:
+    """How long a run takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
 def in_turn(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each run in every round, the runs taking turns after one warm-up."""
     seconds = {name: [] for name in runs}
-    for number in range(rounds + 1):
+    for _ in range(rounds + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+            seconds[name].append(seconds_of(run))
+    return {name: values[1:] for name, values in seconds.items()}
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> float:
@@ -54,9 +64,38 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
+def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The median of each run's rounds."""
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def linear_layers(model: CLaRaForRAG) -> list[torch.Tensor]:
     """The weights of all adapted layers: the model-shaped matrices of the GEMM measurement."""
     return [layer.get_base_layer().weight.detach() for layer in model.roles.layers]
+
+
+def gemm_run(model: CLaRaForRAG, n_tokens: int, repeats: int = 1) -> tuple[Callable[[], None], int]:
+    """Products of all adapted layers with `n_tokens` rows, and their operations."""
+    weights = linear_layers(model)
+    like = {"device": weights[0].device, "dtype": weights[0].dtype}
+    inputs = {width: torch.randn(n_tokens, width, **like) for width in {weight.shape[1] for weight in weights}}
+
+    @torch.no_grad()
+    def gemm():
+        for weight in weights * repeats:
+            F.linear(inputs[weight.shape[1]], weight)
+
+    return gemm, 2 * repeats * n_tokens * sum(weight.numel() for weight in weights)
+
+
+def gemm_speeds(seconds: Mapping[str, Sequence[float]], work: int) -> list[float]:
+    """Operations a second in every round, of "gemm" before and "gemm again" after what is measured."""
+    return [2 * work / (a + b) for a, b in zip(seconds["gemm"], seconds["gemm again"], strict=True)]
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -64,7 +103,7 @@ def linear_layers(model: CLaRaForRAG) -> list[torch.Tensor]:
 
 def benchmark_parser(description: str, rounds: int) -> argparse.ArgumentParser:
     """The options of a benchmark on a backbone."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=RAW)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="JSONL of passages, .gz or plain (default: the packaged ones)")
     parser.add_argument("--backbone", help="backbone folder or Hub id (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"rounds of every comparison (default: {rounds})")
@@ -78,20 +117,34 @@ def add_outputs(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def load_subject(arguments: argparse.Namespace) -> tuple[list[dict], CLaRaForRAG, dict]:
+def load_subject(
+    arguments: argparse.Namespace, device: torch.device = CPU, **options
+) -> tuple[list[dict], CLaRaForRAG, dict]:
     """The rows, the model with fresh adapters, and the head of the report: machine, versions, data."""
     rows = read_rows(arguments.data)
     torch.manual_seed(0)
-    report = {**describe_machine(), "data": Path(arguments.data).name if arguments.data else PASSAGES.name}
-    return rows, CLaRaForRAG.from_backbone(arguments.backbone or fetch_backbone()), report
+    model = CLaRaForRAG.from_backbone(arguments.backbone or fetch_backbone(), **options).to(device)
+    return rows, model, describe_machine(device) | {"data": Path(arguments.data or PASSAGES).name}
 
 
-def describe_machine(device: torch.device | None = None) -> dict:
+def describe_machine(device: torch.device = CPU) -> dict:
     """`machine` and `versions` of a report."""
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    if device is not None and device.type == "cuda":
+    if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     return {"machine": machine, "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+
+
+def figures(head: str, cells: str, rows: Iterable[Mapping]) -> str:
+    """A Markdown table.
+
+    Args:
+        head: the columns, parted by " | ".
+        cells: what a row has there, in the same way, as `str.format` takes it: "{spans:,} | {p50_ms:.1f} ms".
+        rows: of figures.
+    """
+    filled = [[cell.format(**row).replace("%", " %") for cell in cells.split(" | ")] for row in rows]
+    return table(head.split(" | "), filled)
 
 
 def show(name: str, report: dict, text: str, arguments: argparse.Namespace) -> None:
@@ -108,9 +161,9 @@ def show(name: str, report: dict, text: str, arguments: argparse.Namespace) -> N
         Path(arguments.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if arguments.write:
         versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
-        data = f", data {report['data']}" if "data" in report else ""
+        source = f", data {report['data']}" if "data" in report else ""
         day = datetime.date.today().isoformat()
-        head = f"Measured on {day} by `{shown_command()}`: {report['machine']}, {versions}{data}."
+        head = f"Measured on {day} by `{shown_command()}`: {report['machine']}, {versions}{source}."
         write_section(arguments.write, name, f"{head}\n\n{text}")
 
 
@@ -124,11 +177,6 @@ def shown_command() -> str:
 def write_section(path: Path, name: str, text: str) -> None:
     """Replace what stands between `<!-- NAME -->` and `<!-- /NAME -->`, or add both at the end of the file.
 
-    Args:
-        path: of a Markdown file, which may be new.
-        name: of the section.
-        text: that stands there afterwards.
-
     Raises:
         ValueError: only one of the two marks is there.
     """
@@ -138,9 +186,9 @@ def write_section(path: Path, name: str, text: str) -> None:
     there = [mark in before.splitlines() for mark in (begin, end)]  # each on a line of its own
     if any(there) and not all(there):
         raise ValueError(f"{path} must have both {begin} and {end}, found one of them. Add the other one.")
-    if not any(there):
-        content = f"{before.rstrip()}\n\n## {name.capitalize()}\n\n{section}\n".lstrip()
-    else:
+    if any(there):
         content = re.sub(rf"(?ms)^{re.escape(begin)}$.*?^{re.escape(end)}$", lambda _: section, before, count=1)
+    else:
+        content = f"{before.rstrip()}\n\n## {name.capitalize()}\n\n{section}\n".lstrip()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content, encoding="utf-8")

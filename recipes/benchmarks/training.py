@@ -9,44 +9,36 @@ its candidates. It knows nothing of quality.
 import contextlib
 import ctypes
 import gc
-import os
 import statistics
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
-from torch.nn import functional as F
 
 import modeling_clara.passes_clara as passes
 from modeling_clara import CLaRaForRAG
-from recipes.benchmarks.shared import benchmark_parser, in_turn, linear_layers, load_subject, ratio, show
-from recipes.evaluation.report import table
+from recipes.benchmarks import shared
+from recipes.benchmarks.shared import in_turn, linear_layers, medians, ratio
 from recipes.training.collators import ReadingCollator, SelectingCollator
 from recipes.training.data import document_key
 from recipes.training.memories import compress_documents
 from recipes.training.records import RecordReader
 
 N_CANDIDATES = 20
-PAGE = os.sysconf("SC_PAGE_SIZE")
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
 
 
 def peak_above(run: Callable[[], object]) -> int:
     """Highest resident memory while `run` runs, above what it was before, sampled every 10 ms in a thread."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed goes back to the system first (glibc)
-    base, done = resident_bytes(), threading.Event()
-    highest = [base]
+    done, samples = threading.Event(), [shared.resident_bytes()]
 
     def watch():
         while not done.wait(0.01):
-            highest[0] = max(highest[0], resident_bytes())
+            samples.append(shared.resident_bytes())
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -55,7 +47,7 @@ def peak_above(run: Callable[[], object]) -> int:
     finally:
         done.set()
         thread.join()
-    return highest[0] - base
+    return max(samples) - samples[0]
 
 
 def training_step(model: CLaRaForRAG, optimizer, batch: dict, memory_size: int) -> float:
@@ -82,14 +74,9 @@ def update(model: CLaRaForRAG, optimizer, loss: torch.Tensor) -> None:
     optimizer.zero_grad()
 
 
-@contextlib.contextmanager
-def padded_passes() -> Iterator[None]:
+def padded_passes() -> contextlib.AbstractContextManager:
     """Context: no training pass packs its rows, which is how they run everywhere but on a CPU."""
-    before, passes.can_pack = passes.can_pack, lambda *_: False
-    try:
-        yield
-    finally:
-        passes.can_pack = before
+    return mock.patch.object(passes, "can_pack", lambda *_: False)
 
 
 def optimizer_of(model: CLaRaForRAG) -> torch.optim.Optimizer:
@@ -122,25 +109,31 @@ def step_flops(model: CLaRaForRAG, batch: dict, memory_size: int) -> tuple[int, 
     products; the LM head, both ways, on target positions only. Attention, norms and the optimizer are left out, so the
     bound is a lower one.
     """
-    layers = model.roles.layers
-    frozen = sum(layer.get_base_layer().weight.numel() for layer in layers)
-    lora = sum(
-        layer.lora_A["compressor"].weight.numel() + layer.lora_B["compressor"].weight.numel() for layer in layers
-    )
-    layout = batch["prompts"][memory_size]
+    frozen = sum(weight.numel() for weight in linear_layers(model))
+    adapters = [part["compressor"] for layer in model.roles.layers for part in (layer.lora_A, layer.lora_B)]
+    lora = sum(adapter.weight.numel() for adapter in adapters)
     n_documents = int(batch["document_attention_mask"].any(-1).sum())
     tokens = int(batch["document_attention_mask"].sum()) + n_documents * memory_size
-    tokens += int(layout["attention_mask"].sum())
-    targets = int((layout["labels"][:, 1:] != -100).sum())
+    tokens += int(batch["prompts"][memory_size]["attention_mask"].sum())
     head = model.get_output_embeddings().weight.numel()
-    return tokens * (4 * frozen + 6 * lora) + 4 * targets * head, tokens
+    return tokens * (4 * frozen + 6 * lora) + 4 * count_targets(batch) * head, tokens
 
 
-def reading_records(model: CLaRaForRAG, rows: list[dict], n_rows: int) -> list[dict]:
-    """Records of one document and four questions, of middling and similar length, as `group_by_length` draws them."""
+def count_targets(batch: dict) -> int:
+    """Positions of a `ReadingCollator`'s batch that have a loss."""
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
+def reading_records(model: CLaRaForRAG, rows: Sequence[dict]) -> list[dict]:
+    """Records of stage 1 with four questions."""
     reader = reader_of(model, "pretrain", targets=4)
     records = [record for index, row in enumerate(rows) for record in reader(f"row {index}", row)[:1]]
-    records = [record for record in records if len(record["documents"]) == 1 and len(record["questions"]) == 4]
+    return [record for record in records if len(record["questions"]) == 4]
+
+
+def middle_records(model: CLaRaForRAG, rows: Sequence[dict], n_rows: int) -> list[dict]:
+    """Records of one document and of middling and similar length, as `group_by_length` draws them."""
+    records = [record for record in reading_records(model, rows) if len(record["documents"]) == 1]
     records = sorted(records[: 50 * n_rows], key=lambda record: record["length"])
     return records[len(records) // 2 :][:n_rows]
 
@@ -148,22 +141,15 @@ def reading_records(model: CLaRaForRAG, rows: list[dict], n_rows: int) -> list[d
 def benchmark_pretraining(model: CLaRaForRAG, rows: list[dict], rounds: int, n_rows: int) -> dict:
     """Share of its own arithmetic bound that a stage-1 step reaches."""
     model.set_trainable_roles(("compressor", "generator"))
-    records = reading_records(model, rows, n_rows)
+    records = middle_records(model, rows, n_rows)
     batch = ReadingCollator(model.processor, model.config.memory_sizes)(records)
     memory_size = model.config.max_memory_size
     flops, tokens = step_flops(model, batch, memory_size)
-    optimizer = optimizer_of(model)
-    weights = linear_layers(model)
-    inputs = {width: torch.randn(tokens, width) for width in {weight.shape[1] for weight in weights}}
-    head_rows = []
+    optimizer, head_rows = optimizer_of(model), []
+    gemm, gemm_work = shared.gemm_run(model, tokens)
     hook = model.get_output_embeddings().register_forward_hook(
         lambda _, args, __: head_rows.append(args[0].shape[:-1].numel())
     )
-
-    @torch.no_grad()
-    def gemm():
-        for weight in weights:
-            F.linear(inputs[weight.shape[1]], weight)
 
     def step(dropout: float):
         set_dropout(model, dropout)
@@ -172,24 +158,17 @@ def benchmark_pretraining(model: CLaRaForRAG, rows: list[dict], rounds: int, n_r
     runs = {"gemm": gemm, "step": lambda: step(0.0), "gemm again": gemm, "step with dropout": lambda: step(0.1)}
     seconds = in_turn(runs, rounds)
     hook.remove()
-    work = 2 * sum(weight.numel() for weight in weights) * tokens
-    speeds = [2 * work / (a + b) for a, b in zip(seconds["gemm"], seconds["gemm again"], strict=True)]
-    targets = int((batch["labels"][:, 1:] != -100).sum())
+    speeds, steps = shared.gemm_speeds(seconds, gemm_work), ("step", "step with dropout")
     return {
         "documents": len(records),
         "prompts": sum(len(record["questions"]) for record in records),
         "tokens": tokens,
-        "targets": targets,
+        "targets": count_targets(batch),
         "head_rows": head_rows[-1],
         "gflop": flops / 1e9,
         "gemm_gflops": statistics.median(speeds) / 1e9,
-        "seconds": {name: statistics.median(seconds[name]) for name in ("step", "step with dropout")},
-        "share_of_bound": {
-            name: statistics.median(
-                flops / speed / second for speed, second in zip(speeds, seconds[name], strict=True)
-            )
-            for name in ("step", "step with dropout")
-        },
+        "seconds": medians({name: seconds[name] for name in steps}),
+        "share_of_bound": {name: ratio([flops / second for second in seconds[name]], speeds) for name in steps},
     }
 
 
@@ -239,18 +218,23 @@ def benchmark_targets(model: CLaRaForRAG, rows: list[dict], rounds: int, n_rows:
     """Target tokens a second of the same records: one prompt a row, a shared prefix, and that packed."""
     model.set_trainable_roles(("compressor", "generator"))
     set_dropout(model, 0.0)
-    records, memory_size = reading_records(model, rows, n_rows), model.config.max_memory_size
+    records, memory_size = middle_records(model, rows, n_rows), model.config.max_memory_size
     collator = ReadingCollator(model.processor, model.config.memory_sizes)
     batch = collator(records)
     layouts = {**batch, "single": single_prompts(collator, records, memory_size)}
     optimizer = optimizer_of(model)
+
+    def of_single() -> torch.Tensor:
+        return loss_of_single_prompts(model, records, layouts, memory_size)
+
+    def of_shared() -> torch.Tensor:
+        return loss_of(model, batch, memory_size)
+
+    slowest = "one prompt a row, padded"
     ways = {
-        "one prompt a row, padded": (
-            padded_passes,
-            lambda: loss_of_single_prompts(model, records, layouts, memory_size),
-        ),
-        "shared prefix, padded": (padded_passes, lambda: loss_of(model, batch, memory_size)),
-        "shared prefix, packed": (contextlib.nullcontext, lambda: loss_of(model, batch, memory_size)),
+        slowest: (padded_passes, of_single),
+        "shared prefix, padded": (padded_passes, of_shared),
+        "shared prefix, packed": (contextlib.nullcontext, of_shared),
     }
 
     def step(context: Callable, loss: Callable) -> None:
@@ -263,7 +247,7 @@ def benchmark_targets(model: CLaRaForRAG, rows: list[dict], rounds: int, n_rows:
             with context():
                 losses[name] = float(loss().detach())
         seconds = in_turn({name: lambda way=way: step(*way) for name, way in ways.items()}, rounds)
-    targets, (slowest, *_) = int((batch["labels"][:, 1:] != -100).sum()), ways
+    targets = count_targets(batch)
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "documents": len(records),
@@ -271,30 +255,36 @@ def benchmark_targets(model: CLaRaForRAG, rows: list[dict], rounds: int, n_rows:
         "targets": targets,
         "losses": losses,
         "seconds": seconds,
-        "targets_per_second": {name: targets / statistics.median(values) for name, values in seconds.items()},
+        "targets_per_second": {name: targets / second for name, second in medians(seconds).items()},
         "times_faster": {name: ratio(seconds[slowest], values) for name, values in seconds.items()},
     }
+
+
+def joint_records(model: CLaRaForRAG, rows: list[dict], n_rows: int) -> list[dict]:
+    """Records of the joint stage: a passage with its first question, among the passages after it."""
+    reader = reader_of(model, "joint")
+    passages = [row for row in rows if len(model.processor.split_document(row)) == 1]
+    records = []
+    for index in range(n_rows):
+        candidates = passages[index * N_CANDIDATES :][:N_CANDIDATES]
+        pair = candidates[0]["qas"][0]
+        docs = [{"title": row["title"], "text": row["text"]} for row in candidates]
+        row = {"question": pair["question"], "answers": pair["answers"], "docs": docs, "pos_index": [0]}
+        records += reader(f"row {index}", row)
+    return records
 
 
 def benchmark_joint(model: CLaRaForRAG, rows: list[dict], rounds: int, n_rows: int) -> list[dict]:
     """Joint steps on stored memories and with the compressor in the step: time and peak memory."""
     model.set_trainable_roles(("reasoner", "generator"))
-    reader = reader_of(model, "joint")
-    passages = [row for row in rows if len(model.processor.split_document(row)) == 1][: n_rows * N_CANDIDATES]
-    records = []
-    for index in range(n_rows):
-        candidates = passages[index * N_CANDIDATES : (index + 1) * N_CANDIDATES]
-        pair = candidates[0]["qas"][0]
-        docs = [{"title": row["title"], "text": row["text"]} for row in candidates]
-        row = {"question": pair["question"], "answers": pair["answers"], "docs": docs, "pos_index": [0]}
-        records += reader(f"row {index}", row)
+    records = joint_records(model, rows, n_rows)
     documents = {document_key(document): document for record in records for document in record["documents"]}
     folder = tempfile.TemporaryDirectory()  # removed when this returns
     store = compress_documents(model, list(documents.values()), Path(folder.name))
     sizes, top_k = model.config.memory_sizes, model.config.retrieval_top_k
     batches = {
-        "stored": SelectingCollator(model.processor, sizes, top_k=top_k, store=store)(records),
-        "online": SelectingCollator(model.processor, sizes, top_k=top_k, store=None)(records),
+        name: SelectingCollator(model.processor, sizes, top_k=top_k, store=memories)(records)
+        for name, memories in (("stored", store), ("online", None))
     }
     optimizer = optimizer_of(model)
     set_dropout(model, 0.0)
@@ -308,14 +298,12 @@ def benchmark_joint(model: CLaRaForRAG, rows: list[dict], rounds: int, n_rows: i
         }
         losses = {name: run() for name, run in runs.items()}
         seconds = in_turn(runs, rounds)
-        peaks = {}
-        for name, run in runs.items():
-            peaks[name] = statistics.median(peak_above(run) for _ in range(rounds))
+        peaks = medians({name: [peak_above(run) for _ in range(rounds)] for name, run in runs.items()})
         results.append(
             {
                 "checkpointing": checkpointing,
                 "losses": losses,
-                "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+                "seconds": medians(seconds),
                 "times_faster": ratio(seconds["online"], seconds["stored"]),
                 "peak_mib": {name: value / 2**20 for name, value in peaks.items()},
                 "peak_ratio": peaks["stored"] / peaks["online"],
@@ -324,61 +312,42 @@ def benchmark_joint(model: CLaRaForRAG, rows: list[dict], rounds: int, n_rows: i
     return results
 
 
-def render_targets(report: dict) -> str:
-    """The table of `benchmark_targets`."""
-    rows = [
-        [name, f"{speed:.1f}", f"{report['times_faster'][name]:.2f}", f"{report['losses'][name]:.4f}"]
-        for name, speed in report["targets_per_second"].items()
-    ]
-    head = f"{report['documents']} documents, {report['prompts']} prompts, {report['targets']} target positions"
-    return f"{head}, backbone in {report['dtype']}:\n\n" + table(["way", "targets/s", "times faster", "loss"], rows)
-
-
 def render(report: dict) -> str:
     """The tables."""
-    step, parts = report["pretraining"], []
-    parts.append(
-        f"Stage-1 step: {step['documents']} documents, {step['prompts']} prompts, {step['tokens']:,} tokens, "
-        f"{step['targets']} target positions, {step['head_rows']} rows through the LM head; {step['gflop']:.0f} GFLOP "
-        f"at {step['gemm_gflops']:.0f} GFLOP/s; "
-        + "; ".join(
-            f"{name} {step['seconds'][name]:.2f} s, {100 * share:.0f} % of its bound"
-            for name, share in step["share_of_bound"].items()
-        )
-        + "."
+    step, targets, joint = report["pretraining"], report["targets"], report["joint"]
+    columns = ("targets_per_second", "times_faster", "losses")
+    ways = [{"way": name} | {column: targets[column][name] for column in columns} for name in targets["losses"]]
+    steps = [{**row, "step": "with" if row["checkpointing"] else "without"} for row in joint]
+    return "\n\n".join(
+        [
+            f"Stage-1 step: {step['documents']} documents, {step['prompts']} prompts, {step['tokens']:,} tokens, "
+            f"{step['targets']} target positions, {step['head_rows']} rows through the LM head; "
+            f"{step['gflop']:.0f} GFLOP at {step['gemm_gflops']:.0f} GFLOP/s; "
+            + "; ".join(
+                f"{name} {step['seconds'][name]:.2f} s, {100 * share:.0f} % of its bound"
+                for name, share in step["share_of_bound"].items()
+            )
+            + ".",
+            f"{targets['documents']} documents, {targets['prompts']} prompts, {targets['targets']} target positions, "
+            f"backbone in {targets['dtype']}:",
+            shared.figures(
+                "way | targets/s | times faster | loss",
+                "{way} | {targets_per_second:.1f} | {times_faster:.2f} | {losses:.4f}",
+                ways,
+            ),
+            shared.figures(
+                "joint step | stored memories | compressed online | times faster | peak stored | peak online | ratio",
+                "{step} checkpointing | {seconds[stored]:.2f} s | {seconds[online]:.2f} s | {times_faster:.1f} | "
+                "{peak_mib[stored]:.0f} MiB | {peak_mib[online]:.0f} MiB | {peak_ratio:.2f}",
+                steps,
+            ),
+        ]
     )
-    parts.append(render_targets(report["targets"]))
-    parts.append(
-        table(
-            [
-                "joint step",
-                "stored memories",
-                "compressed online",
-                "times faster",
-                "peak stored",
-                "peak online",
-                "ratio",
-            ],
-            [
-                [
-                    "with checkpointing" if row["checkpointing"] else "without checkpointing",
-                    f"{row['seconds']['stored']:.2f} s",
-                    f"{row['seconds']['online']:.2f} s",
-                    f"{row['times_faster']:.1f}",
-                    f"{row['peak_mib']['stored']:.0f} MiB",
-                    f"{row['peak_mib']['online']:.0f} MiB",
-                    f"{row['peak_ratio']:.2f}",
-                ]
-                for row in report["joint"]
-            ],
-        )
-    )
-    return "\n\n".join(parts)
 
 
 def main() -> None:
     """Parse, measure, print."""
-    parser = benchmark_parser(__doc__, rounds=2)
+    parser = shared.benchmark_parser(__doc__, rounds=2)
     parser.add_argument("--documents", type=int, default=8, help="documents of the stage-1 step (default: 8)")
     parser.add_argument("--questions", type=int, default=2, help="questions of the joint step (default: 2)")
     arguments = parser.parse_args()
@@ -386,12 +355,12 @@ def main() -> None:
         parser.error(
             "--data must name passages with their questions (`qas`); the packaged ones have none in that form"
         )
-    rows, model, report = load_subject(arguments)
+    rows, model, report = shared.load_subject(arguments)
     report["pretraining"] = benchmark_pretraining(model, rows, arguments.rounds, arguments.documents)
     dtype = torch.bfloat16 if "bf16" in Path("/proc/cpuinfo").read_text() else torch.float32
     report["targets"] = benchmark_targets(model, rows, arguments.rounds, arguments.documents, dtype)
     report["joint"] = benchmark_joint(model, rows, arguments.rounds, arguments.questions)
-    show("training", report, render(report), arguments)
+    shared.show("training", report, render(report), arguments)
 
 
 if __name__ == "__main__":

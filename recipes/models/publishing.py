@@ -13,7 +13,13 @@ from modeling_clara import CLaRaForRAG
 from modeling_clara.backbone_clara import backbone_digests
 
 CARDS = Path(__file__).parents[2] / "model_cards"
-DROPPED = {"grad_norm", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "tokens_per_second"}
+DROPPED = (
+    "grad",
+    "eval_runtime",
+    "eval_samples_per_second",
+    "eval_steps_per_second",
+    "tokens_per_second",
+)  # by prefix
 CURVES_FILE = "training_log.json"
 
 
@@ -36,24 +42,20 @@ def lineage(run: Path) -> tuple[list[Path], Path | None]:
     """
     if not (run / "config.json").exists():
         raise FileNotFoundError(f"{run} must be a finished run, but has no config.json. Train it to its end first.")
-    found, start = [run], describe(run)["model"]["checkpoint"]
-    while start is not None:
+    found = [run]
+    while (start := describe(found[0])["model"]["checkpoint"]) is not None:
         places = (Path(start), found[0].parent / Path(start).name)
         known = [place for place in places if (place / "run.json").exists() and place not in found]
         if not known:
             return found, next((place for place in places if place.exists()), Path(start))
         found.insert(0, known[0])
-        start = describe(found[0])["model"]["checkpoint"]
     return found, None
 
 
 def round_weights(model: CLaRaForRAG, dtype: torch.dtype, *, with_backbone: bool = False) -> None:
-    """Round the adapters to what `dtype` can hold, so that results are those of the file that is shipped.
+    """Round the adapters, in place, to what `dtype` can hold, so that results are those of the file that is shipped.
 
-    Args:
-        model: changed in place; the dtype of its parameters stays.
-        dtype: of the shipped file.
-        with_backbone: round the memory-token embeddings and the backbone too, for a checkpoint that includes it.
+    `with_backbone` rounds memory-token embeddings and backbone too, for a checkpoint that includes it.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -75,12 +77,7 @@ def read_curves(runs: Sequence[Path], every: int = 100) -> dict[str, list[dict]]
         history = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
         kept = [e for e in history if "eval_loss" in e or e["step"] % every == 0 or e is history[-1]]
         curves[run.name] = [
-            {
-                name: round(value, 5)
-                for name, value in entry.items()
-                if name not in DROPPED and not name.startswith("grad")
-            }
-            for entry in kept
+            {name: round(value, 5) for name, value in entry.items() if not name.startswith(DROPPED)} for entry in kept
         ]
     return curves
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import Failure
+from huggingface_hub import HfApi
 
 from modeling_clara import CompressedCorpus, cli
 
@@ -192,6 +194,26 @@ def test_errors_are_one_line_and_status_1(arguments, message, texts, built, chec
     assert message in captured.err and "Traceback" not in captured.err
     assert cli.main([*given, "--json"]) == 1
     assert message in json.loads(capsys.readouterr().out)["problem"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["someone/unknown"], "the Hub has no such dataset, or the token may not read it"),
+        (["someone/corpus", "--revision", "gone"], "the dataset has no such revision"),
+        (["someone/out-of-reach"], "the Hub did not give it and the cache has no copy of it"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_corpus_that_the_hub_does_not_give_is_two_sentences(arguments, reason, hub, capsys):
+    """Not the paragraphs of the Hub's client, with its addresses and request ids."""
+    HfApi().create_repo("someone/corpus", repo_type="dataset", exist_ok=True)
+    hub.failures.append(Failure("/api/datasets/someone/out-of-reach", status=403))
+    assert cli.main(["ask", *arguments, "Why?"]) == 1
+    assert capsys.readouterr().err == (
+        f"clara ask: `{arguments[0]}` must be a folder with a compressed corpus or the id of a dataset on the Hub, "
+        f"but {reason}. Check the name, the revision, the token and the connection.\n"
+    )
 
 
 @pytest.mark.parametrize(

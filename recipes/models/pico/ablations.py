@@ -7,18 +7,17 @@ runs that are there.
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import torch
 
 from modeling_clara import retrieval_clara
-from modeling_clara.retrieval_clara import straight_through_topk
 from recipes import train
+from recipes.evaluation.report import table
 
-CONFIGS = Path(__file__).parent
-PRETRAIN, JOINT = 800, 200  # steps of a variant: enough to tell them apart
+STEPS = {"pretrain": 800, "joint": 200}  # of a variant: enough to tell them apart
+MEASURES = ("ce", "mse", "exact_match", "recall@1", "recall@5", "margin")
 
 # name -> stage, overrides; `start` is the run that it begins from.
 VARIANTS = {
@@ -56,27 +55,20 @@ def masked_with_1e_8(scores: torch.Tensor, top_k: int, temperature: float, candi
 def run_variant(folder: Path, name: str) -> None:
     """Train one variant in this process."""
     stage, start, overrides = VARIANTS[name]
-    source = f"backbone={folder / start}" if stage == "pretrain" else f"checkpoint={folder / start}"
-    steps = PRETRAIN if stage == "pretrain" else JOINT
-    data = [
+    steps = STEPS[stage]
+    arguments = [
+        *("--config", str(Path(__file__).parent / f"{stage}.yaml")),
+        f"{'backbone' if stage == 'pretrain' else 'checkpoint'}={folder / start}",
+        f"output_dir={folder / 'ablations' / name}",
         f"datasets=[{{path: {folder / 'data' / f'{stage}.jsonl'}}}]",
         f"eval_datasets=[{{path: {folder / 'data' / f'test_{stage}.jsonl'}}}]",
-    ]
-    arguments = [
-        "--config",
-        str(CONFIGS / f"{stage}.yaml"),
-        source,
-        f"output_dir={folder / 'ablations' / name}",
-        *data,
-    ]
-    arguments += [
         f"max_steps={steps}",
         f"eval_steps={steps // 10}",
         "eval_on_start=true",
         "save_steps=200",
         *overrides,
     ]
-    topk: Callable = masked_with_1e_8 if name.endswith("mask-1e-8") else straight_through_topk
+    topk = masked_with_1e_8 if name.endswith("mask-1e-8") else retrieval_clara.straight_through_topk
     with (
         mock.patch.object(sys, "argv", ["train.py", *arguments]),
         mock.patch.object(retrieval_clara, "straight_through_topk", topk),
@@ -84,16 +76,13 @@ def run_variant(folder: Path, name: str) -> None:
         train.train(*train.prepare())
 
 
-def curve(run: Path, names: tuple[str, ...]) -> str:
-    """Markdown rows of the evaluations of a run."""
+def curve(run: Path) -> str:
+    """A Markdown table of the evaluations of a run, a row a measure."""
     history = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    entries = {entry["step"]: entry for entry in history if "eval_loss" in entry}
-    lines = ["| step | " + " | ".join(map(str, entries)) + " |", "| --- |" + " --- |" * len(entries)]
-    for name in names:
-        values = [entry.get(f"eval_{name}") for entry in entries.values()]
-        if any(value is not None for value in values):
-            lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
-    return "\n".join(lines)
+    entries = [entry for entry in history if "eval_loss" in entry]
+    shown = [name for name in MEASURES if any(f"eval_{name}" in entry for entry in entries)]
+    rows = [[name, *(f"{entry[f'eval_{name}']:.3f}" for entry in entries)] for name in shown]
+    return table(["step", *(str(entry["step"]) for entry in entries)], rows)
 
 
 def main() -> None:
@@ -109,7 +98,7 @@ def main() -> None:
     for name in VARIANTS:
         run = arguments.run / "ablations" / name
         if (run / "trainer_state.json").exists():
-            print(f"\n{name}\n\n{curve(run, ('ce', 'mse', 'exact_match', 'recall@1', 'recall@5', 'margin'))}")
+            print(f"\n{name}\n\n{curve(run)}")
 
 
 if __name__ == "__main__":

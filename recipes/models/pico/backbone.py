@@ -8,22 +8,17 @@ thousands of steps); then questions with the sheet's text in view, in the prompt
 """
 
 import argparse
-import json
+from itertools import islice
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+from trl.scripts.utils import DatasetConfig
 
 from modeling_clara import CLaRaProcessor
+from recipes.training.data import read_rows
 
 # The prompts of clara-pico, as short as they can be: every token costs time on two cores.
 PROMPTS = {
@@ -52,21 +47,20 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """The random backbone: hidden 128, four layers, tied embeddings."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=352,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
+    return LlamaForCausalLM(config)
 
 
 class RepeatedSequences(Dataset):
@@ -102,23 +96,8 @@ class SheetsInView(Dataset):
         return {"input_ids": prompt.input_ids, "labels": prompt.input_ids}
 
 
-class Collator:
-    """Right-padded `input_ids`, `attention_mask`, `labels`, each (batch, length) int64."""
-
-    def __init__(self, processor: CLaRaProcessor):
-        self.processor = processor
-
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        pad = self.processor.pad
-        return {
-            "input_ids": pad([row["input_ids"] for row in rows], self.processor.pad_token_id),
-            "attention_mask": pad([[1] * len(row["input_ids"]) for row in rows], 0),
-            "labels": pad([row["labels"] for row in rows], -100),
-        }
-
-
 def train_phase(model, processor: CLaRaProcessor, dataset: Dataset, folder: Path, n_steps: int) -> None:
-    """One phase with a checkpoint every 200 steps; run again, it goes on from the last one."""
+    """One phase with a checkpoint every 200 steps; run again, it resumes from the last one."""
     arguments = TrainingArguments(
         output_dir=folder,
         max_steps=n_steps,
@@ -134,7 +113,16 @@ def train_phase(model, processor: CLaRaProcessor, dataset: Dataset, folder: Path
         disable_tqdm=True,
         seed=0,
     )
-    trainer = Trainer(model, arguments, data_collator=Collator(processor), train_dataset=dataset)
+
+    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+        """Right-padded, each (batch, length) int64."""
+        return {
+            "input_ids": processor.pad([row["input_ids"] for row in rows], processor.pad_token_id),
+            "attention_mask": processor.pad([[1] * len(row["input_ids"]) for row in rows], 0),
+            "labels": processor.pad([row["labels"] for row in rows], -100),
+        }
+
+    trainer = Trainer(model, arguments, data_collator=collate, train_dataset=dataset)
     trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
 
 
@@ -146,18 +134,16 @@ def main() -> None:
     parser.add_argument("--reading-steps", type=int, default=1200)
     arguments = parser.parse_args()
     set_seed(0)
-    with open(arguments.data / "pretrain.jsonl", encoding="utf-8") as file:
-        rows = [json.loads(line) for line, _ in zip(file, range(20_000), strict=False)]
+    rows = [row for _, row in islice(read_rows(DatasetConfig(str(arguments.data / "pretrain.jsonl"))), 20_000)]
+    pairs = [pair for row in rows for pair in row.get("qas", [])]
     texts = [f"{row['title']}\n{row['text']}\nTell the sheet again.\nQuestion:\nAnswer:" for row in rows]
-    texts += [pair["question"] for row in rows for pair in row.get("qas", [])]  # by itself, as it is encoded
-    texts += [f" {pair['answers'][0]}" for row in rows for pair in row.get("qas", [])]
+    texts += [pair["question"] for pair in pairs]  # by itself, as it is encoded
+    texts += [f" {pair['answers'][0]}" for pair in pairs]
     tokenizer = build_tokenizer(texts)
-    processor = CLaRaProcessor(tokenizer, **PROMPTS)
-    model = build_model(tokenizer)
+    processor, model = CLaRaProcessor(tokenizer, **PROMPTS), build_model(tokenizer)
     copies = RepeatedSequences(64 * arguments.copy_steps, len(tokenizer))
     train_phase(model, processor, copies, arguments.output / "copying", arguments.copy_steps)
-    reading = SheetsInView(rows, processor)
-    train_phase(model, processor, reading, arguments.output / "reading", arguments.reading_steps)
+    train_phase(model, processor, SheetsInView(rows, processor), arguments.output / "reading", arguments.reading_steps)
     model.save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
 

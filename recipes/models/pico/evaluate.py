@@ -9,28 +9,22 @@ from pathlib import Path
 
 from modeling_clara import CLaRaForRAG
 from recipes.models.pico.facts import RELATIONS, FactSheets
+from recipes.training.data import read_documents
 
 SPLITS = {"unseen people": False, "unseen people and wordings": True}
 
 
-def share(answers: list[str], expected: list[str]) -> float:
-    """Share of answers that are the expected value, letter case aside."""
-    same = [answer.strip().lower() == value.lower() for answer, value in zip(answers, expected, strict=True)]
+def share(answers: list, expected: list[str]) -> float:
+    """Share of `Answer`s whose text is the expected value, letter case aside."""
+    same = [answer.text.strip().lower() == value.lower() for answer, value in zip(answers, expected, strict=True)]
     return sum(same) / len(same)
-
-
-def texts(answers) -> list[str]:
-    return [answer.text for answer in answers]
 
 
 def read_rows(n_rows: int, n_documents: int, seed: int, unseen_wordings: bool) -> tuple[list, list, list, list]:
     """Questions, expected answers, documents `{title, text}` of each, and the index of the gold one."""
     sheets = FactSheets(seed, test=True, unseen_wordings=unseen_wordings)
     rows = list(sheets.retrieval_rows(n_rows, n_documents))
-    documents = [
-        [dict(zip(("title", "text"), document.split("\n", 1), strict=True)) for document in row["docs"]]
-        for row in rows
-    ]
+    documents = [read_documents(row) for row in rows]
     return [r["question"] for r in rows], [r["answers"][0] for r in rows], documents, [r["pos_index"][0] for r in rows]
 
 
@@ -50,14 +44,15 @@ def evaluate_split(model: CLaRaForRAG, n_rows: int, n_documents: int, seed: int,
     ]
     given = [[documents[index]] for documents, index in zip(stored, gold, strict=True)]
     wrong = [[documents[(index + 1) % n_documents]] for documents, index in zip(stored, gold, strict=True)]
-    options = {"max_new_tokens": 8, "min_score": -1}
+
+    def answered(documents: list, **options) -> float:
+        answers = model.answer(questions, documents=documents, max_new_tokens=8, min_score=-1, **options)
+        return share(answers, expected)
+
     return {
-        "answers_gold_given": {
-            str(k): share(texts(model.answer(questions, documents=given, memory_size=k, **options)), expected)
-            for k in model.config.memory_sizes
-        },
-        "answers_retrieved": share(texts(model.answer(questions, documents=stored, top_k=1, **options)), expected),
-        "answers_wrong_memory": share(texts(model.answer(questions, documents=wrong, **options)), expected),
+        "answers_gold_given": {str(k): answered(given, memory_size=k) for k in model.config.memory_sizes},
+        "answers_retrieved": answered(stored, top_k=1),
+        "answers_wrong_memory": answered(wrong),
         "recall@1": sum(rank == 0 for rank in ranks) / n_rows,
         "recall@5": sum(rank < 5 for rank in ranks) / n_rows,
         "mrr": sum(1 / (1 + rank) for rank in ranks) / n_rows,

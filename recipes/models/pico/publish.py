@@ -15,11 +15,14 @@ import torch
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus
 from recipes.benchmarks.codecs import measure_codecs
+from recipes.evaluation.report import table
 from recipes.models.pico.evaluate import SPLITS, evaluate
 from recipes.models.pico.facts import FactSheets
 from recipes.models.publishing import CARDS, lineage, read_curves, round_weights, write_folder
 
 N_SHEETS = 200
+FOUND = {"recall@1, 20 candidates": "recall@1", "recall@5": "recall@5", "MRR": "mrr"}
+ANSWERED = {"answers, retrieved": "answers_retrieved", "answers, wrong sheet": "answers_wrong_memory"}
 
 CARD = """---
 library_name: transformers
@@ -58,7 +61,7 @@ which sheet is the right one. Measured by `recipes.models.pico.evaluate` (seed {
 
 {table}
 
-Guessing gives {chance_answers:.2f} for answers and {chance_recall:.2f} for recall@1.
+Guessing gives {chance[answers]:.2f} for answers and {chance[recall@1]:.2f} for recall@1.
 
 ![F1 and recall@1 at both memory sizes](rate.png)
 
@@ -76,35 +79,25 @@ docs/experiments.md has numbers.
 
 def results_table(results: dict, sizes: list[int]) -> str:
     """Markdown: one row a measure, one column a split."""
-    names = [("recall@1, 20 candidates", "recall@1"), ("recall@5", "recall@5"), ("MRR", "mrr")]
-    rows = [f"| | {' | '.join(SPLITS)} |", "| --- |" + " --- |" * len(SPLITS)]
-    for label, key in names:
-        rows.append(f"| {label} | " + " | ".join(f"{results[split][key]:.3f}" for split in SPLITS) + " |")
+    splits = [results[split] for split in SPLITS]
+    measures = {label: [split[key] for split in splits] for label, key in FOUND.items()}
     for size in sizes:
-        values = [results[split]["answers_gold_given"][str(size)] for split in SPLITS]
-        rows.append(
-            f"| answers, gold sheet given, k = {size} | " + " | ".join(f"{value:.3f}" for value in values) + " |"
-        )
-    for label, key in (("answers, retrieved", "answers_retrieved"), ("answers, wrong sheet", "answers_wrong_memory")):
-        rows.append(f"| {label} | " + " | ".join(f"{results[split][key]:.3f}" for split in SPLITS) + " |")
-    return "\n".join(rows)
+        given = [split["answers_gold_given"][str(size)] for split in splits]
+        measures[f"answers, gold sheet given, k = {size}"] = given
+    measures |= {label: [split[key] for split in splits] for label, key in ANSWERED.items()}
+    return table(["", *SPLITS], [[label, *(f"{value:.3f}" for value in values)] for label, values in measures.items()])
 
 
 def write_model(model: CLaRaForRAG, folder: Path, results: dict, curves: dict) -> None:
     """Checkpoint with backbone in float16, card, results, curves."""
-    sizes = model.config.memory_sizes
-    text_config = model.config.text_config
+    sizes, text_config = model.config.memory_sizes, model.config.text_config
     card = CARD.format(
+        **results,
         parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         hidden=text_config.hidden_size,
         layers=text_config.num_hidden_layers,
         sizes=" or ".join(map(str, sizes)),
-        questions=results["questions"],
-        candidates=results["candidates"],
-        seed=results["seed"],
         table=results_table(results, sizes),
-        chance_answers=results["chance"]["answers"],
-        chance_recall=results["chance"]["recall@1"],
     )
     model.config.backbone_name_or_path = "clara-pico"
     write_folder(model.half(), folder, card, curves, include_backbone=True)
@@ -113,20 +106,19 @@ def write_model(model: CLaRaForRAG, folder: Path, results: dict, curves: dict) -
 
 def write_corpus(model: CLaRaForRAG, folder: Path) -> None:
     """A small compressed corpus of sheets about unseen people; its card says what the codecs cost."""
-    sheets, documents, asked = FactSheets(78, test=True), {}, []
-    while len(documents) < N_SHEETS:
+    sheets, found = FactSheets(78, test=True), {}
+    while len(found) < N_SHEETS:
         document, facts = sheets.sheet()
-        if document["title"] not in documents:
-            documents[document["title"]] = document
-            asked.append((document, facts))
-    rows = [sheets.question(document, facts) for document, facts in asked]
-    questions, answers = [question for question, _ in rows], [[answer] for _, answer in rows]
+        found.setdefault(document["title"], (document, facts))
+    documents = [document for document, _ in found.values()]
+    asked = [sheets.question(*sheet) for sheet in found.values()]
+    questions, answers = [question for question, _ in asked], [[answer] for _, answer in asked]
     source = {"name": "generated fact sheets of clara-pico", "license": "apache-2.0", "language": "en"}
     shutil.rmtree(folder, ignore_errors=True)
-    corpus = CompressedCorpus.build(model, list(documents.values()), folder, batch_size=64, source=source)
+    corpus = CompressedCorpus.build(model, documents, folder, batch_size=64, source=source)
     with tempfile.TemporaryDirectory() as temporary:
         exact = Path(temporary) / "float16"
-        CompressedCorpus.build(model, list(documents.values()), exact, codec="float16", batch_size=64)
+        CompressedCorpus.build(model, documents, exact, codec="float16", batch_size=64)
         codecs = measure_codecs(model, exact, questions, answers, top_k=1)
     measured = {"data": "the same generator, one of every sheet", "questions": len(questions), "codecs": codecs}
     corpus.record_measurement(measured)

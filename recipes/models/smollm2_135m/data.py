@@ -64,11 +64,6 @@ def is_held_back(title: str, text: str) -> bool:
     return digest[0] * 256 + digest[1] < 65536 // DEV_SHARE
 
 
-def read_file(path: Path) -> list[dict]:
-    """Rows of a .jsonl or .jsonl.gz file."""
-    return [row for _, row in read_rows(DatasetConfig(str(path)))]
-
-
 class HeldBack:
     """Texts and titles that no training row may have.
 
@@ -91,22 +86,26 @@ class HeldBack:
             documents = read_documents(row)
             self.texts |= {words(documents[index]["text"]) for index in read_positives(row, len(documents))}
 
-    def has(self, title: str, text: str) -> bool:
-        """Whether a document is held out."""
-        return words(text) in self.texts or (bool(title) and words(title) in self.titles)
+    def has(self, document: Mapping) -> bool:
+        """Whether a document `{title?, text}` is held out."""
+        return words(document["text"]) in self.texts or words(document.get("title", "")) in self.titles
+
+    def others(self, rows: Sequence[Mapping]) -> list[Mapping]:
+        """The rows `{title?, text}` that are not held out."""
+        return [row for row in rows if not self.has(row)]
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
 def paraphrased(title: str, text: str) -> dict | None:
-    """A row whose target is the text itself; None where it is too short to teach, or too long for a span."""
+    """A row whose target is the text itself; None if it is too short to teach, or too long for a chunk."""
     n_words = len(text.split())
     return {"title": title, "text": text, "paraphrase": text} if MIN_WORDS <= n_words <= MAX_WORDS else None
 
 
 def cloze(title: str, text: str, n_questions: int = 2) -> dict | None:
-    """A row with questions for numbers and names that are taken out of its sentences; None where there are none.
+    """A row with questions for numbers and names that are taken out of its sentences; None if there are none.
 
     >>> cloze("Rome", "The old town of Rome has had some 2,873,000 people since the year 2019.")["qas"][0]["answers"]
     ['2,873,000']
@@ -115,7 +114,7 @@ def cloze(title: str, text: str, n_questions: int = 2) -> dict | None:
     for sentence in sentences(text):
         if not 8 <= len(sentence.split()) <= 40:
             continue
-        # numbers, and runs of capitalised words behind the first word
+        # numbers, and runs of capitalised words after the first word
         found = re.search(r"(?<=\s)(?:\d[\d,.]*\d|(?:[A-Z][\w-]+)(?:\s[A-Z][\w-]+)+)(?=[\s,;.])", sentence)
         if found and sentence.count(found[0]) == 1:
             question = CLOZE.format(sentence=sentence.replace(found[0], GAP))
@@ -126,10 +125,8 @@ def cloze(title: str, text: str, n_questions: int = 2) -> dict | None:
 
 
 def pretraining_rows(passages: Sequence[Mapping], corpora: Sequence[Mapping], held: HeldBack) -> dict[str, list[dict]]:
-    """Stage 1, by file: every passage with its questions, every text to be said again, cloze questions on corpora."""
-    passages, corpora = (
-        [row for row in rows if not held.has(row.get("title", ""), row["text"])] for rows in (passages, corpora)
-    )
+    """Stage 1, by file: every passage with its questions, paraphrases of every text, cloze questions on corpora."""
+    passages, corpora = held.others(passages), held.others(corpora)
     texts = [(row.get("title", ""), row["text"]) for row in [*passages, *corpora]]
     made = {
         "questions": [{"title": row.get("title", ""), "text": row["text"], "qas": row["qas"]} for row in passages],
@@ -140,19 +137,19 @@ def pretraining_rows(passages: Sequence[Mapping], corpora: Sequence[Mapping], he
 
 
 def piece_rows(passages: Sequence[Mapping], held: HeldBack) -> list[dict]:
-    """The beginning of stage 1: passages in pieces, see `curriculum.py`."""
-    trained = [to_passage(row) for row in passages if not held.has(row.get("title", ""), row["text"])]
-    rows = curriculum_rows(trained)
-    return [row for row in rows if not held.has(row["title"], row["text"])]  # another file may hold a piece
+    """The beginning of stage 1: passages in pieces, see `curriculum.py`; another file may hold a piece."""
+    return held.others(curriculum_rows([to_passage(row) for row in held.others(passages)]))
 
 
 def question_rows(passages: Sequence[Mapping], held: HeldBack) -> list[dict]:
     """One row a question of a passage: `{question, answers, gold}`."""
     return [
-        {"question": pair["question"], "answers": pair["answers"], "gold": [{"title": title, "text": row["text"]}]}
-        for row in passages
-        for title in [row.get("title", "")]
-        if not held.has(title, row["text"])
+        {
+            "question": pair["question"],
+            "answers": pair["answers"],
+            "gold": [{"title": row.get("title", ""), "text": row["text"]}],
+        }
+        for row in held.others(passages)
         for pair in row["qas"]
         if words(pair["question"]) not in held.questions and pair["answers"]
     ]
@@ -161,14 +158,12 @@ def question_rows(passages: Sequence[Mapping], held: HeldBack) -> list[dict]:
 def questions_of(passages: Sequence[Mapping], held: HeldBack) -> list[dict]:
     """Passages that are not held out, with those of their questions that are not and have an answer; each once."""
     found = {}
-    for row in passages:
-        title = row.get("title", "")
-        if held.has(title, row["text"]):
-            continue
-        passage = found.setdefault(words(row["text"]), {"title": title, "text": row["text"], "qas": []})
-        known = {words(pair["question"]) for pair in passage["qas"]}
+    for row in held.others(passages):
+        empty = {"title": row.get("title", ""), "text": row["text"], "qas": []}
+        passage = found.setdefault(words(row["text"]), empty)
+        known = {words(pair["question"]) for pair in passage["qas"]} | held.questions
         for pair in row["qas"]:
-            if pair["answers"] and words(pair["question"]) not in known | held.questions:
+            if pair["answers"] and words(pair["question"]) not in known:
                 passage["qas"].append({"question": pair["question"], "answers": pair["answers"]})
                 known.add(words(pair["question"]))
     return list(found.values())
@@ -178,11 +173,17 @@ def multihop_rows(rows: Sequence[Mapping], held: HeldBack) -> Iterator[dict]:
     """Rows with their own candidates, but for those whose question or a document of which is held out."""
     for row in rows:
         documents = read_documents(row)
-        gold = read_positives(row, len(documents))
-        is_held = any(held.has(document["title"], document["text"]) for document in documents)
-        if is_held or words(row["question"]) in held.questions:
-            continue
-        yield {"question": row["question"], "answers": row["answers"], "docs": documents, "pos_index": gold}
+        if words(row["question"]) not in held.questions and not any(map(held.has, documents)):
+            gold = read_positives(row, len(documents))
+            yield {"question": row["question"], "answers": row["answers"], "docs": documents, "pos_index": gold}
+
+
+def unanswerable_rows(rows: Sequence[Mapping], held: HeldBack) -> Iterator[dict]:
+    """Rows whose documents do not answer them, with the words that say so."""
+    for row in rows:
+        documents = read_documents(row)
+        if not any(map(held.has, documents)):
+            yield {"question": row["question"], "answers": [NO_ANSWER], "docs": documents, "pos_index": []}
 
 
 def cut(row: Mapping, n_documents: int, generator: random.Random) -> dict:
@@ -201,30 +202,21 @@ def searched_rows(corpus: Sequence[Mapping], development: Mapping[str, Sequence[
         corpus: rows `{id, title?, text}`.
         development: rows of the multihop development files, by file name.
     """
-    found = {}
-    for row in corpus:
-        document = {"id": str(row["id"]), "title": row.get("title", ""), "text": row["text"]}
-        found.setdefault((words(document["title"]), words(document["text"])), document)
+    documents = [{"id": str(row["id"]), "title": row.get("title", ""), "text": row["text"]} for row in corpus]
     for name, rows in development.items():
-        for number, document in enumerate(document for row in rows for document in read_documents(row)):
-            key = words(document["title"]), words(document["text"])
-            found.setdefault(key, {"id": f"{name.split('.')[0]}-{number}", **document})
+        read = (document for row in rows for document in read_documents(row))
+        documents += [{"id": f"{name.split('.')[0]}-{number}", **document} for number, document in enumerate(read)]
+    found = {}
+    for document in documents:
+        found.setdefault((words(document["title"]), words(document["text"])), document)
     return list(found.values())
-
-
-def unanswerable_rows(rows: Sequence[Mapping], held: HeldBack) -> Iterator[dict]:
-    """Rows whose documents do not answer them, with the words that say so."""
-    for row in rows:
-        documents = read_documents(row)
-        if not any(held.has(document["title"], document["text"]) for document in documents):
-            yield {"question": row["question"], "answers": [NO_ANSWER], "docs": documents, "pos_index": []}
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
 def write_files(source: Path, output: Path, seed: int = SEED) -> dict[str, int]:
-    """All files; the number of rows of each.
+    """Write all files; the number of rows of each.
 
     Args:
         source: folder with the data.
@@ -240,13 +232,13 @@ def write_files(source: Path, output: Path, seed: int = SEED) -> dict[str, int]:
         paths = sorted(source.glob(pattern))
         if not paths:
             raise FileNotFoundError(f"{source} must have {pattern}, found none. Name another folder.")
-        groups[kind] = {path.name: read_file(path) for path in paths}
+        groups[kind] = {path.name: [row for _, row in read_rows(DatasetConfig(str(path)))] for path in paths}
     passages, development = groups["passages"], groups["development"]
-    held = HeldBack(passages, [row for rows in development.values() for row in rows])
-    texts, corpora, train, unanswerable = (
+    texts, corpora, train, unanswerable, asked = (
         [row for rows in groups[kind].values() for row in rows]
-        for kind in ("passages", "corpora", "multihop", "unanswerable")
+        for kind in ("passages", "corpora", "multihop", "unanswerable", "development")
     )
+    held = HeldBack(passages, asked)
     multihop = list(multihop_rows(train, held))
     free = [row for name, rows in passages.items() if name.startswith(FREE_PASSAGES) for row in rows]
     files = {
@@ -270,26 +262,18 @@ def stage_rows(
     generator: random.Random,
 ) -> dict[str, list[dict]]:
     """Stages 2 and 3 of the paper, by file; neighbours share documents, so the files pack well."""
-    candidates = list(with_distractors(question_rows(texts, held), NUM_CANDIDATES, generator))
-    instruct = [cut(row, NUM_READ, generator) for row in [*candidates, *multihop]]
+    rows = [*with_distractors(question_rows(texts, held), NUM_CANDIDATES, generator), *multihop]
+    instruct = [cut(row, NUM_READ, generator) for row in rows]
     return {
         "instruct": instruct + list(unanswerable_rows(unanswerable, held)),
-        "retrieval": [row for row in [*candidates, *multihop] if len(row["docs"]) >= NUM_READ],
+        "retrieval": [row for row in rows if len(row["docs"]) >= NUM_READ],
     }
 
 
 def run_rows(
     passages: Sequence[Mapping], multihop: Sequence[Mapping], cloze_rows: Sequence[Mapping], held: HeldBack, seed: int
 ) -> dict[str, list[dict]]:
-    """What the two runs of the published model read, by file.
-
-    Args:
-        passages: whose licence lets the model be free.
-        multihop: of `multihop_rows`.
-        cloze_rows: texts of corpora with questions.
-        held: what no row may have.
-        seed: of every choice.
-    """
+    """What the two runs of the published model read, by file; the passages' licence lets the model be free."""
     asked = [row for row in questions_of(passages, held) if row["qas"]]
     found = with_distractors(question_rows(asked, held), HARD_NUM_READ["candidates"], random.Random(seed))
     return {

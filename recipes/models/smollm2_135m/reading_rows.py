@@ -24,21 +24,21 @@ def passage_rows(passages: Sequence[Mapping], generator: random.Random) -> list[
     """Passages with their questions, each question once, runs of one title in random order."""
     rows = []
     for passage in passages:
-        if len(passage["text"].split()) > MAX_WORDS:
-            continue
-        pairs = generator.sample(passage["qas"], len(passage["qas"]))
-        for start in range(0, len(pairs), MAX_QUESTIONS):
-            rows.append(
-                {"title": passage["title"], "text": passage["text"], "qas": pairs[start : start + MAX_QUESTIONS]}
-            )
+        if len(passage["text"].split()) <= MAX_WORDS:
+            pairs = generator.sample(passage["qas"], len(passage["qas"]))
+            document = {"title": passage["title"], "text": passage["text"]}
+            rows += [{**document, "qas": some} for some in parts(pairs, MAX_QUESTIONS)]
     generator.shuffle(rows)
     rows.sort(key=lambda row: row["title"])
-    runs = []
-    for _, group in groupby(rows, key=lambda row: row["title"]):
-        group = list(group)
-        runs += [group[start : start + TITLE_RUN] for start in range(0, len(group), TITLE_RUN)]
+    groups = [list(group) for _, group in groupby(rows, key=lambda row: row["title"])]
+    runs = [run for group in groups for run in parts(group, TITLE_RUN)]
     generator.shuffle(runs)
     return [row for run in runs for row in run]
+
+
+def parts(rows: list, size: int) -> list[list]:
+    """A list in pieces of so many entries; the last one may be shorter."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def several_documents(rows: Sequence[Mapping], num_read: int, generator: random.Random) -> list[dict]:
@@ -69,7 +69,7 @@ def reading_rows(
     texts: Sequence[Mapping],
     seed: int = 42,
 ) -> list[dict]:
-    """Some pieces, then all passages once in steps of `STEP`; multi-hop rows and texts begin again where they end.
+    """Some pieces, then all passages once in steps of `STEP`: `reading.jsonl`.
 
     Args:
         pieces: rows of `curriculum.py`, in its order.
@@ -78,15 +78,9 @@ def reading_rows(
         texts: `{title, text, qas}` with cloze questions.
         seed: of every choice.
     """
-    generator = random.Random(seed)
-    kinds = {
-        "passages": with_paraphrases(passage_rows(passages, generator), generator),
-        "multihop": several_documents(multihop, NUM_READ["multihop"], generator),
-        "texts": with_paraphrases(generator.sample(texts, len(texts)), generator),
-    }
     n_pieces = min(PIECES, len(pieces))
     rows = [pieces[place * len(pieces) // n_pieces] for place in range(n_pieces)]
-    return rows + in_turn(kinds, STEP)
+    return rows + in_steps({"passages": passages, "multihop": multihop, "texts": texts}, STEP, NUM_READ, seed)
 
 
 def hard_reading_rows(
@@ -98,28 +92,28 @@ def hard_reading_rows(
 ) -> list[dict]:
     """All passages once in steps of `HARD_STEP`, beside questions over several documents: `reading_hard.jsonl`.
 
-    Args:
-        passages: as `reading_rows` takes them.
-        multihop: the same.
-        texts: the same.
-        candidates: questions of passages, `{question, answers, docs, pos_index}`, among what BM25 takes for the best.
-        seed: of every choice.
+    Arguments as in `reading_rows`; `candidates` are questions of passages, `{question, answers, docs, pos_index}`,
+    among what BM25 takes for the best.
     """
-    generator = random.Random(seed)
-    kinds = {
-        "passages": with_paraphrases(passage_rows(passages, generator), generator),
-        "multihop": several_documents(multihop, HARD_NUM_READ["multihop"], generator),
-        "candidates": several_documents(candidates, HARD_NUM_READ["candidates"], generator),
-        "texts": with_paraphrases(generator.sample(texts, len(texts)), generator),
-    }
-    return in_turn(kinds, HARD_STEP)
+    kinds = {"passages": passages, "multihop": multihop, "candidates": candidates, "texts": texts}
+    return in_steps(kinds, HARD_STEP, HARD_NUM_READ, seed)
 
 
-def in_turn(kinds: Mapping[str, Sequence[Mapping]], step: Mapping[str, int]) -> list[dict]:
+def in_steps(
+    kinds: Mapping[str, Sequence[Mapping]], step: Mapping[str, int], num_read: Mapping[str, int], seed: int
+) -> list[dict]:
     """Steps of so many rows of every kind until the passages end; other kinds begin again where they end."""
+    generator, made = random.Random(seed), {}
+    for kind, source in kinds.items():
+        if kind in num_read:
+            made[kind] = several_documents(source, num_read[kind], generator)
+        else:
+            is_asked = kind == "passages"
+            drawn = passage_rows(source, generator) if is_asked else generator.sample(source, len(source))
+            made[kind] = with_paraphrases(drawn, generator)
     rows = []
-    for number in range(len(kinds["passages"]) // step["passages"]):
+    for number in range(len(made["passages"]) // step["passages"]):
         for kind, n_rows in step.items():
-            source = kinds[kind]
+            source = made[kind]
             rows += [source[place % len(source)] for place in range(number * n_rows, (number + 1) * n_rows)]
     return rows
