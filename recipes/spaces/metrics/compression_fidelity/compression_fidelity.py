@@ -6,13 +6,13 @@ functions. It reads two texts and knows nothing of the memory between them.
 
 import math
 import re
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Sequence, Set
 
 import datasets
 import evaluate
 from rouge_score import rouge_scorer
 
-from recipes.spaces.metrics.checked_rows import CheckedRows, check_text, name_row, pair_rows
+from recipes.spaces.metrics.checked_rows import CheckedRows, check_text, summarize
 
 MEASURES = ("rouge1", "rougeL", "number_recall", "number_precision", "entity_recall", "entity_precision")
 # 1,200.50, 3.5, .5 and the 90 of 90s, but no digits that follow a letter, as in H2O
@@ -96,15 +96,6 @@ def numbers(text: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def lower_case_words(text: str) -> frozenset[str]:
-    """The words that stand in a text without a capital letter.
-
-    >>> sorted(lower_case_words("Cities are large cities"))
-    ['are', 'cities', 'large']
-    """
-    return frozenset(word for word in WORD.findall(text) if word.islower())
-
-
 def entities(text: str, common_words: Set[str] = frozenset()) -> frozenset[str]:
     """The different names of a text by a rule of thumb: runs of capitalised words with nothing but space in between.
 
@@ -136,7 +127,7 @@ def entities(text: str, common_words: Set[str] = frozenset()) -> frozenset[str]:
 
 
 def kept(wanted: Set[str], found: Set[str]) -> float | None:
-    """The share of `wanted` that is in `found`, 0 to 1, or None where nothing is wanted.
+    """The share of `wanted` that is in `found`, 0 to 1, or None if nothing is wanted.
 
     >>> kept({"1", "2"}, {"2", "3"}), kept(set(), {"1"})
     (0.5, None)
@@ -145,22 +136,16 @@ def kept(wanted: Set[str], found: Set[str]) -> float | None:
 
 
 def score_paraphrase(prediction: str, document: str) -> dict[str, float | None]:
-    """The measures of one paraphrase, None for a share of nothing.
+    """The measures of one paraphrase, each from 0 to 1, None for a share of nothing.
 
-    Args:
-        prediction: What the memory says back.
-        document: The text that was compressed.
-
-    Returns:
-        rouge1, rougeL (F-measures without stemming), number_recall, number_precision, entity_recall, entity_precision;
-        each from 0 to 1 or None.
+    rouge1 and rougeL are F-measures without stemming.
 
     >>> score_paraphrase("Rome has 3 rivers", "Rome has 2 rivers")["number_recall"]
     0.0
     """
     rouge = ROUGE.score(document, prediction)
     said, true = numbers(prediction), numbers(document)
-    common_words = lower_case_words(prediction) | lower_case_words(document)
+    common_words = {word for text in (prediction, document) for word in WORD.findall(text) if word.islower()}
     said_names, true_names = entities(prediction, common_words), entities(document, common_words)
     return {
         "rouge1": float(rouge["rouge1"].fmeasure),
@@ -189,25 +174,6 @@ def bertscore(predictions: list[str], references: list[str], model: str) -> list
     return [value if math.isfinite(value) else None for value in values]
 
 
-def check_rows(predictions: Iterable, references: Iterable, ids: Iterable | None = None) -> tuple[list, list]:
-    """The rows as lists, after everything that would make a score meaningless has been refused by name."""
-    predictions, references, ids = pair_rows(predictions, references, ids)
-    for row, (prediction, document) in enumerate(zip(predictions, references, strict=True)):
-        check_text(prediction, name_row("predictions", row, ids), NO_PREDICTION)
-        check_text(document, name_row("references", row, ids), NO_DOCUMENT)
-    return predictions, references
-
-
-def mean(values: list[float | None]) -> float | None:
-    """The mean of those that are there, or None.
-
-    >>> mean([1.0, None, 0.0]), mean([None])
-    (0.5, None)
-    """
-    there = [value for value in values if value is not None]
-    return math.fsum(there) / len(there) if there else None
-
-
 class CompressionFidelity(CheckedRows, evaluate.Metric):
     """The metric as `evaluate` loads it; see INPUTS_DESCRIPTION."""
 
@@ -222,7 +188,11 @@ class CompressionFidelity(CheckedRows, evaluate.Metric):
             license="apache-2.0",
         )
 
-    check_rows = staticmethod(check_rows)
+    def check_prediction(self, prediction: str, where: str) -> None:
+        check_text(prediction, where, NO_PREDICTION)
+
+    def check_reference(self, document: str, where: str) -> None:
+        check_text(document, where, NO_DOCUMENT)
 
     def _compute(
         self,
@@ -232,14 +202,13 @@ class CompressionFidelity(CheckedRows, evaluate.Metric):
         bertscore_model: str | None = None,
         ids: Sequence | None = None,
     ) -> dict:
-        predictions, references = check_rows(predictions, references, ids)
+        self.check_rows(predictions, references, ids)
         bert = {"bertscore": bertscore(predictions, references, bertscore_model)} if bertscore_model else {}
         rows = [score_paraphrase(*row) for row in zip(predictions, references, strict=True)]
         lists = {name: [row[name] for row in rows] for name in MEASURES} | bert
-        scores: dict = {name: mean(values) for name, values in lists.items()}
-        for thing, plural in (("number", "numbers"), ("entity", "entities")):
-            scores[f"rows_without_{plural}"] = lists[f"{thing}_recall"].count(None)
-            scores[f"predictions_without_{plural}"] = lists[f"{thing}_precision"].count(None)
-        if per_question:
-            scores |= {f"{name}_per_question": values for name, values in lists.items()}
-        return scores
+        counts = {
+            f"{kind}_without_{things}": lists[f"{thing}_{measure}"].count(None)
+            for thing, things in (("number", "numbers"), ("entity", "entities"))
+            for kind, measure in (("rows", "recall"), ("predictions", "precision"))
+        }
+        return summarize(lists, per_question, **counts)

@@ -4,16 +4,15 @@ A module of Hugging Face `evaluate`, which reads it from a folder or from a Spac
 functions. It knows nothing of models, prompts or documents.
 """
 
-import math
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import datasets
 import evaluate
 
-from recipes.spaces.metrics.checked_rows import CheckedRows, check_text, name_row, pair_rows
+from recipes.spaces.metrics.checked_rows import CheckedRows, check_list, check_text, summarize
 
 MEASURES = ("em", "f1", "containment", "bag_containment")
 ARTICLES = re.compile(r"\b(?:a|an|the)\b")
@@ -80,8 +79,7 @@ def words_f1(words: list[str], gold: list[str]) -> float:
         return float(words == gold)
     if set(gold).isdisjoint(words):
         return 0.0  # most wrong answers, without counting
-    shared = sum((Counter(words) & Counter(gold)).values())
-    return 2 * shared / (len(words) + len(gold))
+    return 2 * (Counter(words) & Counter(gold)).total() / (len(words) + len(gold))
 
 
 def contains_run(words: list[str], gold: list[str]) -> bool:
@@ -90,8 +88,6 @@ def contains_run(words: list[str], gold: list[str]) -> bool:
     >>> contains_run(["new", "york", "city"], ["york", "city"]), contains_run(["newark"], ["new"])
     (True, False)
     """
-    if not gold:
-        return not words
     return f" {' '.join(gold)} " in f" {' '.join(words)} "
 
 
@@ -101,20 +97,11 @@ def contains_bag(words: list[str], gold: list[str]) -> bool:
     >>> contains_bag(["curie", "marie"], ["marie", "curie"])
     True
     """
-    if not gold:
-        return not words
-    return set(gold).issubset(words)
+    return set(gold).issubset(words) if gold else not words
 
 
 def score_answer(prediction: str, answers: Sequence[str]) -> dict[str, float]:
-    """The four measures of one answer, each the best over the gold answers by itself.
-
-    Args:
-        prediction: What was generated.
-        answers: Gold answers, at least one.
-
-    Returns:
-        em, f1, containment and bag_containment, each from 0 to 1.
+    """em, f1, containment and bag_containment of one answer, 0 to 1, each the best over the gold answers by itself.
 
     >>> score_answer("in the city of Paris", ["Paris", "Rome"])
     {'em': 0.0, 'f1': 0.4, 'containment': 1.0, 'bag_containment': 1.0}
@@ -123,34 +110,12 @@ def score_answer(prediction: str, answers: Sequence[str]) -> dict[str, float]:
         raise ValueError(f"`answers` must be a list with at least one gold answer, got {answers!r}. {NO_GOLD}")
     words = answer_words(prediction)
     bag = answer_words(YES_NO[prediction]) if prediction in YES_NO else words
-    em = f1 = containment = bag_containment = 0.0
+    found = []
     for answer in answers:
         gold = answer_words(answer)
         gold_bag = answer_words(YES_NO[answer]) if answer in YES_NO else gold
-        if words == gold:
-            em = f1 = containment = 1.0
-        else:
-            f1 = max(f1, words_f1(words, gold))
-            containment = containment or float(contains_run(words, gold))
-        bag_containment = bag_containment or float(contains_bag(bag, gold_bag))
-    return {"em": em, "f1": f1, "containment": containment, "bag_containment": bag_containment}
-
-
-def check_rows(predictions: Iterable, references: Iterable, ids: Iterable | None = None) -> tuple[list, list]:
-    """The rows as lists, after everything that would make a score meaningless has been refused by name."""
-    predictions, references, ids = pair_rows(predictions, references, ids)
-    for row, (prediction, answers) in enumerate(zip(predictions, references, strict=True)):
-        check_text(prediction, name_row("predictions", row, ids), NO_PREDICTION)
-        if not isinstance(answers, list | tuple):
-            raise TypeError(
-                f"{name_row('references', row, ids)} must be a list of gold answers, got {answers!r}. "
-                f"Write ['Paris'] for a single answer. {NO_GOLD}"
-            )
-        if not answers:
-            raise ValueError(f"{name_row('references', row, ids)} must have a gold answer, got []. {NO_GOLD}")
-        for place, answer in enumerate(answers):
-            check_text(answer, f"{name_row('references', row, ids)}[{place}]", f"Remove this gold answer. {NO_GOLD}")
-    return predictions, references
+        found.append((words == gold, words_f1(words, gold), contains_run(words, gold), contains_bag(bag, gold_bag)))
+    return {name: float(max(values)) for name, values in zip(MEASURES, zip(*found, strict=True), strict=True)}
 
 
 class RagAnswer(CheckedRows, evaluate.Metric):
@@ -167,13 +132,17 @@ class RagAnswer(CheckedRows, evaluate.Metric):
             license="apache-2.0",
         )
 
-    check_rows = staticmethod(check_rows)
+    def check_prediction(self, prediction: str, where: str) -> None:
+        check_text(prediction, where, NO_PREDICTION)
+
+    def check_reference(self, answers: Sequence[str], where: str) -> None:
+        check_list(answers, where, "gold answers", f"Write ['Paris'] for a single answer. {NO_GOLD}")
+        if not answers:
+            raise ValueError(f"{where} must have a gold answer, got []. {NO_GOLD}")
+        for place, answer in enumerate(answers):
+            check_text(answer, f"{where}[{place}]", f"Remove this gold answer. {NO_GOLD}")
 
     def _compute(self, predictions, references, per_question: bool = False, ids: Sequence | None = None) -> dict:
-        predictions, references = check_rows(predictions, references, ids)
+        self.check_rows(predictions, references, ids)
         rows = [score_answer(*row) for row in zip(predictions, references, strict=True)]
-        lists = {name: [row[name] for row in rows] for name in MEASURES}
-        scores: dict = {name: math.fsum(values) / len(values) for name, values in lists.items()}
-        if per_question:
-            scores |= {f"{name}_per_question": values for name, values in lists.items()}
-        return scores
+        return summarize({name: [row[name] for row in rows] for name in MEASURES}, per_question)

@@ -6,13 +6,13 @@ functions. It sees ids only: no texts, no scores, and no graded relevance.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import datasets
 import evaluate
 
-from recipes.spaces.metrics.checked_rows import CheckedRows, name_row, pair_rows
+from recipes.spaces.metrics.checked_rows import CheckedRows, check_list, check_string, summarize
 
 DEFAULT_K = (1, 3, 5, 10)
 
@@ -65,19 +65,16 @@ def ideal_dcg(count: int) -> float:
 
 
 def score_ranking(ranking: Sequence[str], gold: Sequence[str], k: Sequence[int] = DEFAULT_K) -> dict[str, float]:
-    """The measures of one ranking.
+    """The measures of one ranking: recall@k, precision@k, hit@k and ndcg@k of each k, then mrr; each from 0 to 1.
 
     recall@k is the share of the gold documents among the first k, precision@k the share of gold among k places (also
-    where fewer were returned), hit@k whether there is any, mrr 1 / rank of the first gold document at any depth,
+    if fewer were returned), hit@k whether there is any, mrr 1 / rank of the first gold document at any depth,
     ndcg@k the sum of 1 / log2(rank + 1) over the gold documents among the first k, divided by the best possible one.
 
     Args:
         ranking: Document ids, the best first, each once.
         gold: Gold document ids, at least one, each once.
         k: Depths, positive.
-
-    Returns:
-        recall@k, precision@k, hit@k and ndcg@k of each k, then mrr; each from 0 to 1.
 
     >>> score_ranking(["d7", "d2"], ["d2"], k=[2])
     {'recall@2': 1.0, 'precision@2': 0.5, 'hit@2': 1.0, 'ndcg@2': 0.6309297535714575, 'mrr': 0.5}
@@ -94,16 +91,11 @@ def score_ranking(ranking: Sequence[str], gold: Sequence[str], k: Sequence[int] 
         scores[f"precision@{depth}"] = len(found) / depth
         scores[f"hit@{depth}"] = float(bool(found))
         scores[f"ndcg@{depth}"] = dcg / ideal_dcg(min(depth, len(gold)))
-    scores["mrr"] = 1 / ranks[0] if ranks else 0.0
-    return scores
+    return scores | {"mrr": 1 / ranks[0] if ranks else 0.0}
 
 
-def check_k(k: Sequence[int]) -> tuple[int, ...]:
-    """The depths, which are positive integers, each once.
-
-    >>> check_k([1, 5])
-    (1, 5)
-    """
+def check_k(k: Sequence[int]) -> None:
+    """Refuses what is no list of positive integers, each once."""
     if not isinstance(k, list | tuple | range):
         raise TypeError(f"`k` must be a list of depths, got {k!r}. Write [{k}] for a single one.")
     for depth in k:
@@ -111,44 +103,16 @@ def check_k(k: Sequence[int]) -> tuple[int, ...]:
             raise ValueError(f"`k` must have positive integers only, got {depth!r}. Write e.g. {list(DEFAULT_K)}.")
     if not k or len(set(k)) < len(k):
         raise ValueError(f"`k` must have at least one depth and each once, got {list(k)}. Remove the repeated ones.")
-    return tuple(k)
 
 
 def check_documents(documents: Sequence[str], where: str) -> None:
     """Refuses what is no list of different strings; `where` goes into the message."""
-    if not isinstance(documents, list | tuple):
-        raise TypeError(f"{where} must be a list of document ids, got {documents!r}. Write [] for none.")
+    check_list(documents, where, "document ids", "Write [] for none.")
     for place, document in enumerate(documents):
-        if not isinstance(document, str):
-            raise TypeError(
-                f"{where}[{place}] must be a string, got {document!r}. Write ids as str(id) in both columns."
-            )
-        if not document.isascii():
-            try:
-                document.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"{where}[{place}] must be valid Unicode, got {document!r}. Rename it.") from error
+        check_string(document, f"{where}[{place}]", "Write ids as str(id) in both columns.")
     if len(set(documents)) < len(documents):
         document, count = Counter(documents).most_common(1)[0]
         raise ValueError(f"{where} must have each document once, got {document!r} {count} times. Keep its best rank.")
-
-
-def check_rows(predictions: Iterable, references: Iterable, ids: Iterable | None = None) -> tuple[list, list]:
-    """The rows as lists, after everything that would make a score meaningless has been refused by name."""
-    predictions, references, ids = pair_rows(predictions, references, ids)
-    for row, (ranking, gold) in enumerate(zip(predictions, references, strict=True)):
-        check_documents(ranking, name_row("predictions", row, ids))
-        check_documents(gold, name_row("references", row, ids))
-    return predictions, references
-
-
-def check_gold(references: list) -> None:
-    """Refuses rows none of which has a gold document."""
-    if not any(references):
-        raise ValueError(
-            f"`references` must have gold documents for at least one question, got none in {len(references)}. "
-            "Check that the ids of the gold documents were read."
-        )
 
 
 class Retrieval(CheckedRows, evaluate.Metric):
@@ -165,32 +129,24 @@ class Retrieval(CheckedRows, evaluate.Metric):
             license="apache-2.0",
         )
 
-    check_rows = staticmethod(check_rows)
+    check_prediction = check_reference = staticmethod(check_documents)
 
-    def compute(self, *, predictions=None, references=None, **kwargs):
+    def compute(self, *, k: Sequence[int] = DEFAULT_K, **kwargs):
         """Scores these rows and those added before; `k` is checked before a row is read."""
-        check_k(kwargs.get("k", DEFAULT_K))
-        return super().compute(predictions=predictions, references=references, **kwargs)
+        check_k(k)
+        return super().compute(k=k, **kwargs)
 
     def _compute(
-        self,
-        predictions,
-        references,
-        k: Sequence[int] = DEFAULT_K,
-        per_question: bool = False,
-        ids: Sequence | None = None,
+        self, predictions, references, k: Sequence[int], per_question: bool = False, ids: Sequence | None = None
     ) -> dict:
-        predictions, references = check_rows(predictions, references, ids)
-        check_gold(references)
-        k = check_k(k)
-        rows = [
-            score_ranking(ranking, gold, k) if gold else None
-            for ranking, gold in zip(predictions, references, strict=True)
-        ]
-        scored = [row for row in rows if row is not None]
-        scores: dict = {name: math.fsum(row[name] for row in scored) / len(scored) for name in scored[0]}
-        scores |= {"questions": len(scored), "without_gold": len(rows) - len(scored)}
-        if per_question:
-            names = list(scored[0])
-            scores |= {f"{name}_per_question": [None if row is None else row[name] for row in rows] for name in names}
-        return scores
+        self.check_rows(predictions, references, ids)
+        if not any(references):
+            raise ValueError(
+                f"`references` must have gold documents for at least one question, got none in {len(references)}. "
+                "Check that the ids of the gold documents were read."
+            )
+        rows = [score_ranking(*row, k) if row[1] else {} for row in zip(predictions, references, strict=True)]
+        names = next(filter(None, rows))
+        without_gold = rows.count({})
+        counts = {"questions": len(rows) - without_gold, "without_gold": without_gold}
+        return summarize({name: [row.get(name) for row in rows] for name in names}, per_question, **counts)
