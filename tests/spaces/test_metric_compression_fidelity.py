@@ -205,11 +205,8 @@ def test_a_measure_without_rows_is_none_and_never_nan(metric):
     assert all(value is None or type(value) in (int, float) for value in flat)
 
 
-def test_doctests_run(metric, monkeypatch):
-    monkeypatch.chdir(FOLDER.parents[3])  # the examples name the folder from the root of the repository
-    assert doctest.testmod(compression_fidelity) == (0, 6)
-    example = doctest.DocTestParser().get_doctest(metric.inputs_description, {}, "inputs", None, 0)
-    assert doctest.DocTestRunner().run(example) == (0, 4)
+def test_doctests_run():
+    assert doctest.testmod(compression_fidelity) == (0, 2)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

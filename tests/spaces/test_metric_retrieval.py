@@ -147,11 +147,8 @@ def test_a_question_without_gold_changes_nothing_but_its_count(metric):
         assert after[f"{name}_per_question"] == [None, *before[f"{name}_per_question"]]
 
 
-def test_doctests_run(metric, monkeypatch):
-    monkeypatch.chdir(FOLDER.parents[3])  # the examples name the folder from the root of the repository
-    assert doctest.testmod(retrieval) == (0, 3)
-    example = doctest.DocTestParser().get_doctest(metric.inputs_description, {}, "inputs", None, 0)
-    assert doctest.DocTestRunner().run(example) == (0, 3)
+def test_doctests_run():
+    assert doctest.testmod(retrieval) == (0, 1)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Scores what a memory says back about its document: ROUGE, and the numbers and names that were kept or invented.
 
-A module of Hugging Face `evaluate`, which reads it from a folder or from a Space on the Hub; scripts import the pure
-functions. It reads two texts and knows nothing of the memory between them.
+A module of Hugging Face `evaluate`, read from a folder or from a Space on the Hub; scripts import the pure functions.
 """
 
 import math
@@ -35,13 +34,14 @@ ROUGE = rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
 NO_PREDICTION = "An empty paraphrase is a failure, not an answer: leave the row out and count it as failed."
 NO_DOCUMENT = "A paraphrase cannot be scored without its document: leave the row out and count it."
 
-DESCRIPTION = """\
+TEXT = datasets.Value("string")
+INFO = {
+    "description": """\
 Scores what a compressed memory says back about its document: ROUGE-1 and ROUGE-L of the paraphrase against it, the
 share of the document's numbers and names that the paraphrase keeps (recall), and the share of the paraphrase's that
 the document has (precision; the rest is made up). BERTScore comes on top where a model for it is named.
-"""
-
-INPUTS_DESCRIPTION = """
+""",
+    "inputs_description": """
 Args:
     predictions (`list[str]`): what each memory says back; none may be blank or missing.
     references (`list[str]`): the document of each memory; none may be blank or missing.
@@ -56,20 +56,8 @@ Returns:
     `predictions_without_numbers` and `predictions_without_entities`: rows left out of the precisions; `bertscore`,
     an F1 of at most about 1, where asked for; with `per_question` also `rouge1_per_question` and so on, lists
     with None for what was left out.
-
-Example, with this folder; the id of a Space on the Hub does as well:
-
-    >>> import evaluate
-    >>> metric = evaluate.load("recipes/spaces/metrics/compression_fidelity")
-    >>> scores = metric.compute(
-    ...     predictions=["The Eiffel Tower is 330 metres high and stands in Rome."],
-    ...     references=["The Eiffel Tower in Paris is 330 metres high."],
-    ... )
-    >>> scores["number_recall"], scores["entity_recall"], scores["entity_precision"], round(scores["rouge1"], 4)
-    (1.0, 0.5, 0.5, 0.8)
-"""
-
-CITATION = """\
+""",
+    "citation": """\
 @inproceedings{lin-2004-rouge,
     title = "{ROUGE}: A Package for Automatic Evaluation of Summaries",
     author = "Lin, Chin-Yew",
@@ -77,7 +65,11 @@ CITATION = """\
     year = "2004",
     url = "https://aclanthology.org/W04-1013",
 }
-"""
+""",
+    "features": datasets.Features({"predictions": TEXT, "references": TEXT}),
+    "reference_urls": ["https://pypi.org/project/rouge-score/", "https://github.com/apple/ml-clara"],
+    "license": "apache-2.0",
+}
 
 
 def numbers(text: str) -> frozenset[str]:
@@ -99,12 +91,8 @@ def numbers(text: str) -> frozenset[str]:
 def entities(text: str, common_words: Set[str] = frozenset()) -> frozenset[str]:
     """The different names of a text by a rule of thumb: runs of capitalised words with nothing but space in between.
 
-    A run loses the English function words that it begins with, and the first word of a sentence where that is one of
-    `common_words`. Names are case-folded.
-
-    Args:
-        text: Any text.
-        common_words: Words known to stand in lower case, and which a capital at the start of a sentence makes no name.
+    A run loses the English function words that it begins with, and the first word of a sentence if it is one of
+    `common_words`, which are known to stand in lower case. Names are case-folded.
 
     >>> sorted(entities("The Eiffel Tower stands in Paris. Cities like New York do not have it.", {"cities"}))
     ['eiffel tower', 'new york', 'paris']
@@ -127,22 +115,12 @@ def entities(text: str, common_words: Set[str] = frozenset()) -> frozenset[str]:
 
 
 def kept(wanted: Set[str], found: Set[str]) -> float | None:
-    """The share of `wanted` that is in `found`, 0 to 1, or None if nothing is wanted.
-
-    >>> kept({"1", "2"}, {"2", "3"}), kept(set(), {"1"})
-    (0.5, None)
-    """
+    """The share of `wanted` that is in `found`, 0 to 1, or None if nothing is wanted."""
     return len(wanted & found) / len(wanted) if wanted else None
 
 
 def score_paraphrase(prediction: str, document: str) -> dict[str, float | None]:
-    """The measures of one paraphrase, each from 0 to 1, None for a share of nothing.
-
-    rouge1 and rougeL are F-measures without stemming.
-
-    >>> score_paraphrase("Rome has 3 rivers", "Rome has 2 rivers")["number_recall"]
-    0.0
-    """
+    """The measures of one paraphrase, 0 to 1, ROUGE as F-measures without stemming; None for a share of nothing."""
     rouge = ROUGE.score(document, prediction)
     said, true = numbers(prediction), numbers(document)
     common_words = {word for text in (prediction, document) for word in WORD.findall(text) if word.islower()}
@@ -175,18 +153,10 @@ def bertscore(predictions: list[str], references: list[str], model: str) -> list
 
 
 class CompressionFidelity(CheckedRows, evaluate.Metric):
-    """The metric as `evaluate` loads it; see INPUTS_DESCRIPTION."""
+    """The metric as `evaluate` loads it."""
 
     def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            citation=CITATION,
-            inputs_description=INPUTS_DESCRIPTION,
-            features=datasets.Features({"predictions": text, "references": text}),
-            reference_urls=["https://pypi.org/project/rouge-score/", "https://github.com/apple/ml-clara"],
-            license="apache-2.0",
-        )
+        return evaluate.MetricInfo(**INFO)
 
     def check_prediction(self, prediction: str, where: str) -> None:
         check_text(prediction, where, NO_PREDICTION)

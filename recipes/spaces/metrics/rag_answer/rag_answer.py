@@ -1,7 +1,6 @@
 """Scores short generated answers against gold answers: exact match, F1 and two kinds of containment.
 
-A module of Hugging Face `evaluate`, which reads it from a folder or from a Space on the Hub; scripts import the pure
-functions. It knows nothing of models, prompts or documents.
+A module of Hugging Face `evaluate`, read from a folder or from a Space on the Hub; scripts import the pure functions.
 """
 
 import re
@@ -21,13 +20,14 @@ YES_NO = {"True": "yes", "False": "no"}  # as the reference implementation of CL
 NO_PREDICTION = "An empty prediction is a failure, not an answer: leave the row out and count it as failed."
 NO_GOLD = "A question without a gold answer cannot be scored: leave the row out and count it."
 
-DESCRIPTION = """\
+TEXT = datasets.Value("string")
+INFO = {
+    "description": """\
 Scores short answers, as question answering over retrieved or compressed documents gives them, against one or more gold
 answers: SQuAD's exact match and F1, whether the answer contains a gold answer word for word, and whether it has all
 words of one in any order. Each takes the best gold answer of a question by itself and is a mean over questions.
-"""
-
-INPUTS_DESCRIPTION = """
+""",
+    "inputs_description": """
 Args:
     predictions (`list[str]`): one answer per question; none may be blank or missing.
     references (`list[list[str]]`): the gold answers of each question, at least one; any of them will do.
@@ -37,19 +37,8 @@ Args:
 Returns:
     `em`, `f1`, `containment`, `bag_containment`: floats from 0 to 1, means over the questions;
     with `per_question` also `em_per_question` and so on, lists of floats.
-
-Example, with this folder; the id of a Space on the Hub does as well:
-
-    >>> import evaluate
-    >>> metric = evaluate.load("recipes/spaces/metrics/rag_answer")
-    >>> metric.compute(
-    ...     predictions=["in the city of Paris", "Curie, Marie"],
-    ...     references=[["Paris", "Paris, France"], ["Marie Curie"]],
-    ... )
-    {'em': 0.0, 'f1': 0.7, 'containment': 0.5, 'bag_containment': 1.0}
-"""
-
-CITATION = """\
+""",
+    "citation": """\
 @inproceedings{rajpurkar-etal-2016-squad,
     title = "{SQ}u{AD}: 100,000+ Questions for Machine Comprehension of Text",
     author = "Rajpurkar, Pranav and Zhang, Jian and Lopyrev, Konstantin and Liang, Percy",
@@ -57,7 +46,11 @@ CITATION = """\
     year = "2016",
     url = "https://aclanthology.org/D16-1264",
 }
-"""
+""",
+    "features": datasets.Features({"predictions": TEXT, "references": datasets.Sequence(TEXT)}),
+    "reference_urls": ["https://rajpurkar.github.io/SQuAD-explorer/", "https://github.com/apple/ml-clara"],
+    "license": "apache-2.0",
+}
 
 
 def answer_words(text: str) -> list[str]:
@@ -70,11 +63,7 @@ def answer_words(text: str) -> list[str]:
 
 
 def words_f1(words: list[str], gold: list[str]) -> float:
-    """F1 of two bags of words, 0 to 1; of two empty ones 1, of one empty one 0 (SQuAD 2.0's script).
-
-    >>> words_f1(["in", "paris"], ["paris"])
-    0.6666666666666666
-    """
+    """F1 of two bags of words, 0 to 1; of two empty ones 1, of one empty one 0 (SQuAD 2.0's script)."""
     if not words or not gold:
         return float(words == gold)
     if set(gold).isdisjoint(words):
@@ -92,11 +81,7 @@ def contains_run(words: list[str], gold: list[str]) -> bool:
 
 
 def contains_bag(words: list[str], gold: list[str]) -> bool:
-    """Whether every gold word is among `words`, in any order and any number; an empty gold only in an empty answer.
-
-    >>> contains_bag(["curie", "marie"], ["marie", "curie"])
-    True
-    """
+    """Whether every gold word is among `words`, in any order and any number; an empty gold only in an empty answer."""
     return set(gold).issubset(words) if gold else not words
 
 
@@ -119,18 +104,10 @@ def score_answer(prediction: str, answers: Sequence[str]) -> dict[str, float]:
 
 
 class RagAnswer(CheckedRows, evaluate.Metric):
-    """The metric as `evaluate` loads it; see INPUTS_DESCRIPTION."""
+    """The metric as `evaluate` loads it."""
 
     def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            citation=CITATION,
-            inputs_description=INPUTS_DESCRIPTION,
-            features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-            reference_urls=["https://rajpurkar.github.io/SQuAD-explorer/", "https://github.com/apple/ml-clara"],
-            license="apache-2.0",
-        )
+        return evaluate.MetricInfo(**INFO)
 
     def check_prediction(self, prediction: str, where: str) -> None:
         check_text(prediction, where, NO_PREDICTION)

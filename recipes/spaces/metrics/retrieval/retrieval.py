@@ -1,13 +1,11 @@
 """Scores rankings of documents against the gold documents of a question: recall, precision, hits, MRR and nDCG.
 
-A module of Hugging Face `evaluate`, which reads it from a folder or from a Space on the Hub; scripts import the pure
-functions. It sees ids only: no texts, no scores, and no graded relevance.
+A module of Hugging Face `evaluate`, read from a folder or from a Space on the Hub; scripts import the pure functions.
 """
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
 
 import datasets
 import evaluate
@@ -16,12 +14,13 @@ from recipes.spaces.metrics.checked_rows import CheckedRows, check_list, check_s
 
 DEFAULT_K = (1, 3, 5, 10)
 
-DESCRIPTION = """\
+TEXTS = datasets.Sequence(datasets.Value("string"))
+INFO = {
+    "description": """\
 Scores rankings of document ids, as a retriever returns them, against the ids of the gold documents: recall@k,
 precision@k, hit@k, MRR and nDCG@k with binary relevance, averaged over the questions that have a gold document.
-"""
-
-INPUTS_DESCRIPTION = """
+""",
+    "inputs_description": """
 Args:
     predictions (`list[list[str]]`): document ids of each question, the best first, each id once; may be empty.
     references (`list[list[str]]`): gold document ids of each question, in any order, each id once; a question without
@@ -34,16 +33,8 @@ Returns:
     `recall@k`, `precision@k`, `hit@k`, `ndcg@k` for each k, and `mrr`: floats from 0 to 1, means over the questions
     with gold; `questions` and `without_gold`: how many were scored and left out; with `per_question` also
     `mrr_per_question` and so on, lists of floats, None where a question has no gold.
-
-Example, with this folder; the id of a Space on the Hub does as well:
-
-    >>> import evaluate
-    >>> metric = evaluate.load("recipes/spaces/metrics/retrieval")
-    >>> metric.compute(predictions=[["d7", "d2", "d9"]], references=[["d2", "d5"]], k=[1, 2])  # doctest: +ELLIPSIS
-    {'recall@1': 0.0, 'precision@1': 0.0, 'hit@1': 0.0, 'ndcg@1': 0.0, 'recall@2': 0.5, ..., 'without_gold': 0}
-"""
-
-CITATION = """\
+""",
+    "citation": """\
 @article{jarvelin-kekalainen-2002-cumulated,
     title = "Cumulated gain-based evaluation of {IR} techniques",
     author = "J{\\"a}rvelin, Kalervo and Kek{\\"a}l{\\"a}inen, Jaana",
@@ -51,17 +42,16 @@ CITATION = """\
     volume = "20", number = "4", pages = "422--446", year = "2002",
     url = "https://doi.org/10.1145/582415.582418",
 }
-"""
+""",
+    "features": datasets.Features({"predictions": TEXTS, "references": TEXTS}),
+    "reference_urls": ["https://github.com/AmenRa/ranx", "https://ir-measur.es/en/latest/measures.html"],
+    "license": "apache-2.0",
+}
 
 
-@lru_cache(maxsize=4096)
-def ideal_dcg(count: int) -> float:
-    """DCG of `count` gold documents at the first ranks, which is the best there can be.
-
-    >>> ideal_dcg(1), round(ideal_dcg(2), 4)
-    (1.0, 1.6309)
-    """
-    return math.fsum(1 / math.log2(rank + 1) for rank in range(1, count + 1))
+def sum_gains(ranks: Iterable[int]) -> float:
+    """Discounted cumulative gain of gold documents at these ranks, which count from 1."""
+    return math.fsum(1 / math.log2(rank + 1) for rank in ranks)
 
 
 def score_ranking(ranking: Sequence[str], gold: Sequence[str], k: Sequence[int] = DEFAULT_K) -> dict[str, float]:
@@ -86,11 +76,11 @@ def score_ranking(ranking: Sequence[str], gold: Sequence[str], k: Sequence[int] 
     scores = {}
     for depth in k:
         found = [rank for rank in ranks if rank <= depth]
-        dcg = math.fsum(1 / math.log2(rank + 1) for rank in found)
+        best = range(1, min(depth, len(gold)) + 1)
         scores[f"recall@{depth}"] = len(found) / len(gold)
         scores[f"precision@{depth}"] = len(found) / depth
         scores[f"hit@{depth}"] = float(bool(found))
-        scores[f"ndcg@{depth}"] = dcg / ideal_dcg(min(depth, len(gold)))
+        scores[f"ndcg@{depth}"] = sum_gains(found) / sum_gains(best)
     return scores | {"mrr": 1 / ranks[0] if ranks else 0.0}
 
 
@@ -116,18 +106,10 @@ def check_documents(documents: Sequence[str], where: str) -> None:
 
 
 class Retrieval(CheckedRows, evaluate.Metric):
-    """The metric as `evaluate` loads it; see INPUTS_DESCRIPTION."""
+    """The metric as `evaluate` loads it."""
 
     def _info(self) -> evaluate.MetricInfo:
-        documents = datasets.Sequence(datasets.Value("string"))
-        return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            citation=CITATION,
-            inputs_description=INPUTS_DESCRIPTION,
-            features=datasets.Features({"predictions": documents, "references": documents}),
-            reference_urls=["https://github.com/AmenRa/ranx", "https://ir-measur.es/en/latest/measures.html"],
-            license="apache-2.0",
-        )
+        return evaluate.MetricInfo(**INFO)
 
     check_prediction = check_reference = staticmethod(check_documents)
 
