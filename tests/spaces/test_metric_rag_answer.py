@@ -1,4 +1,4 @@
-"""The metric of generated answers against SQuAD's definition written another way, and what it refuses.
+"""The metric of generated answers against SQuAD's definition written another way.
 
 Texts are drawn from articles, punctuation and letters in and outside ASCII, joined so that borders fall everywhere.
 """
@@ -70,7 +70,7 @@ def all_words_in(prediction: str, answer: str) -> bool:
     return all(words.count(word) for word in gold) if gold else not words
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_scores_are_those_of_the_definition(seed):
     for prediction, answers in zip(*draw_rows(seed), strict=True):
         expected = {

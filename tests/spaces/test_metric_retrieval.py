@@ -1,4 +1,4 @@
-"""The metric of rankings against ranx and ir_measures, two packages of others, and what it refuses."""
+"""The metric of rankings against ranx and ir_measures, two packages of others."""
 
 import json
 import os
