@@ -25,7 +25,6 @@ SHARED = {  # name in the Space -> file that is copied there
 }
 IN_THE_CLONE, IN_A_SPACE = b"from recipes.spaces.metrics.checked_rows import", b"from .checked_rows import"
 SUFFIXES = (".py", ".md", ".txt", ".json", ".js", ".css")
-KEPT = (".gitattributes",)  # of the Hub's own
 
 
 def space_files(folder: Path) -> dict[str, bytes]:
@@ -36,21 +35,17 @@ def space_files(folder: Path) -> dict[str, bytes]:
     """
     folder = Path(folder).resolve()
     kind = "metric" if folder.parent == METRICS else "leaderboard" if folder == LEADERBOARD else None
-    sources = {
-        path.relative_to(folder).as_posix(): path
-        for path in folder.rglob("*")
-        if path.is_file() and path.suffix in SUFFIXES and "__pycache__" not in path.parts
-    } | SHARED.get(kind, {})
+    paths = [path for path in folder.rglob("*") if path.suffix in SUFFIXES and "__pycache__" not in path.parts]
+    sources = {path.relative_to(folder).as_posix(): path for path in paths} | SHARED.get(kind, {})
     for name in ("README.md", "app.py"):
         if name not in sources:
             raise FileNotFoundError(f"{folder} must have {name} to be a Space, found none. Name another folder.")
-    files = {name: path.read_bytes() for name, path in sorted(sources.items())}
     # `evaluate` copies what a metric imports from its own folder; in a clone the file is one for all metrics
-    return {name: content.replace(IN_THE_CLONE, IN_A_SPACE) for name, content in files.items()}
+    return {name: path.read_bytes().replace(IN_THE_CLONE, IN_A_SPACE) for name, path in sorted(sources.items())}
 
 
-def build_space(folder: Path, output: Path) -> list[Path]:
-    """Write the files of a Space into a new or empty folder; the files.
+def build_space(folder: Path, output: Path) -> None:
+    """Write the files of a Space into a new or empty folder.
 
     Raises:
         FileNotFoundError: the folder is no Space.
@@ -62,16 +57,10 @@ def build_space(folder: Path, output: Path) -> list[Path]:
     for name, content in files.items():
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         (output / name).write_bytes(content)
-    return [output / name for name in files]
 
 
 def push_space(
-    folder: Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | None = None,
-    variables: Mapping[str, str] | None = None,
+    folder: Path, repo_id: str, *, private: bool | None = None, variables: Mapping[str, str] | None = None
 ) -> str:
     """Make the Space or update it, in one commit; files that the folder no longer has are removed.
 
@@ -79,17 +68,16 @@ def push_space(
         folder: with README.md and app.py.
         repo_id: of the Space.
         private: of a new one.
-        token: for the Hub.
         variables: of the Space's environment.
 
     Returns:
         URL of the commit.
     """
     files = space_files(folder)
-    api = HfApi(token=token)
+    api = HfApi()
     api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
     info = api.repo_info(repo_id, repo_type="space")
-    stale = {sibling.rfilename for sibling in info.siblings or []} - set(files) - set(KEPT)
+    stale = {sibling.rfilename for sibling in info.siblings} - {*files, ".gitattributes"}  # which is the Hub's own
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     operations += [CommitOperationDelete(name) for name in sorted(stale)]
     commit = api.create_commit(
@@ -113,14 +101,29 @@ def describe_data(paths: Sequence[str]) -> dict[str, dict]:
         data = read_data(path, may_abstain=True)
         if data.name in described:
             raise ValueError(f"the data files must have different names, got {data.name} twice. Rename one.")
-        halves = Counter(half_of(question.text) for question in data.questions)
-        described[data.name] = {"sha256": data.sha256, "questions": len(data.questions)}
-        described[data.name] |= {"halves": {half: halves[half] for half in HALVES}}
+        counts = Counter(half_of(question.text) for question in data.questions)
+        halves = {half: counts[half] for half in HALVES}
+        described[data.name] = {"sha256": data.sha256, "questions": len(data.questions), "halves": halves}
     return described
 
 
+def run(arguments: argparse.Namespace) -> None:
+    """One command."""
+    if arguments.command == "describe":
+        print(json.dumps(describe_data(arguments.data), indent=1))
+    elif arguments.command == "build":
+        build_space(arguments.folder, arguments.output)
+        print(f"Written: {arguments.output}. Run it: python {arguments.output / 'app.py'}")
+    else:
+        for entry in arguments.variable:
+            if "=" not in entry:
+                raise ValueError(f"--variable must be NAME=VALUE, got {entry!r}. Correct it.")
+        variables = dict(entry.split("=", 1) for entry in arguments.variable)
+        print(push_space(arguments.folder, arguments.repo_id, private=arguments.private, variables=variables))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do it; the exit status."""
+    """Run the command; the exit status."""
     parser = argparse.ArgumentParser(
         "python -m recipes.spaces.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -135,20 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     push.add_argument("--variable", action="append", default=[], metavar="NAME=VALUE", help="of the Space")
     describe = commands.add_parser("describe", help="print data_files.json for these data files")
     describe.add_argument("data", nargs="+")
-    arguments = parser.parse_args(argv)
     try:
-        if arguments.command == "describe":
-            print(json.dumps(describe_data(arguments.data), indent=1))
-            return 0
-        if arguments.command == "build":
-            build_space(arguments.folder, arguments.output)
-            print(f"Written: {arguments.output}. Run it: python {arguments.output / 'app.py'}")
-            return 0
-        wrong = [entry for entry in arguments.variable if "=" not in entry]
-        if wrong:
-            raise ValueError(f"--variable must be NAME=VALUE, got {wrong[0]!r}. Correct it.")
-        variables = dict(entry.split("=", 1) for entry in arguments.variable)
-        print(push_space(arguments.folder, arguments.repo_id, private=arguments.private, variables=variables))
+        run(parser.parse_args(argv))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -283,4 +283,4 @@ def test_the_page_is_built_without_a_browser(tmp_path, monkeypatch):
     page = app.build_app(Source(write(tmp_path, files), check_revisions=False))
     labels = [block.label for block in page.blocks.values() if isinstance(block, gradio.Tab)]
     assert {"normal (1)", "oracle (1)", "Invalid (1)", "Submit"} <= set(labels)
-    assert app.launch_options()["run_history"] is False
+    assert app.LAUNCH["run_history"] is False

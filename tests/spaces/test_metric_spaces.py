@@ -87,7 +87,7 @@ def test_a_space_of_the_hub_is_a_metric_at_every_revision(name, hub, no_counting
     api.create_repo(repo, repo_type="space", space_sdk="gradio")
     first = api.upload_folder(repo_id=repo, repo_type="space", folder_path=built / name).oid
     api.create_tag(repo, tag="1.0.0", repo_type="space")
-    changed = (built / name / f"{name}.py").read_text().replace('DESCRIPTION = """\\\n', 'DESCRIPTION = """New. ', 1)
+    changed = (built / name / f"{name}.py").read_text().replace('"description": """\\\n', '"description": """New. ', 1)
     api.upload_file(path_or_fileobj=changed.encode(), path_in_repo=f"{name}.py", repo_id=repo, repo_type="space")
     local = evaluate.load(str(METRICS / name))
     pinned, newest = evaluate.load(repo, revision=first), evaluate.load(repo)

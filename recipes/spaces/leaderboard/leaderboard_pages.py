@@ -1,6 +1,6 @@
 """The words and the looks of the page: explanations, what is told of a file, theme and style.
-It stands beside app.py, which has the components and the events.
-It does not know where results come from; everything of a results.json is escaped here.
+
+Everything of a results.json is escaped here.
 """
 
 import json
@@ -46,7 +46,11 @@ LOW_FIRST = [column.header for column in (*FIRST, *LAST) if column.form is None 
 SCRIPT = Path(__file__).with_name("leaderboard_sort.js").read_text(encoding="utf-8")
 HEAD = f"<script>const LOW_FIRST = {json.dumps(LOW_FIRST)};\n{SCRIPT}</script>"
 
-SETTINGS_TEXT = """
+ABOUT = """
+### What this shows
+
+Each row is one `results.json`: one system, on one data file, in one setting, made by `recipes.evaluate`.
+
 | tab | what the system reads |
 |---|---|
 | normal | documents given with each question, gold ones among others; the system picks what it reads |
@@ -54,13 +58,7 @@ SETTINGS_TEXT = """
 | corpus | the system searches one corpus of all documents |
 | gold_only | the gold documents and nothing else |
 | closed_book | the question alone |
-"""
 
-ABOUT = f"""
-### What this shows
-
-Each row is one `results.json`: one system, on one data file, in one setting, made by `recipes.evaluate`.
-{SETTINGS_TEXT}
 Scores lie between 0 and 1 and come with their bootstrap interval over questions, as `0.412 [0.371, 0.455]`. Two
 systems whose intervals overlap may still differ on the same questions: `comparisons` in the files say so.
 
@@ -137,6 +135,5 @@ def checked_html(checked: Checked, repo: str | None) -> str:
 
 def outcome_html(outcome: Outcome) -> str:
     """The address of the pull request, or why there is none."""
-    style = "good" if outcome.url else "problems"
-    address = f" {link(outcome.url, outcome.url)}" if outcome.url else ""
+    style, address = ("good", f" {link(outcome.url, outcome.url)}") if outcome.url else ("problems", "")
     return f"<div class='{style}'>{escaped(outcome.message, LONG)}{address}</div>"

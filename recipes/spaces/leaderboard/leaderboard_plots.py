@@ -1,6 +1,6 @@
 """Draws answer quality against what it costs: bytes of a stored span, milliseconds of a question.
-It stands behind the table: it draws the rows that the table shows, thousands of them if need be.
-It does not know filters or pages; all text is escaped, because plotly reads a part of HTML.
+
+It draws the rows that the table shows, thousands of them if need be; all text is escaped, because plotly reads HTML.
 """
 
 import math
@@ -9,17 +9,16 @@ import pandas as pd
 import plotly.graph_objects as go
 from leaderboard_text import escaped
 
-COLORS = {  # told apart without red and green, on white and on black
-    "clara": "#2b8cd6",
-    "text": "#e06c1f",
-    "closed_book": "#009e73",
-    "control": "#cc79a7",
-    "external": "#e69f00",
+MARKS = {  # colours told apart without red and green, on white and on black
+    "clara": ("#2b8cd6", "circle"),
+    "text": ("#e06c1f", "square"),
+    "closed_book": ("#009e73", "diamond"),
+    "control": ("#cc79a7", "x"),
+    "external": ("#e69f00", "triangle-up"),
 }
-SYMBOLS = {"clara": "circle", "text": "square", "closed_book": "diamond", "control": "x", "external": "triangle-up"}
 COSTS = {"bytes_per_span": "bytes per span", "p50": "latency p50 (ms)"}
 MAX_ERROR_BARS = 300  # points; with more the bars hide each other
-GRID = "rgba(128, 128, 128, 0.25)"
+AXIS = {"gridcolor": "rgba(128, 128, 128, 0.25)", "zeroline": False, "automargin": True}
 
 
 def cost_figure(frame: pd.DataFrame, metric: str | None, cost: str) -> go.Figure:
@@ -28,11 +27,9 @@ def cost_figure(frame: pd.DataFrame, metric: str | None, cost: str) -> go.Figure
     Rows without the metric or with no cost above 0 are left out and counted below the axis.
     """
     known = frame[(frame[metric].notna()) & (frame[cost] > 0)] if metric in frame else frame[:0]
-    figure = go.Figure()
-    for kind, color in COLORS.items():
-        rows = known[known["kind"] == kind]
-        if len(rows):
-            figure.add_trace(_points(rows, metric, cost, kind, color, has_bars=len(known) <= MAX_ERROR_BARS))
+    has_bars = len(known) <= MAX_ERROR_BARS
+    kinds = dict(list(known.groupby("kind")))
+    figure = go.Figure([_points(kinds[kind], metric, cost, has_bars) for kind in MARKS if kind in kinds])
     figure.update_layout(
         template="plotly_white",
         paper_bgcolor="rgba(0, 0, 0, 0)",
@@ -44,26 +41,22 @@ def cost_figure(frame: pd.DataFrame, metric: str | None, cost: str) -> go.Figure
         hoverlabel={"align": "left"},
         showlegend=True,
     )
-    axis = {"gridcolor": GRID, "zeroline": False, "automargin": True}
     notes = [f"{len(frame) - len(known):,} without {COSTS[cost]} not drawn"] if len(known) < len(frame) else []
-    notes += [f"no error bars above {MAX_ERROR_BARS} points"] if len(known) > MAX_ERROR_BARS else []
-    axis = {"gridcolor": GRID, "zeroline": False, "automargin": True}
+    notes += [] if has_bars else [f"no error bars above {MAX_ERROR_BARS} points"]
     title = f"{COSTS[cost]}, log scale<br><span style='font-size: 11px'>{'; '.join(notes)}</span>"
-    figure.update_xaxes(type="log", title_text=title, **_ticks(known[cost]), **axis)
+    figure.update_xaxes(type="log", title_text=title, **_ticks(known[cost]), **AXIS)
     top = known[f"{metric} high"].max() if len(known) else 1.0
-    figure.update_yaxes(title_text=escaped(metric or "quality"), range=[-0.03 * top, 1.04 * top + 1e-3], **axis)
-    if not len(known):
+    figure.update_yaxes(title_text=escaped(metric or "quality"), range=[-0.03 * top, 1.04 * top + 1e-3], **AXIS)
+    if known.empty:
         text = f"No result here has this metric and {COSTS[cost]}"
         figure.add_annotation(text=text, x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False)
-        figure.update_xaxes(range=[0, 3])
     return figure
 
 
-def _points(
-    rows: pd.DataFrame, metric: str, cost: str, kind: str, color: str, has_bars: bool
-) -> go.Scatter | go.Scattergl:
-    """Points with error bars as SVG or, where they are too many for it and for bars, in WebGL."""
-    value = rows[metric]
+def _points(rows: pd.DataFrame, metric: str, cost: str, has_bars: bool) -> go.Scatter | go.Scattergl:
+    """Points of one kind with error bars as SVG or, if they are too many for it and for bars, in WebGL."""
+    value, kind = rows[metric], rows["kind"].iloc[0]
+    color, symbol = MARKS[kind]
     bars = {"type": "data", "symmetric": False, "thickness": 1, "width": 3}
     bars |= {"array": rows[f"{metric} high"] - value, "arrayminus": value - rows[f"{metric} low"]}
     draw = go.Scatter if has_bars else go.Scattergl
@@ -72,7 +65,7 @@ def _points(
         y=value,
         mode="markers",
         name=kind,
-        marker={"color": color, "symbol": SYMBOLS[kind], "size": 9 if has_bars else 6, "opacity": 0.85},
+        marker={"color": color, "symbol": symbol, "size": 9 if has_bars else 6, "opacity": 0.85},
         error_y=bars if has_bars else None,
         text=_hovers(rows, metric),
         hoverinfo="text",
@@ -97,8 +90,8 @@ def _hovers(rows: pd.DataFrame, metric: str) -> list[str]:
 
 def _ticks(values: pd.Series) -> dict:
     """Round numbers of a logarithmic axis around these values, and the axis' range."""
-    if not len(values):
-        return {"tickvals": [1, 10, 100, 1000]}
+    if values.empty:
+        return {"tickvals": [1, 10, 100, 1000], "range": [0, 3]}
     low, high = math.log10(values.min()) - 0.1, math.log10(values.max()) + 0.1
     steps = range(1, 10) if high - low < 1 else (1, 2, 5) if high - low < 4 else (1,)
     ticks = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in steps]

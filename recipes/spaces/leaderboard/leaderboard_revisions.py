@@ -1,9 +1,8 @@
 """Says of models on the Hub whether they exist at the commit that a results.json names.
-It stands beside the reading of results: many questions, asked at once and each only until it is answered.
-It does not know results.json; a Hub that cannot be reached makes a model unchecked, never invalid.
+
+A Hub that cannot be reached makes a model unchecked, never invalid.
 """
 
-import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -34,30 +33,22 @@ class RevisionChecker:
     def __init__(self, max_checks: int = MAX_CHECKS) -> None:
         self.max_checks = max_checks
         self.existing: set[Model] = set()
-        self.lock = threading.Lock()
 
     def check(self, models: Iterable[Model]) -> dict[Model, str]:
         """EXISTS, MISSING or UNCHECKED for each of the models."""
-        models = set(models)
-        with self.lock:
-            outcomes = {model: EXISTS if model in self.existing else UNCHECKED for model in models}
-        asked = sorted(model for model in models if outcomes[model] == UNCHECKED)[: self.max_checks]
-        n_failures = 0
+        outcomes = {model: EXISTS if model in self.existing else UNCHECKED for model in models}
+        asked = sorted(model for model, outcome in outcomes.items() if outcome == UNCHECKED)[: self.max_checks]
+        failed: list[Model] = []
 
         def ask(model: Model) -> str:
-            nonlocal n_failures
-            if n_failures >= MAX_FAILURES:
-                return UNCHECKED
-            outcome = ask_hub(*model)
+            outcome = ask_hub(*model) if len(failed) < MAX_FAILURES else UNCHECKED
             if outcome == UNCHECKED:
-                with self.lock:
-                    n_failures += 1
+                failed.append(model)
             return outcome
 
         with ThreadPoolExecutor(N_THREADS) as pool:
             outcomes |= dict(zip(asked, pool.map(ask, asked), strict=True))
-        with self.lock:
-            self.existing |= {model for model, outcome in outcomes.items() if outcome == EXISTS}
+        self.existing.update(model for model, outcome in outcomes.items() if outcome == EXISTS)
         return outcomes
 
 

@@ -1,6 +1,6 @@
 """Reads all results of a results repository, a folder or a dataset on the Hub, into valid ones and refused ones.
-It stands between the files and the table: whatever lies in a file, it becomes an entry or a refusal with its reasons.
-It does not know how results are shown or submitted.
+
+Whatever stands in a file, it becomes an entry or a refusal with its reasons.
 """
 
 import glob
@@ -17,28 +17,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from leaderboard_revisions import MISSING, UNCHECKED, RevisionChecker
 from leaderboard_rules import check_data_files, check_place
-from validation import (
-    MAX_BYTES,
-    REPO_ID,
-    check_results,
-    parse_results,
-    parse_time,
-)
+from validation import MAX_BYTES, REPO_ID, check_results, parse_results, parse_time
 
 DATA_FILES = "data_files.json"
 FOLDER = "results"
-DECISIVE = (
-    "weights",
-    "text_reader",
-    "expand",
-    "min_score",
-    "num_candidates",
-    "dense",
-    "limit",
-    "dtype",
-)  # options that change answers
-RUN_FILE = "run.json"  # of a folder that recipes.evaluate made
-RUN_RESULT = "results.json"  # as recipes.evaluate calls it
+# options that change answers
+DECISIVE = ("weights", "text_reader", "expand", "min_score", "num_candidates", "dense", "limit", "dtype")
+RUN_FILE, RUN_RESULT = "run.json", "results.json"  # of a folder that recipes.evaluate made
 
 
 @dataclass
@@ -48,6 +33,10 @@ class Entry:
     path: str
     results: dict
     model_state: str = UNCHECKED  # of leaderboard_revisions; also for one without a model on the Hub
+
+    @property
+    def model(self) -> tuple[str | None, str | None]:
+        return self.results["model"]["repo"], self.results["model"]["revision"]
 
 
 @dataclass
@@ -86,21 +75,22 @@ class Source:
             raise ValueError(f"{rule}, got {self.place!r}. Create the folder or name the repo.")
         self.checker = RevisionChecker() if check_revisions else None
         self.valid_files: dict[tuple[str, int, int], dict] = {}  # real path, time in ns, bytes -> a checked content
-        self.last: Loaded | None = None  # shown on where the Hub cannot be reached
+        self.last = Loaded(f"dataset {self.place}")  # shown on if the Hub cannot be reached
         self.lock = threading.Lock()
 
     def load(self) -> Loaded:
         """Reads everything anew, without parsing unchanged files again; what was there before if the Hub is away."""
         with self.lock:
+            folder, loaded = Path(self.place), Loaded(f"folder {self.place}")
             try:
-                here = Path(self.place), Loaded(f"folder {self.place}")
-                folder, loaded = self._download() if self.is_repo else here
-            except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError) as error:
-                last = self.last or Loaded(f"dataset {self.place}")
-                return replace(last, warnings=[_unreachable(self.place, error), *last.warnings])
+                if self.is_repo:
+                    folder, loaded = self._download()
+            except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError) as error:  # told without address or token
+                status = error.response.status_code if isinstance(error, HfHubHTTPError) else type(error).__name__
+                told = f"The dataset {self.place} cannot be read now ({status}). Check its name and the network"
+                return replace(self.last, warnings=[f"{told}, then refresh.", *self.last.warnings])
             loaded.data_files = self._read_data_files(folder, loaded)
-            contents = self._read_files(folder, loaded)
-            self._keep_newest(contents, loaded)
+            self._keep_newest(self._read_files(folder, loaded), loaded)
             self._check_models(loaded)
             loaded.refused.sort(key=lambda refused: refused.path)
             self.last = loaded
@@ -140,22 +130,23 @@ class Source:
         except ValueError as error:
             problems = [str(error)]
         if problems:
-            text = " ".join(problems)
-            loaded.warnings.append(f"{DATA_FILES} cannot be used, so that data are not checked: {text}")
+            told = " ".join(problems)
+            loaded.warnings.append(f"{DATA_FILES} cannot be used, so that data are not checked: {told}")
             return None
         return content
 
     def _read_files(self, folder: Path, loaded: Loaded) -> dict[str, dict]:
         """The valid contents by their paths; the others join the refused."""
-        contents, seen = {}, {}
+        contents, valid = {}, {}
         for path in _json_files(folder):
             name = path.relative_to(folder).as_posix().encode("utf-8", "replace").decode()
             try:
                 state = path.stat()
                 key = (os.path.realpath(path), state.st_mtime_ns, state.st_size)
-                content = self.valid_files.get(key)
-                reasons = [] if content is not None else [_too_large(state.st_size)]
-                if content is None and state.st_size <= MAX_BYTES:
+                content, reasons = self.valid_files.get(key), []
+                if content is None and state.st_size > MAX_BYTES:
+                    reasons = [_too_large(state.st_size)]
+                elif content is None:
                     content = parse_results(path.read_bytes())
                     reasons = check_results(content)
             except ValueError as error:
@@ -163,18 +154,15 @@ class Source:
             except OSError as error:
                 reasons = [f"the file cannot be read: {error.strerror}. Check its permissions."]
             if not reasons:
-                seen[key] = content
-                reasons = self._check_place(content, loaded)
+                valid[key] = content
+                if self.is_repo or loaded.data_files is not None:  # a folder without data files is somebody's own
+                    reasons = check_place(content, loaded.data_files)
             if reasons:
                 loaded.refused.append(Refused(name, reasons))
             else:
                 contents[name] = content
-        self.valid_files = seen
+        self.valid_files = valid
         return contents
-
-    def _check_place(self, content: dict, loaded: Loaded) -> list[str]:
-        """What holds in results repositories only: a folder without data files is somebody's own."""
-        return check_place(content, loaded.data_files) if self.is_repo or loaded.data_files is not None else []
 
     def _keep_newest(self, contents: dict[str, dict], loaded: Loaded) -> None:
         """Of the same system on the same data in the same setting the newest is kept."""
@@ -194,23 +182,19 @@ class Source:
         """Refuses results of models that are not on the Hub at their commit."""
         if self.checker is None:
             return
-        models = {entry.path: _model_of(entry.results) for entry in loaded.entries}
-        outcomes = self.checker.check(model for model in models.values() if model is not None)
-        kept, n_unchecked = [], 0
-        for entry in loaded.entries:
-            model = models[entry.path]
-            entry.model_state = outcomes.get(model, UNCHECKED)
-            n_unchecked += model is not None and entry.model_state == UNCHECKED
+        named = [entry for entry in loaded.entries if all(entry.model)]
+        outcomes = self.checker.check(entry.model for entry in named)
+        for entry in named:
+            entry.model_state = outcomes[entry.model]
             if entry.model_state == MISSING:
-                loaded.refused.append(Refused(entry.path, [missing_model(*model)]))
-            else:
-                kept.append(entry)
-        loaded.entries = kept
+                loaded.refused.append(Refused(entry.path, [missing_model(*entry.model)]))
+        loaded.entries = [entry for entry in loaded.entries if entry.model_state != MISSING]
+        n_unchecked = sum(entry.model_state == UNCHECKED for entry in named)
         if n_unchecked:
-            text = (
-                f"The models of {n_unchecked} results could not be looked up on the Hub: they are shown as unchecked."
+            loaded.warnings.append(
+                f"The models of {n_unchecked} results could not be looked up on the Hub: they are shown as unchecked. "
+                "Refresh later."
             )
-            loaded.warnings.append(f"{text} Refresh later.")
 
 
 def identity(results: dict) -> str:
@@ -219,8 +203,7 @@ def identity(results: dict) -> str:
     data = [results["data"].get(name) for name in ("name", "sha256", "half", "questions")]
     options = [results["options"].get(name) for name in DECISIVE]
     parts = [results["system"], options, model, results["corpus"], data, results["setting"]]
-    hashed = json.dumps(parts, sort_keys=True)
-    return hashlib.sha256(hashed.encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def missing_model(repo: str, revision: str) -> str:
@@ -229,13 +212,8 @@ def missing_model(repo: str, revision: str) -> str:
     return f"{rule}. Publish the model, or evaluate the commit that is there."
 
 
-def _model_of(results: dict) -> tuple[str, str] | None:
-    model = results["model"]
-    return (model["repo"], model["revision"]) if model["repo"] and model["revision"] else None
-
-
 def _json_files(folder: Path) -> list[Path]:
-    """The `.json` files below `results/`, in order; where that is missing, the results.json of runs in any folder."""
+    """The `.json` files below `results/`, in order; if that is missing, the results.json of runs in any folder."""
     found, has_layout = [], (folder / FOLDER).is_dir()
     for above, below, names in os.walk(folder / FOLDER if has_layout else folder):
         is_run = RUN_FILE in names
@@ -248,9 +226,3 @@ def _json_files(folder: Path) -> list[Path]:
 
 def _too_large(size: int) -> str:
     return f"the file must have at most {MAX_BYTES:,} bytes, got {size:,}. This is no results.json."
-
-
-def _unreachable(place: str, error: Exception) -> str:
-    """What a reader is told where the results repository cannot be read; no address, header or token."""
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else type(error).__name__
-    return f"The dataset {place} cannot be read now ({status}). Check its name and the network, then refresh."

@@ -1,6 +1,6 @@
 """Takes a results.json of a user to the results repository: all checks, then a pull request with this one file.
-It stands between an upload and the Hub; the file is committed byte for byte as it was checked.
-It does not know the interface, and it never shows a token: of a failure it tells the status and what to do.
+
+It never shows a token: of a failure it tells the status and what to do.
 """
 
 import hashlib
@@ -49,16 +49,16 @@ def check_upload(content: bytes, data_files: dict | None, checker: RevisionCheck
     """
     try:
         results = parse_results(content)
+        problems = check_submission(results, data_files)
     except ValueError as error:
-        return Checked(problems=[str(error)])
-    problems = check_submission(results, data_files)
+        problems = [str(error)]
     if problems:
-        return Checked(problems=problems)
+        return Checked(problems)
     notes, model = [], (results["model"]["repo"], results["model"]["revision"])
     if checker is not None and model[0] is not None:
         state = checker.check([model])[model]
         if state == MISSING:
-            return Checked(problems=[missing_model(*model)])
+            return Checked([missing_model(*model)])
         if state != EXISTS:
             notes.append("The model could not be looked up on the Hub now; it will be when the results are shown.")
     return _described(content, results, notes)
@@ -66,29 +66,23 @@ def check_upload(content: bytes, data_files: dict | None, checker: RevisionCheck
 
 def _described(content: bytes, results: dict, notes: list[str]) -> Checked:
     """The place in the repository, and the title and text of the pull request."""
-    system, model, data, setting = results["system"], results["model"], results["data"], results["setting"]
+    model, setting, date = results["model"], results["setting"], results["created"][:10]
+    name, data = results["system"]["name"], data_name(results["data"])
     digest = hashlib.sha256(content).hexdigest()[:12]
-    owner = safe_name(model["repo"] or system["name"])
-    path = f"{FOLDER}/{owner}/{safe_name(data_name(data))}/{setting}-{safe_name(system['name'])}-{digest}.json"
-    metrics = [name for name in HEADLINES if name in results["metrics"]] or sorted(results["metrics"])[:6]
-    rows = []
-    for name in metrics:
-        metric = results["metrics"][name]
-        rows.append(
-            f"| {name} | {metric['value']:.3f} | {metric['low']:.3f} to {metric['high']:.3f} | {metric['n']} |"
-        )
+    path = f"{FOLDER}/{safe_name(model['repo'] or name)}/{safe_name(data)}/{setting}-{safe_name(name)}-{digest}.json"
+    names = [name for name in HEADLINES if name in results["metrics"]] or sorted(results["metrics"])[:6]
+    metrics = [(name, results["metrics"][name]) for name in names]
     where = f"model `{model['repo']}` at `{model['revision']}`" if model["repo"] else "an external system"
     lines = [
-        f"One results.json, written {results['created'][:10]}: {_code(system['name'])} on {_code(data_name(data))}, "
-        f"setting {setting}, {where}.",
+        f"One results.json, written {date}: {_code(name)} on {_code(data)}, setting {setting}, {where}.",
         "",
         "| metric | value | interval | questions |",
         "|---|---|---|---|",
-        *rows,
+        *(f"| {name} | {m['value']:.3f} | {m['low']:.3f} to {m['high']:.3f} | {m['n']} |" for name, m in metrics),
         "",
         "It passed all checks of the leaderboard.",
     ]
-    title = f"Results: {plain(system['name'], 60)} on {plain(data_name(data), 60)}, {setting} [{digest}]"
+    title = f"Results: {plain(name, 60)} on {plain(data, 60)}, {setting} [{digest}]"
     return Checked([], notes, content, digest, path, title, "\n".join(lines))
 
 
@@ -111,13 +105,15 @@ def submit(checked: Checked, repo: str, token: str | None) -> Outcome:
         return Outcome(message="A token must say who submits. Sign in with Hugging Face, or set HF_TOKEN locally.")
     api = HfApi(token=token)
     try:
-        there = _already_there(api, checked, repo)
-        if there is not None:
-            return there
-        operation = CommitOperationAdd(path_in_repo=checked.path, path_or_fileobj=checked.content)
+        if api.file_exists(repo, checked.path, repo_type="dataset"):
+            return Outcome(message=f"This file is on the leaderboard already, as {checked.path}.")
+        wanted = {"discussion_type": "pull_request", "discussion_status": "open"}
+        for request in api.get_repo_discussions(repo, repo_type="dataset", **wanted):
+            if request.title.endswith(f"[{checked.digest}]"):
+                return Outcome(request.url, "This file was submitted already; its pull request is open.")
         commit = api.create_commit(
             repo,
-            [operation],
+            [CommitOperationAdd(checked.path, checked.content)],
             repo_type="dataset",
             commit_message=checked.title,
             commit_description=checked.description,
@@ -128,33 +124,19 @@ def submit(checked: Checked, repo: str, token: str | None) -> Outcome:
     return Outcome(commit.pr_url, "The pull request is open. A maintainer merges it.")
 
 
-def _already_there(api: HfApi, checked: Checked, repo: str) -> Outcome | None:
-    """Where this very file is: on the main branch, or in an open pull request, whose title has its digest."""
-    if api.file_exists(repo, checked.path, repo_type="dataset"):
-        return Outcome(message=f"This file is on the leaderboard already, as {checked.path}.")
-    requests = api.get_repo_discussions(
-        repo, repo_type="dataset", discussion_type="pull_request", discussion_status="open"
-    )
-    for request in requests:
-        if request.title.endswith(f"[{checked.digest}]"):
-            return Outcome(request.url, "This file was submitted already; its pull request is open.")
-    return None
-
-
 def _told(error: Exception, repo: str) -> str:
     """A failure in plain words; never the text of an exception, which may quote a header."""
     if isinstance(error, RepositoryNotFoundError):
         return f"The dataset {repo} was not found with this token. Check the name, or sign in with another account."
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        if status == 401:
-            return "The Hub does not know this token (401). Sign out and in again, or renew HF_TOKEN."
-        if status == 403:
-            remedy = "Sign in again and grant `write-discussions`, or use a token that may write"
-            return f"This token may not open pull requests in {repo} (403). {remedy}."
-        if status == 429:
-            return "The Hub asks to wait (429). Try again in some minutes."
-        return f"The Hub refused the pull request ({status}). Try again later."
+        known = {
+            401: "The Hub does not know this token (401). Sign out and in again, or renew HF_TOKEN.",
+            403: f"This token may not open pull requests in {repo} (403). "
+            "Sign in again and grant `write-discussions`, or use a token that may write.",
+            429: "The Hub asks to wait (429). Try again in some minutes.",
+        }
+        return known.get(status, f"The Hub refused the pull request ({status}). Try again later.")
     if isinstance(error, httpx2.HTTPError | OSError):
         return f"The Hub cannot be reached ({type(error).__name__}). Check the network and try again."
     return f"The pull request could not be made ({type(error).__name__}). Check the token and try again."

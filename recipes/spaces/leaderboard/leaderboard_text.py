@@ -1,6 +1,6 @@
 """Makes text that strangers wrote safe to show: as letters, as HTML, as a link.
-It stands between results and every place that shows them; nothing of a results.json reaches a page on another way.
-It does not know tables, plots or pages.
+
+Nothing of a results.json reaches a page on another way.
 """
 
 import html

@@ -1,7 +1,7 @@
 """The page of a metric's Space: predictions and references as JSON in, scores out.
 
 One file for all metrics: `recipes.spaces.publish` copies it as app.py beside the module that it loads. It replaces
-`evaluate.utils.launch_gradio_widget`, which Gradio 6 breaks, and knows no metric by name.
+`evaluate.utils.launch_gradio_widget`, which Gradio 6 breaks.
 """
 
 import json
@@ -35,10 +35,9 @@ def read_json(name: str, text: str, kind: type) -> list | dict:
 
 
 def make_compute(metric: evaluate.Metric) -> Callable[[str, str, str], dict]:
-    """The function behind the button."""
+    """The function behind the button: JSON texts in, scores out; what the metric refuses becomes an error there."""
 
     def compute(predictions: str, references: str, options: str) -> dict:
-        """The scores of JSON text; whatever the metric refuses becomes an error on the page."""
         rows = {"predictions": read_json("predictions", predictions, list)}
         rows["references"] = read_json("references", references, list)
         try:
@@ -53,7 +52,7 @@ def read_examples(folder: Path) -> list[list[str]]:
     """Rows for the page out of cases.json, whose inputs are predictions, references and options."""
     examples = []
     for case in json.loads((folder / "cases.json").read_text(encoding="utf-8")):
-        inputs = dict(case["inputs"])
+        inputs = case["inputs"]
         parts = [inputs.pop("predictions"), inputs.pop("references"), inputs]
         examples.append([json.dumps(part, ensure_ascii=False) for part in parts])
     return examples
@@ -61,19 +60,16 @@ def read_examples(folder: Path) -> list[list[str]]:
 
 def build(folder: Path) -> gr.Interface:
     """The page of the metric in a folder; nothing is served yet."""
-    metric = evaluate.load(str(find_module(folder)))
-    card = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)[-1]
+    module = find_module(folder)
+    metric = evaluate.load(str(module))
+    labels = {"predictions (JSON list)": 4, "references (JSON list)": 4, "options (JSON object, may be empty)": 1}
     return gr.Interface(
         make_compute(metric),
-        inputs=[
-            gr.Textbox(label="predictions (JSON list)", lines=4),
-            gr.Textbox(label="references (JSON list)", lines=4),
-            gr.Textbox(label="options (JSON object, may be empty)", lines=1),
-        ],
+        inputs=[gr.Textbox(label=label, lines=lines) for label, lines in labels.items()],
         outputs=gr.JSON(label="scores"),
-        title=find_module(folder).stem,
+        title=module.stem,
         description=metric.description,
-        article=card,
+        article=(folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)[-1],
         examples=read_examples(folder),
         cache_examples=False,
         flagging_mode="never",

@@ -1,18 +1,17 @@
 """Scores what a memory says back about its document: ROUGE, and the numbers and names that were kept or invented.
 
-A module of Hugging Face `evaluate`, which reads it from a folder or from a Space on the Hub; scripts import the pure
-functions. It reads two texts and knows nothing of the memory between them.
+A module of Hugging Face `evaluate`, read from a folder or from a Space on the Hub; scripts import the pure functions.
 """
 
 import math
 import re
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Sequence, Set
 
 import datasets
 import evaluate
 from rouge_score import rouge_scorer
 
-from recipes.spaces.metrics.checked_rows import CheckedRows, check_text, name_row, pair_rows
+from recipes.spaces.metrics.checked_rows import CheckedRows, check_text, summarize
 
 MEASURES = ("rouge1", "rougeL", "number_recall", "number_precision", "entity_recall", "entity_precision")
 # 1,200.50, 3.5, .5 and the 90 of 90s, but no digits that follow a letter, as in H2O
@@ -35,13 +34,14 @@ ROUGE = rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
 NO_PREDICTION = "An empty paraphrase is a failure, not an answer: leave the row out and count it as failed."
 NO_DOCUMENT = "A paraphrase cannot be scored without its document: leave the row out and count it."
 
-DESCRIPTION = """\
+TEXT = datasets.Value("string")
+INFO = {
+    "description": """\
 Scores what a compressed memory says back about its document: ROUGE-1 and ROUGE-L of the paraphrase against it, the
 share of the document's numbers and names that the paraphrase keeps (recall), and the share of the paraphrase's that
 the document has (precision; the rest is made up). BERTScore comes on top where a model for it is named.
-"""
-
-INPUTS_DESCRIPTION = """
+""",
+    "inputs_description": """
 Args:
     predictions (`list[str]`): what each memory says back; none may be blank or missing.
     references (`list[str]`): the document of each memory; none may be blank or missing.
@@ -56,20 +56,8 @@ Returns:
     `predictions_without_numbers` and `predictions_without_entities`: rows left out of the precisions; `bertscore`,
     an F1 of at most about 1, where asked for; with `per_question` also `rouge1_per_question` and so on, lists
     with None for what was left out.
-
-Example, with this folder; the id of a Space on the Hub does as well:
-
-    >>> import evaluate
-    >>> metric = evaluate.load("recipes/spaces/metrics/compression_fidelity")
-    >>> scores = metric.compute(
-    ...     predictions=["The Eiffel Tower is 330 metres high and stands in Rome."],
-    ...     references=["The Eiffel Tower in Paris is 330 metres high."],
-    ... )
-    >>> scores["number_recall"], scores["entity_recall"], scores["entity_precision"], round(scores["rouge1"], 4)
-    (1.0, 0.5, 0.5, 0.8)
-"""
-
-CITATION = """\
+""",
+    "citation": """\
 @inproceedings{lin-2004-rouge,
     title = "{ROUGE}: A Package for Automatic Evaluation of Summaries",
     author = "Lin, Chin-Yew",
@@ -77,7 +65,11 @@ CITATION = """\
     year = "2004",
     url = "https://aclanthology.org/W04-1013",
 }
-"""
+""",
+    "features": datasets.Features({"predictions": TEXT, "references": TEXT}),
+    "reference_urls": ["https://pypi.org/project/rouge-score/", "https://github.com/apple/ml-clara"],
+    "license": "apache-2.0",
+}
 
 
 def numbers(text: str) -> frozenset[str]:
@@ -96,24 +88,11 @@ def numbers(text: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def lower_case_words(text: str) -> frozenset[str]:
-    """The words that stand in a text without a capital letter.
-
-    >>> sorted(lower_case_words("Cities are large cities"))
-    ['are', 'cities', 'large']
-    """
-    return frozenset(word for word in WORD.findall(text) if word.islower())
-
-
 def entities(text: str, common_words: Set[str] = frozenset()) -> frozenset[str]:
     """The different names of a text by a rule of thumb: runs of capitalised words with nothing but space in between.
 
-    A run loses the English function words that it begins with, and the first word of a sentence where that is one of
-    `common_words`. Names are case-folded.
-
-    Args:
-        text: Any text.
-        common_words: Words known to stand in lower case, and which a capital at the start of a sentence makes no name.
+    A run loses the English function words that it begins with, and the first word of a sentence if it is one of
+    `common_words`, which are known to stand in lower case. Names are case-folded.
 
     >>> sorted(entities("The Eiffel Tower stands in Paris. Cities like New York do not have it.", {"cities"}))
     ['eiffel tower', 'new york', 'paris']
@@ -136,31 +115,15 @@ def entities(text: str, common_words: Set[str] = frozenset()) -> frozenset[str]:
 
 
 def kept(wanted: Set[str], found: Set[str]) -> float | None:
-    """The share of `wanted` that is in `found`, 0 to 1, or None where nothing is wanted.
-
-    >>> kept({"1", "2"}, {"2", "3"}), kept(set(), {"1"})
-    (0.5, None)
-    """
+    """The share of `wanted` that is in `found`, 0 to 1, or None if nothing is wanted."""
     return len(wanted & found) / len(wanted) if wanted else None
 
 
 def score_paraphrase(prediction: str, document: str) -> dict[str, float | None]:
-    """The measures of one paraphrase, None for a share of nothing.
-
-    Args:
-        prediction: What the memory says back.
-        document: The text that was compressed.
-
-    Returns:
-        rouge1, rougeL (F-measures without stemming), number_recall, number_precision, entity_recall, entity_precision;
-        each from 0 to 1 or None.
-
-    >>> score_paraphrase("Rome has 3 rivers", "Rome has 2 rivers")["number_recall"]
-    0.0
-    """
+    """The measures of one paraphrase, 0 to 1, ROUGE as F-measures without stemming; None for a share of nothing."""
     rouge = ROUGE.score(document, prediction)
     said, true = numbers(prediction), numbers(document)
-    common_words = lower_case_words(prediction) | lower_case_words(document)
+    common_words = {word for text in (prediction, document) for word in WORD.findall(text) if word.islower()}
     said_names, true_names = entities(prediction, common_words), entities(document, common_words)
     return {
         "rouge1": float(rouge["rouge1"].fmeasure),
@@ -189,40 +152,17 @@ def bertscore(predictions: list[str], references: list[str], model: str) -> list
     return [value if math.isfinite(value) else None for value in values]
 
 
-def check_rows(predictions: Iterable, references: Iterable, ids: Iterable | None = None) -> tuple[list, list]:
-    """The rows as lists, after everything that would make a score meaningless has been refused by name."""
-    predictions, references, ids = pair_rows(predictions, references, ids)
-    for row, (prediction, document) in enumerate(zip(predictions, references, strict=True)):
-        check_text(prediction, name_row("predictions", row, ids), NO_PREDICTION)
-        check_text(document, name_row("references", row, ids), NO_DOCUMENT)
-    return predictions, references
-
-
-def mean(values: list[float | None]) -> float | None:
-    """The mean of those that are there, or None.
-
-    >>> mean([1.0, None, 0.0]), mean([None])
-    (0.5, None)
-    """
-    there = [value for value in values if value is not None]
-    return math.fsum(there) / len(there) if there else None
-
-
 class CompressionFidelity(CheckedRows, evaluate.Metric):
-    """The metric as `evaluate` loads it; see INPUTS_DESCRIPTION."""
+    """The metric as `evaluate` loads it."""
 
     def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            citation=CITATION,
-            inputs_description=INPUTS_DESCRIPTION,
-            features=datasets.Features({"predictions": text, "references": text}),
-            reference_urls=["https://pypi.org/project/rouge-score/", "https://github.com/apple/ml-clara"],
-            license="apache-2.0",
-        )
+        return evaluate.MetricInfo(**INFO)
 
-    check_rows = staticmethod(check_rows)
+    def check_prediction(self, prediction: str, where: str) -> None:
+        check_text(prediction, where, NO_PREDICTION)
+
+    def check_reference(self, document: str, where: str) -> None:
+        check_text(document, where, NO_DOCUMENT)
 
     def _compute(
         self,
@@ -232,14 +172,13 @@ class CompressionFidelity(CheckedRows, evaluate.Metric):
         bertscore_model: str | None = None,
         ids: Sequence | None = None,
     ) -> dict:
-        predictions, references = check_rows(predictions, references, ids)
+        self.check_rows(predictions, references, ids)
         bert = {"bertscore": bertscore(predictions, references, bertscore_model)} if bertscore_model else {}
         rows = [score_paraphrase(*row) for row in zip(predictions, references, strict=True)]
         lists = {name: [row[name] for row in rows] for name in MEASURES} | bert
-        scores: dict = {name: mean(values) for name, values in lists.items()}
-        for thing, plural in (("number", "numbers"), ("entity", "entities")):
-            scores[f"rows_without_{plural}"] = lists[f"{thing}_recall"].count(None)
-            scores[f"predictions_without_{plural}"] = lists[f"{thing}_precision"].count(None)
-        if per_question:
-            scores |= {f"{name}_per_question": values for name, values in lists.items()}
-        return scores
+        counts = {
+            f"{kind}_without_{things}": lists[f"{thing}_{measure}"].count(None)
+            for thing, things in (("number", "numbers"), ("entity", "entities"))
+            for kind, measure in (("rows", "recall"), ("predictions", "precision"))
+        }
+        return summarize(lists, per_question, **counts)

@@ -1,27 +1,26 @@
 """Scores rankings of documents against the gold documents of a question: recall, precision, hits, MRR and nDCG.
 
-A module of Hugging Face `evaluate`, which reads it from a folder or from a Space on the Hub; scripts import the pure
-functions. It sees ids only: no texts, no scores, and no graded relevance.
+A module of Hugging Face `evaluate`, read from a folder or from a Space on the Hub; scripts import the pure functions.
 """
 
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 
 import datasets
 import evaluate
 
-from recipes.spaces.metrics.checked_rows import CheckedRows, name_row, pair_rows
+from recipes.spaces.metrics.checked_rows import CheckedRows, check_list, check_string, summarize
 
 DEFAULT_K = (1, 3, 5, 10)
 
-DESCRIPTION = """\
+TEXTS = datasets.Sequence(datasets.Value("string"))
+INFO = {
+    "description": """\
 Scores rankings of document ids, as a retriever returns them, against the ids of the gold documents: recall@k,
 precision@k, hit@k, MRR and nDCG@k with binary relevance, averaged over the questions that have a gold document.
-"""
-
-INPUTS_DESCRIPTION = """
+""",
+    "inputs_description": """
 Args:
     predictions (`list[list[str]]`): document ids of each question, the best first, each id once; may be empty.
     references (`list[list[str]]`): gold document ids of each question, in any order, each id once; a question without
@@ -34,16 +33,8 @@ Returns:
     `recall@k`, `precision@k`, `hit@k`, `ndcg@k` for each k, and `mrr`: floats from 0 to 1, means over the questions
     with gold; `questions` and `without_gold`: how many were scored and left out; with `per_question` also
     `mrr_per_question` and so on, lists of floats, None where a question has no gold.
-
-Example, with this folder; the id of a Space on the Hub does as well:
-
-    >>> import evaluate
-    >>> metric = evaluate.load("recipes/spaces/metrics/retrieval")
-    >>> metric.compute(predictions=[["d7", "d2", "d9"]], references=[["d2", "d5"]], k=[1, 2])  # doctest: +ELLIPSIS
-    {'recall@1': 0.0, 'precision@1': 0.0, 'hit@1': 0.0, 'ndcg@1': 0.0, 'recall@2': 0.5, ..., 'without_gold': 0}
-"""
-
-CITATION = """\
+""",
+    "citation": """\
 @article{jarvelin-kekalainen-2002-cumulated,
     title = "Cumulated gain-based evaluation of {IR} techniques",
     author = "J{\\"a}rvelin, Kalervo and Kek{\\"a}l{\\"a}inen, Jaana",
@@ -51,33 +42,29 @@ CITATION = """\
     volume = "20", number = "4", pages = "422--446", year = "2002",
     url = "https://doi.org/10.1145/582415.582418",
 }
-"""
+""",
+    "features": datasets.Features({"predictions": TEXTS, "references": TEXTS}),
+    "reference_urls": ["https://github.com/AmenRa/ranx", "https://ir-measur.es/en/latest/measures.html"],
+    "license": "apache-2.0",
+}
 
 
-@lru_cache(maxsize=4096)
-def ideal_dcg(count: int) -> float:
-    """DCG of `count` gold documents at the first ranks, which is the best there can be.
-
-    >>> ideal_dcg(1), round(ideal_dcg(2), 4)
-    (1.0, 1.6309)
-    """
-    return math.fsum(1 / math.log2(rank + 1) for rank in range(1, count + 1))
+def sum_gains(ranks: Iterable[int]) -> float:
+    """Discounted cumulative gain of gold documents at these ranks, which count from 1."""
+    return math.fsum(1 / math.log2(rank + 1) for rank in ranks)
 
 
 def score_ranking(ranking: Sequence[str], gold: Sequence[str], k: Sequence[int] = DEFAULT_K) -> dict[str, float]:
-    """The measures of one ranking.
+    """The measures of one ranking: recall@k, precision@k, hit@k and ndcg@k of each k, then mrr; each from 0 to 1.
 
     recall@k is the share of the gold documents among the first k, precision@k the share of gold among k places (also
-    where fewer were returned), hit@k whether there is any, mrr 1 / rank of the first gold document at any depth,
+    if fewer were returned), hit@k whether there is any, mrr 1 / rank of the first gold document at any depth,
     ndcg@k the sum of 1 / log2(rank + 1) over the gold documents among the first k, divided by the best possible one.
 
     Args:
         ranking: Document ids, the best first, each once.
         gold: Gold document ids, at least one, each once.
         k: Depths, positive.
-
-    Returns:
-        recall@k, precision@k, hit@k and ndcg@k of each k, then mrr; each from 0 to 1.
 
     >>> score_ranking(["d7", "d2"], ["d2"], k=[2])
     {'recall@2': 1.0, 'precision@2': 0.5, 'hit@2': 1.0, 'ndcg@2': 0.6309297535714575, 'mrr': 0.5}
@@ -89,21 +76,16 @@ def score_ranking(ranking: Sequence[str], gold: Sequence[str], k: Sequence[int] 
     scores = {}
     for depth in k:
         found = [rank for rank in ranks if rank <= depth]
-        dcg = math.fsum(1 / math.log2(rank + 1) for rank in found)
+        best = range(1, min(depth, len(gold)) + 1)
         scores[f"recall@{depth}"] = len(found) / len(gold)
         scores[f"precision@{depth}"] = len(found) / depth
         scores[f"hit@{depth}"] = float(bool(found))
-        scores[f"ndcg@{depth}"] = dcg / ideal_dcg(min(depth, len(gold)))
-    scores["mrr"] = 1 / ranks[0] if ranks else 0.0
-    return scores
+        scores[f"ndcg@{depth}"] = sum_gains(found) / sum_gains(best)
+    return scores | {"mrr": 1 / ranks[0] if ranks else 0.0}
 
 
-def check_k(k: Sequence[int]) -> tuple[int, ...]:
-    """The depths, which are positive integers, each once.
-
-    >>> check_k([1, 5])
-    (1, 5)
-    """
+def check_k(k: Sequence[int]) -> None:
+    """Refuses what is no list of positive integers, each once."""
     if not isinstance(k, list | tuple | range):
         raise TypeError(f"`k` must be a list of depths, got {k!r}. Write [{k}] for a single one.")
     for depth in k:
@@ -111,86 +93,42 @@ def check_k(k: Sequence[int]) -> tuple[int, ...]:
             raise ValueError(f"`k` must have positive integers only, got {depth!r}. Write e.g. {list(DEFAULT_K)}.")
     if not k or len(set(k)) < len(k):
         raise ValueError(f"`k` must have at least one depth and each once, got {list(k)}. Remove the repeated ones.")
-    return tuple(k)
 
 
 def check_documents(documents: Sequence[str], where: str) -> None:
     """Refuses what is no list of different strings; `where` goes into the message."""
-    if not isinstance(documents, list | tuple):
-        raise TypeError(f"{where} must be a list of document ids, got {documents!r}. Write [] for none.")
+    check_list(documents, where, "document ids", "Write [] for none.")
     for place, document in enumerate(documents):
-        if not isinstance(document, str):
-            raise TypeError(
-                f"{where}[{place}] must be a string, got {document!r}. Write ids as str(id) in both columns."
-            )
-        if not document.isascii():
-            try:
-                document.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"{where}[{place}] must be valid Unicode, got {document!r}. Rename it.") from error
+        check_string(document, f"{where}[{place}]", "Write ids as str(id) in both columns.")
     if len(set(documents)) < len(documents):
         document, count = Counter(documents).most_common(1)[0]
         raise ValueError(f"{where} must have each document once, got {document!r} {count} times. Keep its best rank.")
 
 
-def check_rows(predictions: Iterable, references: Iterable, ids: Iterable | None = None) -> tuple[list, list]:
-    """The rows as lists, after everything that would make a score meaningless has been refused by name."""
-    predictions, references, ids = pair_rows(predictions, references, ids)
-    for row, (ranking, gold) in enumerate(zip(predictions, references, strict=True)):
-        check_documents(ranking, name_row("predictions", row, ids))
-        check_documents(gold, name_row("references", row, ids))
-    return predictions, references
-
-
-def check_gold(references: list) -> None:
-    """Refuses rows none of which has a gold document."""
-    if not any(references):
-        raise ValueError(
-            f"`references` must have gold documents for at least one question, got none in {len(references)}. "
-            "Check that the ids of the gold documents were read."
-        )
-
-
 class Retrieval(CheckedRows, evaluate.Metric):
-    """The metric as `evaluate` loads it; see INPUTS_DESCRIPTION."""
+    """The metric as `evaluate` loads it."""
 
     def _info(self) -> evaluate.MetricInfo:
-        documents = datasets.Sequence(datasets.Value("string"))
-        return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            citation=CITATION,
-            inputs_description=INPUTS_DESCRIPTION,
-            features=datasets.Features({"predictions": documents, "references": documents}),
-            reference_urls=["https://github.com/AmenRa/ranx", "https://ir-measur.es/en/latest/measures.html"],
-            license="apache-2.0",
-        )
+        return evaluate.MetricInfo(**INFO)
 
-    check_rows = staticmethod(check_rows)
+    check_prediction = check_reference = staticmethod(check_documents)
 
-    def compute(self, *, predictions=None, references=None, **kwargs):
+    def compute(self, *, k: Sequence[int] = DEFAULT_K, **kwargs):
         """Scores these rows and those added before; `k` is checked before a row is read."""
-        check_k(kwargs.get("k", DEFAULT_K))
-        return super().compute(predictions=predictions, references=references, **kwargs)
+        check_k(k)
+        return super().compute(k=k, **kwargs)
 
     def _compute(
-        self,
-        predictions,
-        references,
-        k: Sequence[int] = DEFAULT_K,
-        per_question: bool = False,
-        ids: Sequence | None = None,
+        self, predictions, references, k: Sequence[int], per_question: bool = False, ids: Sequence | None = None
     ) -> dict:
-        predictions, references = check_rows(predictions, references, ids)
-        check_gold(references)
-        k = check_k(k)
-        rows = [
-            score_ranking(ranking, gold, k) if gold else None
-            for ranking, gold in zip(predictions, references, strict=True)
-        ]
-        scored = [row for row in rows if row is not None]
-        scores: dict = {name: math.fsum(row[name] for row in scored) / len(scored) for name in scored[0]}
-        scores |= {"questions": len(scored), "without_gold": len(rows) - len(scored)}
-        if per_question:
-            names = list(scored[0])
-            scores |= {f"{name}_per_question": [None if row is None else row[name] for row in rows] for name in names}
-        return scores
+        self.check_rows(predictions, references, ids)
+        if not any(references):
+            raise ValueError(
+                f"`references` must have gold documents for at least one question, got none in {len(references)}. "
+                "Check that the ids of the gold documents were read."
+            )
+        rows = [score_ranking(*row, k) if row[1] else {} for row in zip(predictions, references, strict=True)]
+        names = next(filter(None, rows))
+        without_gold = rows.count({})
+        counts = {"questions": len(rows) - without_gold, "without_gold": without_gold}
+        return summarize({name: [row.get(name) for row in rows] for name in names}, per_question, **counts)
