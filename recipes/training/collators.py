@@ -1,12 +1,9 @@
-"""Records -> tensors of a batch, for every k of `memory_sizes`, so that the trainer can draw k per optimizer step.
-
-Stands between the records of `records.py` and the trainer. It knows nothing of models or losses.
-"""
+"""Records -> tensors of a batch, for every k of `memory_sizes`, so that the trainer can draw k per optimizer step."""
 
 import zlib
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from itertools import takewhile
+from itertools import chain, takewhile
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -58,13 +55,11 @@ def shared_prompt(prompts: Sequence[Prompt]) -> tuple[Prompt, list[int], list[in
             "`answer_prompt` and `paraphrase_prompts` must begin alike up to `{documents}` for records of several "
             "targets. Put `{documents}` first, or set `targets_per_document: 1`."
         )
-    first = prompts[0]
     parts = [
-        [*getattr(first, name)[:length], *(value for prompt in prompts for value in getattr(prompt, name)[length:])]
-        for name in Prompt._fields
+        [*column[0][:length], *chain(*(part[length:] for part in column))] for column in zip(*prompts, strict=True)
     ]
     rests = [range(length, len(prompt.input_ids)) for prompt in prompts]
-    positions = [*range(length), *(place for rest in rests for place in rest)]
+    positions = [*range(length), *chain(*rests)]
     segments = [0] * length + [number for number, rest in enumerate(rests, 1) for _ in rest]
     return Prompt(*parts), positions, segments
 
@@ -151,7 +146,7 @@ class ReadingCollator(Collator):
         if not rows:
             return {}
         gold = batch_positive_mask([{**r, "positives": r["positives"] or range(len(r["documents"]))} for r in records])
-        encoded = self.processor.encode_questions([question for questions in asked for question in questions])
+        encoded = self.processor.encode_questions(list(chain(*asked)))
         queries = self.processor.pad_queries(encoded)
         return {**queries, "query_rows": torch.tensor(rows), "batch_positive_mask": gold[rows]}
 
@@ -218,10 +213,7 @@ class SelectingCollator(Collator):
         """Stored memories of all candidates, zeros where a row has fewer."""
         rows = [self.store.lookup(record["documents"]) for record in records]
         masks = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-        return {
-            "memory": pad_sequence(rows, batch_first=True),
-            "document_mask": pad_sequence(masks, batch_first=True),
-        }
+        return {"memory": pad_sequence(rows, batch_first=True), "document_mask": pad_sequence(masks, batch_first=True)}
 
 
 def batch_positive_mask(records: list[dict]) -> torch.Tensor:

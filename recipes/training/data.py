@@ -26,7 +26,6 @@ from datasets import Features, List, Value, load_dataset
 from trl.scripts.utils import DatasetConfig
 
 from modeling_clara.corpus.storage import iter_lines
-from modeling_clara.storage_clara import file_sha256
 from modeling_clara.text_clara import read_document
 
 # One record: chunks of the documents, indices of the gold ones among them, targets (a paraphrase has no question), the
@@ -134,11 +133,6 @@ def local_files(source: DatasetConfig) -> list[Path]:
         *map(Path, names),
     ]
     return [found for found in dict.fromkeys(paths) if found.is_file()]
-
-
-def hash_files(sources: Sequence[DatasetConfig]) -> dict[str, str]:
-    """Path -> SHA-256 of all local files of these sources."""
-    return {str(path): file_sha256(path) for source in sources for path in local_files(source)}
 
 
 def convert_rows(paths: Iterable[str | Path], convert: Callable[[dict], dict]) -> Iterator[dict]:

@@ -1,7 +1,4 @@
-"""Memories that the contrastive and the joint stage read: a compressed corpus, looked up by text or searched live.
-
-Stands between the frozen compressor and the trainer. It knows nothing of losses or records.
-"""
+"""Memories that the contrastive and the joint stage read: a compressed corpus, looked up by text or searched live."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,13 +17,22 @@ class DocumentMemories:
     """A corpus whose documents are known by title and text, as the rows of training data name them.
 
     Memories stay memory-mapped; of every document that is one chunk its hash and its row are held.
+
+    Args:
+        corpus: open, with the model that trains.
+        needed: documents that must be stored, else it is a ValueError.
     """
 
-    def __init__(self, corpus: CompressedCorpus):
-        self.corpus = corpus  # open, with the model that trains
+    def __init__(self, corpus: CompressedCorpus, needed: Sequence[Mapping] = ()):
+        self.corpus = corpus
         self.rows: dict[str, int] = {}
         for row in corpus.rows(["title", "text"]):
             self.rows.setdefault(document_key(row), row["row"])
+        if missing := self.missing(needed):
+            raise ValueError(
+                f"the memory of {missing[0]['text'][:60]!r} must fit into float16, see {corpus.folder}/rejected.jsonl."
+                " Train the compressor longer, or set `compress_online`."
+            )
 
     def __len__(self) -> int:
         return len(self.corpus)
@@ -80,29 +86,14 @@ class CorpusCandidates:
 def compress_documents(
     model: CLaRaForRAG, documents: Sequence[Mapping], folder: Path, batch_size: int = 16
 ) -> DocumentMemories:
-    """Build a float16 corpus of these documents, each one chunk; what is there already of the same build is kept.
-
-    Raises:
-        ValueError: a document has no usable memory.
-    """
+    """Build a float16 corpus of these documents, each one chunk; what is there already of the same build is kept."""
     corpus = CompressedCorpus.build(model, to_rows(documents), folder, codec="float16", batch_size=batch_size)
-    return with_all(corpus, documents)
+    return DocumentMemories(corpus, documents)
 
 
 def to_rows(documents: Sequence[Mapping]) -> list[dict]:
     """Documents under the ids by which they are looked up."""
     return [{"id": document_key(document), **document} for document in documents]
-
-
-def with_all(corpus: CompressedCorpus, documents: Sequence[Mapping]) -> DocumentMemories:
-    """The memories of a corpus; a ValueError if a document has none."""
-    memories = DocumentMemories(corpus)
-    if missing := memories.missing(documents):
-        raise ValueError(
-            f"the memory of {missing[0]['text'][:60]!r} must fit into float16, see {corpus.folder}/rejected.jsonl. "
-            "Train the compressor longer, or set `compress_online`."
-        )
-    return memories
 
 
 def open_or_compress(
@@ -119,7 +110,7 @@ def open_or_compress(
     else:
         if missing := memories.missing(documents):
             memories.corpus.add(to_rows(missing), batch_size=batch_size)
-            memories = with_all(memories.corpus, documents)
+            memories = DocumentMemories(memories.corpus, documents)
         return memories
     try:
         if not (folder / MANIFEST_FILE).exists():

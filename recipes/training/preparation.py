@@ -29,7 +29,7 @@ QUERIES_PER_RECORD = 2  # of the contrastive term in the stages that read memori
 CHANGES_MEMORIES = ("compressor", "rows", "backbone")
 
 
-def given(arguments: ModelArguments, *names: str) -> dict:
+def given(arguments: ModelArguments | DataArguments, *names: str) -> dict:
     """Those of the arguments that are not None."""
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
@@ -121,11 +121,8 @@ def read_data(
         window=model.config.text_config.max_position_embeddings,
         memory_size=model.config.max_memory_size,
         top_k=model.config.retrieval_top_k,
-        targets_per_document=data.targets_per_document,
-        long_documents=data.long_documents,
-        num_candidates=data.num_candidates,
         needs_candidates=data.candidates == "given",
-        text_share=data.text_share,
+        **given(data, "targets_per_document", "long_documents", "num_candidates", "text_share"),
     )
     folder = Path(training.output_dir) / CACHE_FOLDER
     with training.main_process_first(desc="reading the data"):
@@ -240,6 +237,7 @@ def prepare_trainer(
             f"one process must have one GPU, got {training.n_gpu}. Start it with `accelerate launch --config_file "
             "recipes/configs/accelerate/ddp.yaml`, or set CUDA_VISIBLE_DEVICES=0."
         )
+    torch.manual_seed(training.seed)  # fresh adapters are drawn before the Trainer sets its seed
     model = prepare_model(model_arguments, training)
     check_stage(model, model_arguments, data, training)
     train, evaluation = read_data(model, data, training)
@@ -261,8 +259,3 @@ def prepare_trainer(
     n_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logger.info("%d records, %s trainable parameters, roles %s", len(train), f"{n_trainable:,}", training.roles)
     return trainer
-
-
-def seed_everything(training: CLaRaTrainingArguments) -> None:
-    """Fresh adapters are drawn before the Trainer sets its seed."""
-    torch.manual_seed(training.seed)

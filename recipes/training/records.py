@@ -33,11 +33,7 @@ class RecordReader:
         self._split: dict[tuple[str, str], list[dict]] = {}
 
     def __call__(self, place: str, row: dict) -> list[dict]:
-        """The records of a row.
-
-        Raises:
-            BadRow: naming file, line and rule.
-        """
+        """The records of a row, or a `BadRow` with file, line and rule."""
         row = {name: value for name, value in row.items() if value is not None}  # Parquet fills what is missing
         try:
             documents = read_documents(row)
@@ -52,7 +48,7 @@ class RecordReader:
             size = 1 if self.rules.selects else self.targets_per_document
             groups = [targets[start : start + size] for start in range(0, len(targets), size)]
             return [self._record(place, documents, positives, group) for group in groups]
-        except BadRow as error:
+        except ValueError as error:  # of ours, or of the processor
             raise BadRow(str(error), place) from error
 
     def _record(self, place: str, documents: list[dict], positives: list[int], targets: list[tuple]) -> dict:
@@ -68,21 +64,15 @@ class RecordReader:
         for index, document in enumerate(documents):
             key = (document["title"], document["text"])
             if key not in self._split:  # candidates come back in many rows
-                self._split[key] = self._split_document(document, f"docs[{index}]")
+                parts = self.processor.split_document(document, f"docs[{index}]")
+                parts = parts[:1] if self.long_documents == "first_span" else parts
+                self._split[key] = [{"title": part["title"], "text": part["text"]} for part in parts]
                 if len(self._split) > MAX_SPLIT:
                     del self._split[next(iter(self._split))]
             if index in positives:
                 gold += range(len(chunks), len(chunks) + len(self._split[key]))
             chunks += self._split[key]
         return chunks, gold
-
-    def _split_document(self, document: dict, name: str) -> list[dict]:
-        try:
-            parts = self.processor.split_document(document, name)
-        except ValueError as error:
-            raise BadRow(str(error)) from error
-        parts = parts[:1] if self.long_documents == "first_span" else parts
-        return [{"title": part["title"], "text": part["text"]} for part in parts]
 
     def _candidates(self, documents: list[dict], positives: list[int]) -> tuple[list[dict], list[int]]:
         """At most `num_candidates` documents, the gold ones among them, in their order; too few are a `BadRow`."""
@@ -102,10 +92,7 @@ class RecordReader:
         """Tokens of a prompt with its target, which must fit into the window."""
         reads = self.top_k if self.rules.selects else len(documents)
         n_memories, texts = (0, documents) if self.rules.reads_text else (reads - len(texts), texts)
-        try:
-            prompt = self.processor.build_prompt(question, n_memories, self.memory_size, answer, text_documents=texts)
-        except ValueError as error:
-            raise BadRow(str(error)) from error
+        prompt = self.processor.build_prompt(question, n_memories, self.memory_size, answer, text_documents=texts)
         if len(prompt.input_ids) > self.window:
             memories = f"{n_memories} memories of {self.memory_size}" + (" and one text" if texts else "")
             what = f"{reads} texts" if self.rules.reads_text else memories

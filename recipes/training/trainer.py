@@ -60,7 +60,7 @@ class CLaRaTrainer(Trainer):
     """Trains the stage that its arguments name.
 
     Args:
-        model: `CLaRaForRAG` with its trainable roles set.
+        model: with its trainable roles set.
         args: of this run.
         candidates: found live in a corpus; None reads those of the batch.
         train_backbone: the backbone trains as well and is saved with every checkpoint.
@@ -108,9 +108,8 @@ class CLaRaTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         """The inputs of `forward`: the prompts of this step's k, the counts, everything on the device."""
-        inputs = dict(inputs)
-        gold = inputs.pop("gold_documents", None)
-        inputs = super()._prepare_inputs(inputs)
+        gold = inputs.get("gold_documents")
+        inputs = super()._prepare_inputs({name: value for name, value in inputs.items() if name != "gold_documents"})
         sizes = self.unwrapped.config.memory_sizes
         size = sizes[-1]
         if self.model.training:
@@ -216,20 +215,19 @@ class CLaRaTrainer(Trainer):
     @property
     def was_just_evaluated(self) -> bool:
         """Whether the last step has its evaluation already."""
-        return any(
-            "eval_loss" in entry and entry["step"] == self.state.global_step for entry in self.state.log_history
-        )
+        step = self.state.global_step
+        return any("eval_loss" in entry and entry["step"] == step for entry in self.state.log_history)
 
     def _write_samples(self) -> None:
         """Append generated answers to samples.jsonl."""
         if not self.samples or not self.is_world_process_zero():
             return
-        model, rows = self.unwrapped, []
+        step, rows = self.state.global_step, []
         for record in self.samples:
-            text = self._sample(model, record["questions"][0], record["documents"])
-            rows.append({"question": record["questions"][0], "expected": record["answers"][0], "answer": text})
-        step = self.state.global_step
-        append_lines(Path(self.args.output_dir) / "samples.jsonl", [{"step": step, **row} for row in rows])
+            question, expected = record["questions"][0], record["answers"][0]
+            answer = self._sample(self.unwrapped, question, record["documents"])
+            rows.append({"step": step, "question": question, "expected": expected, "answer": answer})
+        append_lines(Path(self.args.output_dir) / "samples.jsonl", rows)
         shown = "\n".join(f"  {row['question']} -> {row['answer']!r} (expected {row['expected']!r})" for row in rows)
         logger.info("samples at step %d:\n%s", step, shown)
 
