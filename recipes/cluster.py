@@ -1,78 +1,56 @@
 """A build of a corpus as tasks of datatrove: on this machine, on Slurm or on Ray.
 
-Every task is one job of `CompressedCorpus.build`; `compress.py` has the command.
+Every task is one rank of `CompressedCorpus.build`; `compress.py` has the command.
 """
 
 import argparse
 
 import torch
+from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus
+from modeling_clara.cli import build_options
 
 
 class CompressDocuments(PipelineStep):
-    """One task: a job of a build.
-
-    Args:
-        documents: path or id of the input.
-        output: folder of the corpus.
-        model, backbone: of the compressor.
-        dtype: that it computes in; None is the default of `from_pretrained`.
-        options: keywords of `CompressedCorpus.build`.
-        threads: of each task on a CPU; 0 leaves torch's default.
-    """
+    """One task of a build, with the arguments of the command."""
 
     name = "CLaRa compressor"
     type = "Model call"
 
-    def __init__(
-        self,
-        documents: str,
-        output: str,
-        model: str,
-        backbone: str | None,
-        dtype: str | None,
-        options: dict,
-        threads: int,
-    ):
+    def __init__(self, arguments: argparse.Namespace):
         super().__init__()
-        self.documents, self.output, self.model, self.backbone = documents, output, model, backbone
-        self.dtype, self.options, self.threads = dtype, options, threads
+        self.arguments = arguments
 
     def run(self, data=None, rank: int = 0, world_size: int = 1):
-        """Do job `rank` of `world_size`."""
-        if self.threads:
-            torch.set_num_threads(self.threads)
-        model = CLaRaForRAG.from_pretrained(self.model, backbone=self.backbone, dtype=self.dtype)
+        """Do rank `rank` of `world_size`."""
+        given = self.arguments
+        if given.threads:
+            torch.set_num_threads(given.threads)
+        model = CLaRaForRAG.from_pretrained(given.model, backbone=given.backbone, dtype=given.dtype)
         if torch.cuda.is_available():
             model = model.to(f"cuda:{rank % torch.cuda.device_count()}")
+        options = {"rank": rank, "world_size": world_size, **build_options(given)}
         with self.track_time("job"):
-            CompressedCorpus.build(
-                model, self.documents, self.output, rank=rank, world_size=world_size, **self.options
-            )
+            CompressedCorpus.build(model, given.input, given.output, **options)
         return data
 
 
-def build_executor(arguments: argparse.Namespace, pipeline: list):
+def build_executor(arguments: argparse.Namespace) -> PipelineExecutor:
     """datatrove's executor for this machine, Slurm or Ray."""
     logs = str(arguments.logs or f"{arguments.output.rstrip('/')}-logs")
-    workers = arguments.workers or -1
-    machine = {"cpus_per_task": arguments.cpus_per_task, "mem_per_cpu_gb": arguments.mem_per_cpu_gb}
-    if arguments.executor == "slurm":
-        from datatrove.executor.slurm import SlurmPipelineExecutor
-
-        machine |= {"time": arguments.time, "partition": arguments.partition, "job_name": "clara-compress"}
-        machine["sbatch_args"] = {"gres": arguments.gres} if arguments.gres else {}
-        return SlurmPipelineExecutor(pipeline, tasks=arguments.tasks, workers=workers, logging_dir=logs, **machine)
+    common = {"pipeline": [CompressDocuments(arguments)], "tasks": arguments.tasks, "logging_dir": logs}
+    if arguments.executor == "local":
+        return LocalPipelineExecutor(workers=arguments.workers or arguments.tasks, **common)
+    common |= {"workers": arguments.workers or -1}
+    common |= {"cpus_per_task": arguments.cpus_per_task, "mem_per_cpu_gb": arguments.mem_per_cpu_gb}
     if arguments.executor == "ray":
-        from datatrove.executor.ray import RayPipelineExecutor
-
-        return RayPipelineExecutor(pipeline, tasks=arguments.tasks, workers=workers, logging_dir=logs, **machine)
-    from datatrove.executor import LocalPipelineExecutor
-
-    return LocalPipelineExecutor(
-        pipeline, tasks=arguments.tasks, workers=arguments.workers or arguments.tasks, logging_dir=logs
+        return RayPipelineExecutor(**common)
+    common["sbatch_args"] = {"gres": arguments.gres} if arguments.gres else {}
+    return SlurmPipelineExecutor(
+        time=arguments.time, partition=arguments.partition, job_name="clara-compress", **common
     )
 
 

@@ -14,8 +14,8 @@ import os
 import sys
 
 from modeling_clara import CompressedCorpus
-from modeling_clara.cli import add_build_options, build_options
-from recipes.cluster import CompressDocuments, add_cluster_options, build_executor
+from modeling_clara.cli import add_build_options
+from recipes.cluster import add_cluster_options, build_executor
 
 
 def main() -> int:
@@ -26,13 +26,9 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.tasks < 1:
         raise SystemExit(f"`--tasks` must be >= 1, got {arguments.tasks}.")
-    threads = arguments.threads
-    if not threads and arguments.executor == "local":
-        threads = max(1, (os.cpu_count() or 1) // (arguments.workers or arguments.tasks))
-    options = build_options(arguments)
-    model = (arguments.model, arguments.backbone, arguments.dtype)
-    step = CompressDocuments(arguments.input, arguments.output, *model, options, threads)
-    build_executor(arguments, [step]).run()
+    if not arguments.threads and arguments.executor == "local":
+        arguments.threads = max(1, (os.cpu_count() or 1) // (arguments.workers or arguments.tasks))
+    build_executor(arguments).run()
     if arguments.executor == "slurm":
         print("submitted; the corpus is complete when its corpus.json is there")
         return 0

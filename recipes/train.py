@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers that mak
 
 from recipes.training.arguments import parse_arguments  # noqa: E402
 from recipes.training.checkpoints import check_folder, claim_folder, describe_run, is_at_its_end  # noqa: E402
-from recipes.training.preparation import prepare_trainer, seed_everything  # noqa: E402
+from recipes.training.preparation import prepare_trainer  # noqa: E402
 from recipes.training.trainer import CLaRaTrainer  # noqa: E402
 
 
@@ -25,7 +25,6 @@ def prepare() -> tuple[CLaRaTrainer, Path | None]:
     description = describe_run(model_arguments, data_arguments, training_arguments)
     with training_arguments.main_process_first(desc="looking into the output folder"):
         checkpoint = check_folder(training_arguments.output_dir, description)
-    seed_everything(training_arguments)
     trainer = prepare_trainer(model_arguments, data_arguments, training_arguments)
     if training_arguments.should_save:
         claim_folder(training_arguments.output_dir, description)

@@ -10,7 +10,7 @@ import torch
 
 from modeling_clara import CLaRaForRAG
 from recipes.training.arguments import CLaRaTrainingArguments, DataArguments, ModelArguments
-from recipes.training.preparation import prepare_trainer, seed_everything
+from recipes.training.preparation import prepare_trainer
 
 NAMES = ["Mira", "Anton", "Clara", "Boris", "Dora", "Emil", "Flora", "Gustav"]
 CITIES = ["Paris", "Rome", "Berlin", "Lima", "Oslo", "Cairo", "Prague", "Vienna in the snow"]
@@ -67,7 +67,6 @@ def build(training_files, trained, tmp_path):
             "num_samples": 1,
         }
         training = CLaRaTrainingArguments(output_dir=str(tmp_path / name), stage=stage, **{**defaults, **options})
-        seed_everything(training)
         return prepare_trainer(model_arguments, data, training)
 
     return make

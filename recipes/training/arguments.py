@@ -5,9 +5,11 @@ Later YAML files win over earlier ones, `key=value` wins over files, and keys un
 """
 
 import argparse
+import contextlib
 import dataclasses
 import types
 import typing
+from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,10 @@ FRESH = (
     "memory_sizes", "memory_layout", "memory_normalization", "lora_rank", "lora_alpha", "lora_dropout",
     "document_max_length", "processor_kwargs",
 )  # fmt: skip
+# Fields of `CLaRaConfig`; None keeps the checkpoint's, or the default.
+CONFIG_FIELDS = (
+    "retrieval_top_k", "retrieval_temperature", "retrieval_memory_size", "alignment_weight", "contrastive_weight",
+)  # fmt: skip
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -35,30 +41,15 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 class ModelArguments:
     """The model a run starts from: fresh adapters on `backbone`, or the `checkpoint` of an earlier stage.
 
-    Args:
-        backbone: Hub id or folder. With a checkpoint: where its backbone is now; another backbone is an error.
-        checkpoint: Hub id or folder of a CLaRa checkpoint.
-        revision: of the checkpoint, without one of the backbone.
-        dtype: of the frozen backbone, for example bfloat16; what trains is float32 in any case.
-        attn_implementation: as in transformers.
-        memory_sizes, memory_layout, lora_rank, lora_alpha, lora_dropout, document_max_length, processor_kwargs: of
-            fresh adapters. A checkpoint keeps its own: other values in a YAML file are ignored with a log line, other
-            values on the command line are an error.
-        memory_normalization: the same; the memories of 128 documents of the data are measured and normalised, see
-            `CLaRaForRAG.normalize_memories`.
-        retrieval_top_k, retrieval_temperature, retrieval_memory_size, alignment_weight, contrastive_weight: fields of
-            `CLaRaConfig`; None keeps the checkpoint's, or its default.
-        train_backbone: all weights train, for a backbone that is trained from scratch; checkpoints then include it.
-        reasoner_init: "compressor" copies the compressor into the reasoner (paper: + 4 F1), "random" gives it fresh
-            weights, "keep" leaves it; default: "compressor" in a stage that selects if the reasoner is untrained, else
-            "keep".
+    A checkpoint keeps its own values of the keys in `FRESH`: other values in a YAML file are ignored with a log line,
+    other values on the command line are an error.
     """
 
-    backbone: str | None = None
-    checkpoint: str | None = None
-    revision: str | None = None
-    dtype: str | None = None
-    attn_implementation: str | None = None
+    backbone: str | None = None  # Hub id or folder; with a checkpoint where its own is now, another one is an error
+    checkpoint: str | None = None  # Hub id or folder of a CLaRa checkpoint
+    revision: str | None = None  # of the checkpoint, without one of the backbone
+    dtype: str | None = None  # of the frozen backbone, for example bfloat16; what trains is float32 in any case
+    attn_implementation: str | None = None  # as in transformers
     memory_sizes: list[int] | None = None
     memory_layout: str | None = None
     lora_rank: int | None = None
@@ -66,22 +57,16 @@ class ModelArguments:
     lora_dropout: float | None = None
     document_max_length: int | None = None
     processor_kwargs: dict | None = None
-    memory_normalization: bool | None = None
+    memory_normalization: bool | None = None  # by 128 documents of the data, see `CLaRaForRAG.normalize_memories`
     retrieval_top_k: int | None = None
     retrieval_temperature: float | None = None
     retrieval_memory_size: int | None = None
     alignment_weight: float | None = None
     contrastive_weight: float | None = None
-    train_backbone: bool = False
+    train_backbone: bool = False  # all weights train, for a backbone from scratch; checkpoints then include it
+    # "compressor" copies the compressor into the reasoner (paper: + 4 F1), "random" gives it fresh weights, "keep"
+    # leaves it; default: "compressor" in a stage that selects if the reasoner is untrained, else "keep"
     reasoner_init: str | None = None
-
-    CONFIG_FIELDS = (
-        "retrieval_top_k",
-        "retrieval_temperature",
-        "retrieval_memory_size",
-        "alignment_weight",
-        "contrastive_weight",
-    )
     from_files: typing.ClassVar[frozenset[str]] = frozenset()  # keys that no `key=value` gave
 
     def __post_init__(self):
@@ -98,37 +83,27 @@ class ModelArguments:
 class DataArguments:
     """What is read.
 
-    Args:
-        datasets: one entry per source with the fields of TRL's `DatasetConfig`: `path` (a .jsonl, .jsonl.gz or
-            .parquet file, a folder, or a Hub id), `name`, `split`, `data_files`, and `fraction`, its share of the
-            mixture (all or none; no source is oversampled).
-        eval_datasets: the same, for evaluation.
-        targets_per_document: questions and paraphrases that share one compression of their document, in pretrain and
-            instruct.
-        text_share: of the records of pretrain and instruct whose prompts read one of the documents as text instead of
-            from memory, as `answer(expand=1)` does, in training and evaluation.
-        long_documents: "split" reads all chunks of a long document, "first_span" cuts it (the paper).
-        num_candidates: documents that the selection chooses from; longer lists are cut after it, gold kept.
-        candidates: "given", the row's own documents, or "corpus", the live best ones among all documents of
-            `corpus`, or of the data without one.
-        add_gold: with "corpus": the row's gold documents join the candidates ("oracle").
-        in_batch_negatives: with "given": the documents of the other rows of a pass are candidates of the contrastive
-            term as well (rows of `per_device_train_batch_size`, of one process).
-        corpus: folder of stored memories that this compressor made; others are compressed once before training.
-        compress_online: run the compressor in every step, for comparison.
+    A source is a mapping with the fields of TRL's `DatasetConfig`: `path` (a .jsonl, .jsonl.gz or .parquet file, a
+    folder, or a Hub id), `name`, `split`, `data_files`, and `fraction`, its share of the mixture (all or none; no
+    source is oversampled).
     """
 
     datasets: list[dict] = field(default_factory=list)
     eval_datasets: list[dict] = field(default_factory=list)
-    targets_per_document: int = 1
+    targets_per_document: int = 1  # questions and paraphrases that share one compression, in pretrain and instruct
+    # share of the records of pretrain and instruct whose prompts read one of the documents as text instead of from
+    # memory, as `answer(expand=1)` does, in training and evaluation
     text_share: float = 0.0
-    long_documents: str = "split"
-    num_candidates: int = 20
+    long_documents: str = "split"  # reads all chunks of a long document; "first_span" cuts it (the paper)
+    num_candidates: int = 20  # documents that the selection chooses from; longer lists are cut after it, gold kept
+    # "given", the row's own documents, or "corpus", the live best ones among all documents of `corpus`, or of the data
     candidates: str = "given"
-    add_gold: bool = False
+    add_gold: bool = False  # with "corpus": the row's gold documents join the candidates ("oracle")
+    # with "given": the documents of the other rows of a pass are candidates of the contrastive term as well (rows of
+    # `per_device_train_batch_size`, of one process)
     in_batch_negatives: bool = False
-    corpus: str | None = None
-    compress_online: bool = False
+    corpus: str | None = None  # folder of memories that this compressor made; others are compressed before training
+    compress_online: bool = False  # run the compressor in every step, for comparison
 
     def __post_init__(self):
         if not self.datasets:
@@ -155,21 +130,13 @@ class DataArguments:
 
 @dataclass
 class CLaRaTrainingArguments(TrainingArguments):
-    """transformers' `TrainingArguments`, and what CLaRa adds.
+    """transformers' `TrainingArguments`, and what CLaRa adds."""
 
-    Args:
-        stage: a name of `stages.STAGES`: pretrain, instruct, contrastive, joint or text.
-        trainable_roles: default: the stage's.
-        num_samples: rows whose answers are generated and written to samples.jsonl at every evaluation.
-        max_minutes: stop with a checkpoint after so many minutes of training; the same command resumes the run.
-        train_memory_sizes: the k that a step draws from, some of the model's `memory_sizes`; default: all.
-    """
-
-    stage: str = "pretrain"
-    trainable_roles: list[str] | None = None
-    num_samples: int = 4
-    max_minutes: float | None = None
-    train_memory_sizes: list[int] | None = None
+    stage: str = "pretrain"  # a name of `stages.STAGES`
+    trainable_roles: list[str] | None = None  # default: the stage's
+    num_samples: int = 4  # rows whose answers are generated and written to samples.jsonl at every evaluation
+    max_minutes: float | None = None  # of training until a stop with a checkpoint; the same command resumes the run
+    train_memory_sizes: list[int] | None = None  # some of the model's, from which a step draws k; default: all
 
     def __post_init__(self):
         check_choice("stage", self.stage, list(STAGES))
@@ -182,14 +149,18 @@ class CLaRaTrainingArguments(TrainingArguments):
             )
         for role in self.trainable_roles or ():
             check_choice("trainable_roles", role, ROLES)
-        if self.remove_unused_columns:
-            self.remove_unused_columns = False  # the collators read columns that `forward` does not take
+        self.remove_unused_columns = False  # the collators read columns that `forward` does not take
         super().__post_init__()
 
     @property
     def roles(self) -> tuple[str, ...]:
         """The roles that train."""
         return tuple(self.trainable_roles or STAGES[self.stage].roles)
+
+    @property
+    def order_seed(self) -> int:
+        """Of the order and the choice of rows."""
+        return self.seed if self.data_seed is None else self.data_seed
 
 
 ARGUMENTS = (ModelArguments, DataArguments, CLaRaTrainingArguments)
@@ -218,12 +189,10 @@ def read_recipe(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> d
             )
         given[key.lstrip("-")] = yaml.safe_load(value)
     files = [_read_yaml(path) for path in paths]
-    stage = given.get("stage", next((values["stage"] for values in reversed(files) if "stage" in values), None))
+    stage = ChainMap(given, *reversed(files)).get("stage")
     merged = {}
     for values in files:
-        sections = {name: values.pop(name) for name in STAGES if name in values}
-        for section in sections.values():
-            check_types(section)
+        sections = {name: check_types(values.pop(name)) for name in STAGES if name in values}
         merged |= values | sections.get(stage, {})
     return check_types(merged | given)
 
@@ -237,12 +206,12 @@ def _read_yaml(path: str | Path) -> dict:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(f"`{path}` must hold a YAML mapping, got {type(values).__name__}. Write `key: value` lines.")
-    for name in set(STAGES) & set(values):
+    for name in [name for name in STAGES if name in values]:
         values[name] = {} if values[name] is None else values[name]
         if not isinstance(values[name], dict):
             raise ValueError(
-                f"`{name}` in `{path}` must be a mapping of keys for that stage, got {values[name]!r}. Indent its "
-                f"keys."
+                f"`{name}` in `{path}` must be a mapping of keys for that stage, got {values[name]!r}. Indent "
+                "its keys."
             )
     return values
 
@@ -253,45 +222,30 @@ def check_types(values: dict) -> dict:
     for dataclass_type in ARGUMENTS:
         types_of = typing.get_type_hints(dataclass_type)
         hints |= {item.name: types_of[item.name] for item in dataclasses.fields(dataclass_type) if item.init}
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
+    if unknown := sorted(set(values) - set(hints)):
         raise ValueError(f"the recipe must not have the unknown keys {unknown}. Correct or remove them.")
     return {key: _typed(key, value, hints[key]) for key, value in values.items()}
 
 
 def _typed(key: str, value, hint):
-    options = (
-        typing.get_args(hint)
-        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-        else (hint,)
-    )
-    origins = [typing.get_origin(option) or option for option in options]
-    if typing.Any in origins or object in origins:
-        return value
-    if value is None and (type(None) in origins):
-        return None
-    if isinstance(value, bool) and bool in origins:
-        return value
-    if value is False and str in origins:  # YAML 1.1 reads a bare no as false: `eval_strategy: no`
-        return "no"
-    if not isinstance(value, bool):
-        if list in origins and isinstance(value, list):
-            entry_hints = [typing.get_args(option) for option in options if typing.get_origin(option) is list]
-            kind = entry_hints[0][0] if entry_hints else object
-            return [_typed(f"{key}[{index}]", entry, kind) for index, entry in enumerate(value)]
-        for kind in (int, float, str, list, dict):
-            if kind in origins and isinstance(value, kind):
-                return value
-        if float in origins and isinstance(value, int):
-            return float(value)
-        if float in origins and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a text
-            try:
-                return float(value)
-            except ValueError:
-                pass
-    if not {bool, int, float, str, list, dict} & set(origins):
+    """A value of YAML in one of the types of a hint, or a ValueError."""
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    options = {
+        typing.get_origin(option) or option: option for option in (typing.get_args(hint) if is_union else [hint])
+    }
+    if not {bool, int, float, str, list, dict} & set(options):
         return value  # an enum: TrainingArguments checks it
-    wanted = " or ".join(kind.__name__ for kind in origins if kind is not type(None) and hasattr(kind, "__name__"))
+    if type(value) is list and list in options:
+        (kind,) = typing.get_args(options[list]) or (object,)
+        return [_typed(f"{key}[{index}]", entry, kind) for index, entry in enumerate(value)]
+    if type(value) in options:
+        return value
+    if value is False and str in options:  # YAML 1.1 reads a bare no as false: `eval_strategy: no`
+        return "no"
+    if type(value) in (int, str) and float in options:  # YAML 1.1 reads 1e-4 as a text
+        with contextlib.suppress(ValueError):
+            return float(value)
+    wanted = " or ".join(kind.__name__ for kind in options if kind is not type(None) and hasattr(kind, "__name__"))
     raise ValueError(f"`{key}` must be of type {wanted}, got {value!r}. Correct it in the recipe.")
 
 
@@ -304,7 +258,7 @@ def parse_arguments(
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="win over the files; values are YAML")
     known, rest = parser.parse_known_args(command_line)
     files = [entry for entry in known.config if "=" not in entry]
-    overrides = [entry for entry in known.config if entry not in files] + known.overrides + rest
+    overrides = [entry for entry in known.config if "=" in entry] + known.overrides + rest
     recipe = read_recipe(files, overrides)
     model, data, training = HfArgumentParser(ARGUMENTS).parse_dict(recipe)
     model.from_files = frozenset(recipe) - {entry.lstrip("-").partition("=")[0] for entry in overrides}

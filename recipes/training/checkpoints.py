@@ -7,7 +7,6 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,8 +16,8 @@ from modeling_clara import CLaRaForRAG
 from modeling_clara.checkpoint_clara import BACKBONE_FOLDER, load_weights
 from modeling_clara.corpus.storage import foreign_files
 from modeling_clara.files_clara import CheckpointFiles
-from modeling_clara.storage_clara import write_json
-from recipes.training.data import hash_files
+from modeling_clara.storage_clara import file_sha256, write_json
+from recipes.training.data import local_files
 
 logger = logging.getLogger(__name__)
 
@@ -43,31 +42,26 @@ def describe_run(model_arguments, data_arguments, training_arguments) -> dict:
     if data_arguments.candidates == "given":  # then it says where the memories lie, not what they are
         data["corpus"] = None
     data["text_share"] = data_arguments.text_share or None  # a run from before the option goes on
-    description = {"model": dataclasses.asdict(model_arguments), "data": data, "training": training}
-    description["files"] = hash_files([*data_arguments.datasets, *data_arguments.eval_datasets])
+    sources = [*data_arguments.datasets, *data_arguments.eval_datasets]
+    files = {str(path): file_sha256(path) for source in sources for path in local_files(source)}
+    description = {"model": dataclasses.asdict(model_arguments), "data": data, "training": training, "files": files}
     return json.loads(json.dumps(description, default=str))
 
 
 def check_folder(folder: str | Path, description: dict) -> Path | None:
-    """Make sure that the output folder is free or of the same run; changes nothing but a half-written checkpoint.
+    """The last complete checkpoint of the run of this description in its output folder, None at the start.
 
-    Args:
-        folder: of the run.
-        description: from `describe_run`.
-
-    Returns:
-        The last complete checkpoint to go on from, or None at the start.
+    Nothing is changed but a half-written checkpoint removed.
 
     Raises:
-        ValueError: the folder holds something else, or the run is finished.
+        ValueError: the folder holds something else, the run is finished, or its data files have changed.
     """
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"`output_dir` must be a folder, got the file {folder}. Choose another name.")
     path = folder / RUN_FILE
     if not path.exists():
-        foreign = foreign_files(folder, (CACHE_FOLDER, MEMORY_FOLDER, PARTIAL))[:3]
-        if foreign:
+        if foreign := foreign_files(folder, (CACHE_FOLDER, MEMORY_FOLDER, PARTIAL))[:3]:
             raise ValueError(
                 f"`output_dir` must be a new or empty folder, or one of this run, but {folder} holds {foreign}. "
                 "Choose another name or empty it."
@@ -88,27 +82,18 @@ def check_folder(folder: str | Path, description: dict) -> Path | None:
             f"`output_dir` {folder} holds another run: {differing} differ (see {path}). Choose another name, or give "
             "the same arguments to go on with that run."
         )
-    check_files(folder, before.get("files"), description["files"])
+    now = description["files"]
+    began = before.get("files", now)  # an earlier version did not record them
+    for name in sorted({**began, **now}):
+        if began.get(name) != now.get(name):
+            was, found = (f"SHA-256 {files[name]}" if name in files else "no such file" for files in (began, now))
+            raise ValueError(
+                f"{name} must be what the run in {folder} began with, {was}, but is {found}. Put the old file back, "
+                "or choose another `output_dir`."
+            )
     if (folder / "config.json").exists():
         raise ValueError(f"the run in {folder} is finished. Choose another `output_dir`, or delete it to train again.")
     return last_checkpoint(folder)
-
-
-def check_files(folder: Path, before: Mapping[str, str] | None, now: Mapping[str, str]) -> None:
-    """Raise a ValueError if a run would resume with other data than it began with.
-
-    Args:
-        folder: of the run.
-        before: path -> SHA-256 at its start; None for a run of a version that did not record it.
-        now: the same now.
-    """
-    for path in sorted(set(before or {}) | set(now)) if before is not None else ():
-        if before.get(path) != now.get(path):
-            began, found = (f"SHA-256 {files[path]}" if path in files else "no such file" for files in (before, now))
-            raise ValueError(
-                f"{path} must be what the run in {folder} began with, {began}, but is {found}. Put the old file back, "
-                "or choose another `output_dir`."
-            )
 
 
 def claim_folder(folder: str | Path, description: dict) -> None:
@@ -139,10 +124,10 @@ def is_at_its_end(checkpoint: Path) -> bool:
 
 
 def load_trained(model: CLaRaForRAG, folder: str | Path) -> None:
-    """Copy the weights of a checkpoint of the same run into the model, the backbone's too where it is included."""
+    """Copy the weights of a checkpoint of the same run into the model, the backbone's too if it is included."""
     load_weights(model, CheckpointFiles(str(folder)))
-    if (Path(folder) / BACKBONE_FOLDER).is_dir():
-        stored = AutoModelForCausalLM.from_pretrained(Path(folder) / BACKBONE_FOLDER, dtype="auto").state_dict()
+    if (backbone := Path(folder) / BACKBONE_FOLDER).is_dir():
+        stored = AutoModelForCausalLM.from_pretrained(backbone, dtype="auto").state_dict()
         with torch.no_grad():
             for name, tensor in model.backbone.state_dict().items():
                 if "lora_" not in name:

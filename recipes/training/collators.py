@@ -1,12 +1,12 @@
-"""Records -> tensors of a batch, for every k of `memory_sizes`, so that the trainer can draw k per optimizer step.
-
-Stands between the records of `records.py` and the trainer. It knows nothing of models or losses.
-"""
+"""Records -> tensors of a batch, for every k of `memory_sizes`, so that the trainer can draw k per optimizer step."""
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from itertools import chain, takewhile
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from modeling_clara import CLaRaProcessor
 from modeling_clara.processing_clara import Prompt
@@ -46,37 +46,69 @@ def shared_prompt(prompts: Sequence[Prompt]) -> tuple[Prompt, list[int], list[in
     >>> row.input_ids, positions, segments
     ([7, 0, 5, 8, 1, 6, 8, 2], [0, 1, 2, 3, 4, 2, 3, 4], [0, 0, 1, 1, 1, 2, 2, 2])
     """
-    columns = [list(zip(prompt.input_ids, prompt.memory_mask, strict=True)) for prompt in prompts]
     starts = [next((i for i, label in enumerate(p.labels) if label != -100), len(p.labels)) for p in prompts]
-    limit = min(starts) - 1 if len(prompts) > 1 else 0
-    length = next((i for i in range(max(limit, 0)) if any(column[i] != columns[0][i] for column in columns)), limit)
-    length = max(length, 0)
+    limit = max(min(starts) - 1, 0) if len(prompts) > 1 else 0
+    tokens = zip(*(zip(p.input_ids[:limit], p.memory_mask[:limit], strict=True) for p in prompts), strict=True)
+    length = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, tokens))
     if any(any(prompt.memory_mask[length:]) for prompt in prompts) and len(prompts) > 1:
         raise ValueError(
             "`answer_prompt` and `paraphrase_prompts` must begin alike up to `{documents}` for records of several "
             "targets. Put `{documents}` first, or set `targets_per_document: 1`."
         )
-    first = prompts[0]
     parts = [
-        [*getattr(first, name)[:length], *(value for prompt in prompts for value in getattr(prompt, name)[length:])]
-        for name in Prompt._fields
+        [*column[0][:length], *chain(*(part[length:] for part in column))] for column in zip(*prompts, strict=True)
     ]
     rests = [range(length, len(prompt.input_ids)) for prompt in prompts]
-    positions = [*range(length), *(place for rest in rests for place in rest)]
+    positions = [*range(length), *chain(*rests)]
     segments = [0] * length + [number for number, rest in enumerate(rests, 1) for _ in rest]
     return Prompt(*parts), positions, segments
 
 
-class ReadingCollator:
+@dataclass
+class Collator:
+    """What all collators share: the prompts of a record stand in one row, their common part once (`shared_prompt`)."""
+
+    processor: CLaRaProcessor
+    memory_sizes: Sequence[int]  # layouts of the prompts that are made, ascending
+
+    def prompt(self, record: dict, question: str | None, answer: str, n_documents: int, texts=()) -> Prompt:
+        """The prompt of the largest k. A paraphrase takes one of the instructions, the same one every time."""
+        instruction = None
+        if question is None:
+            instructions = self.processor.paraphrase_prompts
+            instruction = instructions[zlib.crc32(record["source"].encode()) % len(instructions)]
+        options = {"text_documents": texts, "prompt": instruction, "name": f"{record['source']} question"}
+        return self.processor.build_prompt(question, n_documents, self.memory_sizes[-1], answer, **options)
+
+    def layouts(self, rows: list[list[Prompt]]) -> dict:
+        """`prompts` and `labels` of the prompts of each row, which were made for the largest k."""
+        largest, pad_id = self.memory_sizes[-1], self.processor.pad_token_id
+
+        def fitted(prompt: Prompt, size: int) -> Prompt:
+            return with_slots(prompt, sum(prompt.memory_mask) // (largest + 1) * (size + 1), pad_id)
+
+        layouts = {size: self.pad_rows([[fitted(p, size) for p in row] for row in rows]) for size in self.memory_sizes}
+        return {"prompts": layouts, "labels": layouts[largest]["labels"]}
+
+    def pad_rows(self, rows: list[list[Prompt]]) -> dict[str, torch.Tensor]:
+        """What `forward` takes of rows of prompts; rows of one prompt need neither positions nor segments."""
+        shared = [shared_prompt(row) for row in rows]
+        padded = self.processor.pad_prompts([row for row, _, _ in shared])
+        if any(len(row) > 1 for row in rows):
+            padded["position_ids"] = self.processor.pad([positions for _, positions, _ in shared], 0, "left")
+            padded["prompt_segments"] = self.processor.pad([segments for _, _, segments in shared], 0, "left")
+        return padded
+
+    def documents(self, records: list[dict]) -> dict[str, torch.Tensor]:
+        """(rows, documents, length) ids and mask; a row with fewer documents has rows of zeros."""
+        return self.processor.pad_documents(
+            [self.processor.encode_documents(record["documents"], f"{record['source']} docs") for record in records]
+        )
+
+
+@dataclass
+class ReadingCollator(Collator):
     """Batches of the stages that read memories: documents to compress and the prompts that read them.
-
-    The prompts of a record stand in one row and share what they have in common (`shared_prompt`).
-
-    Args:
-        processor: makes ids of text.
-        memory_sizes: layouts of the prompts that are made, ascending.
-        n_queries: questions of a record that the reasoner encodes for the contrastive term, 0 for none.
-        text_share: of the records whose prompts read one document as text, see `data.text_places`.
 
     Returns of a call with `rows` records:
         - `document_input_ids`, `document_attention_mask`: (rows, documents, length) int64.
@@ -88,22 +120,19 @@ class ReadingCollator:
         - with `text_share`: `prompt_document_mask` (rows, documents) bool, False for a document that is read as text.
     """
 
-    def __init__(
-        self, processor: CLaRaProcessor, memory_sizes: Sequence[int], *, n_queries: int = 0, text_share: float = 0.0
-    ):
-        self.processor, self.memory_sizes = processor, list(memory_sizes)
-        self.n_queries, self.text_share = n_queries, text_share
+    _: KW_ONLY
+    n_queries: int = 0  # questions of a record that the reasoner encodes for the contrastive term
+    text_share: float = 0.0  # of the records whose prompts read one document as text, see `data.text_places`
 
     def __call__(self, records: list[dict]) -> dict:
-        prompts, as_text = [], []
-        for record in records:
-            places = text_places(record, self.text_share)
+        as_text = [text_places(record, self.text_share) for record in records]
+        rows = []
+        for record, places in zip(records, as_text, strict=True):
             texts = [record["documents"][place] for place in places]
-            n_memories = len(record["documents"]) - len(places)
             targets = zip(record["questions"], record["answers"], strict=True)
-            prompts.append(([self.prompt(record, *target, n_memories, texts) for target in targets], n_memories))
-            as_text.append(places)
-        batch = {**self.documents(records), **self.queries(records), **self.layouts(prompts)}
+            n_memories = len(record["documents"]) - len(places)
+            rows.append([self.prompt(record, *target, n_memories, texts) for target in targets])
+        batch = {**self.documents(records), **self.queries(records), **self.layouts(rows)}
         if self.text_share:
             n_documents = max(len(record["documents"]) for record in records)
             mask = [[place not in places for place in range(n_documents)] for places in as_text]
@@ -117,102 +146,32 @@ class ReadingCollator:
         if not rows:
             return {}
         gold = batch_positive_mask([{**r, "positives": r["positives"] or range(len(r["documents"]))} for r in records])
-        return {
-            **self.processor.pad_queries(
-                self.processor.encode_questions([question for questions in asked for question in questions])
-            ),
-            "query_rows": torch.tensor(rows),
-            "batch_positive_mask": gold[rows],
-        }
-
-    def documents(self, records: list[dict]) -> dict[str, torch.Tensor]:
-        """(rows, documents, length) ids and mask; a row with fewer documents has rows of zeros."""
-        return self.processor.pad_documents(
-            [self.processor.encode_documents(record["documents"], f"{record['source']} docs") for record in records]
-        )
-
-    def prompt(self, record: dict, question: str | None, answer: str, n_documents: int, texts=()) -> Prompt:
-        """The prompt of the largest k. A paraphrase takes one of the instructions, the same one every time."""
-        instructions = self.processor.paraphrase_prompts
-        instruction = (
-            instructions[zlib.crc32(record["source"].encode()) % len(instructions)] if question is None else None
-        )
-        return self.processor.build_prompt(
-            question,
-            n_documents,
-            self.memory_sizes[-1],
-            answer,
-            text_documents=texts,
-            prompt=instruction,
-            name=f"{record['source']} question",
-        )
-
-    def layouts(self, prompts: list[tuple[list[Prompt], int]]) -> dict:
-        """`prompts` and `labels` of (prompts of a row, documents that they read) pairs."""
-        pad_id = self.processor.pad_token_id
-        layouts = {
-            size: self.pad_rows([[with_slots(p, n * (size + 1), pad_id) for p in row] for row, n in prompts])
-            for size in self.memory_sizes
-        }
-        return {"prompts": layouts, "labels": layouts[self.memory_sizes[-1]]["labels"]}
-
-    def pad_rows(self, rows: list[list[Prompt]]) -> dict[str, torch.Tensor]:
-        """What `forward` takes of rows of prompts; rows of one prompt need neither positions nor segments."""
-        shared = [shared_prompt(row) for row in rows]
-        padded = self.processor.pad_prompts([row for row, _, _ in shared])
-        if any(len(row) > 1 for row in rows):
-            padded["position_ids"] = self.processor.pad([positions for _, positions, _ in shared], 0, "left")
-            padded["prompt_segments"] = self.processor.pad([segments for _, _, segments in shared], 0, "left")
-        return padded
+        encoded = self.processor.encode_questions(list(chain(*asked)))
+        queries = self.processor.pad_queries(encoded)
+        return {**queries, "query_rows": torch.tensor(rows), "batch_positive_mask": gold[rows]}
 
 
-class TextCollator(ReadingCollator):
+@dataclass
+class TextCollator(Collator):
     """Batches of the text baseline: the prompts have the documents' text where the other stages have slots.
-
-    Args:
-        processor: makes ids of text.
-        memory_sizes: of the model; the prompts are the same for all.
-        hidden_size: of the backbone.
 
     Returns of a call with `rows` records: `prompts` and `labels` as `ReadingCollator`, and
         - `memory`: (rows, 0, n, hidden) float32, no documents.
     """
 
-    def __init__(self, processor: CLaRaProcessor, memory_sizes: Sequence[int], hidden_size: int):
-        super().__init__(processor, memory_sizes)
-        self.hidden_size = hidden_size
+    hidden_size: int  # of the backbone
 
     def __call__(self, records: list[dict]) -> dict:
         rows = [
-            [
-                self.processor.build_prompt(
-                    question, 0, self.memory_sizes[-1], answer,
-                    text_documents=record["documents"], name=f"{record['source']} question",
-                )
-                for question, answer in zip(record["questions"], record["answers"], strict=True)
-            ]
-            for record in records
-        ]  # fmt: skip
-        layout = self.pad_rows(rows)
-        return {
-            "memory": torch.zeros(len(records), 0, self.memory_sizes[-1], self.hidden_size),
-            "prompts": dict.fromkeys(self.memory_sizes, layout),
-            "labels": layout["labels"],
-        }
+            [self.prompt(r, *target, 0, r["documents"]) for target in zip(r["questions"], r["answers"], strict=True)]
+            for r in records
+        ]
+        return {"memory": torch.zeros(len(rows), 0, self.memory_sizes[-1], self.hidden_size), **self.layouts(rows)}
 
 
-class SelectingCollator(ReadingCollator):
+@dataclass
+class SelectingCollator(Collator):
     """Batches of the stages that select: a question, its candidates, and a prompt with open slots.
-
-    Args:
-        processor: makes ids of text.
-        memory_sizes: layouts of the prompts that are made, ascending.
-        top_k: documents that a prompt reads.
-        store: memories of the candidates; None compresses them in the step.
-        from_corpus: the trainer searches the candidates; here are none.
-        with_prompts: False for a stage that does not generate.
-        num_candidates: candidates of each row with `from_corpus`.
-        in_batch_negatives: the documents of the other rows are candidates of the contrastive term.
 
     Returns of a call with `rows` records, beside `prompts` and `labels` (see `ReadingCollator`):
         - `query_input_ids`, `query_attention_mask`: (rows, length) int64.
@@ -223,22 +182,13 @@ class SelectingCollator(ReadingCollator):
         - with `from_corpus` only `gold_documents`: the gold documents of each row.
     """
 
-    def __init__(
-        self,
-        processor: CLaRaProcessor,
-        memory_sizes: Sequence[int],
-        *,
-        top_k: int,
-        store: DocumentMemories | None,
-        from_corpus: bool = False,
-        with_prompts: bool = True,
-        num_candidates: int = 20,
-        in_batch_negatives: bool = False,
-    ):
-        super().__init__(processor, memory_sizes)
-        self.top_k, self.store, self.from_corpus = top_k, store, from_corpus
-        self.with_prompts, self.num_candidates = with_prompts, num_candidates
-        self.in_batch_negatives = in_batch_negatives
+    _: KW_ONLY
+    top_k: int  # documents that a prompt reads
+    store: DocumentMemories | None  # memories of the candidates; None compresses them in the step
+    from_corpus: bool = False  # the trainer searches the candidates; here are none
+    with_prompts: bool = True  # False for a stage that does not generate
+    num_candidates: int = 20  # of each row with `from_corpus`
+    in_batch_negatives: bool = False  # the documents of the other rows are candidates of the contrastive term
 
     def __call__(self, records: list[dict]) -> dict:
         questions = [record["questions"][0] for record in records]
@@ -255,25 +205,15 @@ class SelectingCollator(ReadingCollator):
             if self.in_batch_negatives:
                 batch["batch_positive_mask"] = batch_positive_mask(records)
         if self.with_prompts:
-            reads = [min(self.top_k, n) for n in n_candidates]
-            batch |= self.layouts(
-                [
-                    ([self.prompt(record, question, record["answers"][0], n)], n)
-                    for record, question, n in zip(records, questions, reads, strict=True)
-                ]
-            )
+            rows = zip(records, questions, n_candidates, strict=True)
+            batch |= self.layouts([[self.prompt(r, q, r["answers"][0], min(self.top_k, n))] for r, q, n in rows])
         return batch
 
     def memories(self, records: list[dict]) -> dict[str, torch.Tensor]:
         """Stored memories of all candidates, zeros where a row has fewer."""
-        n_documents = max(len(record["documents"]) for record in records)
-        n, hidden = self.store.memory_shape
-        memory = torch.zeros(len(records), n_documents, n, hidden)
-        mask = torch.zeros(len(records), n_documents, dtype=torch.bool)
-        for row, record in enumerate(records):
-            memory[row, : len(record["documents"])] = self.store.lookup(record["documents"])
-            mask[row, : len(record["documents"])] = True
-        return {"memory": memory, "document_mask": mask}
+        rows = [self.store.lookup(record["documents"]) for record in records]
+        masks = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+        return {"memory": pad_sequence(rows, batch_first=True), "document_mask": pad_sequence(masks, batch_first=True)}
 
 
 def batch_positive_mask(records: list[dict]) -> torch.Tensor:

@@ -14,10 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from trl.scripts.utils import DatasetConfig
-
 from modeling_clara.corpus.storage import write_lines
-from recipes.training.data import BadRow, read_documents, read_rows, read_targets
+from recipes.training.data import BadRow, convert_rows, in_steps, read_documents, read_targets
 
 # Words of a level's pieces, from one bound to below the next, and its rows.
 BOUNDS = (6, 13, 19, 27, 37, 51, 71, 96, 131)
@@ -64,13 +62,9 @@ def stands_in(answer: str, text: str) -> int:
 
 
 def to_passage(row: Mapping) -> dict:
-    """A passage as `curriculum_rows` takes it, of a row `{title?, text, qas}`.
+    """A passage `{title, text, qas: [(question, answer)]}` of a row `{title?, text, qas}`, or a `BadRow`.
 
-    Returns:
-        `{title, text, qas: [(question, answer)]}`, white space made single spaces, the first answer of each question.
-
-    Raises:
-        BadRow: naming the rule.
+    White space becomes single spaces; of several answers to a question the first one counts.
     """
     if "text" not in row or not isinstance(row.get("qas"), list):
         raise BadRow("must have `text` and a list `qas`")
@@ -89,7 +83,7 @@ def curriculum_rows(
         passages: of `to_passage`.
         scale: share of the rows of `ROWS`; a level that has fewer pieces takes all of them.
         rows_of_step: rows next to each other that are alike in their number of targets, so that a step pads little. A
-            level has a multiple of it, where it has as many.
+            level that has as many has a multiple of it.
         seed: of the choice and the order within a level.
 
     Returns:
@@ -114,9 +108,7 @@ def curriculum_rows(
         n_rows -= n_rows % rows_of_step if n_rows > rows_of_step else 0
         chosen = [to_row(*key, pairs, generator) for key, pairs in found[:n_rows]]
         chosen.sort(key=lambda row: ("paraphrase" in row, len(row.get("qas", ()))))
-        steps = [chosen[start : start + rows_of_step] for start in range(0, len(chosen), rows_of_step)]
-        generator.shuffle(steps)
-        rows += [row for step in steps for row in step]
+        rows += in_steps(chosen, rows_of_step, generator)
     return rows
 
 
@@ -131,34 +123,6 @@ def to_row(title: str, piece: str, pairs: Sequence[tuple[str, str]], generator: 
     return row
 
 
-def read_passages(paths: Sequence[Path]) -> list[dict]:
-    """Passages with their questions.
-
-    Raises:
-        FileNotFoundError, ValueError: naming file, line and rule.
-    """
-    passages = []
-    for path in paths:
-        for place, row in read_rows(DatasetConfig(path=str(path))):
-            try:
-                passages.append(to_passage(row))
-            except BadRow as error:
-                raise BadRow(str(error), place) from error
-    return passages
-
-
-def check_options(arguments: argparse.Namespace) -> None:
-    """Raise a ValueError that names the option."""
-    if not (arguments.scale > 0 and math.isfinite(arguments.scale)):
-        raise ValueError(f"--scale must be above 0, got {arguments.scale}. Correct it.")
-    if arguments.rows_of_step < 1:
-        raise ValueError(f"--rows-of-step must be at least 1, got {arguments.rows_of_step}. Correct it.")
-    if arguments.output.suffix != ".jsonl":
-        raise ValueError(f"--output must be a .jsonl file, got {arguments.output}. Correct its name.")
-    if arguments.output.resolve() in [path.resolve() for path in arguments.files]:
-        raise ValueError(f"--output must not be one of the files, got {arguments.output}. Choose another name.")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Write; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -169,9 +133,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=SEED)
     arguments = parser.parse_args(argv)
     try:
-        check_options(arguments)
+        if not (arguments.scale > 0 and math.isfinite(arguments.scale)):
+            raise ValueError(f"--scale must be above 0, got {arguments.scale}. Correct it.")
+        if arguments.rows_of_step < 1:
+            raise ValueError(f"--rows-of-step must be at least 1, got {arguments.rows_of_step}. Correct it.")
+        if arguments.output.suffix != ".jsonl":
+            raise ValueError(f"--output must be a .jsonl file, got {arguments.output}. Correct its name.")
+        if arguments.output.resolve() in [path.resolve() for path in arguments.files]:
+            raise ValueError(f"--output must not be one of the files, got {arguments.output}. Choose another name.")
+        passages = list(convert_rows(arguments.files, to_passage))
         options = {"scale": arguments.scale, "rows_of_step": arguments.rows_of_step, "seed": arguments.seed}
-        rows = curriculum_rows(read_passages(arguments.files), **options)
+        rows = curriculum_rows(passages, **options)
         if not rows:
             raise ValueError(
                 f"the files must have pieces of {BOUNDS[0]} to {BOUNDS[-1] - 1} words, with a question from "

@@ -17,7 +17,7 @@ memory. For a file of `{title?, text}`:
 import glob
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,7 +26,6 @@ from datasets import Features, List, Value, load_dataset
 from trl.scripts.utils import DatasetConfig
 
 from modeling_clara.corpus.storage import iter_lines
-from modeling_clara.storage_clara import file_sha256
 from modeling_clara.text_clara import read_document
 
 # One record: chunks of the documents, indices of the gold ones among them, targets (a paraphrase has no question), the
@@ -66,11 +65,11 @@ def read_rows(source: DatasetConfig, on_bad_row: Callable[[BadRow], None] | None
         FileNotFoundError, ValueError: naming file and line.
     """
     path = Path(source.path)
-    if path.suffix in (".jsonl", ".gz", ".json"):
-        yield from _read_jsonl(path, on_bad_row)
-        return
-    if path.suffix == ".parquet" and not path.is_dir():
-        yield from _read_parquet(path)
+    is_jsonl, is_parquet = path.suffix in (".jsonl", ".gz", ".json"), path.suffix == ".parquet" and not path.is_dir()
+    if is_jsonl or is_parquet:
+        if not path.exists():
+            raise FileNotFoundError(f"`{path}` must be a file, found none. Correct the path.")
+        yield from _read_jsonl(path, on_bad_row) if is_jsonl else _read_parquet(path)
         return
     if path.is_file():
         raise ValueError(f"{path} must be a .jsonl, .jsonl.gz or .parquet file. Convert it.")
@@ -79,58 +78,12 @@ def read_rows(source: DatasetConfig, on_bad_row: Callable[[BadRow], None] | None
             f"`path` must not have the characters *, ? or [ in the name of a folder, which `datasets` takes for a "
             f"pattern, got {source.path}. Rename the folder, or name its files."
         )
-    options = {"data_dir": source.data_dir, "data_files": _exact(source)}
-    rows = load_dataset(source.path, source.name, split=source.split, **options)
-    for number, row in enumerate(rows, 1):
+    options = {"data_dir": source.data_dir, "data_files": _exact(source.data_files, source)}
+    for number, row in enumerate(load_dataset(source.path, source.name, split=source.split, **options), 1):
         yield f"{source.path}:{number}", row
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
-    """The rows of this very file; `load_dataset` would take its name for a pattern."""
-    if not path.exists():
-        raise FileNotFoundError(f"`{path}` must be a file, found none. Correct the path.")
-    try:
-        with pq.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
-            for number, row in enumerate(rows, 1):
-                yield f"{path}:{number}", row
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}. Copy the file again.") from error
-
-
-def _exact(source: DatasetConfig):
-    """`data_files`, in which a name of a file that exists is no pattern."""
-
-    def one(name):
-        places = (Path(source.path) / str(name), Path(source.data_dir or ".") / str(name))
-        return glob.escape(str(name)) if any(place.is_file() for place in places) else name
-
-    files = source.data_files
-    if isinstance(files, str):
-        return one(files)
-    if isinstance(files, Mapping):
-        return {split: [one(n) for n in names] if _is_list(names) else one(names) for split, names in files.items()}
-    return [one(name) for name in files] if files else files
-
-
-def local_files(source: DatasetConfig) -> list[Path]:
-    """The files of a source on this machine; none of a data set of the Hub."""
-    path, files = Path(source.path), source.data_files or []
-    files = files.values() if isinstance(files, Mapping) else [files] if isinstance(files, str) else files
-    names = [name for entry in files for name in (entry if _is_list(entry) else [entry])]
-    paths = sorted(path.rglob("*")) if path.is_dir() else [path]
-    paths += [path / str(name) for name in names] + [Path(str(name)) for name in names]
-    return [found for found in dict.fromkeys(paths) if found.is_file()]
-
-
-def hash_files(sources: Sequence[DatasetConfig]) -> dict[str, str]:
-    """Path -> SHA-256 of all local files of these sources."""
-    return {str(path): file_sha256(path) for source in sources for path in local_files(source)}
-
-
 def _read_jsonl(path: Path, on_bad_row: Callable[[BadRow], None] | None) -> Iterator[tuple[str, dict]]:
-    if not path.exists():
-        raise FileNotFoundError(f"`{path}` must be a file, found none. Correct the path.")
     for number, row, problem in iter_lines(path):
         place = f"{path}:{number}"
         if problem is None and isinstance(row, dict):
@@ -141,6 +94,55 @@ def _read_jsonl(path: Path, on_bad_row: Callable[[BadRow], None] | None) -> Iter
         if on_bad_row is None:
             raise error
         on_bad_row(error)
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
+    """The rows of this very file; `load_dataset` would take its name for a pattern."""
+    try:
+        with pq.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                yield f"{path}:{number}", row
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}. Copy the file again.") from error
+
+
+def _exact(files, source: DatasetConfig):
+    """`data_files` or a part of it, in which the name of a file that exists is no pattern."""
+    if isinstance(files, Mapping):
+        return {split: _exact(names, source) for split, names in files.items()}
+    if _is_list(files):
+        return [_exact(name, source) for name in files]
+    folders = (Path(source.path), Path(source.data_dir or "."))
+    return glob.escape(str(files)) if files and any((folder / str(files)).is_file() for folder in folders) else files
+
+
+def _names(files) -> list[str]:
+    """All names in `data_files`."""
+    if isinstance(files, Mapping):
+        files = list(files.values())
+    return [name for entry in files for name in _names(entry)] if _is_list(files) else [str(files)]
+
+
+def local_files(source: DatasetConfig) -> list[Path]:
+    """The files of a source on this machine; none of a data set of the Hub."""
+    path, names = Path(source.path), _names(source.data_files or [])
+    paths = [
+        *(sorted(path.rglob("*")) if path.is_dir() else [path]),
+        *(path / name for name in names),
+        *map(Path, names),
+    ]
+    return [found for found in dict.fromkeys(paths) if found.is_file()]
+
+
+def convert_rows(paths: Iterable[str | Path], convert: Callable[[dict], dict]) -> Iterator[dict]:
+    """`convert(row)` of every row of files; a `BadRow` of it gets file and line."""
+    for path in paths:
+        for place, row in read_rows(DatasetConfig(path=str(path))):
+            try:
+                yield convert(row)
+            except BadRow as error:
+                raise BadRow(str(error), place) from error
 
 
 # --- rows to records -------------------------------------------------------------------------------------------------
@@ -176,9 +178,7 @@ def read_documents(row: Mapping) -> list[dict]:
 def read_targets(row: Mapping, gold_first: bool = False) -> list[tuple[str | None, str]]:
     """(question, answer) pairs of a row; the question of a paraphrase is None.
 
-    Args:
-        row: of any format.
-        gold_first: take the gold answer of a row that also has a teacher's.
+    With `gold_first` the gold answer of a row counts before a teacher's.
 
     Raises:
         BadRow: there is no answer, or questions and answers do not pair.
@@ -231,28 +231,22 @@ def _answer(answer) -> str:
 
 
 def read_positives(row: Mapping, n_documents: int) -> list[int]:
-    """Indices of the gold documents, empty where they are not known."""
+    """Indices of the gold documents, empty if they are not known."""
     positives = row.get("pos_index", [])
     if not n_documents and positives not in ([], ()):
         raise BadRow(f"`pos_index` must be left out where there are no documents, got {positives}")
-    positives = [positives] if not _is_list(positives) else list(positives)
-    if any(
-        isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < n_documents for index in positives
-    ):
+    positives = list(positives) if _is_list(positives) else [positives]
+    if any(type(index) is not int or not 0 <= index < n_documents for index in positives):
         raise BadRow(f"`pos_index` must hold numbers from 0 to {n_documents - 1}, got {positives}")
     return sorted(set(positives))
 
 
 def text_places(record: Mapping, share: float) -> list[int]:
-    """Places of the documents that a record's prompts read as text instead of from memory: one, or none.
+    """Places of the documents that a record's prompts read as text instead of from memory: one in a share of records.
 
     The draw depends on the record's source alone, so it is the same in every epoch and process. Every document is as
     likely as the others, gold or not: the answer is not always in the text. A record with a paraphrase reads no text,
     which it would only copy.
-
-    Args:
-        record: with `source`, `documents` and `questions`.
-        share: of the records with a text, between 0 and 1.
     """
     if None in record["questions"]:
         return []
@@ -263,3 +257,15 @@ def text_places(record: Mapping, share: float) -> list[int]:
 def document_key(document: Mapping) -> str:
     """What tells documents apart: a hash of title and text."""
     return hashlib.sha256(f"{document['title']}\x00{document['text']}".encode()).hexdigest()
+
+
+def in_steps(rows: list, rows_of_step: int, generator: random.Random) -> list:
+    """Sorted rows in an order for sequential sampling: neighbours make a step, steps come in any order.
+
+    >>> in_steps([1, 2, 3, 4, 5], 2, random.Random(1))
+    [3, 4, 1, 2]
+    """
+    rows = rows[: len(rows) // rows_of_step * rows_of_step] or rows  # a smaller step would shift all after it
+    steps = [rows[start : start + rows_of_step] for start in range(0, len(rows), rows_of_step)]
+    generator.shuffle(steps)
+    return [row for step in steps for row in step]

@@ -14,15 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from trl.scripts.utils import DatasetConfig
 
 from modeling_clara import CLaRaForRAG
 from modeling_clara.cli import DTYPES
 from modeling_clara.corpus.storage import write_lines
 from recipes.spaces.metrics.rag_answer.rag_answer import answer_words, contains_run
-from recipes.training.data import BadRow, document_key, read_documents, read_positives, read_rows
+from recipes.training.data import BadRow, convert_rows, document_key, in_steps, read_documents, read_positives
 from recipes.training.memories import open_or_compress
-from recipes.training.samplers import in_steps
 
 SEED = 42
 QUESTIONS_AT_A_TIME = 64
@@ -31,47 +29,16 @@ TELL_NOTHING = ([], ["yes"], ["no"])  # answers that stand in texts which have n
 
 
 def read_questions(paths: Sequence[str]) -> Iterator[dict]:
-    """Rows `{question, answers, docs, pos_index}` with a gold document, of all files.
-
-    Raises:
-        BadRow, FileNotFoundError, ValueError: naming file and line.
-    """
-    for path in paths:
-        for place, row in read_rows(DatasetConfig(path)):
-            try:
-                documents = read_documents(row)
-                positives = read_positives(row, len(documents))
-                if not positives or not row.get("question") or not row.get("answers"):
-                    raise BadRow("must have `question`, `answers` and gold documents in `pos_index`")
-            except BadRow as error:
-                raise BadRow(str(error), place) from None
-            yield {
-                "question": row["question"], "answers": row["answers"], "docs": documents, "pos_index": positives
-            }  # fmt: skip
+    """Rows `{question, answers, docs, pos_index}` with a gold document, of all files."""
+    return convert_rows(paths, to_question)
 
 
-def is_short(document: Mapping, max_words: int) -> bool:
-    return len(document["text"].split()) <= max_words
-
-
-def has_short_gold(row: Mapping, max_words: int) -> bool:
-    return all(is_short(row["docs"][index], max_words) for index in row["pos_index"])
-
-
-def short_documents(rows: Sequence[Mapping], max_words: int) -> dict[str, dict]:
-    """The documents of all rows that have at most so many words, by their key."""
-    found = {}
-    for row in rows:
-        for document in row["docs"]:
-            if is_short(document, max_words):
-                found.setdefault(document_key(document), document)
-    return found
-
-
-def first_span(model: CLaRaForRAG, document: Mapping) -> dict:
-    """What the stages read of a document with `long_documents: first_span`."""
-    span = model.processor.split_document(document)[0]
-    return {"title": span["title"], "text": span["text"]}
+def to_question(row: Mapping) -> dict:
+    documents = read_documents(row)
+    positives = read_positives(row, len(documents))
+    if not positives or not row.get("question") or not row.get("answers"):
+        raise BadRow("must have `question`, `answers` and gold documents in `pos_index`")
+    return {"question": row["question"], "answers": row["answers"], "docs": documents, "pos_index": positives}
 
 
 def mine(
@@ -83,7 +50,6 @@ def mine(
     max_words: int,
     single_share: float | None = None,
     batch_size: int = 16,
-    seed: int = SEED,
 ) -> list[dict]:
     """Rows of gold documents and the hardest others, at random places.
 
@@ -96,22 +62,25 @@ def mine(
         max_words: of a document.
         single_share: rows with one gold document are thinned out to this share, of what is mined from; None keeps all.
         batch_size: documents in one pass.
-        seed: of the places, and of the rows that are left out.
     """
-    generator, mined = random.Random(seed), []
-    first: dict[str, Mapping] = {}
+
+    def is_short(document: Mapping) -> bool:
+        return len(document["text"].split()) <= max_words
+
+    generator, mined = random.Random(SEED), []
+    asked: dict[str, Mapping] = {}
     for row in rows:
-        if has_short_gold(row, max_words) and len(row["pos_index"]) < num_documents:
-            first.setdefault(row["question"], row)
-    rows = list(first.values())
-    if single_share is not None:
-        rows = with_singles(rows, single_share, seed)
-    documents = short_documents(rows, max_words)
+        gold = [row["docs"][index] for index in row["pos_index"]]
+        if len(gold) < num_documents and all(map(is_short, gold)):
+            asked.setdefault(row["question"], row)
+    rows = list(asked.values()) if single_share is None else with_singles(list(asked.values()), single_share)
+    documents = {document_key(document): document for row in rows for document in row["docs"] if is_short(document)}
     if len(documents) < num_documents:
         return []
-    spans = {key: first_span(model, document) for key, document in documents.items()}
-    keys = {document_key(span): key for key, span in spans.items()}
-    memories = open_or_compress(model, list(spans.values()), folder, batch_size)
+    chunks = [model.processor.split_document(document)[0] for document in documents.values()]  # the first ones alone
+    chunks = [{"title": chunk["title"], "text": chunk["text"]} for chunk in chunks]
+    keys = dict(zip(map(document_key, chunks), documents, strict=True))
+    memories = open_or_compress(model, chunks, folder, batch_size)
     for start in range(0, len(rows), QUESTIONS_AT_A_TIME):
         block = rows[start : start + QUESTIONS_AT_A_TIME]
         questions = model.encode_queries(
@@ -119,11 +88,8 @@ def mine(
         )
         for row, hits in zip(block, memories.search(questions, SEARCHED), strict=True):
             gold = {document_key(row["docs"][index]) for index in row["pos_index"]}
-            negatives = [
-                key
-                for key in (keys.get(document_key(hit)) for hit in hits)
-                if key is not None and key not in gold and not has_answer(documents[key], row["answers"])
-            ]
+            found = [keys[key] for key in map(document_key, hits) if key in keys]
+            negatives = [key for key in found if key not in gold and not has_answer(documents[key], row["answers"])]
             if len(gold) + len(negatives) < num_documents:
                 continue
             chosen = [*sorted(gold), *negatives[: num_documents - len(gold)]]
@@ -133,7 +99,7 @@ def mine(
     return mined
 
 
-def with_singles(rows: Sequence[Mapping], share: float, seed: int = SEED) -> list[Mapping]:
+def with_singles(rows: Sequence[Mapping], share: float) -> list[Mapping]:
     """Rows in their order, those with one gold document thinned out until they are at most this share of all.
 
     >>> single, double = {"pos_index": [0]}, {"pos_index": [0, 1]}
@@ -142,7 +108,7 @@ def with_singles(rows: Sequence[Mapping], share: float, seed: int = SEED) -> lis
     """
     single = [place for place, row in enumerate(rows) if len(row["pos_index"]) == 1]
     n_kept = min(len(single), int(share / (1 - share) * (len(rows) - len(single))))
-    left_out = set(single) - set(random.Random(seed).sample(single, n_kept))
+    left_out = set(single) - set(random.Random(SEED).sample(single, n_kept))
     return [row for place, row in enumerate(rows) if place not in left_out]
 
 
@@ -156,50 +122,31 @@ def has_answer(document: Mapping, answers: Sequence[str]) -> bool:
     return any(contains_run(words, gold) for gold in map(answer_words, answers) if gold not in TELL_NOTHING)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Mine; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="+", help="files or data sets with gold documents")
     parser.add_argument("--model", required=True, help="checkpoint with a trained reasoner")
     parser.add_argument("--backbone", help="where its backbone is")
-    parser.add_argument(
-        "--dtype",
-        default="float32",
-        choices=DTYPES,
-        help="bfloat16 is faster where the machine has it",
-    )
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="bfloat16 is faster if the machine has it")
     parser.add_argument("--memories", type=Path, required=True, help="folder of the documents' memories")
     parser.add_argument("--output", type=Path, required=True, help="file of rows")
     parser.add_argument("--num-documents", type=int, default=5, help="of a row, the gold ones with them")
     parser.add_argument("--max-words", type=int, default=100, help="of a document; longer ones are left out")
     parser.add_argument("--batch-size", type=int, default=32, help="documents in one pass")
-    parser.add_argument(
-        "--single-share", type=float, help="rows with one gold document, at most this share of all (default: all)"
-    )
+    single = "rows with one gold document, at most this share of all (default: all)"
+    parser.add_argument("--single-share", type=float, help=single)
     parser.add_argument("--rows-of-step", type=int, help="rows of one length next to each other, as a step takes them")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Mine; the exit status."""
-    parser = build_parser()
     arguments = parser.parse_args(argv)
     if arguments.single_share is not None and not 0 <= arguments.single_share < 1:
         parser.error(f"--single-share must be from 0 to below 1, got {arguments.single_share}")
     try:
         rows = list(read_questions(arguments.rows))
-        backbone = {"backbone": arguments.backbone} if arguments.backbone else {}
-        model = CLaRaForRAG.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype), **backbone)
+        dtype = getattr(torch, arguments.dtype)
+        model = CLaRaForRAG.from_pretrained(arguments.model, dtype=dtype, backbone=arguments.backbone)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        mined = mine(
-            model,
-            rows,
-            arguments.memories,
-            num_documents=arguments.num_documents,
-            max_words=arguments.max_words,
-            single_share=arguments.single_share,
-            batch_size=arguments.batch_size,
-        )
+        names = ("num_documents", "max_words", "single_share", "batch_size")
+        mined = mine(model, rows, arguments.memories, **{name: getattr(arguments, name) for name in names})
         if not mined:
             raise ValueError("no row has short gold documents and negatives. Raise --max-words, or --single-share.")
         if arguments.rows_of_step:

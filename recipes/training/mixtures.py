@@ -1,7 +1,4 @@
-"""Sources -> one dataset of checked records on disk, mixed by share, cached by what the files and the settings are.
-
-Stands between the records of `records.py` and the collators. It knows nothing of tensors.
-"""
+"""Sources -> one dataset of checked records on disk, mixed by share, cached by what the files and the settings are."""
 
 import hashlib
 import random
@@ -21,30 +18,24 @@ _READERS: dict[str, RecordReader] = {}  # by key: `Dataset.from_generator` hashe
 
 def _records(key: str, source: dict, state: str) -> Iterator[dict]:
     """All records of a source; `state` (size and time of its file) only enters the hash of the cache."""
-    bad, n_bad, n_rows = [], 0, 0
+    bad, n_rows = [], 0
     for place, row in read_rows(DatasetConfig(**source)):
         n_rows += 1
         try:
             yield from _READERS[key](place, row)
         except BadRow as error:
-            n_bad += 1
-            bad += [str(error)] if len(bad) < SHOWN else []
-    if n_bad:
-        lines = "\n".join(f"  {line}" for line in bad)
-        more = "\n  ..." if n_bad > SHOWN else ""
-        raise BadRow(f"{n_bad} row(s) cannot be trained on. Correct or remove them:\n{lines}{more}")
+            bad.append(f"  {error}")
+    if bad:
+        shown = "\n".join(bad[:SHOWN] + ["  ..."] * (len(bad) > SHOWN))
+        raise BadRow(f"{len(bad)} row(s) cannot be trained on. Correct or remove them:\n{shown}")
     if not n_rows:
         raise ValueError(f"`{source['path']}` must have at least one row, got none. Correct `path` in `datasets`.")
 
 
 def load_records(sources: Sequence[DatasetConfig], reader: RecordReader, seed: int, cache_dir: str | Path) -> Dataset:
-    """Read, check and mix all sources; a second call with unchanged files reads the Arrow cache.
+    """Read, check and mix all sources; a second call with unchanged files reads the Arrow cache in `cache_dir`.
 
-    Args:
-        sources: of `DataArguments.datasets`.
-        reader: turns rows into records.
-        seed: of the choice where `fraction` keeps a part of a source.
-        cache_dir: where the Arrow files go.
+    The seed is that of the choice if `fraction` keeps a part of a source.
 
     Raises:
         FileNotFoundError, ValueError: naming file, line, rule and remedy, before any step is taken.
@@ -59,8 +50,7 @@ def load_records(sources: Sequence[DatasetConfig], reader: RecordReader, seed: i
         try:
             part = Dataset.from_generator(_records, features=FEATURES, gen_kwargs=arguments, cache_dir=str(cache_dir))
         except Exception as error:  # datasets wraps what the generator raises
-            own = _own_error(error)
-            if own is None:
+            if (own := _own_error(error)) is None:
                 raise
             raise own from None
         parts.append(part)
@@ -85,9 +75,6 @@ def mix(parts: Sequence[Dataset], fractions: Sequence[float | None], seed: int) 
     """Concatenate; with fractions, draw from every part so many rows that it has its share of the mixture.
 
     The mixture is as large as it can be without showing a row twice. Which rows are kept is drawn with `seed`.
-
-    Raises:
-        ValueError: some parts have a fraction and some do not, or one is not > 0.
     """
     if all(fraction is None for fraction in fractions):
         return concatenate_datasets(list(parts))
@@ -104,9 +91,5 @@ def mix(parts: Sequence[Dataset], fractions: Sequence[float | None], seed: int) 
 
 def distinct_documents(datasets: Iterable[Dataset]) -> dict[str, dict]:
     """Every document of the records once, by `document_key`, in the order of first appearance."""
-    found = {}
-    for dataset in datasets:
-        for documents in dataset.select_columns("documents"):
-            for document in documents["documents"]:
-                found.setdefault(document_key(document), document)
-    return found
+    rows = (row for dataset in datasets for row in dataset.select_columns("documents"))
+    return {document_key(document): document for row in rows for document in row["documents"]}

@@ -13,14 +13,13 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from modeling_clara import CLaRaForRAG
 from modeling_clara.backbone_clara import check_digests
-from recipes.training.arguments import FRESH, CLaRaTrainingArguments, DataArguments, ModelArguments
-from recipes.training.candidates import CorpusCandidates
+from recipes.training.arguments import CONFIG_FIELDS, FRESH, CLaRaTrainingArguments, DataArguments, ModelArguments
 from recipes.training.checkpoints import CACHE_FOLDER, MEMORY_FOLDER
-from recipes.training.memories import DocumentMemories, open_or_compress
+from recipes.training.collators import Collator, ReadingCollator, SelectingCollator, TextCollator
+from recipes.training.memories import CorpusCandidates, DocumentMemories, open_or_compress
 from recipes.training.mixtures import distinct_documents, load_records
 from recipes.training.records import RecordReader
-from recipes.training.samplers import data_seed
-from recipes.training.stages import STAGES, Batching, Stage
+from recipes.training.stages import STAGES, Stage
 from recipes.training.trainer import CLaRaTrainer, part_of
 
 logger = logging.getLogger(__name__)
@@ -30,28 +29,30 @@ QUERIES_PER_RECORD = 2  # of the contrastive term in the stages that read memori
 CHANGES_MEMORIES = ("compressor", "rows", "backbone")
 
 
+def given(arguments: ModelArguments | DataArguments, *names: str) -> dict:
+    """Those of the arguments that are not None."""
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
 def prepare_model(arguments: ModelArguments, training: CLaRaTrainingArguments) -> CLaRaForRAG:
     """The model with what trains in float32, its roles set and its reasoner initialised.
 
     Raises:
         OSError, ValueError: the model cannot be loaded, or is of another backbone.
     """
-    loader = {
-        name: getattr(arguments, name)
-        for name in ("dtype", "attn_implementation")
-        if getattr(arguments, name) is not None
-    }
+    loader = given(arguments, "revision", "dtype", "attn_implementation")
     if arguments.checkpoint is None:
-        model = _fresh_model(arguments, loader)
+        own = given(arguments, "memory_sizes", "lora_rank", "lora_alpha", "lora_dropout", "processor_kwargs")
+        config = given(arguments, *CONFIG_FIELDS, "document_max_length", "memory_layout")
+        model = CLaRaForRAG.from_backbone(arguments.backbone, config_kwargs=config, **own, **loader)
     else:
-        loader |= {"backbone": arguments.backbone} if arguments.backbone else {}
-        model = CLaRaForRAG.from_pretrained(arguments.checkpoint, revision=arguments.revision, **loader)
-        check_backbone(model, arguments)
+        model = CLaRaForRAG.from_pretrained(arguments.checkpoint, **loader, **given(arguments, "backbone"))
+        # `from_pretrained` lets a named backbone of other weights pass with a warning; to train on would lose the work
+        check_digests(model.backbone, model.config, str(arguments.backbone), is_explicit=False)
         check_settings(model, arguments)
         model.config.min_score = None  # of other cosines than those of the trained model
-        for name in arguments.CONFIG_FIELDS:
-            if getattr(arguments, name) is not None:
-                setattr(model.config, name, getattr(arguments, name))
+        for name, value in given(arguments, *CONFIG_FIELDS).items():
+            setattr(model.config, name, value)
         type(model.config).__post_init__(model.config)  # the checks of the fields, on the new values
     initialise_reasoner(model, arguments.reasoner_init, STAGES[training.stage])
     model.set_trainable_roles(training.roles)
@@ -65,42 +66,21 @@ def prepare_model(arguments: ModelArguments, training: CLaRaTrainingArguments) -
     return model
 
 
-def _fresh_model(arguments: ModelArguments, loader: dict) -> CLaRaForRAG:
-    given = {
-        name: getattr(arguments, name)
-        for name in ("memory_sizes", "lora_rank", "lora_alpha", "lora_dropout", "processor_kwargs")
-        if getattr(arguments, name) is not None
-    }
-    fields = (*arguments.CONFIG_FIELDS, "document_max_length", "memory_layout")
-    config = {name: getattr(arguments, name) for name in fields if getattr(arguments, name) is not None}
-    return CLaRaForRAG.from_backbone(
-        arguments.backbone, revision=arguments.revision, config_kwargs=config, **given, **loader
-    )
-
-
 def check_settings(model: CLaRaForRAG, arguments: ModelArguments) -> None:
     """A checkpoint keeps what it was made with; raise if the command line says otherwise, log if a file does."""
     config, lora, processor = model.config, model.config.lora["compressor"], arguments.processor_kwargs or {}
     has = {f"lora_{name}": lora[name] for name in ("rank", "alpha", "dropout")}
     has |= {name: getattr(config, name) for name in FRESH if name not in has and name != "processor_kwargs"}
     has |= {f"processor_kwargs.{name}": getattr(model.processor, name, None) for name in processor}
-    given = vars(arguments) | {f"processor_kwargs.{name}": value for name, value in processor.items()}
-    differing = [name for name, value in has.items() if given[name] is not None and given[name] != value]
+    asked = vars(arguments) | {f"processor_kwargs.{name}": value for name, value in processor.items()}
+    differing = [name for name, value in has.items() if asked[name] is not None and asked[name] != value]
     wrong = [name for name in differing if name.partition(".")[0] not in arguments.from_files]
     if wrong:
-        asked, kept = ({name: values[name] for name in wrong} for values in (given, has))
+        asked, kept = ({name: values[name] for name in wrong} for values in (asked, has))
         raise ValueError(f"{asked} must be what `checkpoint` has, {kept}. Leave them out, or start from `backbone`.")
     if differing:
-        kept = ", ".join(f"{name} {has[name]!r} (not {given[name]!r})" for name in differing)
+        kept = ", ".join(f"{name} {has[name]!r} (not {asked[name]!r})" for name in differing)
         logger.warning("The checkpoint keeps its own %s; the recipe's are for fresh adapters on `backbone`.", kept)
-
-
-def check_backbone(model: CLaRaForRAG, arguments: ModelArguments) -> None:
-    """Raise unless the backbone is the one that the checkpoint was trained on.
-
-    `from_pretrained` lets another one pass with a warning if it is named; to train on would be to lose the work.
-    """
-    check_digests(model.backbone, model.config, str(arguments.backbone), is_explicit=False)
 
 
 def is_untrained(model: CLaRaForRAG, role: str) -> bool:
@@ -116,9 +96,8 @@ def initialise_reasoner(model: CLaRaForRAG, choice: str | None, stage: Stage | N
         choice = "compressor" if needs_copy else "keep"
     if choice == "compressor":
         own = get_peft_model_state_dict(model.backbone, adapter_name="compressor", save_embedding_layers=False)
-        set_peft_model_state_dict(
-            model.backbone, {name: t.clone() for name, t in own.items()}, adapter_name="reasoner"
-        )
+        copies = {name: tensor.clone() for name, tensor in own.items()}
+        set_peft_model_state_dict(model.backbone, copies, adapter_name="reasoner")
     elif choice == "random":
         for layer in model.roles.layers:
             layer.reset_lora_parameters("reasoner", init_lora_weights=True)
@@ -142,15 +121,12 @@ def read_data(
         window=model.config.text_config.max_position_embeddings,
         memory_size=model.config.max_memory_size,
         top_k=model.config.retrieval_top_k,
-        targets_per_document=data.targets_per_document,
-        long_documents=data.long_documents,
-        num_candidates=data.num_candidates,
         needs_candidates=data.candidates == "given",
-        text_share=data.text_share,
+        **given(data, "targets_per_document", "long_documents", "num_candidates", "text_share"),
     )
     folder = Path(training.output_dir) / CACHE_FOLDER
     with training.main_process_first(desc="reading the data"):
-        train = load_records(data.datasets, reader, data_seed(training), folder)
+        train = load_records(data.datasets, reader, training.order_seed, folder)
         evaluation = load_records(data.eval_datasets, reader, training.seed, folder) if data.eval_datasets else None
     return train, evaluation
 
@@ -161,33 +137,20 @@ def prepare_memories(
     """(corpus to search or None, memories of the records' documents or None)."""
     if data.compress_online:
         return None, None
-    if any(
-        parameter.requires_grad for name, parameter in model.named_parameters() if part_of(name) in CHANGES_MEMORIES
-    ):
+    trains = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if trains.intersection(CHANGES_MEMORIES):
         raise ValueError(
             "`trainable_roles` must not have the compressor, and `train_backbone` must be false, when stored memories "
             "are read: they would go stale. Leave them out, or set `compress_online`."
         )
+    documents = list(distinct_documents(datasets).values())
     corpus = DocumentMemories(model.load_corpus(data.corpus)) if data.corpus else None
-    documents = distinct_documents(datasets)
-    needed = [document for key, document in documents.items() if corpus is None or key not in corpus.rows]
-    if corpus is not None and (not needed or (data.candidates == "corpus" and not data.add_gold)):
+    if corpus is not None and ((data.candidates == "corpus" and not data.add_gold) or not corpus.missing(documents)):
         return corpus, corpus
-    batch_size = training.per_device_eval_batch_size
+    folder, batch_size = Path(training.output_dir) / MEMORY_FOLDER, training.per_device_eval_batch_size
     with training.main_process_first(desc="compressing the documents"):
-        store = open_or_compress(
-            model, list(documents.values()), Path(training.output_dir) / MEMORY_FOLDER, batch_size
-        )
+        store = open_or_compress(model, documents, folder, batch_size)
     return corpus or store, store
-
-
-def check_drawn_sizes(drawn: list[int] | None, sizes: list[int]) -> None:
-    """Raise a ValueError unless a run draws k from some of the model's sizes; None draws from all."""
-    if drawn is not None and not 0 < len(drawn) == len(set(drawn) & set(sizes)):
-        raise ValueError(
-            f"`train_memory_sizes` must name some of the model's `memory_sizes` {sizes}, each once, got {drawn}. "
-            "Correct it, or leave it out to draw from all."
-        )
 
 
 def check_stage(
@@ -195,6 +158,8 @@ def check_stage(
 ) -> None:
     """Raise a ValueError if the arguments ask for what the stage has no term or no pass for."""
     stage, name, config = STAGES[training.stage], training.stage, model.config
+    drawn, sizes = training.train_memory_sizes, config.memory_sizes
+    implementation = model.backbone.config._attn_implementation
     if data.text_share and not stage.reads_memories:
         readers = " and ".join(other for other, one in STAGES.items() if one.reads_memories)
         raise ValueError(
@@ -220,41 +185,43 @@ def check_stage(
             "`in_batch_negatives` must be false if `contrastive_weight` is 0, since no term has negatives. Raise the "
             "weight, or leave it out."
         )
-    implementation = model.backbone.config._attn_implementation
     if data.targets_per_document > 1 and not stage.selects and implementation not in ("sdpa", "eager"):
         raise ValueError(
             f"`attn_implementation` must be 'sdpa' or 'eager' with several targets per document, got "
             f"{implementation!r}, which does not take the mask of several prompts in a row. Change it, or set "
             "`targets_per_document: 1`."
         )
+    if drawn is not None and not 0 < len(drawn) == len(set(drawn) & set(sizes)):
+        raise ValueError(
+            f"`train_memory_sizes` must name some of the model's `memory_sizes` {sizes}, each once, got {drawn}. "
+            "Correct it, or leave it out to draw from all."
+        )
 
 
 def prepare_batches(
     model: CLaRaForRAG, data: DataArguments, training: CLaRaTrainingArguments, datasets: Sequence[Dataset]
-) -> tuple[Batching, CorpusCandidates | None]:
-    """What the batches are made with, and the candidates that are searched live, if any."""
+) -> tuple[Collator, CorpusCandidates | None]:
+    """What makes the batches, and the candidates that are searched live, if any."""
     stage, config = STAGES[training.stage], model.config
-    batching = Batching(
-        model.processor,
-        config,
-        text_share=data.text_share,
-        num_candidates=data.num_candidates,
-        in_batch_negatives=data.in_batch_negatives,
-    )
+    processor, sizes, top_k = model.processor, config.memory_sizes, config.retrieval_top_k
+    if stage.reads_text:
+        return TextCollator(processor, sizes, config.text_config.hidden_size), None
     if not stage.selects:
-        if "contrastive" in stage.losses and config.contrastive_weight > 0 and "reasoner" in training.roles:
-            batching.n_queries = QUERIES_PER_RECORD
-        return batching, None
-    corpus, batching.store = prepare_memories(model.to(training.device), data, training, datasets)
-    if data.candidates != "corpus":
-        return batching, None
-    if len(corpus) < config.retrieval_top_k:
+        asks = "contrastive" in stage.losses and config.contrastive_weight > 0 and "reasoner" in training.roles
+        n_queries = QUERIES_PER_RECORD if asks else 0
+        return ReadingCollator(processor, sizes, n_queries=n_queries, text_share=data.text_share), None
+    corpus, store = prepare_memories(model.to(training.device), data, training, datasets)
+    options = {"top_k": top_k, "store": store, "with_prompts": stage.generates}
+    if data.candidates == "given":
+        return SelectingCollator(processor, sizes, in_batch_negatives=data.in_batch_negatives, **options), None
+    if len(corpus) < top_k:
         raise ValueError(
-            f"the corpus must hold at least `retrieval_top_k` ({config.retrieval_top_k}) documents, got "
-            f"{len(corpus)}. Lower `retrieval_top_k` or add documents."
+            f"the corpus must hold at least `retrieval_top_k` ({top_k}) documents, got {len(corpus)}. Lower "
+            "`retrieval_top_k` or add documents."
         )
-    batching.from_corpus, batching.num_candidates = True, min(data.num_candidates, len(corpus))
-    return batching, CorpusCandidates(corpus, data.num_candidates, add_gold=data.add_gold, gold_store=batching.store)
+    n_candidates = min(data.num_candidates, len(corpus))
+    collator = SelectingCollator(processor, sizes, from_corpus=True, num_candidates=n_candidates, **options)
+    return collator, CorpusCandidates(corpus, data.num_candidates, add_gold=data.add_gold, gold_store=store)
 
 
 def prepare_trainer(
@@ -270,14 +237,14 @@ def prepare_trainer(
             f"one process must have one GPU, got {training.n_gpu}. Start it with `accelerate launch --config_file "
             "recipes/configs/accelerate/ddp.yaml`, or set CUDA_VISIBLE_DEVICES=0."
         )
+    torch.manual_seed(training.seed)  # fresh adapters are drawn before the Trainer sets its seed
     model = prepare_model(model_arguments, training)
     check_stage(model, model_arguments, data, training)
-    check_drawn_sizes(training.train_memory_sizes, model.config.memory_sizes)
     train, evaluation = read_data(model, data, training)
     if model_arguments.memory_normalization and model_arguments.checkpoint is None:
         normalize_memories(model, train, training)
     datasets = [dataset for dataset in (train, evaluation) if dataset is not None]
-    batching, candidates = prepare_batches(model, data, training, datasets)
+    collator, candidates = prepare_batches(model, data, training, datasets)
     samples = datasets[-1].select(range(min(training.num_samples, len(datasets[-1]))))
     trainer = CLaRaTrainer(
         model,
@@ -285,15 +252,10 @@ def prepare_trainer(
         candidates=candidates,
         train_backbone=model_arguments.train_backbone,
         samples=list(samples),
-        data_collator=STAGES[training.stage].collator(batching),
+        data_collator=collator,
         train_dataset=train,
         eval_dataset=evaluation,
     )
     n_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logger.info("%d records, %s trainable parameters, roles %s", len(train), f"{n_trainable:,}", training.roles)
     return trainer
-
-
-def seed_everything(training: CLaRaTrainingArguments) -> None:
-    """Fresh adapters are drawn before the Trainer sets its seed."""
-    torch.manual_seed(training.seed)

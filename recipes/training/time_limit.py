@@ -10,12 +10,7 @@ from transformers import TrainerCallback
 
 
 class TimeLimit(TrainerCallback):
-    """Saves and stops after some minutes of training.
-
-    Args:
-        minutes: since the first step of this start.
-        accelerator: of the run.
-    """
+    """Saves and stops some minutes after the first step of this start."""
 
     def __init__(self, minutes: float, accelerator):
         self.minutes, self.accelerator = minutes, accelerator
@@ -37,7 +32,7 @@ class TimeLimit(TrainerCallback):
         return control
 
     def _stop_if_over(self, args, state, control) -> None:
-        """Stop where the time of any process is over, unless this was the last step anyway."""
+        """Stop if the time of any process is over, unless this was the last step anyway."""
         is_over = torch.tensor(float(time.monotonic() - self.start > 60 * self.minutes), device=args.device)
         if self.accelerator.reduce(is_over, "sum") > 0 and state.global_step < state.max_steps:
             self.stops = True

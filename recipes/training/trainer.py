@@ -4,24 +4,25 @@ Every loss is in `CLaRaForRAG.forward`; what tells the stages from each other is
 """
 
 import contextlib
-import json
 import logging
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from modeling_clara import CLaRaForRAG
 from modeling_clara.backbone_clara import backbone_digests
 from modeling_clara.configuration_clara import MEMORY_STATISTICS, ROLES, TRAINED_ROWS
+from modeling_clara.corpus.storage import append_lines
 from modeling_clara.generation_clara import eval_mode
 from recipes.training.arguments import CLaRaTrainingArguments
-from recipes.training.candidates import CorpusCandidates
 from recipes.training.checkpoints import STATE_FILE, load_trained
-from recipes.training.samplers import EpochLengthSampler, data_seed
+from recipes.training.memories import CorpusCandidates
 from recipes.training.stages import STAGES
 from recipes.training.time_limit import TimeLimit
 from recipes.training.training_metrics import MetricSums, exact_matches, ranking_metrics
@@ -36,11 +37,30 @@ def memory_size_of_step(memory_sizes: list[int], seed: int, step: int) -> int:
     return random.Random(f"{seed}:{step}").choice(memory_sizes)
 
 
+class EpochLengthSampler(LengthGroupedSampler):
+    """Rows of similar length together, in an order that follows from seed and epoch alone.
+
+    transformers' own draws from the global random state, so a run that goes on within its second epoch would see other
+    rows than one that was not interrupted, and a step of two processes other rows than a step of one.
+    """
+
+    def __init__(self, rows_of_step: int, lengths: list[int], seed: int):
+        super().__init__(rows_of_step, lengths=list(lengths))
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        return super().__iter__()
+
+
 class CLaRaTrainer(Trainer):
     """Trains the stage that its arguments name.
 
     Args:
-        model: `CLaRaForRAG` with its trainable roles set.
+        model: with its trainable roles set.
         args: of this run.
         candidates: found live in a corpus; None reads those of the batch.
         train_backbone: the backbone trains as well and is saved with every checkpoint.
@@ -55,13 +75,12 @@ class CLaRaTrainer(Trainer):
         *,
         candidates: CorpusCandidates | None = None,
         train_backbone: bool = False,
-        samples: list[dict] | None = None,
+        samples: Sequence[dict] = (),
         **kwargs,
     ):
         super().__init__(model, args, **kwargs)
         self.stage, self.candidates = STAGES[args.stage], candidates
-        self.train_backbone = train_backbone
-        self.samples = samples or []
+        self.train_backbone, self.samples = train_backbone, samples
         self.loss_is_scaled_for_ga = True  # `forward` divides by counts over the whole accumulated batch
         self.train_sums, self.eval_sums = MetricSums(), MetricSums()
         self.role_norms: dict[str, torch.Tensor] = {}
@@ -77,36 +96,27 @@ class CLaRaTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length" or dataset is None:
             return super()._get_train_sampler(train_dataset)
         rows_of_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return EpochLengthSampler(rows_of_step, dataset["length"], data_seed(self.args))
+        return EpochLengthSampler(rows_of_step, dataset["length"], self.args.order_seed)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, n_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._n_samples = self._total(sum(_n_rows(batch) for batch in batches)).to(device)
-        if n_items is None:  # a stage that does not generate has no labels; its loss is a mean over rows
-            n_items = self._n_samples
-        if self._last_log is None:
-            self._last_log = time.perf_counter()
-        return batches, n_items
-
-    def _total(self, count: int) -> torch.Tensor:
-        """The sum of a count over all processes."""
-        count = torch.tensor(float(count), device=self.args.device)
-        return self.accelerator.reduce(count, "sum")
+        n_rows = torch.tensor(float(sum(map(_n_rows, batches))), device=self.args.device)
+        self._n_samples = self.accelerator.reduce(n_rows, "sum").to(device)
+        self._last_log = self._last_log or time.perf_counter()
+        # a stage that does not generate has no labels; its loss is a mean over rows
+        return batches, self._n_samples if n_items is None else n_items
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         """The inputs of `forward`: the prompts of this step's k, the counts, everything on the device."""
-        inputs = dict(inputs)
-        gold = inputs.pop("gold_documents", None)
-        inputs = super()._prepare_inputs(inputs)
+        gold = inputs.get("gold_documents")
+        inputs = super()._prepare_inputs({name: value for name, value in inputs.items() if name != "gold_documents"})
         sizes = self.unwrapped.config.memory_sizes
-        is_training = self.model.training
-        drawn = self.args.train_memory_sizes or sizes
-        size = memory_size_of_step(drawn, self.args.seed, self.state.global_step) if is_training else sizes[-1]
-        inputs["memory_size"] = size
-        if "prompts" in inputs:
-            inputs |= inputs.pop("prompts")[size]
-        if is_training:
+        size = sizes[-1]
+        if self.model.training:
+            drawn = self.args.train_memory_sizes or sizes
+            size = memory_size_of_step(drawn, self.args.seed, self.state.global_step)
             inputs["num_samples_in_batch"] = self._n_samples
+        inputs |= inputs.pop("prompts", {}).get(size, {}) | {"memory_size": size}
         if gold is not None:
             query = self._encode_questions(inputs)
             if query.requires_grad:
@@ -164,13 +174,11 @@ class CLaRaTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the sums of all steps since the last log, reduced over all processes."""
         if "loss" in logs:
-            metrics = self.train_sums.reduce(self.accelerator)
+            metrics, now = self.train_sums.reduce(self.accelerator), time.perf_counter()
             tokens = metrics.pop("tokens", 0.0)
-            now = time.perf_counter()
             if self._last_log is not None:
                 metrics["tokens_per_second"] = tokens / (now - self._last_log)
-            self._last_log = now
-            self.train_sums = MetricSums()
+            self.train_sums, self._last_log = MetricSums(), now
             norms = {f"grad_norm/{part}": float(norm) for part, norm in self.role_norms.items()}
             logs = {**logs, **metrics, **norms}
         super().log(logs, start_time)
@@ -207,23 +215,21 @@ class CLaRaTrainer(Trainer):
     @property
     def was_just_evaluated(self) -> bool:
         """Whether the last step has its evaluation already."""
-        return any(
-            "eval_loss" in entry and entry["step"] == self.state.global_step for entry in self.state.log_history
-        )
+        step = self.state.global_step
+        return any("eval_loss" in entry and entry["step"] == step for entry in self.state.log_history)
 
     def _write_samples(self) -> None:
         """Append generated answers to samples.jsonl."""
         if not self.samples or not self.is_world_process_zero():
             return
-        model, rows = self.unwrapped, []
+        step, rows = self.state.global_step, []
         for record in self.samples:
-            text = self._sample(model, record["questions"][0], record["documents"])
-            rows.append({"question": record["questions"][0], "expected": record["answers"][0], "answer": text})
-        with open(Path(self.args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps({"step": self.state.global_step, **row}, ensure_ascii=False) + "\n")
+            question, expected = record["questions"][0], record["answers"][0]
+            answer = self._sample(self.unwrapped, question, record["documents"])
+            rows.append({"step": step, "question": question, "expected": expected, "answer": answer})
+        append_lines(Path(self.args.output_dir) / "samples.jsonl", rows)
         shown = "\n".join(f"  {row['question']} -> {row['answer']!r} (expected {row['expected']!r})" for row in rows)
-        logger.info("samples at step %d:\n%s", self.state.global_step, shown)
+        logger.info("samples at step %d:\n%s", step, shown)
 
     def _sample(self, model: CLaRaForRAG, question: str | None, documents: list[dict]) -> str:
         """What the model says to a question, or its paraphrase of the first document without one."""
@@ -266,25 +272,17 @@ class CLaRaTrainer(Trainer):
 def part_of(parameter_name: str) -> str:
     """The role that a parameter belongs to, "rows" for memory-token and separator embeddings, else "backbone"."""
     names = parameter_name.split(".")
-    for role in ROLES:
-        if role in names:
-            return role
-    rows = (*TRAINED_ROWS, *MEMORY_STATISTICS)
-    return "rows" if names[-1] in rows else "backbone"
+    role = next((role for role in ROLES if role in names), None)
+    return role or ("rows" if names[-1] in (*TRAINED_ROWS, *MEMORY_STATISTICS) else "backbone")
 
 
 def has_dropout(model: CLaRaForRAG) -> bool:
     """Whether a pass of the reasoner in training differs from one without."""
     settings, attention = model.config.lora["reasoner"], getattr(model.config.text_config, "attention_dropout", 0.0)
-    modules = model.backbone.modules()
-    return bool(settings["dropout"] or attention) or any(
-        isinstance(one, torch.nn.Dropout) and one.p for one in modules
-    )
+    layers = (module for module in model.backbone.modules() if isinstance(module, torch.nn.Dropout))
+    return bool(settings["dropout"] or attention) or any(layer.p for layer in layers)
 
 
 def _n_rows(batch: dict) -> int:
     """Rows of documents or questions in a micro-batch."""
-    for name in ("document_input_ids", "query_input_ids", "memory"):
-        if name in batch:
-            return len(batch[name])
-    raise ValueError(f"a batch must have documents or questions, got {sorted(batch)}. Use the collators' batches.")
+    return len(next(batch[name] for name in ("document_input_ids", "query_input_ids", "memory") if name in batch))

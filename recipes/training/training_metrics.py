@@ -1,7 +1,4 @@
-"""Metrics of a training step as totals and counts, which add up over micro-batches, steps and processes.
-
-Stands between `forward`'s output and the log; `metrics/` has those of an evaluation. It knows nothing of models.
-"""
+"""Metrics of a training step as totals and counts, which add up over micro-batches, steps and processes."""
 
 import torch
 
@@ -21,14 +18,14 @@ class MetricSums:
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def reduce(self, accelerator) -> dict[str, float]:
-        """name -> total / count over all processes, or the total where nothing was counted; NaN-free."""
+        """name -> total / count over all processes, or the total if nothing was counted; NaN-free."""
         if not self.sums:
             return {}
         names = sorted(self.sums)
         table = torch.stack([self.sums[name].to(accelerator.device) for name in names])
         table = accelerator.reduce(table, "sum").cpu()
         return {
-            name: float(row[0] / row[1]) if row[1] else float(row[0]) for name, row in zip(names, table, strict=True)
+            name: float(total / count if count else total) for name, (total, count) in zip(names, table, strict=True)
         }
 
 
@@ -39,8 +36,8 @@ def exact_matches(
 
     Args:
         logits: (targets, vocabulary) of the target positions, row after row.
-        labels: (rows, length), -100 where there is no target.
-        segments: (rows, length), the prompt of every target where a row has several; default: a row is a prompt.
+        labels: (rows, length), -100 if there is no target.
+        segments: (rows, length), the prompt of every target if a row has several; default: a row is a prompt.
 
     Returns:
         Number of such prompts, number of prompts with targets.
@@ -77,13 +74,13 @@ def ranking_metrics(scores: torch.Tensor, positive_mask: torch.Tensor) -> list[t
     has_gold = positive_mask.any(-1)
     scores, positive_mask = scores[has_gold], positive_mask[has_gold]
     count = has_gold.sum()
-    rival = scores.masked_fill(positive_mask, -torch.inf)
+    other = scores.masked_fill(positive_mask, -torch.inf)
     # rank of a gold document: what scores better, and other documents that tie with it
-    better = (scores[:, None, :] > scores[:, :, None]).sum(-1) + (rival[:, None, :] == scores[:, :, None]).sum(-1)
+    better = (scores[:, None, :] > scores[:, :, None]).sum(-1) + (other[:, None, :] == scores[:, :, None]).sum(-1)
     rank = torch.where(positive_mask, better, torch.full_like(better, 1 << 30))
     metrics = [(f"recall@{k}", ((rank < k).sum(-1) / positive_mask.sum(-1)).sum(), count) for k in RECALL_AT]
     metrics.append(("mrr", (1 / (1 + rank.min(-1).values)).sum(), count))
-    margin = scores.masked_fill(~positive_mask, -torch.inf).max(-1).values - rival.max(-1).values
+    margin = scores.masked_fill(~positive_mask, -torch.inf).max(-1).values - other.max(-1).values
     finite = margin.isfinite()
     metrics.append(("margin", margin[finite].sum(), finite.sum()))
     return metrics

@@ -23,7 +23,7 @@ from recipes.training.arguments import CLaRaTrainingArguments, DataArguments, Mo
 from recipes.training.collators import TextCollator
 from recipes.training.data import BadRow
 from recipes.training.mixtures import load_records
-from recipes.training.preparation import prepare_trainer, seed_everything
+from recipes.training.preparation import prepare_trainer
 from recipes.training.records import RecordReader
 from recipes.training.stages import STAGES
 from recipes.training.trainer import part_of
@@ -71,7 +71,6 @@ def build(rows, checkpoint, tmp_path):
             "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no", "num_samples": 2,
         }  # fmt: skip
         training = CLaRaTrainingArguments(output_dir=str(tmp_path / name), stage="text", **{**defaults, **options})
-        seed_everything(training)
         return prepare_trainer(ModelArguments(**(model_options or {"checkpoint": str(checkpoint)})), data, training)
 
     return make
