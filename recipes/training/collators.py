@@ -166,7 +166,12 @@ class TextCollator(Collator):
             [self.prompt(r, *target, 0, r["documents"]) for target in zip(r["questions"], r["answers"], strict=True)]
             for r in records
         ]
-        return {"memory": torch.zeros(len(rows), 0, self.memory_sizes[-1], self.hidden_size), **self.layouts(rows)}
+        layout = self.pad_rows(rows)  # the same for every k
+        return {
+            "memory": torch.zeros(len(rows), 0, self.memory_sizes[-1], self.hidden_size),
+            "prompts": dict.fromkeys(self.memory_sizes, layout),
+            "labels": layout["labels"],
+        }
 
 
 @dataclass
