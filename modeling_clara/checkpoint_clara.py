@@ -116,7 +116,12 @@ class CLaRaCheckpoint(CLaRaPasses):
             lora={role: dict(lora) for role in ROLES},
             **settings,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=files.revision, **hub)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=files.revision, **hub)
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"the backbone `{source}` must have a tokenizer: {error} Put a tokenizer.json beside its weights."
+            ) from error
         model = cls(config, backbone=backbone)
         _start_like_tokens(model)
         model.processor = CLaRaProcessor(tokenizer, config.document_max_length, **(processor_kwargs or {}))

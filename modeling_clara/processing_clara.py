@@ -5,7 +5,7 @@ rendered template.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -74,8 +74,12 @@ class CLaRaProcessor(ProcessorMixin):
         self.paraphrase_prompts = list(paraphrase_prompts)
         is_default = chat_template_kwargs is None
         self.chat_template_kwargs = {"enable_thinking": False} if is_default else chat_template_kwargs
-        self._bos = None  # (tokenizer, its BOS, `bos_ids`): asking costs more than encoding a short text
-        self._prompts = {}
+
+    def __setattr__(self, name: str, value):
+        super().__setattr__(name, value)
+        if name == "tokenizer":  # what follows from it is made when it is first needed
+            self._bos = None  # (its BOS, `bos_ids`): asking costs more than encoding a short text
+            self._prompts, self._plain = {}, None
 
     # --- text -> ids -------------------------------------------------------------------------------------------------
 
@@ -89,18 +93,19 @@ class CLaRaProcessor(ProcessorMixin):
     def bos_ids(self) -> list[int]:
         """`[bos]` if the tokenizer puts one before a text by itself, else `[]`."""
         bos = self.tokenizer.bos_token_id
-        if self._bos is None or self._bos[0] is not self.tokenizer or self._bos[1] != bos:
+        if self._bos is None or self._bos[0] != bos:
             puts_one = bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
-            self._bos = (self.tokenizer, bos, [bos] if puts_one else [])
-        return list(self._bos[2])
+            self._bos = (bos, [bos] if puts_one else [])
+        return list(self._bos[1])
 
     def encode_text(self, text: str, name: str = "text") -> list[int]:
         """Ids of a user's text, whose markup is plain characters: no BOS and no added token, special or not."""
         return self._encoder.encode(text, name)[0]
 
-    @cached_property
+    @property
     def _encoder(self) -> PlainEncoder:
-        return PlainEncoder(self.tokenizer)
+        self._plain = self._plain or PlainEncoder(self.tokenizer)
+        return self._plain
 
     def encode_questions(self, questions: Sequence[str], name: str = "questions") -> list[list[int]]:
         """Reasoner input of each question: `[BOS?] question`, without the memory tokens; errors name the index."""

@@ -1,7 +1,8 @@
 """The stages of training: one record says all that tells a stage from the others.
 
-A new stage is a new entry of `STAGES`, in this file alone. Sections 2 and 3 of the paper have pretrain, instruct and
-joint; contrastive is a warm-up of the reasoner, and text the baseline that reads the documents' text.
+A stage of other roles, losses or documents is a new entry of `STAGES`, in this file alone. Sections 2 and 3 of the
+paper have pretrain, instruct and joint; contrastive is a warm-up of the reasoner, and text the baseline that reads the
+documents' text.
 """
 
 from dataclasses import dataclass
@@ -15,13 +16,11 @@ class Stage:
     "contrastive" InfoNCE (with `contrastive_weight`; alone it is the whole loss).
     """
 
-    roles: tuple[
-        str, ...
-    ]  # train unless `trainable_roles` names others; memory-token embeddings go with the compressor
+    # train unless `trainable_roles` names others; memory-token embeddings go with the compressor
+    roles: tuple[str, ...]
     losses: tuple[str, ...]
-    selects: bool = (
-        False  # the reasoner chooses among candidates of the row or of a corpus; else all documents are read
-    )
+    # the reasoner chooses among candidates of the row or of a corpus; else all documents are read
+    selects: bool = False
     reads_text: bool = False  # prompts have the documents' text instead of their memories
     needs_gold: bool = False  # rows must name their gold documents (`pos_index`)
     learns_gold_answers: bool = False  # of a row with a teacher's and a gold answer it learns the gold one

@@ -234,10 +234,15 @@ def test_a_tokenizer_with_another_pre_tokenizer_is_read_with_it():
     assert processor.encode_text("a") == plain(processor, "a") == plain(build(), " a")
 
 
-def test_the_bos_is_looked_up_again_for_another_tokenizer():
-    processor = build()
-    assert processor.bos_ids == [] and "_bos" not in processor.to_dict()
-    processor.tokenizer = build_tokenizer(bos=True)
+def test_what_follows_from_a_tokenizer_is_made_again_for_another_one():
+    processor, other = build(), build_tokenizer(bos=True)
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    before = processor.encode_text("a"), processor.build_prompt("Q", 1, 4, "A")
+    assert processor.bos_ids == [] and not {"_bos", "_plain", "_prompts"} & set(processor.to_dict())
+    processor.tokenizer = other
+    fresh = CLaRaProcessor(other, processor.document_max_length)
+    after = processor.encode_text("a"), processor.build_prompt("Q", 1, 4, "A")
+    assert after == (fresh.encode_text("a"), fresh.build_prompt("Q", 1, 4, "A")) != before
     assert processor.bos_ids == [processor.tokenizer.bos_token_id]
     processor.bos_ids.append(7)
     assert processor.bos_ids == [processor.tokenizer.bos_token_id]
