@@ -15,7 +15,7 @@ OUTLIER_SHARE = 32  # int4 keeps one dimension in 32, those of the largest sprea
 
 
 class Codec:
-    """Rows of bytes -> memories.
+    """Rows of bytes -> memories; a ValueError if the name is unknown or a state does not fit.
 
     Args:
         name: one of `CODECS`.
@@ -23,9 +23,6 @@ class Codec:
         hidden_size: H, an even number.
         state: for int8 and int4 `mean` and `weight` (n, H) float32 and `outliers` (H / 32,) int64; None if nothing
             was fitted yet.
-
-    Raises:
-        ValueError: unknown name, or a state that does not fit.
     """
 
     def __init__(self, name: str, memory_size: int, hidden_size: int, state: Mapping[str, torch.Tensor] | None = None):
@@ -76,12 +73,8 @@ class Codec:
     def decode(self, rows: np.ndarray, memory_size: int | None = None) -> torch.Tensor:
         """(rows, k, H) float32 memories of rows.
 
-        Args:
-            rows: (rows, bytes) uint8, at least the first `memory_size` vectors of each row.
-            memory_size: k <= n; default n.
-
-        Raises:
-            ValueError: the rows are too short.
+        `rows` are (rows, bytes) uint8 with at least the first k = `memory_size` <= n vectors (default n), else it is a
+        ValueError.
         """
         k = self.memory_size if memory_size is None else memory_size
         if not 1 <= k <= self.memory_size or rows.ndim != 2 or rows.shape[1] < k * self.vector_bytes:

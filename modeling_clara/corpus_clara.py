@@ -272,10 +272,8 @@ class CompressedCorpus:
 
         Returns:
             For each question dicts `{document_id, span, score, title, text, memory, metadata}`, best first. `score` is
-            the cosine, also if `hybrid` decides the order; `memory` is (n, H) float32.
-
-        Raises:
-            TypeError, ValueError: naming the argument.
+            the cosine, also if `hybrid` decides the order; `memory` is (n, H) float32. A TypeError or ValueError
+            names an argument that cannot be used.
         """
         given = {"where": where, "hybrid": hybrid, "exact": exact, "shortlist": shortlist}
         state, snapshot, query_memory = self._state, self.snapshot, check_query(query_memory, self.manifest)
@@ -352,10 +350,7 @@ class CompressedCorpus:
 
         Returns:
             For each id a dict `{document_id, title, spans, memory, metadata}`: `spans` has `{span, title, text,
-            n_tokens}` of each chunk, `memory` is (chunks, n, H) float32.
-
-        Raises:
-            KeyError: an id that the corpus does not have.
+            n_tokens}` of each chunk, `memory` is (chunks, n, H) float32. A KeyError names an id that is not there.
         """
         snapshot, documents = self.snapshot, []
         for document_id in check_list(ids, "ids"):

@@ -124,9 +124,7 @@ class Manifest:
     def read(cls, folder: Path) -> "Manifest":
         """The manifest of a corpus folder.
 
-        Raises:
-            FileNotFoundError: there is none, or the build is not finished.
-            ValueError: damaged, or of a newer format.
+        A FileNotFoundError if there is none or the build is not finished, a ValueError if it is damaged or newer.
         """
         path = Path(folder) / MANIFEST_FILE
         try:
@@ -209,8 +207,7 @@ def _damaged(folder, reason: str) -> ValueError:
 def load_codecs(folder: Path, manifest: Manifest) -> dict[str, Codec]:
     """The codec with every state that the shards name, by key; with the key "" if there is no state.
 
-    Raises:
-        FileNotFoundError, ValueError: a state's file is missing or damaged.
+    A FileNotFoundError or ValueError if a state's file is missing or damaged.
     """
     shape = (manifest.codec, manifest.memory_size, manifest.hidden_size)
     codecs = {} if manifest.codec_states else {"": Codec(*shape)}

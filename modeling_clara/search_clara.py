@@ -138,8 +138,7 @@ def conditions(value) -> Iterator[tuple[str, object]]:
 def rows_where(table, where: Mapping) -> np.ndarray:
     """(rows,) bool: which rows of an Arrow table meet a checked filter. A missing value meets only $ne and $nin.
 
-    Raises:
-        TypeError: a column cannot be compared with a value.
+    A TypeError if a column cannot be compared with a value.
     """
     keep = np.ones(len(table), dtype=bool)
     for key, value in where.items():

@@ -43,13 +43,9 @@ RELEASE_BYTES = 32 * 2**20  # mapped bytes that are touched before they are give
 
 
 class Segment:
-    """The rows of consecutive shards.
+    """The rows of consecutive shards, in a folder that `derive_segment` wrote; its name is the `key`.
 
-    Args:
-        folder: that `derive_segment` wrote; its name is the `key`.
-
-    Raises:
-        OSError, ValueError, KeyError: it is not complete.
+    An OSError, ValueError or KeyError if the folder is not complete.
     """
 
     def __init__(self, folder: Path):
@@ -86,10 +82,6 @@ class Segment:
             self._touched = 0
         return gathered
 
-    def record(self, row: int, columns: Sequence[str]) -> dict:
-        """Values of one row."""
-        return {name: self.table[name][row].as_py() for name in columns}
-
     def find(self, document_id: str) -> list[range]:
         """The rows of documents with this id, deleted ones included."""
         key, found = id_hash(document_id), []
@@ -124,8 +116,7 @@ def derive_segment(
 ) -> Segment:
     """Check consecutive shards of a corpus and write their segment into the folder of all segments, batch by batch.
 
-    Raises:
-        FileNotFoundError, ValueError: a shard is missing, damaged or does not fit, naming it.
+    A FileNotFoundError or ValueError names a shard that is missing, damaged or does not fit.
     """
     folder = target / hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()[:16]
     partial = target / f".{folder.name}.{os.getpid()}.partial"
@@ -174,15 +165,8 @@ def shard_stamp(corpus: Path, file: str, sha256: str) -> dict:
 class Snapshot:
     """What a corpus consisted of when corpus.json was read.
 
-    Args:
-        folder, index_folder: of the corpus, and for derived files.
-        manifest: as read.
-        previous: a snapshot whose segments may be used again.
-        limits: of scattered segments, see `WHEN_OPENED`.
-        progress: called with a number of rows while segments are derived.
-
-    Raises:
-        FileNotFoundError, ValueError: a file of the corpus is missing, damaged or does not fit.
+    The segments of `previous` may be used again; `limits` are of scattered segments, see `WHEN_OPENED`; `progress` is
+    called with numbers of rows. A FileNotFoundError or ValueError names a file that is missing, damaged or unfit.
     """
 
     def __init__(
@@ -247,7 +231,7 @@ class Snapshot:
     def record(self, row: int, columns: Sequence[str]) -> dict:
         """Values of one row."""
         segment, place = self.locate(row)
-        return segment.record(place, columns)
+        return {name: segment.table[name][place].as_py() for name in columns}
 
     def find(self, document_id: str) -> range | None:
         """The rows of a document, or None if there is none or it was deleted."""

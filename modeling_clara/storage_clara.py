@@ -79,11 +79,7 @@ def cached_index_folder(folder: Path) -> Path:
 
 
 def download_corpus(repo_id: str, revision, token, cache_dir, local_files_only: bool) -> Path:
-    """The files of a corpus on the Hub, all of one commit.
-
-    Raises:
-        FileNotFoundError: there is no such folder and no such dataset.
-    """
+    """The files of a corpus on the Hub, all of one commit; a FileNotFoundError if there is no such dataset."""
     options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     try:
         return Path(snapshot_download(repo_id, repo_type="dataset", allow_patterns=PUBLISHED, **options))

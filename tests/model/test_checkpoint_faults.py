@@ -144,5 +144,7 @@ def test_what_could_not_be_loaded_is_not_saved(model, tmp_path, prepare, match):
 
 def test_a_backbone_without_a_tokenizer_is_named(backbone_folder, tmp_path):
     folder = shutil.copytree(backbone_folder, tmp_path / "backbone", ignore=shutil.ignore_patterns("*token*"))
-    with pytest.raises(OSError, match=rf"(?s)`{re.escape(str(folder))}` must have a tokenizer: .*Put a tokenizer.json"):
+    with pytest.raises(
+        OSError, match=rf"(?s)`{re.escape(str(folder))}` must have a tokenizer: .*Put a tokenizer.json"
+    ):
         CLaRaForRAG.from_backbone(folder)
