@@ -4,6 +4,7 @@ The same call continues a build that was killed.
 """
 
 import hashlib
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +15,11 @@ from ..text_clara import check_count
 from .card import CARD_FILE
 from .jobs import REJECTED_FILE, Build
 from .pipeline import row_digest
-from .sources import DocumentSource, infer_types, is_utf8, type_from_name
+from .sources import DocumentSource, is_utf8
 from .storage import foreign_files, writer_lock
+from .types import ColumnTypes, type_from_name
+
+logger = logging.getLogger(__name__)
 
 # What may lie in a folder before its first corpus.json: what a new repo of the Hub has, and with build/ also shards.
 EXPECTED = ("index", REJECTED_FILE, CARD_FILE, ".git", ".gitattributes", ".*.partial")
@@ -46,9 +50,9 @@ def build(
     Args:
         cls: class of the corpus that is returned.
         model: `CLaRaForRAG` whose compressor is used.
-        documents: a path, the id of a dataset on the Hub, a `datasets.Dataset` or an iterable of texts or of dicts
-            `{id?, title?, text, ...metadata}`, see `DocumentSource`. A dict's `id` counts before its `document_id`. A
-            `memory` (n, H) is not computed again.
+        documents: a path or address of files, the id of a dataset on the Hub, a `datasets.Dataset` or an iterable of
+            texts or of dicts `{id?, title?, text, ...metadata}`, see `DocumentSource`. A dict's `id` counts before its
+            `document_id`. A `memory` (n, H) is not computed again.
         path: folder of the corpus.
         codec: "float16", "int8" or "int4".
         shard_size: chunks of a shard, and what a killed build loses at most. The codec is fitted on the first 1,024
@@ -56,7 +60,8 @@ def build(
         resume: resume where an earlier call stopped; False wants a new folder.
         memory_size: n that is stored; default the largest.
         batch_size: documents per pass, see `compress`.
-        metadata: Arrow types of metadata columns; default from the input's schema or its first 1,024 rows.
+        metadata: Arrow types of metadata columns; default from the input. Numbers in a column that is declared as
+            'string' are kept as text.
         source: `name`, `license` and `language` of the text, for the card.
         rank: of this process, from 0; it takes every `world_size`-th document.
         world_size: number of processes that share the work. The last to finish completes the corpus.
@@ -99,15 +104,24 @@ def build(
         if (folder / MANIFEST_FILE).exists():
             job.check_finished(rows)
         else:
-            types = rows.metadata_types()
-            if types is None:  # the input does not tell them
-                types = infer_types([row.document for row in rows.peek() if row.document is not None])
-            job.run(rows, types | declared, batch_size)
+            job.run(rows, _scan(rows, declared), batch_size)
     if not job.finish():
         return None
     # Ignored: a rank that waits for its lock keeps the folder a moment longer, and then removes it.
     shutil.rmtree(folder / BUILD_FOLDER, ignore_errors=True)
     return cls.open(folder).attach(model, fingerprint=options["fingerprint"])
+
+
+def _scan(rows: DocumentSource, declared: dict) -> dict:
+    """The types of all metadata; what they leave out is said before it happens."""
+    columns: ColumnTypes = rows.scan(declared)
+    for name, misfits in columns.misfits.items():
+        logger.warning(
+            "%d of the values of `%s` are not %s (the first: %r in %s); their documents are left out. Pass "
+            "`metadata={%r: 'string'}` to keep all of them as text.",
+            misfits.number, name, columns.stored()[name], misfits.value, misfits.place, name,
+        )  # fmt: skip
+    return columns.stored() | declared
 
 
 def _check_folder(folder: Path, resume: bool) -> None:

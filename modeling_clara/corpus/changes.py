@@ -11,13 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 
-from transformers.utils.logging import tqdm
-
 from ..manifest_clara import Manifest, pa
 from ..snapshot_clara import WHEN_CHANGED
 from ..text_clara import check_count, check_id, check_list
 from .card import write_card
-from .jobs import REJECTED_FILE
+from .jobs import REJECTED_FILE, counted, text_columns
 from .pipeline import ShardDraft, ShardPipeline
 from .shards import count_live, delete_rows, remove_unreferenced, write_manifest
 from .sources import DocumentSource, InputRow
@@ -111,10 +109,12 @@ def _append(corpus, rows: DocumentSource, shard_size: int, batch_size: int, is_u
             shard_size=shard_size,
             batch_size=batch_size,
             prefix=f"{manifest.generation + 1:05d}",
+            kept=corpus.index_folder / "unfinished",
+            as_text=text_columns(manifest.build.get("metadata", {})),
         )
         wanted = _with_remedy(rows, corpus.model is not None, is_update)
-        with tqdm(wanted, total=rows.length, desc="compressing", unit=" documents", delay=2) as counted:
-            for result in pipeline.run(iter(counted)):
+        with counted(rows) as pipeline.progress:
+            for result in pipeline.run(wanted):
                 _commit_result(corpus, manifest, result, pipeline, is_update)
                 changes.rejected += result.rejected
                 if result.shard is not None:

@@ -59,10 +59,10 @@ class InputFile:
         return PurePosixPath(path.stem).suffix if path.suffix in DECOMPRESSORS else path.suffix
 
     @property
-    def stem(self) -> str:
-        """The name without folders and endings."""
-        name = PurePosixPath(self.name).name
-        return name[: len(name) - len("".join(PurePosixPath(name).suffixes[-1 - self.is_compressed :]))] or name
+    def title(self) -> str:
+        """Its name for a reader, without folders and endings."""
+        path = PurePosixPath(self.name)
+        return (PurePosixPath(path.stem).stem if self.is_compressed else path.stem).replace("_", " ")
 
     @property
     def is_compressed(self) -> bool:
@@ -157,7 +157,7 @@ def _find_remote(location: str) -> tuple[bool, list[InputFile]]:
     is_folder = not fs.isfile(root)
     found = fs.find(root, detail=True) if is_folder else {root: fs.info(root)}
     if not found:
-        raise FileNotFoundError(f"`documents` must be a file or a folder, found none at {location}. Check the address.")
+        raise FileNotFoundError(f"`documents` must be a file or a folder, found none at {location}. Check it.")
     files, folders = [], {}
     for path, info in found.items():
         name = path[len(root) :].strip("/") if is_folder else PurePosixPath(path).name

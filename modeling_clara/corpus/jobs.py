@@ -4,10 +4,11 @@ Until corpus.json is there, `build/` holds the progress of every rank, so that e
 """
 
 import base64
+import contextlib
 import hashlib
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -33,6 +34,7 @@ from .pipeline import ShardPipeline, row_digest
 from .shards import count_live, delete_rows, remove_unreferenced, shard_documents, write_manifest
 from .sources import DocumentSource, InputRow
 from .storage import append_lines, corpus_lock, read_lines, write_lines
+from .types import type_from_name
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +61,12 @@ class Build:
             self._check_input(source, progress["input_sha256"])
             return
         shards: list[dict] = progress["shards"]
-        total = None if source.length is None else len(range(self.rank, source.length, self.world_size))
         seen = SeenIds(lambda number: shard_documents(self.folder, Shard(**shards[number]["shard"])))
         mine, digest = self._mine(source), hashlib.sha256()
-        with tqdm(mine, total=total, desc="compressing", unit=" documents", delay=2) as counted:
-            rows = _hashed(counted, digest)
+        with counted(source, self.world_size) as count:
+            rows = _hashed(mine, digest)
             for number, entry in enumerate(shards):
-                _skip(rows, entry, self.folder)
+                count(_skip(rows, entry, self.folder))
                 if entry["shard"] is not None:
                     seen.settle(number, seen.read_ids(number))
             keys = [entry["shard"]["codec_state"] for entry in shards if entry["shard"]]
@@ -82,13 +83,16 @@ class Build:
                 shard_size=self.options["shard_size"],
                 batch_size=batch_size,
                 prefix=f"{self.rank:05d}",
+                kept=self.path.with_suffix(".memories"),
+                as_text=text_columns(self.options["metadata"]),
+                progress=count,
             )
             with self.model.bulk_compression():
                 for result in pipeline.run(rows, first_shard=len(shards)):
                     append_lines(_rejected_path(self.path), result.rejected)
-                    write_json(
-                        _rows_path(self.path, len(shards)), {"rows": [row.index for row in result.documents.values()]}
-                    )
+                    made = result.documents.values()
+                    content = {"rows": [row.index for row in made], "files": [row.file for row in made]}
+                    write_json(_rows_path(self.path, len(shards)), content)
                     progress["codec_states"] |= pipeline.codec_states
                     shards.append(
                         {
@@ -232,7 +236,7 @@ class Build:
             for number, shard, rows in sorted(uses, key=lambda use: use[0])[1:]:
                 delete_rows(shard, rows)
                 reason = f"row {number} cannot have the id {name!r}: it is there already. Rename it."
-                rejected.append({"row": number, "place": shard.file, "id": name, "reason": reason})
+                rejected.append({"row": number, "place": shard.file, "id": name, "reason": reason, "status": "failed"})
         return rejected
 
     def _manifest(self, codec_states: dict[str, str]) -> Manifest:
@@ -262,14 +266,32 @@ def _hashed(rows: Iterable[InputRow], digest) -> Iterator[InputRow]:
         yield row
 
 
-def _skip(rows: Iterator[InputRow], entry: dict, folder: Path) -> None:
-    """Pass the rows of a shard that is there.
+@contextlib.contextmanager
+def counted(source: DocumentSource, world_size: int = 1) -> Iterator[Callable[[int], None]]:
+    """A bar of documents; gives what counts them. Of files their number is estimated from the bytes read so far."""
+    with tqdm(total=source.share(world_size), desc="compressing", unit=" documents", delay=2) as bar:
+
+        def count(number: int) -> None:
+            bar.total = source.share(world_size)
+            bar.update(number)
+
+        yield count
+
+
+def text_columns(metadata: Mapping[str, str]) -> frozenset[str]:
+    """The columns that were declared as text."""
+    return frozenset(name for name, kind in metadata.items() if pa.types.is_string(type_from_name(kind)))
+
+
+def _skip(rows: Iterator[InputRow], entry: dict, folder: Path) -> int:
+    """Pass the rows of a shard that is there; their number.
 
     Raises:
         ValueError: they are other rows than the shard was made of.
     """
-    digest, first, last = hashlib.sha256(), None, None
+    digest, first, last, number = hashlib.sha256(), None, None, 0
     for row in rows:
+        number += 1
         digest.update(row_digest(row))
         first, last = first or row.place, row.place
         if row.index + 1 >= entry["next_row"]:
@@ -279,6 +301,7 @@ def _skip(rows: Iterator[InputRow], entry: dict, folder: Path) -> None:
             f"a build must go on with the input that it began with; the rows from {first} to {last} are others than "
             f"before. Give the same input, or choose another folder than {folder}."
         )
+    return number
 
 
 def _rejected_path(progress: Path) -> Path:

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
@@ -17,11 +18,16 @@ import torch
 
 from ..codecs_clara import Codec
 from ..manifest_clara import RESERVED_COLUMNS, Shard, pa
+from ..storage_clara import replacing
 from .encode import encode, fit_codec, fits
+from .formats import COLUMNS
 from .shards import ShardWriter, shard_schema, write_state
 from .sources import InputRow, is_utf8
+from .tables import Cell, cell_value
 
-COMPRESSED_SPANS = 1024  # compressed in one call, and the sample that a codec is fitted on
+COMPRESSED_SPANS = 1024  # encoded together, and the sample that a codec is fitted on
+PASS_SPANS = 128  # compressed in one call
+SAVE_SECONDS = 30.0  # of compressing after which memories whose shard is not written are saved
 OURS = ("span", "n_tokens")  # columns that a document cannot bring
 
 
@@ -35,7 +41,8 @@ class ShardDraft:
         digest: SHA-256 over the rows.
         spans: chunks that are not written yet.
         documents: of the shard, by id: their input rows without the text.
-        rejected: `{row, place, id, reason}` of each rejected row.
+        rejected: `{row, place, id, reason, status, file}` of each rejected row.
+        kept: files of saved memories, which the shard makes needless.
     """
 
     shard: Shard | None = None
@@ -44,10 +51,14 @@ class ShardDraft:
     spans: list[dict] = field(default_factory=list)
     documents: dict[str, InputRow] = field(default_factory=dict)
     rejected: list[dict] = field(default_factory=list)
+    kept: list[Path] = field(default_factory=list)
 
     def reject(self, row: InputRow, reason: str) -> None:
         given = row.document.get("id") if row.document else None
-        self.rejected.append({"row": row.index, "place": row.place, "id": given, "reason": reason})
+        status = row.status or "failed"
+        self.rejected.append(
+            {"row": row.index, "place": row.place, "id": given, "reason": reason, "status": status, "file": row.file}
+        )
 
 
 @dataclass
@@ -66,6 +77,9 @@ class ShardPipeline:
         shard_size: chunks at which a shard is closed.
         batch_size: documents per pass, see `CLaRaForRAG.compress`.
         prefix: of the shards' names.
+        kept: folder for memories whose shard is not written yet, so that a killed call does not lose them.
+        as_text: columns in which numbers are kept as text.
+        progress: called with numbers of documents that were compressed or rejected.
         codec_states: files of states that were fitted here.
     """
 
@@ -82,6 +96,9 @@ class ShardPipeline:
     shard_size: int
     batch_size: int
     prefix: str
+    kept: Path
+    as_text: frozenset[str] = frozenset()
+    progress: Callable[[int], object] = int
     codec_states: dict[str, str] = field(default_factory=dict)
 
     def run(self, rows: Iterator[InputRow], first_shard: int = 0) -> Iterator[ShardDraft]:
@@ -94,7 +111,7 @@ class ShardPipeline:
                     if writing is not None:
                         yield writing.result()
                     writing = writer.submit(self._write, f"{self.prefix}-{number:06d}", draft, codes)
-            except Exception:  # of the input or the model: the shard that is being written is not lost
+            except (Exception, KeyboardInterrupt):  # the shard that is being written is not lost
                 if writing is not None:
                     yield writing.result()
                 raise
@@ -111,9 +128,10 @@ class ShardPipeline:
                 spans = self._spans(row)
                 document_id = spans[0]["document_id"]
                 draft.spans += spans
-                draft.documents[document_id] = InputRow(row.index, row.place, {"id": document_id})
+                draft.documents[document_id] = InputRow(row.index, row.place, {"id": document_id}, file=row.file)
             except (TypeError, ValueError) as error:
                 draft.reject(row, str(error))
+                self.progress(1)
             if len(draft.spans) >= self.shard_size or len(draft.rejected) >= COMPRESSED_SPANS:
                 yield draft
                 draft = ShardDraft()
@@ -154,9 +172,9 @@ class ShardPipeline:
 
     def _metadata(self, row: InputRow) -> dict:
         values = {name: value for name, value in row.document.items() if name not in RESERVED_COLUMNS}
-        values = {
-            name: None if value == {} else value for name, value in values.items()
-        }  # no type holds an empty object
+        if row.file is not None:  # what the file's reader has added, in a corpus that began without files
+            values = {name: value for name, value in values.items() if name in self.types or name not in COLUMNS}
+        values = {name: self._stored_value(name, value) for name, value in values.items()}
         taken = [name for name in OURS if name in row.document]
         if taken:
             raise ValueError(f"`{row.place}` must not have the column {taken[0]!r}, which is ours. Rename it.")
@@ -169,6 +187,14 @@ class ShardPipeline:
             if not _can_hold(self.types[name], value):
                 raise TypeError(f"`{row.place}[{name!r}]` must be {self.types[name]}, got {value!r}. Convert it.")
         return {name: values.get(name) for name in self.types}
+
+    def _stored_value(self, name: str, value):
+        """A value as its column has it: of a table's cell a number or a time, of an empty object nothing."""
+        if isinstance(value, Cell) and name in self.types:
+            return cell_value(value, self.types[name])
+        if name in self.as_text and isinstance(value, bool | int | float):
+            return json.dumps(value)
+        return None if value == {} else value
 
     def _given_memory(self, row: InputRow) -> torch.Tensor:
         try:
@@ -191,7 +217,7 @@ class ShardPipeline:
         codes, usable, broken = [], [], set()
         for start in range(0, len(draft.spans), COMPRESSED_SPANS):
             spans = draft.spans[start : start + COMPRESSED_SPANS]
-            memory = self._memories(spans)
+            memory = self._memories(draft, spans)
             good = memory.isfinite().flatten(1).all(-1)
             if isinstance(self.codec, str) and good.any():
                 self.codec = fit_codec(self.codec, memory[good])
@@ -219,22 +245,45 @@ class ShardPipeline:
         draft.spans = list(itertools.compress(usable, kept))
         return np.concatenate(codes)[kept] if draft.spans else np.empty((0, 0), np.uint8)
 
-    def _memories(self, spans: Sequence[Mapping]) -> torch.Tensor:
+    def _memories(self, draft: ShardDraft, spans: Sequence[Mapping]) -> torch.Tensor:
         """(chunks, n, H) float32, NaN if a memory is not finite."""
         memory = torch.full((len(spans), self.memory_size, self.hidden_size), torch.nan)
-        texts = [place for place, span in enumerate(spans) if "memory" not in span]
         for place, span in enumerate(spans):
             if "memory" in span:
                 memory[place] = span["memory"]
+        unsaved: dict[Path, torch.Tensor] = {}
+        saved_at = time.monotonic()
+        try:
+            for start in range(0, len(spans), PASS_SPANS):
+                part = spans[start : start + PASS_SPANS]
+                places = [start + place for place, span in enumerate(part) if "memory" not in span]
+                if places:
+                    texts = [spans[place] for place in places]
+                    path = self.kept / f"{_texts_digest(texts)}.npy"
+                    memory[places] = unsaved[path] = self._load(path, texts)
+                self.progress(sum(span["span"] == 0 for span in part))
+                if time.monotonic() - saved_at > SAVE_SECONDS:
+                    draft.kept += _save(unsaved)
+                    unsaved, saved_at = {}, time.monotonic()
+        except KeyboardInterrupt:
+            _save(unsaved)
+            raise
+        return memory
+
+    def _load(self, path: Path, spans: Sequence[Mapping]) -> torch.Tensor:
+        """Memories (chunks, n, H) of chunks, from the file of a call that was killed or computed now."""
+        if path.exists():
+            with contextlib.suppress(ValueError, EOFError, OSError):
+                return torch.from_numpy(np.load(path))
         options = {"memory_size": self.memory_size, "batch_size": self.batch_size}
         try:
-            if texts:
-                memory[texts] = self.model.compress([spans[place] for place in texts], **options).cpu()
+            return self.model.compress(spans, **options).cpu()
         except ValueError:  # one of them has a memory that is not finite: find it
-            for place in texts:
+            memory = torch.full((len(spans), self.memory_size, self.hidden_size), torch.nan)
+            for place, span in enumerate(spans):
                 with contextlib.suppress(ValueError):
-                    memory[place] = self.model.compress([spans[place]], **options)[0].cpu()
-        return memory
+                    memory[place] = self.model.compress([span], **options)[0].cpu()
+            return memory
 
     # --- codes -> shard ----------------------------------------------------------------------------------------------
 
@@ -244,6 +293,8 @@ class ShardPipeline:
                 writer.write(draft.spans, codes)
                 draft.shard = writer.close()
         draft.spans = []
+        for path in draft.kept:
+            path.unlink(missing_ok=True)
         draft.rejected.sort(key=lambda row: row["row"])
         return draft
 
@@ -257,6 +308,20 @@ def row_digest(row: InputRow) -> bytes:
     except (TypeError, ValueError, RecursionError):  # a list in itself, keys that are no text: it will be rejected
         text = f"{sorted(map(repr, row.document))}"
     return f"{row.index} {text}".encode("utf-8", "surrogatepass")
+
+
+def _save(memories: Mapping[Path, torch.Tensor]) -> list[Path]:
+    """Save memories for a call that goes on where this one was killed; a full disk only costs the time."""
+    with contextlib.suppress(OSError):
+        for path, memory in memories.items():
+            with replacing(path) as partial, open(partial, "wb") as file:
+                np.save(file, memory.numpy())
+    return list(memories)
+
+
+def _texts_digest(spans: Sequence[Mapping]) -> str:
+    texts = json.dumps([[span["title"], span["text"]] for span in spans], ensure_ascii=True)
+    return hashlib.sha256(texts.encode()).hexdigest()[:32]
 
 
 def _can_hold(kind: "pa.DataType", value) -> bool:
@@ -278,7 +343,7 @@ def _is_kept(given, stored) -> bool:
             return False
         return all(map(_is_kept, given, stored))
     if isinstance(stored, float):
-        return True  # float32 rounds
+        return not isinstance(given, int) or given == stored  # float32 rounds, but a number of 18 digits is a name
     return bool(given == stored)
 
 

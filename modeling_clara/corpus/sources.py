@@ -1,4 +1,4 @@
-"""Reads documents one at a time: folders, JSONL, Parquet, data sets of the Hub, lists and generators.
+"""Reads documents one at a time: files of every format, data sets of the Hub, lists and generators.
 
 A row that cannot be read is a row with a problem, not an exception: streams go on.
 """
@@ -6,21 +6,25 @@ A row that cannot be read is a row with a problem, not an exception: streams go 
 import hashlib
 import itertools
 import json
+import logging
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..manifest_clara import RESERVED_COLUMNS, pa, pq, require_arrow
+from ..manifest_clara import RESERVED_COLUMNS, pa, require_arrow
 from ..text_clara import given_id, read_document
-from .storage import iter_lines
+from .converters import Item
+from .files import InputFile, find_files, is_remote
+from .formats import BY_ENDING, describe_missing, file_columns, format_of, read_file
+from .tables import parquet_schema
+from .types import ColumnTypes
 
-TEXT_SUFFIXES = (".txt", ".md")
-ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".parquet")
-SUFFIXES = (*TEXT_SUFFIXES, *ROW_SUFFIXES)
+logger = logging.getLogger(__name__)
+
 MAX_DEPTH = 16  # of nested metadata; Parquet reads no more than some dozens
-PEEKED_ROWS = 1024  # from which the types of metadata are inferred where no schema tells them
+PEEKED_ROWS = 1024  # from which the types of metadata are inferred if no schema tells them and they come only once
+SCANNED_ROWS = 1024  # whose types are united at a time
 
 
 @dataclass
@@ -30,25 +34,28 @@ class InputRow:
     Attributes:
         index: its number in the whole input, from 0.
         place: how an error names it, such as `docs.jsonl:3`.
-        document: `{id?, title?, text, ...}` under these names; None where it cannot be read.
+        document: `{id?, title?, text, ...}` under these names; None if it cannot be read.
         problem: why not.
+        status: with a problem: "skipped", "unsupported" or "empty" if it is a file of that kind, else "failed".
+        file: name of the file that it comes from, None if it comes from none.
     """
 
     index: int
     place: str
     document: dict | None = None
     problem: str | None = None
+    status: str | None = None
+    file: str | None = None
 
 
 class DocumentSource:
     """The rows of an input, as often as wanted but for a generator, which gives them once.
 
     Args:
-        documents: path of a folder of .txt and .md files, or of .jsonl, .jsonl.gz and .parquet files, or of one file;
-            id of a data set on the Hub; a `datasets.Dataset` or `IterableDataset`; any iterable of texts or dicts.
+        documents: path or fsspec address of a file or a folder of files (`formats.FORMATS`); id of a data set on the
+            Hub; a `datasets.Dataset` or `IterableDataset`; any iterable of texts or dicts; or files that were found.
         text_column, title_column, id_column: the columns that hold them; the id also from `id`, else `document_id`.
-        split: of a data set on the Hub.
-        config_name: of a data set on the Hub.
+        split, config_name: of a data set on the Hub.
         exclude: folder whose files are no input, though it lies in the input's.
 
     Raises:
@@ -67,31 +74,28 @@ class DocumentSource:
         exclude: Path | None = None,
     ):
         require_arrow()
-        self.exclude, self._peeked = exclude, None
+        self._peeked = None
+        self.text_column = text_column
         self.columns = {text_column: "text", title_column: "title"} | ({id_column: "id"} if id_column else {})
-        self.files: list[Path] = []
-        self.schema = None  # Arrow types of the columns, where the input tells them
+        self.files: list[InputFile] = []
+        self.is_folder = True
+        self.schema = None  # Arrow types of the columns, if the input tells them
         self.length: int | None = None
+        self.bytes_read = self.rows_read = 0  # of files that were read to their end
+        self._rows: Iterable = ()
         if isinstance(documents, str | os.PathLike):
             if not os.fspath(documents):
                 raise ValueError("`documents` must be a path or the id of a data set, got ''. Name one.")
-            path = Path(documents)
-            if _exists(documents):
-                self._read_paths(path)
+            if is_remote(documents) or _exists(documents):
+                self._find(documents, exclude)
                 return
-            documents = _load_hub_dataset(str(documents), split, config_name)
-            self.description = {"kind": "hub", "name": str(path), "split": split, "config_name": config_name}
-        elif type(documents).__module__.partition(".")[0] in ("pandas", "polars"):
-            raise TypeError(
-                f"`documents` must be a path, a data set or a list, got a {type(documents).__name__}. Pass "
-                "`datasets.Dataset.from_pandas(frame)`, or its rows as dicts."
-            )
-        elif isinstance(documents, Mapping | bytes) or not isinstance(documents, Iterable):
-            raise TypeError(
-                f"`documents` must be a path, a data set or a list, got {type(documents).__name__}. Wrap a single "
-                "document in []."
-            )
+            name, documents = str(documents), _load_hub_dataset(str(documents), split, config_name)
+            self.description = {"kind": "hub", "name": name, "split": split, "config_name": config_name}
+        elif isinstance(documents, Sequence) and documents and all(isinstance(file, InputFile) for file in documents):
+            self.files, self.description = list(documents), {"kind": "files"}
+            return
         else:
+            _check_iterable(documents)
             self.description = {"kind": "list" if isinstance(documents, Sized) else "stream"}
         if isinstance(documents, Sized):
             self.length = len(documents)
@@ -101,46 +105,29 @@ class DocumentSource:
             self.schema = features.arrow_schema
         self._rows = documents
 
-    def _read_paths(self, path: Path) -> None:
-        if path.is_file():
-            if not path.name.lower().endswith(SUFFIXES):
-                raise ValueError(
-                    f"`documents` must be a {', '.join(SUFFIXES)} file or a folder of them, got {path}. Convert it."
-                )
-            self.root, self.files = path.parent, [path]
-        else:
-            found = sorted(file for file in path.rglob("*") if file.is_file() and file.name.lower().endswith(SUFFIXES))
-            if self.exclude is not None:
-                found = [file for file in found if not file.resolve().is_relative_to(self.exclude.resolve())]
-            texts = [file for file in found if file.suffix.lower() in TEXT_SUFFIXES]
-            rows = [file for file in found if file.suffix.lower() not in TEXT_SUFFIXES]
-            plain = [file for file in texts if file.suffix.lower() != ".md"]
-            if rows and plain:
-                raise ValueError(
-                    f"`documents` must be a folder of texts or of rows, {path} has both: {plain[0].name} and "
-                    f"{rows[0].name}. Name one of the files, or a folder with one kind."
-                )
-            self.root, self.files = path, rows or texts  # beside rows an .md is their README
-            if not self.files:
-                raise ValueError(
-                    f"`documents` must be a folder with {', '.join(SUFFIXES)} files, found none in {path}. Name "
-                    "another."
-                )
-        sizes = [[file.relative_to(self.root).as_posix(), file.stat().st_size] for file in self.files]
+    def _find(self, location: str | os.PathLike, exclude: Path | None) -> None:
+        self.is_folder, self.files = find_files(location, exclude)
+        readable = [file for file in self.files if file.skipped is None and format_of(file)]
+        if not readable:
+            found = self.files[0].name if self.files else "no file"
+            raise ValueError(
+                f"`documents` must be a file or have files with one of the endings {' '.join(BY_ENDING)}, got {found} "
+                f"in {location}. Convert them, or name another folder."
+            )
+        if missing := describe_missing(self.files):
+            logger.warning(missing)
+        name = os.fspath(location).rstrip("/").rpartition("/")[2].encode("utf-8", "replace").decode()
+        sizes = [[file.name, file.size] for file in self.files]
         digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
-        name = path.name.encode("utf-8", "replace").decode()
         self.description = {"kind": "files", "name": name, "files": len(sizes), "sizes": digest}
-        if self.files[0].suffix.lower() in TEXT_SUFFIXES:
-            self.length = len(self.files)
-        parquet = [file for file in self.files if file.suffix.lower() == ".parquet"]
-        if len(parquet) == len(self.files):
-            self.length = 0
-            for file in parquet:
-                try:
-                    self.length += pq.read_metadata(file).num_rows
-                    self.schema = self.schema or pq.read_schema(file)
-                except (pa.ArrowException, OSError) as error:
-                    raise ValueError(f"{file} must be a whole Parquet file: {error}. Copy it again.") from error
+
+    def share(self, world_size: int = 1) -> int | None:
+        """About how many rows one of several processes has; None if nothing tells."""
+        length = self.length
+        if length is None and self.bytes_read:
+            n_bytes = sum(file.size for file in self.files if file.skipped is None and format_of(file))
+            length = round(self.rows_read * n_bytes / self.bytes_read)
+        return None if length is None else -(-length // world_size)
 
     def peek(self) -> list[InputRow]:
         """The first rows, at most `PEEKED_ROWS`; the next iteration begins with them all the same."""
@@ -154,67 +141,123 @@ class DocumentSource:
         return self._generate() if rows is None else itertools.chain(*rows)
 
     def _generate(self) -> Iterator[InputRow]:
-        rows = self._file_rows() if self.files else self._object_rows()
-        for index, (place, document, problem) in enumerate(rows):
-            if document is not None:
-                document, problem = self._normalised(document, place)
-            yield InputRow(index, place, document, problem)
+        self.bytes_read = self.rows_read = rows = 0
+        if not self.files:
+            for index, document in enumerate(self._rows):
+                yield self._row(index, Item(f"documents[{index}]", document))
+            return
+        for file in self.files:
+            for item in read_file(file, self.text_column):
+                if not self.is_folder and item.status in ("failed", "unsupported") and item.place == file.name:
+                    raise ValueError(f"{item.problem} Correct it or name another file.")
+                yield self._row(rows, item, file.name)
+                rows += 1
+            self.bytes_read += file.size if file.skipped is None and format_of(file) else 0
+            self.rows_read = rows
+
+    def _row(self, index: int, item: Item, file: str | None = None) -> InputRow:
+        if item.problem is not None:
+            problem = item.problem if item.problem.endswith(".") else f"{item.problem}."
+            return InputRow(index, item.place, None, problem, item.status, file)
+        document, problem = self._normalised(item.document, item.place)
+        if problem is not None:
+            is_blank = problem.endswith("is empty.")
+            return InputRow(index, item.place, None, problem, "empty" if is_blank else "failed", file)
+        if file is not None:
+            document.setdefault("id", item.place)  # the same in every order of the files
+        return InputRow(index, item.place, document, file=file)
 
     def _normalised(self, document, place: str) -> tuple[dict | None, str | None]:
         """The document under our names, or why it is none."""
         if isinstance(document, str):
-            return {"text": document}, None
+            document = {"text": document}
         if not isinstance(document, Mapping):
             return None, f"`{place}` must be a text or a dict, got {type(document).__name__}. Convert it."
-        strange = [name for name in document if not isinstance(name, str)]
-        if strange or any(not is_utf8(name) for name in document):
-            strange = strange or [name for name in document if not is_utf8(name)]
+        strange = [name for name in document if not isinstance(name, str) or not is_utf8(name)]
+        if strange:
             return None, f"`{place}` must have text as names of its columns, got {strange[0]!r}. Rename it."
         # A column that was named for a field wins over one that has the field's name.
         renamed = {name: value for name, value in document.items() if name not in self.columns}
         renamed |= {self.columns[name]: document[name] for name in document if name in self.columns}
         document_id = given_id(renamed)
         renamed.pop("document_id", None)
+        renamed.pop("id", None)
         if document_id is not None:
-            renamed["id"] = document_id
+            renamed = {"id": document_id, **renamed}
         if any(_depth(value) > MAX_DEPTH for name, value in renamed.items() if name not in RESERVED_COLUMNS):
             return None, f"`{place}` must have metadata nested at most {MAX_DEPTH} deep. Make it text."
+        if isinstance(renamed.get("text"), str) and not renamed["text"].strip():
+            return None, f"`{place}` is empty."
         try:
             read_document(renamed, place)
         except (TypeError, ValueError) as error:
             return None, str(error)
         return renamed, None
 
-    def _object_rows(self) -> Iterator[tuple]:
-        for index, document in enumerate(self._rows):
-            if document is None:
-                yield (
-                    f"documents[{index}]",
-                    None,
-                    f"`documents[{index}]` must be a text or a dict, got None. Remove it.",
-                )
-            else:
-                yield f"documents[{index}]", document, None
+    # --- types of metadata -------------------------------------------------------------------------------------------
 
-    def _file_rows(self) -> Iterator[tuple]:
-        for file in self.files:
-            name = file.relative_to(self.root).as_posix()
-            if file.suffix.lower() in TEXT_SUFFIXES:
-                yield _text_row(file, name)
-            elif file.suffix.lower() == ".parquet":
-                yield from _parquet_rows(file, name)
-            else:
-                yield from _json_rows(file, name)
+    def scan(self, declared: Iterable[str] = ()) -> ColumnTypes:
+        """The types of all columns that are neither text, title, id nor ours, but for those that are `declared`.
 
-    def metadata_types(self) -> "dict[str, pa.DataType] | None":
-        """Types of the columns that are neither text, title, id nor ours; None where the input does not tell them."""
-        if self.schema is None:
-            return None
-        return {
-            field.name: field.type
-            for field in self.schema
-            if self.columns.get(field.name, field.name) not in RESERVED_COLUMNS
-        }
+        Files and lists are read to their end; of what comes only once, the rows of `peek` decide. A ValueError if
+        the schemas of two files cannot be united.
+        """
+        columns, declared = ColumnTypes(), set(declared)
+        if self.schema is not None:
+            columns.add_schema(self._metadata(dict(zip(self.schema.names, self.schema.types, strict=True))), "")
+        elif not self.files:
+            rows = self if self.length is not None else self.peek()
+            self._add_rows(columns, rows, declared)
+        else:
+            parquet = [file for file in self.files if file.skipped is None and file.suffix == ".parquet"]
+            for file in parquet:
+                self._add_schema(columns, file, declared)
+            tables = [file for file in self.files if file.skipped is None and file not in parquet]
+            tables = [file for file in tables if format_of(file) and format_of(file).has_rows]
+            if tables:
+                scanned = DocumentSource(tables, **self._options())
+                self._add_rows(columns, scanned, declared)
+            columns.add_schema(file_columns(self.files, self.is_folder), "every file")
+        return columns
+
+    def _options(self) -> dict:
+        names = {field: name for name, field in self.columns.items()}
+        return {"text_column": names["text"], "title_column": names["title"], "id_column": names.get("id")}
+
+    def _metadata(self, values: Mapping) -> dict:
+        return {name: value for name, value in values.items() if self.columns.get(name, name) not in RESERVED_COLUMNS}
+
+    def _add_rows(self, columns: ColumnTypes, rows: Iterable[InputRow], declared: set[str]) -> None:
+        left_out = {*RESERVED_COLUMNS, *declared}
+        good = (
+            (row.place, {name: value for name, value in row.document.items() if name not in left_out})
+            for row in rows
+            if row.document is not None
+        )
+        while batch := list(itertools.islice(good, SCANNED_ROWS)):
+            columns.add(batch)
+
+    def _add_schema(self, columns: ColumnTypes, file: InputFile, declared: set[str]) -> None:
+        try:
+            schema = parquet_schema(file)
+        except (pa.ArrowException, OSError):
+            return  # which its rows say
+        types = self._metadata(dict(zip(schema.names, schema.types, strict=True)))
+        columns.add_schema({name: kind for name, kind in types.items() if name not in declared}, file.name)
+
+
+def _check_iterable(documents) -> None:
+    """Raise a TypeError unless these are documents, and not one document or a frame."""
+    if type(documents).__module__.partition(".")[0] in ("pandas", "polars"):
+        raise TypeError(
+            f"`documents` must be a path, a data set or a list, got a {type(documents).__name__}. Pass "
+            "`datasets.Dataset.from_pandas(frame)`, or its rows as dicts."
+        )
+    if isinstance(documents, Mapping | bytes) or not isinstance(documents, Iterable):
+        raise TypeError(
+            f"`documents` must be a path, a data set or a list, got {type(documents).__name__}. Wrap a single "
+            "document in []."
+        )
 
 
 def is_utf8(text: str) -> bool:
@@ -228,50 +271,6 @@ def _depth(value, level: int = 0) -> int:
         return level
     inner = value.values() if isinstance(value, Mapping) else value
     return max((_depth(part, level + 1) for part in inner), default=level + 1)
-
-
-def _text_row(file: Path, name: str) -> tuple:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
-        return name, None, f"`{name}` cannot be read as UTF-8 text: {error}"
-    if not text.strip():
-        return name, None, f"`{name}` is empty"
-    return name, {"id": name, "title": file.stem.replace("_", " "), "text": text}, None
-
-
-def _json_rows(file: Path, name: str) -> Iterator[tuple]:
-    for number, document, problem in iter_lines(file):
-        place = f"{name}:{number}"
-        if problem is None and document is None:
-            problem = "must be a text or an object, got null. Remove it."
-        yield place, document, problem and f"`{place}` {problem}"
-
-
-def _parquet_rows(file: Path, name: str) -> Iterator[tuple]:
-    try:
-        with pq.ParquetFile(file) as parquet:
-            number = itertools.count()
-            for batch in parquet.iter_batches(batch_size=256):
-                for document, problem in _parquet_values(batch):
-                    place = f"{name}[{next(number)}]"
-                    yield place, document, problem and f"`{place}` cannot be read: {problem}. Correct it."
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} must be a whole Parquet file: {error}. Copy or convert it again.") from error
-
-
-def _parquet_values(batch: "pa.RecordBatch") -> list[tuple]:
-    """(document, problem) of every row."""
-    try:
-        return [(document, None) for document in batch.to_pylist()]
-    except (ValueError, OverflowError):  # of text that is no UTF-8, of a time that Python does not have
-        rows = []
-        for place in range(len(batch)):
-            try:
-                rows.append((batch.slice(place, 1).to_pylist()[0], None))
-            except (ValueError, OverflowError) as error:
-                rows.append((None, str(error)))
-        return rows
 
 
 def _exists(path: str | os.PathLike) -> bool:
@@ -298,55 +297,3 @@ def _load_hub_dataset(name: str, split: str, config_name: str | None):
             f"`documents` must be a file, a folder or a data set of the Hub with the split {split!r}, got {name!r}: "
             f"{error} Check the name."
         ) from error
-
-
-def infer_types(documents: Sequence[Mapping]) -> "dict[str, pa.DataType]":
-    """Arrow types of the metadata of some documents; the first value decides where they disagree."""
-    values: dict[str, list] = {}
-    for document in documents:
-        for name, value in document.items():
-            if name not in RESERVED_COLUMNS and value is not None:
-                values.setdefault(name, []).append(value)
-    for document in documents:  # a column without any value is text
-        for name in document:
-            if name not in RESERVED_COLUMNS:
-                values.setdefault(name, [""])
-    return {name: _infer_type(column) for name, column in values.items()}
-
-
-def _infer_type(column: list) -> "pa.DataType":
-    for sample in (column, column[:1]):
-        try:
-            found = pa.array(sample).type
-        except (pa.ArrowException, TypeError, ValueError, OverflowError):
-            continue
-        if found == pa.list_(pa.null()):
-            return pa.list_(pa.string())
-        return found if _can_be_stored(found) else pa.string()
-    return pa.string()
-
-
-def _can_be_stored(kind: "pa.DataType") -> bool:
-    """Whether Parquet has a place for it; it has none for an object without fields."""
-    inner = [kind.field(number).type for number in range(kind.num_fields)]
-    return not (pa.types.is_struct(kind) and not inner) and all(map(_can_be_stored, inner))
-
-
-def type_from_name(name: str) -> "pa.DataType":
-    """An Arrow type by its name: those of `pyarrow.type_for_alias`, `list<...>`, times with a zone and decimals.
-
-    Raises:
-        ValueError: there is none.
-    """
-    aliases = {"str": "string", "int": "int64", "float": "double"}
-    if name.startswith("list<") and name.endswith(">"):
-        inner = name[5:-1].partition(":")[2].removesuffix(" not null").strip()
-        return pa.list_(type_from_name(inner))
-    if zoned := re.fullmatch(r"timestamp\[(\w+), tz=(.+)\]", name):
-        return pa.timestamp(*zoned.groups())
-    if decimal := re.fullmatch(r"decimal128\((\d+), (\d+)\)", name):
-        return pa.decimal128(*map(int, decimal.groups()))
-    try:
-        return pa.type_for_alias(aliases.get(name, name))
-    except ValueError as error:
-        raise ValueError(f"`metadata` must name Arrow types, got {name!r}. Example: 'int64', 'string'.") from error

@@ -77,16 +77,21 @@ def iter_lines(path: Path) -> Iterator[tuple[int, object, str | None]]:
     opener = gzip.open if path.name.lower().endswith(".gz") else open
     try:
         with opener(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    value, problem = json.loads(line.decode("utf-8-sig")), None
-                except (ValueError, RecursionError) as error:  # of the encoding, of JSON
-                    value, problem = None, f"must be JSON in UTF-8: {error}"
-                yield number, value, problem
+            yield from parse_lines(lines)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} must be a whole gzip file: {error}. Copy or compress it again.") from error
+
+
+def parse_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, object, str | None]]:
+    """(number, value, problem) of JSON lines, see `iter_lines`."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value, problem = json.loads(line.decode("utf-8-sig")), None
+        except (ValueError, RecursionError) as error:  # of the encoding, of JSON
+            value, problem = None, f"must be JSON in UTF-8: {error}"
+        yield number, value, problem
 
 
 def read_lines(path: Path) -> list:

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
 
-from modeling_clara.corpus.sources import DocumentSource, infer_types, type_from_name
+from modeling_clara.corpus.sources import DocumentSource
+from modeling_clara.corpus.types import infer_types, type_from_name
 
 ROWS = [
     {"id": "a", "title": "A", "text": "Alpha.", "year": 2001},
