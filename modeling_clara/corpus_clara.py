@@ -50,7 +50,8 @@ class CompressedCorpus:
     """
 
     build = staticmethod(_installed_only("build"))
-    add, update, delete = map(_installed_only, ("add", "update", "delete"))
+    add, update, upsert = map(_installed_only, ("add", "update", "upsert"))
+    delete, sync = map(_installed_only, ("delete", "sync"))
     compact, convert, verify = map(_installed_only, ("compact", "convert", "verify"))
     push_to_hub, record_measurement = map(_installed_only, ("push_to_hub", "record_measurement"))
     milvus_index = staticmethod(_installed_only("open(backend='milvus')"))

@@ -13,6 +13,7 @@ from ..codecs_clara import check_codec
 from ..manifest_clara import BUILD_FOLDER, DATA_FOLDER, MANIFEST_FILE, RESERVED_COLUMNS
 from ..text_clara import check_count
 from .card import CARD_FILE
+from .filelog import FILES_FILE
 from .jobs import REJECTED_FILE, Build
 from .pipeline import row_digest
 from .sources import DocumentSource, is_utf8
@@ -22,7 +23,7 @@ from .types import ColumnTypes, type_from_name
 logger = logging.getLogger(__name__)
 
 # What may lie in a folder before its first corpus.json: what a new repo of the Hub has, and with build/ also shards.
-EXPECTED = ("index", REJECTED_FILE, CARD_FILE, ".git", ".gitattributes", ".*.partial")
+EXPECTED = ("index", REJECTED_FILE, FILES_FILE, CARD_FILE, ".git", ".gitattributes", ".*.partial")
 
 
 def build(

@@ -7,9 +7,10 @@ between, the corpus is as it was. Readers keep the snapshot that they have.
 import base64
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 
 from ..manifest_clara import Manifest, pa
 from ..snapshot_clara import WHEN_CHANGED
@@ -28,11 +29,16 @@ class Changes:
 
     Attributes:
         n_documents, n_spans: added or put in place of earlier ones; spans are chunks.
-        rejected: `{row, place, id, reason}` of the rows that were skipped; they also stand in rejected.jsonl.
+        n_deleted: documents that were deleted.
+        n_unchanged: documents that were there already as they were given; they were not compressed again.
+        rejected: `{row, place, id, reason, status, file}` of the rows that were skipped; they also stand in
+            rejected.jsonl.
     """
 
     n_documents: int = 0
     n_spans: int = 0
+    n_deleted: int = 0
+    n_unchanged: int = 0
     rejected: list[dict] = field(default_factory=list)
 
 
@@ -56,7 +62,7 @@ def add(corpus, documents, *, shard_size: int = 1024, batch_size: int = 16, **co
         FileNotFoundError, TypeError, ValueError: the input is wrong, or there is no model.
         RuntimeError: another process writes to the corpus; it is named.
     """
-    return _append(corpus, DocumentSource(documents, **columns), shard_size, batch_size, is_update=False)
+    return _append(corpus, DocumentSource(documents, **columns), shard_size, batch_size, "add")
 
 
 def update(corpus, documents, *, shard_size: int = 1024, batch_size: int = 16, **columns) -> Changes:
@@ -65,10 +71,18 @@ def update(corpus, documents, *, shard_size: int = 1024, batch_size: int = 16, *
     Returns:
         What was replaced, and which rows were not: an id that is not there is one of the reasons.
     """
-    return _append(corpus, DocumentSource(documents, **columns), shard_size, batch_size, is_update=True)
+    return _append(corpus, DocumentSource(documents, **columns), shard_size, batch_size, "update")
 
 
-def _append(corpus, rows: DocumentSource, shard_size: int, batch_size: int, is_update: bool) -> Changes:
+def upsert(corpus, documents, *, shard_size: int = 1024, batch_size: int = 16, **columns) -> Changes:
+    """Add the documents, or replace those that have the same ids; arguments as in `add`.
+
+    Documents that are there with the same text and metadata are not compressed again.
+    """
+    return _append(corpus, DocumentSource(documents, **columns), shard_size, batch_size, "upsert")
+
+
+def _append(corpus, rows: DocumentSource, shard_size: int, batch_size: int, mode: str) -> Changes:
     check_count(shard_size, "shard_size", "Default: 1024.")
     check_count(batch_size, "batch_size", "Default: 16.")
     if corpus.model is not None:
@@ -78,13 +92,13 @@ def _append(corpus, rows: DocumentSource, shard_size: int, batch_size: int, is_u
         snapshot = corpus.snapshot
         given: set[str] = set()
 
-        def refusal(document_id: str) -> str | None:
+        def refusal(document_id: str, row: InputRow) -> str | None:
             if document_id in given:
                 return "it was given twice. Give it once."
             is_there = snapshot.find(document_id) is not None
-            if is_there and not is_update:
+            if is_there and mode == "add":
                 return "it is there already. Rename it, or use `update`."
-            if is_update and not is_there:
+            if mode == "update" and not is_there:
                 return "it is not there to be replaced. Use `add`."
             given.add(document_id)
             return None
@@ -94,32 +108,24 @@ def _append(corpus, rows: DocumentSource, shard_size: int, batch_size: int, is_u
         def new_id(row: InputRow) -> str:
             return next(name for name in numbers if name not in given and snapshot.find(name) is None)
 
-        fitted = [codec for codec in snapshot.codecs.values() if codec.is_fitted]
-        schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(manifest.metadata_schema)))
-        pipeline = ShardPipeline(
-            corpus.folder,
-            corpus.model,
-            codec=fitted[-1] if fitted else manifest.codec,
-            memory_size=manifest.memory_size,
-            hidden_size=manifest.hidden_size,
-            types={column.name: column.type for column in schema},
+        pipeline = changing(
+            corpus,
+            manifest,
             refusal=refusal,
             forget=given.discard,
             new_id=new_id,
             shard_size=shard_size,
             batch_size=batch_size,
-            prefix=f"{manifest.generation + 1:05d}",
-            kept=corpus.index_folder / "unfinished",
-            as_text=text_columns(manifest.build.get("metadata", {})),
+            is_stored=partial(is_stored, corpus) if mode == "upsert" else None,
         )
-        wanted = _with_remedy(rows, corpus.model is not None, is_update)
+        wanted = _with_remedy(rows, corpus.model is not None, mode == "update")
         with counted(rows) as pipeline.progress:
-            for result in pipeline.run(wanted):
-                _commit_result(corpus, manifest, result, pipeline, is_update)
-                changes.rejected += result.rejected
-                if result.shard is not None:
-                    changes.n_documents += result.shard.n_documents
-                    changes.n_spans += result.shard.n_spans
+            for draft in pipeline.run(wanted):
+                append_lines(corpus.folder / REJECTED_FILE, draft.rejected)
+                replace_ids(corpus, manifest, draft, pipeline.codec_states)
+                count_changes(changes, draft)
+                if draft.shard is not None or draft.rejected:
+                    commit(corpus, manifest)
     return changes
 
 
@@ -142,14 +148,10 @@ def delete(corpus, ids: Sequence[str]) -> int:
     if len(set(ids)) != len(ids):
         raise ValueError("`ids` must be different, got one twice. Remove the second.")
     with writing(corpus) as manifest:
-        places = []
         for document_id in ids:
-            rows = corpus.snapshot.find(document_id)
-            if rows is None:
+            if corpus.snapshot.find(document_id) is None:
                 raise KeyError(f"`ids` must be documents of the corpus, {document_id!r} is none. Check the id.")
-            places.append(corpus.snapshot.shard_rows(rows))
-        for shard, rows in places:
-            delete_rows(manifest.shards[shard], rows)
+        delete_ids(corpus, manifest, ids)
         commit(corpus, manifest)
     return len(ids)
 
@@ -213,16 +215,55 @@ def _with_remedy(rows: Iterable[InputRow], has_model: bool, is_update: bool) -> 
         yield row
 
 
-def _commit_result(corpus, manifest: Manifest, result: ShardDraft, pipeline: ShardPipeline, is_update: bool) -> None:
-    """Make one shard part of the corpus, and what it replaces no part of it, at once."""
-    append_lines(corpus.folder / REJECTED_FILE, result.rejected)
-    manifest.n_rejected += len(result.rejected)
-    if result.shard is not None:
-        if is_update:
-            for document_id in result.documents:
-                number, rows = corpus.snapshot.shard_rows(corpus.snapshot.find(document_id))
-                delete_rows(manifest.shards[number], rows)
-        manifest.codec_states |= pipeline.codec_states
-        manifest.shards.append(result.shard)
-    if result.shard is not None or result.rejected:
-        commit(corpus, manifest)
+def changing(corpus, manifest: Manifest, **options) -> ShardPipeline:
+    """The pipeline that makes shards for a corpus; `options` are its own."""
+    fitted = [codec for codec in corpus.snapshot.codecs.values() if codec.is_fitted]
+    schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(manifest.metadata_schema)))
+    return ShardPipeline(
+        corpus.folder,
+        corpus.model,
+        codec=fitted[-1] if fitted else manifest.codec,
+        memory_size=manifest.memory_size,
+        hidden_size=manifest.hidden_size,
+        types={column.name: column.type for column in schema},
+        prefix=f"{manifest.generation + 1:05d}",
+        kept=corpus.index_folder / "unfinished",
+        as_text=text_columns(manifest.build.get("metadata", {})),
+        **options,
+    )
+
+
+def is_stored(corpus, spans: Sequence[Mapping]) -> bool:
+    """Whether the chunks of a document are those that the corpus has, texts and metadata."""
+    rows = corpus.snapshot.find(spans[0]["document_id"])
+    if rows is None or len(rows) != len(spans) or "memory" in spans[0]:
+        return False
+    names = ["title", "text", "n_tokens", *corpus.metadata_columns]
+    pairs = zip(rows, spans, strict=True)
+    return all(corpus.snapshot.record(row, names) == {name: span[name] for name in names} for row, span in pairs)
+
+
+def replace_ids(corpus, manifest: Manifest, draft: ShardDraft, codec_states: Mapping[str, str]) -> None:
+    """Put a shard that was written into a manifest, and take out what has the ids of its documents."""
+    manifest.n_rejected += len(draft.rejected)
+    if draft.shard is not None:
+        delete_ids(corpus, manifest, draft.documents)
+        manifest.codec_states |= codec_states
+        manifest.shards.append(draft.shard)
+
+
+def delete_ids(corpus, manifest: Manifest, ids: Iterable[str]) -> int:
+    """Mark the documents with these ids as deleted in a manifest, as far as the corpus has them; their number."""
+    found = [rows for rows in map(corpus.snapshot.find, dict.fromkeys(ids)) if rows is not None]
+    for number, rows in map(corpus.snapshot.shard_rows, found):
+        delete_rows(manifest.shards[number], rows)
+    return len(found)
+
+
+def count_changes(changes: Changes, draft: ShardDraft) -> None:
+    """Add what a draft did to the changes of a call."""
+    changes.rejected += draft.rejected
+    changes.n_unchanged += sum(map(len, draft.stored.values()))
+    if draft.shard is not None:
+        changes.n_documents += draft.shard.n_documents
+        changes.n_spans += draft.shard.n_spans

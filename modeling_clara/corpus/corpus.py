@@ -4,14 +4,14 @@ Each call is a function of a module beside this one; its first argument is the c
 """
 
 from ..corpus_clara import CompressedCorpus as Reader
-from . import build, changes, compact, milvus, publish, verify
+from . import build, changes, compact, milvus, publish, sync, verify
 
 
 class CompressedCorpus(Reader):
     __doc__ = Reader.__doc__
 
     build = classmethod(build.build)
-    add, update, delete = changes.add, changes.update, changes.delete
+    add, update, upsert, delete, sync = changes.add, changes.update, changes.upsert, changes.delete, sync.sync
     compact, convert = compact.compact, compact.convert
     verify, record_measurement = verify.verify, changes.record_measurement
     push_to_hub = publish.push_to_hub

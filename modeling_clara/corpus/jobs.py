@@ -22,6 +22,7 @@ from ..manifest_clara import (
     Manifest,
     Shard,
     check_shard,
+    live_mask,
     load_codecs,
     metadata_types,
     pa,
@@ -29,6 +30,7 @@ from ..manifest_clara import (
 )
 from ..storage_clara import read_json, write_json
 from .card import write_card
+from .filelog import FILES_FILE, read_line
 from .ids import SeenIds
 from .pipeline import ShardPipeline, row_digest
 from .shards import count_live, delete_rows, remove_unreferenced, shard_documents, write_manifest
@@ -57,6 +59,9 @@ class Build:
     def run(self, source: DocumentSource, types: dict, batch_size: int) -> None:
         """Do what is left of this rank; `types` are the Arrow types of the metadata."""
         progress = self._resume()
+        listed = self.folder / BUILD_FOLDER / FILES_FILE
+        if source.files and not listed.exists():  # before any of them is read
+            write_lines(listed, (read_line(file, []) for file in source.files))
         if progress["complete"]:
             self._check_input(source, progress["input_sha256"])
             return
@@ -77,7 +82,7 @@ class Build:
                 memory_size=self.options["memory_size"],
                 hidden_size=self.model.config.text_config.hidden_size,
                 types=types,
-                refusal=lambda document_id: None if seen.add(document_id) else "it is there already. Rename it.",
+                refusal=lambda document_id, _: None if seen.add(document_id) else "it is there already. Rename it.",
                 forget=seen.remove,
                 new_id=lambda row: str(row.index),
                 shard_size=self.options["shard_size"],
@@ -209,6 +214,7 @@ class Build:
             types = metadata_types(next(read_batches(self.folder, shards[0])).schema)
             manifest.metadata = {name: str(kind) for name, kind in types.items()}
             manifest.metadata_schema = base64.b64encode(pa.schema(list(types.items())).serialize()).decode()
+            self._write_log([place for place, _ in places], shards)
             manifest.build = {**self.options, "input_sha256": [progress["input_sha256"] for progress in jobs]}
             remove_unreferenced(self.folder, manifest)
             count_live(manifest)
@@ -238,6 +244,21 @@ class Build:
                 reason = f"row {number} cannot have the id {name!r}: it is there already. Rename it."
                 rejected.append({"row": number, "place": shard.file, "id": name, "reason": reason, "status": "failed"})
         return rejected
+
+    def _write_log(self, paths: list[Path], shards: list[Shard]) -> None:
+        """Note of which files the documents came; `paths` tell the input rows of each shard."""
+        listed = {line["name"]: line for line in read_lines(self.folder / BUILD_FOLDER / FILES_FILE)}
+        for path, shard in zip(paths, shards, strict=True) if listed else ():
+            live = live_mask(shard)
+            for (name, rows), file in zip(
+                shard_documents(self.folder, shard).items(), read_json(path)["files"], strict=True
+            ):
+                if live[rows.start]:
+                    listed[file]["ids"].append(name)
+        for row in read_lines(self.folder / REJECTED_FILE):
+            if row.get("status") in ("skipped", "unsupported"):
+                listed.pop(row["file"], None)
+        write_lines(self.folder / FILES_FILE, listed.values())
 
     def _manifest(self, codec_states: dict[str, str]) -> Manifest:
         config, size = self.model.config, self.options["memory_size"]

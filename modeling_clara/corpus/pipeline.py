@@ -42,6 +42,7 @@ class ShardDraft:
         spans: chunks that are not written yet.
         documents: of the shard, by id: their input rows without the text.
         rejected: `{row, place, id, reason, status, file}` of each rejected row.
+        stored: ids of documents that are in the corpus already as they were given, by the file of their rows.
         kept: files of saved memories, which the shard makes needless.
     """
 
@@ -51,6 +52,7 @@ class ShardDraft:
     spans: list[dict] = field(default_factory=list)
     documents: dict[str, InputRow] = field(default_factory=dict)
     rejected: list[dict] = field(default_factory=list)
+    stored: dict[str | None, list[str]] = field(default_factory=dict)
     kept: list[Path] = field(default_factory=list)
 
     def reject(self, row: InputRow, reason: str) -> None:
@@ -71,9 +73,10 @@ class ShardPipeline:
         codec: name of a codec, which is fitted on the first memories, or a fitted one.
         memory_size, hidden_size: n and H of the memories.
         types: Arrow types of the metadata.
-        refusal: takes an id; why a document cannot have it, or None.
+        refusal: takes an id and its row; why the document cannot have it, or None.
         forget: takes an id that was not refused, but whose document was rejected later.
-        new_id: takes a row without an id; the id that it gets.
+        new_id: takes a row without an id; the id that it gets. Not needed for files, whose rows all have one.
+        is_stored: takes the chunks of a document; whether it need not be compressed again.
         shard_size: chunks at which a shard is closed.
         batch_size: documents per pass, see `CLaRaForRAG.compress`.
         prefix: of the shards' names.
@@ -90,13 +93,14 @@ class ShardPipeline:
     memory_size: int
     hidden_size: int
     types: "dict[str, pa.DataType]"
-    refusal: Callable[[str], str | None]
+    refusal: Callable[[str, InputRow], str | None]
     forget: Callable[[str], object]
-    new_id: Callable[[InputRow], str]
     shard_size: int
     batch_size: int
     prefix: str
     kept: Path
+    new_id: Callable[[InputRow], str] | None = None
+    is_stored: Callable[[list[dict]], bool] | None = None
     as_text: frozenset[str] = frozenset()
     progress: Callable[[int], object] = int
     codec_states: dict[str, str] = field(default_factory=dict)
@@ -127,6 +131,10 @@ class ShardPipeline:
             try:
                 spans = self._spans(row)
                 document_id = spans[0]["document_id"]
+                if self.is_stored is not None and self.is_stored(spans):
+                    draft.stored.setdefault(row.file, []).append(document_id)
+                    self.progress(1)
+                    continue
                 draft.spans += spans
                 draft.documents[document_id] = InputRow(row.index, row.place, {"id": document_id}, file=row.file)
             except (TypeError, ValueError) as error:
@@ -135,7 +143,7 @@ class ShardPipeline:
             if len(draft.spans) >= self.shard_size or len(draft.rejected) >= COMPRESSED_SPANS:
                 yield draft
                 draft = ShardDraft()
-        if draft.spans or draft.rejected:
+        if draft.spans or draft.rejected or draft.stored:
             yield draft
 
     # --- documents -> chunks -----------------------------------------------------------------------------------------
@@ -156,7 +164,7 @@ class ShardPipeline:
             spans = [{"title": title, "text": fields["text"], "span": 0, "n_tokens": None, "memory": memory}]
         else:
             spans = self.model.processor.split_document(fields, row.place)
-        reason = self.refusal(document_id)
+        reason = self.refusal(document_id, row)
         if reason is not None:
             raise ValueError(f"`{row.place}` cannot have the id {document_id!r}: {reason}")
         common = {"document_id": document_id, **metadata}

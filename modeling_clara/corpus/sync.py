@@ -1,0 +1,235 @@
+"""Makes a corpus agree with a folder: what is new is added, what changed is replaced, what is gone is deleted.
+
+A call that is killed has done a part of this, and the next one does the rest. Documents that did not change, in a file
+that did, are not compressed again.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from ..manifest_clara import Manifest
+from .changes import Changes, changing, commit, count_changes, delete_ids, is_stored, replace_ids, writing
+from .filelog import KnownFile, append_log, compact_log, read_line, read_log
+from .files import InputFile, find_files
+from .formats import format_of, missing_packages
+from .jobs import REJECTED_FILE, counted
+from .pipeline import ShardDraft
+from .sources import DocumentSource, InputRow
+from .storage import append_lines, read_lines, write_lines
+
+
+@dataclass
+class Plan:
+    """What a corpus and a folder differ in.
+
+    Attributes:
+        new, changed, unchanged: files of the folder that can be read.
+        left_out: files that are skipped or of no known format.
+        gone: names of files that the corpus was made of and that are no more.
+        known: all files that the corpus was made of; none if it was not made of files.
+        touched: unchanged files whose time has changed.
+        sha256: of files, as far as they were compared by it.
+    """
+
+    new: list[InputFile] = field(default_factory=list)
+    changed: list[InputFile] = field(default_factory=list)
+    unchanged: list[InputFile] = field(default_factory=list)
+    left_out: list[InputFile] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
+    known: dict[str, KnownFile] = field(default_factory=dict)
+    touched: list[InputFile] = field(default_factory=list)
+    sha256: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has to be done."""
+        return not (self.new or self.changed or self.gone)
+
+
+def plan_sync(folder: Path, location) -> Plan:
+    """Compare the corpus in a folder with the files of a location; nothing is written.
+
+    Size and time of a file tell that it has not changed; if the time differs, its bytes do.
+
+    Raises:
+        FileNotFoundError: there is no such location.
+        ValueError: it holds no file at all, but the corpus was made of some.
+    """
+    _, files = find_files(location, exclude=folder)
+    plan = Plan(known=read_log(folder))
+    for file in files:
+        known = plan.known.get(file.name)
+        if file.skipped is not None or format_of(file) is None or missing_packages(file):
+            plan.left_out.append(file)
+        elif known is None:
+            plan.new.append(file)
+        elif _is_unchanged(file, known, plan):
+            plan.unchanged.append(file)
+        else:
+            plan.changed.append(file)
+    plan.gone = sorted(set(plan.known) - {file.name for file in files})
+    if plan.gone and not plan.new and not plan.changed and not plan.unchanged:
+        raise ValueError(
+            f"the folder must have files, found none in {location}: all {len(plan.gone)} files of the corpus would be "
+            "deleted. Check the path, or delete the corpus."
+        )
+    return plan
+
+
+def _is_unchanged(file: InputFile, known: KnownFile, plan: Plan) -> bool:
+    if not known.is_complete or file.size != known.size:
+        return False
+    if file.modified is not None and file.modified == known.modified:
+        return True
+    plan.sha256[file.name] = _sha256(file)
+    if plan.sha256[file.name] is None or plan.sha256[file.name] != known.sha256:
+        return False
+    plan.touched.append(file)
+    return True
+
+
+def _sha256(file: InputFile) -> str | None:
+    """Of the bytes of a file; None if it cannot be opened, or is remote and its time tells its state."""
+    if file.fs is not None and file.modified is not None:
+        return None
+    try:
+        with file.open_raw() as stream:
+            digest = hashlib.sha256()
+            while block := stream.read(2**20):
+                digest.update(block)
+        return digest.hexdigest()
+    except OSError:
+        return None
+
+
+def sync(corpus, location, *, shard_size: int = 1024, batch_size: int = 16, plan: Plan | None = None, **columns):
+    """Make the corpus agree with a folder of files, see `plan_sync`.
+
+    Documents that were added by other calls stay. Nothing is written if nothing has changed.
+
+    Args:
+        corpus: that is changed.
+        location: path or fsspec address of a file or folder.
+        shard_size: chunks of a shard.
+        batch_size: documents per pass.
+        plan: made just now by `plan_sync`; default: it is made here.
+        columns: of `DocumentSource`.
+
+    Returns:
+        `Changes`: what was added, replaced and deleted, and what was left out.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: the location is wrong, or there is no model.
+        RuntimeError: another process writes to the corpus; it is named.
+    """
+    plan = plan_sync(corpus.folder, location) if plan is None else plan
+    if plan.is_empty:
+        return Changes()
+    if corpus.model is not None:
+        corpus.check_model(corpus.model)
+    with writing(corpus) as manifest:
+        changes = _Sync(corpus, manifest, plan).run(shard_size, batch_size, columns)
+        compact_log(corpus.folder)
+    return changes
+
+
+class _Sync:
+    """One call of `sync`."""
+
+    def __init__(self, corpus, manifest: Manifest, plan: Plan):
+        self.corpus, self.manifest, self.plan, self.changes = corpus, manifest, plan, Changes()
+        self.files = {file.name: file for file in [*plan.new, *plan.changed]}
+        self.given: dict[str, str] = {}  # id -> file, of this call
+        self.ids: dict[str, list[str]] = {name: [] for name in self.files}  # of documents, once they are in the corpus
+        self.ends: dict[str, int] = {}  # of files that were read: number of the row after their last one
+        kept = {file.name for file in plan.unchanged} | {file.name for file in plan.left_out}
+        self.owners = {name: file for file in kept & set(plan.known) for name in plan.known[file].ids}
+        self.replaceable = {name for file, known in plan.known.items() if file not in kept for name in known.ids}
+
+    def run(self, shard_size: int, batch_size: int, columns: dict) -> Changes:
+        self._forget_rejected()
+        for name, file in self.files.items():  # before it is read: what changes meanwhile has another hash next time
+            self.plan.sha256.setdefault(name, _sha256(file))
+        source = DocumentSource(list(self.files.values()), **columns) if self.files else None
+        if self.files:
+            pipeline = changing(
+                self.corpus,
+                self.manifest,
+                refusal=self._refusal,
+                forget=self.given.pop,
+                shard_size=shard_size,
+                batch_size=batch_size,
+                is_stored=partial(is_stored, self.corpus),
+            )
+            with counted(source) as pipeline.progress:
+                for draft in pipeline.run(self._watched(source)):
+                    self._commit(draft, pipeline.codec_states)
+        gone = [name for file in self.plan.gone for name in self.plan.known[file].ids if name not in self.given]
+        self.changes.n_deleted += delete_ids(self.corpus, self.manifest, gone)
+        commit(self.corpus, self.manifest)
+        lines = [self._line(name) for name in self.ids]  # those without a document too
+        known = self.plan.known
+        lines += [read_line(f, known[f.name].ids, self.plan.sha256[f.name]) for f in self.plan.touched]
+        append_log(self.corpus.folder, [*lines, *({"name": name} for name in self.plan.gone)])
+        return self.changes
+
+    def _forget_rejected(self) -> None:
+        """What is read again has its reasons again."""
+        path = self.corpus.folder / REJECTED_FILE
+        again = {*self.files, *self.plan.gone}
+        lines = [line for line in read_lines(path) if line.get("file") not in again]
+        if len(lines) < self.manifest.n_rejected:
+            write_lines(path, lines)
+            self.manifest.n_rejected = len(lines)
+
+    def _refusal(self, document_id: str, row: InputRow) -> str | None:
+        if document_id in self.given:
+            return f"{self.given[document_id]} has it too. Rename one."
+        if document_id in self.owners:
+            return f"{self.owners[document_id]} has it too. Rename one."
+        is_there = self.corpus.snapshot.find(document_id) is not None
+        if is_there and self.plan.known and document_id not in self.replaceable:
+            return "it was added without a file. Delete that one, or rename this one."
+        self.given[document_id] = row.file
+        return None
+
+    def _watched(self, rows: Iterable[InputRow]) -> Iterator[InputRow]:
+        """The rows; notes where files end."""
+        last = None
+        for row in rows:
+            if last is not None and row.file != last:
+                self.ends[last] = row.index
+            last = row.file
+            yield row
+        for name in self.files:
+            self.ends.setdefault(name, 0)
+
+    def _commit(self, draft: ShardDraft, codec_states: dict) -> None:
+        """Make one shard part of the corpus, and what it replaces no part of it, at once."""
+        by_file: dict[str, list[str]] = {}
+        for name, row in draft.documents.items():
+            by_file.setdefault(row.file, []).append(name)
+        append_log(self.corpus.folder, [{"name": file, "pending": names} for file, names in by_file.items()])
+        for file, names in [*by_file.items(), *draft.stored.items()]:
+            self.ids[file] += names
+        append_lines(self.corpus.folder / REJECTED_FILE, draft.rejected)
+        replace_ids(self.corpus, self.manifest, draft, codec_states)
+        done = [name for name, end in self.ends.items() if name in self.ids and end <= draft.next_row]
+        obsolete = [
+            name
+            for file in done
+            for name in self.plan.known.get(file, KnownFile()).ids
+            if name not in self.given and name not in self.owners
+        ]
+        self.changes.n_deleted += delete_ids(self.corpus, self.manifest, obsolete)
+        count_changes(self.changes, draft)
+        commit(self.corpus, self.manifest)
+        append_log(self.corpus.folder, [self._line(name) for name in done])
+        for name in done:
+            del self.ids[name]
+
+    def _line(self, name: str) -> dict:
+        return read_line(self.files[name], self.ids[name], self.plan.sha256[name])
