@@ -58,6 +58,7 @@ class CLaRaCheckpoint(CLaRaPasses):
     """The side of `CLaRaForRAG` that loads, saves and publishes."""
 
     commit: str | None = None  # of the checkpoint on the Hub
+    backbone_source: str | None = None  # that was given to `from_pretrained`
     _stored: dict[str, dict[str, torch.Tensor]] | None = None  # as loaded, before rounding to the compute dtype
 
     @classmethod
@@ -175,6 +176,7 @@ class CLaRaCheckpoint(CLaRaPasses):
         model._stored = {part: {name: t.clone() for name, t in tensors.items()} for part, tensors in stored.items()}
         model.processor = load_processor(files, config)
         model.name_or_path, model.commit = files.source, files.commit
+        model.backbone_source = None if backbone is None else str(backbone)
         return model.eval()
 
     def save_pretrained(

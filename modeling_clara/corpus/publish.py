@@ -55,6 +55,7 @@ def push_to_hub(
         known = manifest.compressor.get("name_or_path") == name and compressor_revision is None
         named = {"name_or_path": name}
         named["revision"] = manifest.compressor.get("revision") if known else compressor_revision
+        named["backbone"] = None  # its path tells others nothing
         if manifest.compressor != manifest.compressor | named:
             manifest.compressor |= named
             commit(corpus, manifest)

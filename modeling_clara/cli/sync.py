@@ -1,0 +1,102 @@
+"""`clara sync`: makes a corpus agree with a folder; killed, the same command goes on."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+
+from .changes import add_change_options, change_options, open_for_change, print_changes, strict_status
+
+SHOWN = 10  # files that a dry run names of each kind
+
+
+def add_parser(commands) -> argparse.ArgumentParser:
+    """The options of the command."""
+    parser = commands.add_parser("sync", help="make a corpus agree with a folder; killed, it goes on")
+    parser.add_argument("input", help="folder, file or address of documents")
+    parser.add_argument("corpus", help="folder of the corpus, which is built if it is not there")
+    add_change_options(parser)
+    parser.add_argument("--codec", default="int8", help="of a new corpus: float16, int8 or int4 (default: int8)")
+    parser.add_argument("-n", "--dry-run", action="store_true", help="say what would be done, and do nothing")
+    parser.add_argument(
+        "--watch", type=float, nargs="?", const=1.0, metavar="SECONDS", help="go on, looking so often (default: 1)"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns the exit status."""
+    from .. import CompressedCorpus
+
+    if arguments.dry_run:
+        return _print_plan(arguments)
+    if not CompressedCorpus.is_complete(arguments.corpus):
+        status, corpus = _build(arguments), None
+    else:
+        status, corpus = _sync_once(arguments, None)
+    while arguments.watch is not None:
+        time.sleep(max(arguments.watch, 0.1))
+        try:
+            status, corpus = _sync_once(arguments, corpus, is_quiet=True)
+        except (OSError, ValueError) as error:  # a folder that is out of reach for a moment does not end it
+            print(f"clara sync: {error}", file=sys.stderr)
+    return status
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from .compress import build_corpus
+
+    if arguments.model is None:
+        raise ValueError(f"`--model` must be given, because there is no corpus in {arguments.corpus} yet. Add it.")
+    options = {**change_options(arguments), "codec": arguments.codec}
+    return build_corpus(arguments, arguments.input, arguments.corpus, options)
+
+
+def _print_plan(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from ..corpus.sync import plan_sync
+
+    plan = plan_sync(Path(arguments.corpus), arguments.input)
+    kinds = {
+        "add": [file.name for file in plan.new],
+        "update": [file.name for file in plan.changed],
+        "delete": plan.gone,
+        "keep": [file.name for file in plan.unchanged],
+        "leave out": [file.name for file in plan.left_out],
+    }
+    if arguments.json:
+        print(json.dumps({name.replace(" ", "_"): names for name, names in kinds.items()}, indent=2))
+        return 0
+    for kind, names in kinds.items():
+        print(f"{kind:<10}{len(names):>8,} files")
+        _print_names(names if kind in ("add", "update", "delete") else ())
+    return 0
+
+
+def _print_names(names: Sequence[str]) -> None:
+    for name in names[:SHOWN]:
+        print(f"    {name}")
+    if len(names) > SHOWN:
+        print(f"    ... and {len(names) - SHOWN:,} more")
+
+
+def _sync_once(arguments: argparse.Namespace, corpus, is_quiet: bool = False) -> tuple[int, object]:
+    """Returns the exit status and the corpus, which is opened when it is first needed."""
+    from pathlib import Path
+
+    from ..corpus.sync import plan_sync
+
+    plan = plan_sync(Path(arguments.corpus), arguments.input)
+    if plan.is_empty:
+        if not is_quiet:
+            print(json.dumps({"added": 0, "deleted": 0}) if arguments.json else "nothing has changed")
+        return 0, corpus
+    needs_model = bool(plan.new or plan.changed)
+    if corpus is None or (needs_model and corpus.model is None):
+        corpus = open_for_change(arguments, needs_model=needs_model)
+    changes = corpus.sync(arguments.input, plan=plan, **change_options(arguments))
+    print_changes(corpus, changes, arguments.json)
+    return strict_status(arguments, changes.rejected), corpus
