@@ -56,6 +56,8 @@ def test_a_row_is_its_vectors_one_after_another(name, hidden):
         assert np.array_equal(encode(codec, memory[place : place + 1]), rows[place : place + 1])
     assert torch.equal(codec.decode(rows[::-2].copy()), whole[torch.arange(19, -1, -2)])
     assert torch.equal(codec.decode(rows[::2]), whole[::2])
+    for n_rows in (0, 1):  # also of an odd number of bytes, as int4 rows of 30 and 62 channels have
+        assert torch.equal(codec.decode(rows[:n_rows], 1), whole[:n_rows, :1])
 
 
 @pytest.mark.parametrize(("name", "limit"), [("float16", 18600), ("int8", 9600), ("int4", 5100)])
