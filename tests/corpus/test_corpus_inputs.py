@@ -239,14 +239,19 @@ def test_a_given_memory_is_stored_and_its_text_is_not_cut(shared_model, tmp_path
         assert relative_error(document["memory"][0], given) < ERRORS[codec]
 
 
-@pytest.mark.parametrize(("n", "shard_size"), [(3, 2), (1024, 2048)])
-def test_memories_that_float16_cannot_hold_are_left_out(shared_model, tmp_path, n, shard_size):
-    rows = [{"id": f"bad{number}", "text": "b", "memory": memory(0) + 1e6} for number in range(n)]
-    rows += [{"id": name, "text": "g", "memory": memory(0)} for name in ("good0", "good1")]
-    rows += [{"id": "bad0", "text": "g", "memory": memory(0)}] * (shard_size == 2)  # which no earlier shard has taken
+@pytest.mark.parametrize(("n", "shard_size"), [(3, 1), (3, 2), (3, 2048), (1024, 2048)])
+def test_memories_that_float16_cannot_hold_are_left_out_and_leave_their_ids(shared_model, tmp_path, n, shard_size):
+    bad = [{"id": f"bad{number}", "text": "b", "memory": memory(0) + 1e6} for number in range(n)]
+    good = [{"id": name, "text": name, "memory": memory(0)} for name in ("good0", "bad0", "good1", "bad0")]
+    rows = [*bad, good[0], bad[1], *good[1:]]
     corpus = CompressedCorpus.build(shared_model, rows, tmp_path / "c", codec="float16", shard_size=shard_size)
-    assert [*corpus.document_ids()] == [row["id"] for row in rows[n:]]
-    assert [row["row"] for row in rejected(corpus.folder)] == [*range(n)] and corpus.manifest.n_rejected == n
+    assert [*texts(corpus).items()] == [(name, name) for name in ("good0", "bad0", "good1")]
+    assert [row["row"] for row in rejected(corpus.folder)] == [*range(n), n + 1, n + 4] and corpus.verify() == []
+    assert "is there already" in rejected(corpus.folder)[-1]["reason"]
+    corpus.delete(["bad0"])
+    for change in (corpus.add, corpus.update):
+        changes = change([bad[0], good[1], good[3]], shard_size=shard_size)
+        assert (changes.n_documents, [row["row"] for row in changes.rejected]) == (1, [0, 2])
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4"])
