@@ -99,8 +99,8 @@ FIELDS = [("year", "1861"), ("year", True), ("year", 1861.5), ("year", 2**70), (
 FIELDS += [("author", "\ud800"), ("\ud800", 1), (5, "x"), ("colour", {("a", 1): 2}), ("shade", {1: "a", "b": 2})]
 FIELDS += [("deep", json.loads("[" * 100 + "1" + "]" * 100)), ("deeper", json.loads("[" * 900 + "1" + "]" * 900))]
 FIELDS += [("span", 3)]  # is our column
-MEMORIES = [torch.full((4, 32), torch.nan), [[1e300] * 32] * 4, torch.zeros(128), memory(0)[:2], "abc", b"abc"]
-MEMORIES += [[[1.0], [1.0, 2.0]]]
+MEMORIES = [torch.full((4, 32), torch.nan), [[1e300] * 32] * 4, torch.zeros(128), torch.zeros(4, 31), "abc", b"abc"]
+MEMORIES += [memory(0)[:2], [[1.0], [1.0, 2.0]]]
 BAD = [
     *("", None, 5, ["a", "b"], {"id": "bad", "title": "t"}),
     *({"id": value, "text": "a"} for value in IDS),
