@@ -215,18 +215,3 @@ def test_a_change_that_ends_before_any_file_operation_leaves_a_whole_corpus(orig
 @pytest.mark.parametrize("kind", ["add", "compact", "convert"])
 def test_a_full_disk_loses_nothing(original, tmp_path, kind, n_bytes):
     assert change_and_check(shutil.copytree(original, tmp_path / "copy"), kind, n_bytes=n_bytes) or n_bytes > 3500
-
-
-@pytest.mark.parametrize("kind", ["update", "convert"])
-def test_a_change_whose_derived_files_cannot_be_written_loses_nothing(original, tmp_path, kind):
-    folder = shutil.copytree(original, tmp_path / "copy")
-    shutil.rmtree(folder / "index" / "segments")
-    (folder / "index" / "segments").write_text("a file where the folder should be")
-    with pytest.raises(OSError):
-        CHANGES[kind](CompressedCorpus.open(folder))
-    (folder / "index" / "segments").unlink()
-    corpus = CompressedCorpus.open(folder)
-    after = {"d3": LARGE, "d50": updated(50)["text"]} if kind == "update" else {}
-    before = {name: document["text"] for name, document in by_id(make_many(COUNT)).items()}
-    assert texts(corpus) in (before, before | after) and corpus.verify() == []
-    assert_takes_another(folder)
