@@ -75,6 +75,7 @@ def test_rows_and_memories_stay_as_they_are_and_rows_of_a_mapped_file_give_no_wa
     copy, expected = rows.copy(), codec.decode(rows)
     codec.decode(rows).add_(1)
     assert np.array_equal(rows, copy) and torch.equal(memory, before)
+    assert np.array_equal(encode(codec, memory.double()), rows)
     assert all(torch.equal(codec.state[key], state[key]) for key in state)
     mapped = np.frombuffer(b"\0" + rows.tobytes(), np.uint8)[1:].reshape(rows.shape)  # read only, at an odd address
     torch.set_warn_always(True)  # torch gives this warning once a process otherwise
@@ -84,13 +85,6 @@ def test_rows_and_memories_stay_as_they_are_and_rows_of_a_mapped_file_give_no_wa
             assert torch.equal(codec.decode(mapped), expected)
     finally:
         torch.set_warn_always(False)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_a_memory_of_any_float_type_is_encoded_as_its_float32(dtype):
-    memory = memories(4).to(dtype)
-    codec = fit_codec("int8", memory)
-    assert np.array_equal(encode(codec, memory), encode(codec, memory.float()))
 
 
 # --- what is lost ----------------------------------------------------------------------------------------------------
@@ -155,38 +149,23 @@ def test_a_poor_sample_still_encodes_what_comes_later(name, sample):
     assert float(error) < {"int8": 0.02, "int4": 0.3}[name]  # int4 did not see which channels are wild
 
 
-@pytest.mark.parametrize("name", ROUNDED)
-def test_one_wild_memory_in_the_sample_does_not_spoil_the_others(name):
-    sample = memories(100)
-    sample[17] *= 1e9
-    assert spread_error(fit_codec(name, sample), memories(50, seed=3)) < 2 * SPREAD_ERROR[name]
-
-
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CODECS)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_is_an_error_that_names_the_row(name, value):
+def test_what_is_not_finite_or_does_not_fit_is_an_error_that_names_the_row(name):
     codec, memory = fit_codec(name, memories(5)), memories(5)
-    memory[3, 1, 7] = memory[4, 0, 0] = value
-    with pytest.raises(ValueError, match=rf"memory 3 .*{name}.*got"):
-        encode(codec, memory)
-
-
-def test_float16_holds_up_to_65504():
-    codec, memory = fit_codec("float16", memories(3)), memories(3)
     for value in (65504.0, -65504.0):
-        memory[2, 3, 63] = value
-        assert float(codec.decode(encode(codec, memory))[2, 3, 63]) == value
-    for value in (65536.0, -1e30):
-        memory[2, 3, 63] = value
-        with pytest.raises(ValueError, match="memory 2 .*float16.*65,504"):
+        memory[3, 3, 63] = value
+        assert float(codec.decode(encode(codec, memory))[3, 3, 63]) == value or name != "float16"
+    for value in (torch.nan, torch.inf, -torch.inf, *((65536.0, -1e30) if name == "float16" else ())):
+        memory[3, 1, 7] = memory[4, 0, 0] = value
+        with pytest.raises(ValueError, match=rf"memory 3 .*{name}.*got.*{'65,504' if name == 'float16' else ''}"):
             encode(codec, memory)
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_another_shape_is_an_error(name):
+def test_another_shape_or_no_state_is_an_error(name):
     codec = fit_codec(name, memories(5))
     for shape in ((3, 4, 32), (3, 2, 64), (3, 5, 64), (4, 64), (3, 4, 64, 1), (64,)):
         with pytest.raises(ValueError, match=r"\(rows, 4, 64\), got"):
@@ -197,6 +176,11 @@ def test_another_shape_is_an_error(name):
             codec.decode(wrong, k)
     with pytest.raises(ValueError, match="`hidden_size` must be even, got 33"):
         fit_codec(name, memories(2, 1, 33, outliers=0))
+    bare = Codec(name, 4, 64)
+    assert bare.is_fitted == (name == "float16") and bare.row_bytes == codec.row_bytes
+    for call in (lambda: encode(bare, memories(5)), lambda: bare.decode(rows)) if name != "float16" else ():
+        with pytest.raises(ValueError, match="must be fitted"):
+            call()
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_codecs():
@@ -259,12 +243,3 @@ def test_a_key_names_a_state():
     for same in (state, dict(reversed(state.items())), strided, fit_codec("int8", memories(20)).state):
         assert Codec("int8", 4, 64, same).key == key
     assert Codec("int8", 4, 64, state | {"mean": state["mean"] + 1}).key != key
-
-
-@pytest.mark.parametrize("name", ROUNDED)
-def test_a_codec_that_was_not_fitted_knows_its_size_and_nothing_else(name):
-    codec = Codec(name, 4, 64)
-    assert not codec.is_fitted and codec.row_bytes == fit_codec(name, memories(5)).row_bytes
-    for call in (lambda: encode(codec, memories(2)), lambda: codec.decode(np.zeros((2, codec.row_bytes), np.uint8))):
-        with pytest.raises(ValueError, match="must be fitted"):
-            call()
