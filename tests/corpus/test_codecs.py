@@ -35,9 +35,6 @@ def spread_error(codec: Codec, memory: torch.Tensor) -> float:
     return float((decoded - memory).norm() / (memory - memory.mean(0)).norm())
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("hidden", [2, 30, 36, 62, 64, 96, 576, 4096])
 def test_a_row_is_its_vectors_one_after_another(name, hidden):
@@ -85,9 +82,6 @@ def test_rows_and_memories_stay_as_they_are_and_rows_of_a_mapped_file_give_no_wa
             assert torch.equal(codec.decode(mapped), expected)
     finally:
         torch.set_warn_always(False)
-
-
-# --- what is lost ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -147,9 +141,6 @@ def test_a_poor_sample_still_encodes_what_comes_later(name, sample):
     later = memory[50:]
     error = (codec.decode(encode(codec, later)) - later).norm() / later.norm()
     assert float(error) < {"int8": 0.02, "int4": 0.3}[name]  # int4 did not see which channels are wild
-
-
-# --- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -217,9 +208,6 @@ DAMAGED = [
 def test_a_state_that_cannot_be_right_is_an_error(arguments, message):
     with pytest.raises(ValueError, match=f"codec {arguments[0]} .*{message}"):
         Codec(*arguments)
-
-
-# --- states ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CODECS)

@@ -109,9 +109,6 @@ def unfinished(killed, tmp_path) -> Path:
     return Path(shutil.copytree(killed, tmp_path / "c"))
 
 
-# --- killed ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_a_build_that_is_killed_again_and_again_goes_on(checkpoint, source, expected, tmp_path, seed):
     folder, draw = tmp_path / "c", random.Random(seed)
@@ -188,9 +185,6 @@ def test_an_unfinished_build_goes_on_with_its_rows_and_options_alone(shared_mode
     check_same(CompressedCorpus.build(shared_model, source, unfinished, **OPTIONS), expected)
 
 
-# --- a full disk -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("limit", [100, 9000])
 def test_a_full_disk_loses_nothing(checkpoint, shared_model, source, expected, tmp_path, limit):
     assert build(checkpoint, source, tmp_path / "c", limit).startswith("OSError")
@@ -207,9 +201,6 @@ def test_a_full_disk_under_the_codecs_state(source, tmp_path):
 def test_a_full_disk_does_not_lose_the_list_of_rejected_rows(checkpoint, shared_model, source, expected, unfinished):
     assert build(checkpoint, source, unfinished, 150).startswith("OSError")
     check_same(CompressedCorpus.build(shared_model, source, unfinished, **OPTIONS), expected)
-
-
-# --- damaged files ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -246,9 +237,6 @@ def test_a_damaged_search_index_is_made_again(folder, shared_model, pattern, kin
     (path,) = folder.glob(f"index/k4/{pattern}")
     damage(path, kind)
     assert ids(CompressedCorpus.open(folder, index="flat").search(query, 5)) == ids(before)
-
-
-# --- what does not belong together -----------------------------------------------------------------------------------
 
 
 def test_a_second_builder_is_told_who_works(checkpoint, shared_model, source, expected, tmp_path):

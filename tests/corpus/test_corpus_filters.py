@@ -3,7 +3,6 @@
 `meets` is the definition of a filter in plain Python. Columns have missing values, and text as nasty as a user's.
 """
 
-import itertools
 import operator
 import random
 import re
@@ -146,27 +145,15 @@ def large(shared_model, tmp_path_factory) -> Path:
     return CompressedCorpus.build(shared_model, make_rows(3000), folder).folder
 
 
-# --- filters ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_filter_leaves_what_meets_it_and_nothing_else(corpus, queries):
     columns, (order,) = columns_of(corpus), ids(corpus.search(queries[:1], 200))
-    for seed in range(300):
-        where = random_where(random.Random(seed), depth=3)
+    for seed in range(400):
+        where = random_where(random.Random(seed), depth=seed % 4)
         before = repr(where)
         expected = [name for name in order if meets(columns[name], where)]
         assert ids(corpus.search(queries[:1], 200, where)) == [expected], where
         milvus_expression(where)
         assert repr(where) == before
-
-
-def test_every_operator_on_every_type(corpus, queries):
-    columns, (order,) = columns_of(corpus), ids(corpus.search(queries[:1], 200))
-    for sign, (name, values) in itertools.product(PYTHON, VALUES.items()):
-        for operand in [values[:2], values[2:3], []] if "in" in sign else values:
-            where = {name: {sign: operand}}
-            expected = [name for name in order if meets(columns[name], where)]
-            assert ids(corpus.search(queries[:1], 200, where)) == [expected], where
 
 
 def test_results_with_a_filter_are_ranked_as_without(corpus, queries):
@@ -265,9 +252,6 @@ def test_a_malformed_filter_is_named(corpus, queries, where, match):
 )
 def test_a_filter_in_the_language_of_milvus(where, expression):
     assert milvus_expression(where) == expression  # None: it is not said to Milvus
-
-
-# --- wrong arguments -------------------------------------------------------------------------------------------------
 
 
 def test_a_wrong_query_is_named(corpus):

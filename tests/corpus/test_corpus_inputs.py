@@ -49,9 +49,6 @@ def test_a_generator_that_breaks_goes_on_with_the_same_rows(shared_model, tmp_pa
     assert {path: path.stat().st_ino for path in shards} == shards  # what was written is not written again
 
 
-# --- metadata --------------------------------------------------------------------------------------------------------
-
-
 def test_metadata_keeps_its_types(shared_model, tmp_path):
     day = datetime.date(2024, 2, 29)
     time = datetime.datetime(2024, 2, 29, 12, tzinfo=datetime.UTC)
@@ -88,8 +85,6 @@ def test_a_type_that_was_declared_wins(shared_model, tmp_path):
     corpus = CompressedCorpus.build(shared_model, ROWS, tmp_path / "c", metadata={"year": "int32"})
     assert corpus.manifest.metadata == {"year": "int32"} and len(corpus) == 3
 
-
-# --- rows that cannot be used ----------------------------------------------------------------------------------------
 
 GOOD = {"id": "good", "title": "Rome", "text": "Rome.", "year": 1861, "tags": ["x"], "author": "me"}
 IDS = ["", True, 1.5, "\ud800", "good"]  # the last is there already
@@ -134,9 +129,6 @@ def test_what_only_a_later_row_has_is_listed(shared_model, tmp_path):
     assert "late" not in corpus or corpus.get(["late"])[0]["metadata"]["who"] == {"name": "a", "age": 5}
     assert "red" not in corpus and len(corpus) + corpus.manifest.n_rejected == 1026
     assert "'colour'" in rejected(tmp_path / "c")[-1]["reason"]
-
-
-# --- documents that bring a memory -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("codec", ERRORS)

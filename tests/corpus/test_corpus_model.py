@@ -52,9 +52,6 @@ def read_stream(stream) -> tuple[str, object]:
             return "".join(pieces), stop.value
 
 
-# --- the same as from texts ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"memory_size": 2, "top_k": 8}, {"retrieval_memory_size": 2, "top_k": 3}, {"explain": True, "top_k": 1}],
@@ -132,9 +129,6 @@ def test_a_corpus_and_documents_exclude_each_other(shared_model, corpus):
         shared_model.retrieve(QUESTIONS, corpus=corpus, retrieval_memory_size=3)
 
 
-# --- another compressor ----------------------------------------------------------------------------------------------
-
-
 def test_a_foreign_corpus_is_refused_with_both_fingerprints(shared_model, foreign):
     corpus, other = foreign
     both = f"(?s){other.fingerprint[:12]}.*{shared_model.fingerprint[:12]}"
@@ -209,9 +203,6 @@ def test_rows_are_read_decoded_and_compared_by_their_numbers(shared_model, tmp_p
     for wrong in (-1, 31):
         with pytest.raises(ValueError, match=f"`rows` must be numbers of `corpus.rows\\(\\)`, got {wrong}"):
             corpus.decode([0, wrong])
-
-
-# --- threads ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

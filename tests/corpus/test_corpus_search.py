@@ -51,9 +51,6 @@ def with_long_document(shared_model, tmp_path_factory) -> Path:
     return CompressedCorpus.build(shared_model, [*make_documents(1100), long], folder, codec="float16").folder
 
 
-# --- against arithmetic ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("top_k", [1, 7, 500])
 def test_search_is_the_cosine_of_the_stored_memories(corpus, queries, shared_model, size, top_k):
@@ -122,9 +119,6 @@ def test_a_corpus_that_grew_from_almost_nothing_is_searched_well(shared_model, q
     assert_finds_the_exact(opened, queries)
 
 
-# --- documents and chunks--------------------------------------------------------------------------------------------
-
-
 def test_top_k_counts_documents_each_with_its_best_span(corpus, shared_model):
     spans = shared_model.processor.split_document({"title": "Book 1", "text": LONG.replace("Paris", "Rome")})
     assert len(spans) > 5
@@ -175,9 +169,6 @@ def test_memories_of_zeros_score_zero(shared_model, queries, tmp_path):
         assert [(hit["document_id"], hit["score"]) for hit in opened.search(asked, 2)[0]] == [("d0", 0), ("d1", 0)]
 
 
-# --- hits and documents ----------------------------------------------------------------------------------------------
-
-
 def test_hits_have_everything_that_was_stored(corpus, queries):
     for hits in corpus.search(queries[:3], 103):
         for hit in hits:
@@ -224,9 +215,6 @@ def test_options_are_those_of_the_view_alone_and_changes_are_not(corpus, queries
     assert ids(view.search(queries[:1], 1)) == [["new"]] and "new" in view and len(view) == len(opened) == 104
     view.delete(["new"])
     assert "new" not in opened and ids(opened.search(queries[:1], 5, {"year": 2042})) == [[]]
-
-
-# --- opening ---------------------------------------------------------------------------------------------------------
 
 
 def test_opening_again_derives_nothing(large, queries, tmp_path):

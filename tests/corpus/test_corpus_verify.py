@@ -88,9 +88,6 @@ def test_a_whole_corpus_has_no_problem(corpus, capsys):
     assert not [path for path in corpus.folder.rglob("*") if path.name.endswith(".ids")]
 
 
-# --- shards ----------------------------------------------------------------------------------------------------------
-
-
 def test_a_flipped_byte_in_a_shard_is_found_and_no_derived_file_is_blamed(corpus, capsys):
     path = shard_path(corpus)
     code = path.read_bytes().index(corpus.snapshot.segments[0].rows[2].tobytes())
@@ -141,9 +138,6 @@ def test_damage_is_not_copied_into_new_shards(corpus, change):
     problems = corpus.verify()
     assert len(problems) >= 1 and path.name in problems[0]
     assert torch.equal(CompressedCorpus.open(corpus.folder).get(["d2"])[0]["memory"], before)
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -202,9 +196,6 @@ def test_a_document_in_two_shards_is_found(corpus, capsys):
     assert_found(corpus, "data/copied.parquet", capsys)
 
 
-# --- corpus.json -----------------------------------------------------------------------------------------------------
-
-
 def test_wrong_counts_are_found(corpus, capsys):
     right = read_json(corpus)
     for fields in ({"n_documents": 11}, {"n_spans": 9}, {"n_documents": 0, "n_spans": 0}):
@@ -242,9 +233,6 @@ def test_a_name_that_leads_out_of_the_folder_is_found(corpus):
     edit_shard_entry(corpus, 0, file="data/../../x.parquet")
     (problem,) = corpus.verify()
     assert "corpus.json" in problem and "'data/../../x.parquet'" in problem
-
-
-# --- codec and derived files -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["flipped", "cut", "missing", "text"])

@@ -57,9 +57,6 @@ def edit(folder: Path, change) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-# --- corpus.json -----------------------------------------------------------------------------------------------------
-
-
 def test_a_manifest_comes_back_from_its_file(folder):
     assert Manifest.read(folder) == Manifest.read(str(folder)) == manifest()
     first = (folder / "corpus.json").read_bytes()

@@ -6,19 +6,17 @@ Locks are held by real processes, one of which is killed.
 import gzip
 import json
 import os
-import subprocess
-import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from corpora import receive, start
 
 from modeling_clara.corpus.ids import SeenIds
 from modeling_clara.corpus.storage import append_lines, foreign_files, iter_lines, read_lines, write_lines, writer_lock
 from modeling_clara.storage_clara import file_sha256, replacing, write_json
-
-# --- files that are whole or not there -------------------------------------------------------------------------------
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -51,34 +49,21 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
         assert json.loads(path.read_text(encoding="utf-8")) == {"ä": "ü"} and list(path.parent.iterdir()) == [path]
 
 
-# --- locks -----------------------------------------------------------------------------------------------------------
-
-# the package without its __init__, which imports transformers
-HOLD = """
-import sys, time, types
-from pathlib import Path
-package = sys.modules["modeling_clara"] = types.ModuleType("modeling_clara")
-package.__path__ = [sys.argv[2]]
-from modeling_clara.corpus.storage import writer_lock
-with writer_lock(Path(sys.argv[1]), "the corpus"):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-PACKAGE = Path(__file__).parents[2] / "modeling_clara"
+def hold(connection, path):
+    with writer_lock(path, "the corpus"):
+        connection.send("held")
+        time.sleep(60)
 
 
 def test_a_second_process_is_told_who_writes_and_a_killed_one_lets_go(tmp_path):
     path = tmp_path / "deep" / ".lock"
-    command = [sys.executable, "-c", HOLD, str(path), str(PACKAGE)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
-        try:
-            assert holder.stdout.readline() == "held\n"
-            for _ in range(2):  # a refusal takes nothing away
-                with pytest.raises(RuntimeError, match=f"the folder .*one writer.*process {holder.pid} "):
-                    with writer_lock(path, "the folder"):
-                        pass
-        finally:
-            holder.kill()
+    holder, connection = start(hold, path)
+    assert receive(connection) == "held"
+    for _ in range(2):  # a refusal takes nothing away
+        with pytest.raises(RuntimeError, match=f"the folder .*one writer.*process {holder.pid} "):
+            with writer_lock(path, "the folder"):
+                pass
+    holder.kill()
     with writer_lock(path, "the folder", timeout=10):
         with pytest.raises(RuntimeError, match=f"process {os.getpid()} "), writer_lock(path, "the folder"):
             pass
@@ -106,8 +91,6 @@ def test_another_thread_waits_its_turn(tmp_path):
     thread.join()
     assert entered == ["first", "second"]
 
-
-# --- lines ---------------------------------------------------------------------------------------------------------
 
 NASTY = [{"a": 1}, {"id": None, "reason": "ü \u2028 \x85 \n \ud800"}, {"path": Path("x")}]
 
@@ -172,8 +155,6 @@ def test_foreign_files_are_those_that_no_name_and_no_pattern_expects(tmp_path):
     assert foreign_files(tmp_path, []) == [".x.1.partial", "a", "b", "data"]
     assert foreign_files(tmp_path, ["data", ".*.partial"]) == ["a", "b"]
 
-
-# --- ids -------------------------------------------------------------------------------------------------------------
 
 TEXTS = ["a", "A", "", "ü", "u\u0308", "1", "1.0", "a\0b", "a\0c", "x" * 10_000, " a", "a ", "\ud800"]
 
