@@ -77,11 +77,16 @@ def contents(corpus: CompressedCorpus) -> tuple:
 
 
 @pytest.fixture(scope="module")
-def expected(checkpoint, source, tmp_path_factory) -> tuple:
-    """Of a build that was left alone."""
-    folder = tmp_path_factory.mktemp("expected") / "c"
-    assert build(checkpoint, source, folder) == 65
-    return contents(CompressedCorpus.open(folder))
+def finished(shared_model, source, tmp_path_factory) -> Path:
+    """A build that was left alone; copy it."""
+    folder = tmp_path_factory.mktemp("finished") / "c"
+    assert len(CompressedCorpus.build(shared_model, source, folder, **OPTIONS)) == 65
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(finished) -> tuple:
+    return contents(CompressedCorpus.open(finished))
 
 
 def check_same(corpus: CompressedCorpus, expected: tuple) -> None:
@@ -201,14 +206,6 @@ def test_a_full_disk_under_the_codecs_state(source, tmp_path):
 def test_a_full_disk_does_not_lose_the_list_of_rejected_rows(checkpoint, shared_model, source, expected, unfinished):
     assert build(checkpoint, source, unfinished, 150).startswith("OSError")
     check_same(CompressedCorpus.build(shared_model, source, unfinished, **OPTIONS), expected)
-
-
-@pytest.fixture(scope="module")
-def finished(killed, source, shared_model) -> Path:
-    """A corpus of several shards; copy it."""
-    folder = Path(shutil.copytree(killed, killed.parent / "finished"))
-    CompressedCorpus.build(shared_model, source, folder, **OPTIONS)
-    return folder
 
 
 @pytest.fixture

@@ -20,17 +20,13 @@ ROWS = [
 ]
 
 
-def test_a_corpus_inside_of_its_input_folder(shared_model, tmp_path):
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    assert len(CompressedCorpus.build(shared_model, tmp_path, tmp_path / "corpus")) == 3
-    assert len(CompressedCorpus.build(shared_model, tmp_path, tmp_path / "corpus")) == 3
-
-
-def test_an_input_without_documents_can_be_replaced(shared_model, tmp_path):
+def test_an_input_without_documents_can_be_replaced_and_the_corpus_lie_inside_of_it(shared_model, tmp_path):
     for rows in ([], ["", {"text": None}]):
         with pytest.raises(ValueError, match="at least one usable document"):
             CompressedCorpus.build(shared_model, rows, tmp_path / "c")
-    assert len(CompressedCorpus.build(shared_model, ROWS, tmp_path / "c")) == 3
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    for _ in range(2):
+        assert len(CompressedCorpus.build(shared_model, tmp_path, tmp_path / "c")) == 3
 
 
 def test_a_generator_that_breaks_goes_on_with_the_same_rows(shared_model, tmp_path):
@@ -66,6 +62,10 @@ def test_metadata_keeps_its_types(shared_model, tmp_path):
     codes = np.frombuffer(data[0]["memory"], np.uint8)[None].copy()
     assert torch.equal(corpus.snapshot.codec.decode(codes)[0], corpus.get(["0"])[0]["memory"][0])
     assert len(datasets.load_dataset(str(tmp_path / "c"), split="train")) == 3  # as the card says
+    for number, rows in enumerate(([{"text": "a", "who": {}}, {"text": "b"}], [{"text": "a", "tags": [[]]}])):
+        assert len(CompressedCorpus.build(shared_model, rows, tmp_path / str(number))) == len(rows)
+    corpus = CompressedCorpus.build(shared_model, ROWS, tmp_path / "declared", metadata={"year": "int32"})
+    assert corpus.manifest.metadata == {"year": "int32"} and len(corpus) == 3
 
 
 def test_a_dictionary_column_of_parquet(shared_model, tmp_path):
@@ -74,16 +74,6 @@ def test_a_dictionary_column_of_parquet(shared_model, tmp_path):
     corpus = CompressedCorpus.build(shared_model, tmp_path / "a.parquet", tmp_path / "c")
     assert [document["metadata"]["kind"] for document in read_all(corpus)] == ["x", "y", None]
     assert len(corpus.search(memory(0)[None], 3, {"kind": {"$ne": "x"}})[0]) == 2
-
-
-@pytest.mark.parametrize("rows", [[{"text": "a", "who": {}}, {"text": "b", "who": {}}], [{"text": "a", "tags": [[]]}]])
-def test_empty_metadata(shared_model, tmp_path, rows):
-    assert len(CompressedCorpus.build(shared_model, rows, tmp_path / "c")) == len(rows)
-
-
-def test_a_type_that_was_declared_wins(shared_model, tmp_path):
-    corpus = CompressedCorpus.build(shared_model, ROWS, tmp_path / "c", metadata={"year": "int32"})
-    assert corpus.manifest.metadata == {"year": "int32"} and len(corpus) == 3
 
 
 GOOD = {"id": "good", "title": "Rome", "text": "Rome.", "year": 1861, "tags": ["x"], "author": "me"}
