@@ -187,18 +187,14 @@ def test_hits_have_everything_that_was_stored(corpus, queries):
 def test_documents_by_id(corpus):
     every = list(corpus.document_ids())
     assert every == [f"d{n}" for n in range(50)] + ["long0", "long1"] + [f"e{n}" for n in range(50)] + ["long2"]
-    assert len(corpus) == len(every) == 103
     assert [document["document_id"] for document in corpus.get(["e3", "d0", "e3"])] == ["e3", "d0", "e3"]
-    assert "d49" in corpus and "long2" in corpus and "d50" not in corpus and "" not in corpus and "d49#0" not in corpus
-    assert 5 not in corpus and None not in corpus
-    long = corpus.get(["long0"])[0]
-    assert long["title"] == "Book 0" and [span["span"] for span in long["spans"]] == list(range(len(long["spans"])))
-    assert long["memory"].shape == (len(long["spans"]), 4, 32)
-    assert all(span["n_tokens"] > 0 for span in long["spans"])
+    assert "d49" in corpus and "long2" in corpus
+    assert not any(wrong in corpus for wrong in ("d50", "", "d49#0", 5, None))
+    (long,) = corpus.get(["long0"])
+    assert long["title"] == "Book 0" and [span["span"] for span in long["spans"]] == [*range(len(long["spans"]))]
+    assert long["memory"].shape == (len(long["spans"]), 4, 32) and all(span["n_tokens"] > 0 for span in long["spans"])
     with pytest.raises(KeyError, match="nobody"):
         corpus.get(["d0", "nobody"])
-    with pytest.raises((KeyError, TypeError), match="ids"):
-        corpus.get([5])
 
 
 def test_options_are_those_of_the_view_alone_and_changes_are_not(corpus, queries, tmp_path):

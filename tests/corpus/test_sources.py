@@ -151,8 +151,9 @@ def test_a_bad_line_is_a_problem_with_its_file_and_number(tmp_path, name):
         b'{"body": "a"}': "'text'",
         b'{"text": "a", "title": 5}': "title",
         b"[" * 50_000: "JSON",
+        b"{": "must be JSON in UTF-8",
     }
-    content = lines({"text": "first"}, b"", *bad, b'"a bare text"', b'{"text": "a", "text": "last"}')
+    content = lines({"text": "first"}, b" ", *bad, b'"a bare text"', b'{"text": "a", "text": "last"}')
     source = DocumentSource(write(tmp_path / name, gzip.compress(content) if name.endswith("gz") else content))
     assert good(source) == [{"text": "first"}, {"text": "a bare text"}, {"text": "last"}]
     found = problems(source)

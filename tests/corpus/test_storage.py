@@ -3,7 +3,6 @@
 Locks are held by real processes, one of which is killed.
 """
 
-import gzip
 import json
 import os
 import threading
@@ -15,7 +14,7 @@ import pytest
 from corpora import receive, start
 
 from modeling_clara.corpus.ids import SeenIds
-from modeling_clara.corpus.storage import append_lines, foreign_files, iter_lines, read_lines, write_lines, writer_lock
+from modeling_clara.corpus.storage import append_lines, read_lines, write_lines, writer_lock
 from modeling_clara.storage_clara import file_sha256, replacing, write_json
 
 
@@ -131,29 +130,6 @@ def test_written_lines_replace_the_file_at_once(tmp_path):
         write_lines(path, ({"a": row["missing"]} for row in NASTY))
     assert read_lines(path) == [{"title": "Zürich"}] and list(path.parent.iterdir()) == [path]
     assert write_lines(path, []) == 0 and list(path.parent.iterdir()) == []
-
-
-def test_lines_have_their_numbers_and_their_problems(tmp_path):
-    content = b'\xef\xbb\xbf{"a": 1}\n\n  \n[2]\nnull\n{\n"\xff"\n' + b"[" * 100_000 + b"\n5"
-    for name, write in (("rows.jsonl", open), ("rows.jsonl.gz", gzip.open)):
-        with write(tmp_path / name, "wb") as file:
-            file.write(content)
-        found = list(iter_lines(tmp_path / name))
-        assert [row[:2] for row in found if row[2] is None] == [(1, {"a": 1}), (4, [2]), (5, None), (9, 5)]
-        assert [(row[0], row[1]) for row in found if row[2] is not None] == [(6, None), (7, None), (8, None)]
-        assert all(row[2].startswith("must be JSON in UTF-8: ") for row in found if row[2] is not None)
-    whole = (tmp_path / "rows.jsonl.gz").read_bytes()
-    (tmp_path / "rows.jsonl.gz").write_bytes(whole[:-9])
-    with pytest.raises(ValueError, match="must be a whole gzip file"):
-        list(iter_lines(tmp_path / "rows.jsonl.gz"))
-
-
-def test_foreign_files_are_those_that_no_name_and_no_pattern_expects(tmp_path):
-    assert foreign_files(tmp_path / "none", []) == foreign_files(tmp_path, []) == []
-    for name in ("b", "a", ".x.1.partial", "data"):
-        (tmp_path / name).touch()
-    assert foreign_files(tmp_path, []) == [".x.1.partial", "a", "b", "data"]
-    assert foreign_files(tmp_path, ["data", ".*.partial"]) == ["a", "b"]
 
 
 TEXTS = ["a", "A", "", "ü", "u\u0308", "1", "1.0", "a\0b", "a\0c", "x" * 10_000, " a", "a ", "\ud800"]
