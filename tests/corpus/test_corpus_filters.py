@@ -266,18 +266,14 @@ def test_a_wrong_query_is_named(corpus):
             corpus.search(torch.full((1, 4, 32), value), 5)
 
 
-def test_a_wrong_count_is_named(corpus, queries):
+def test_a_wrong_count_and_hybrid_without_the_questions_are_named(corpus, queries):
     for value in (0, -1, True, 2.0, "5", None):
         with pytest.raises(ValueError, match="`top_k` must be an int >= 1"):
             corpus.search(queries, value)
     for value in (0, -1, True, 2.0, "5"):
-        with pytest.raises(ValueError, match="`shortlist` must be an int >= 1"):
-            corpus.search(queries, 5, shortlist=value)
-        with pytest.raises(ValueError, match="`shortlist` must be an int >= 1"):
-            corpus.with_options(shortlist=value)
-
-
-def test_hybrid_without_the_questions_is_an_error(corpus, queries):
+        for call in (lambda **options: corpus.search(queries, 5, **options), corpus.with_options):
+            with pytest.raises(ValueError, match="`shortlist` must be an int >= 1"):
+                call(shortlist=value)
     for questions in (None, ["one"], "five!", [1, 2, 3, 4, 5]):
         with pytest.raises((TypeError, ValueError), match="questions"):
             corpus.search(queries, 5, hybrid=True, questions=questions)

@@ -147,22 +147,16 @@ def long_shard(corpus) -> tuple[int, pa.Table]:
     return next((number, table) for number, table in enumerate(tables) if max(table["span"].to_pylist()) > 0)
 
 
-@pytest.mark.parametrize("order", [[1, 0], [0, 2], [1, 2], [0, 0]])
-def test_spans_out_of_order_are_found(corpus, long_shard, capsys, order):
-    number, table = long_shard
-    rows = [*order, *range(len(order) if order != [1, 2] else 3, len(table))]
-    assert_found(corpus, replace_shard(corpus, number, table.take(rows)), capsys)
+WRONG = {"id": ["wrong#0", None], "text": [None], "document_id": ["other", None], "span": [7, None]}
 
 
-@pytest.mark.parametrize(
-    ("column", "values"),
-    [("id", ["wrong#0", None]), ("text", [None]), ("document_id", ["other", None]), ("span", [7, None])],
-)
-def test_a_wrong_value_in_a_row_is_found(corpus, long_shard, capsys, column, values):
+def test_spans_out_of_order_and_wrong_values_in_a_row_are_found(corpus, long_shard, capsys):
     number, table = long_shard
-    for value in values:
-        new = put_column(table, column, [value, *table[column].to_pylist()[1:]])
-        assert_found(corpus, replace_shard(corpus, number, new), capsys)
+    tables = [table.take([*first, *range(2, len(table))]) for first in ([1, 0], [0], [1], [0, 0])]
+    for column, values in WRONG.items():
+        tables += [put_column(table, column, [value, *table[column].to_pylist()[1:]]) for value in values]
+    for wrong in tables:
+        assert_found(corpus, replace_shard(corpus, number, wrong), capsys)
 
 
 def test_memories_that_cannot_be_decoded_are_found(corpus, capsys):

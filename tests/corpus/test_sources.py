@@ -106,30 +106,22 @@ def test_another_input_is_described_otherwise(tmp_path):
     assert DocumentSource(ROWS).description != DocumentSource(iter(ROWS)).description
 
 
-def test_a_folder_of_texts_names_documents_by_their_path(tmp_path):
+def test_a_folder_of_texts_names_documents_by_their_path_and_problems_by_their_file(tmp_path):
     texts = {"b.txt": "Zwölf.\n", "a_first note.md": "One.", "deep/er/C.TXT": "Three.", "ignored.pdf": "%PDF"}
-    for name, text in texts.items():
-        write(tmp_path / name, text.encode())
+    texts |= {"sub/latin.txt": "Düsseldorf".encode("latin-1"), "empty.txt": "", "blank.md": " \n\t\n"}
+    for name, text in {**texts, "utf16.txt": "text".encode("utf-16")}.items():
+        write(tmp_path / name, text if isinstance(text, bytes) else text.encode())
     source = DocumentSource(tmp_path)
-    assert good(source) == [
+    documents = [
         {"id": "a_first note.md", "title": "a first note", "text": "One."},
         {"id": "b.txt", "title": "b", "text": "Zwölf.\n"},
         {"id": "deep/er/C.TXT", "title": "C", "text": "Three."},
     ]
-    assert source.length == 3 and problems(source) == {}
-    assert good(DocumentSource(tmp_path / "b.txt")) == good(source)[1:2]
-
-
-def test_a_text_that_cannot_be_read_is_a_problem_with_its_name(tmp_path):
-    texts = {"good.txt": b"fine", "sub/latin.txt": "Düsseldorf".encode("latin-1"), "empty.txt": b""}
-    for name, text in {**texts, "blank.md": b" \n\t\n", "utf16.txt": "text".encode("utf-16")}.items():
-        write(tmp_path / name, text)
-    source = DocumentSource(tmp_path)
+    assert good(source) == documents and good(DocumentSource(tmp_path / "b.txt")) == documents[1:2]
     found = problems(source)
-    assert set(found) == {"blank.md", "empty.txt", "sub/latin.txt", "utf16.txt"}
-    assert "UTF-8" in found["sub/latin.txt"]
+    assert set(found) == {"blank.md", "empty.txt", "sub/latin.txt", "utf16.txt"} and "UTF-8" in found["sub/latin.txt"]
     assert found["empty.txt"] == "`empty.txt` is empty" and found["blank.md"] == "`blank.md` is empty"
-    assert [row.index for row in source] == list(range(5)) and len(good(source)) == 1
+    assert [row.index for row in source] == [*range(7)] and source.length == 7
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
