@@ -18,12 +18,10 @@ ROUNDED = ("int8", "int4")
 SPREAD_ERROR = {"float16": 0.01, "int8": 0.02, "int4": 0.12}
 
 
-def memories(
-    rows: int, n: int = 4, hidden: int = 64, *, seed: int = 0, outliers: int = 2, mean: float = 10.0
-) -> torch.Tensor:
+def memories(rows: int, n: int = 4, hidden: int = 64, *, seed: int = 0, outliers: int = 2) -> torch.Tensor:
     """(rows, n, hidden): a common mean, spread 1, and 20 in `outliers` channels; the same channels for every seed."""
     common = torch.Generator().manual_seed(1234)
-    center = torch.randn(n, hidden, generator=common) * mean
+    center = torch.randn(n, hidden, generator=common) * 10
     spread = torch.ones(hidden)
     spread[torch.randperm(hidden, generator=common)[:outliers]] = 20.0
     return center + torch.randn(rows, n, hidden, generator=torch.Generator().manual_seed(seed)) * spread
