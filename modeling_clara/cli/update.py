@@ -11,9 +11,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument("corpus", help="folder of the corpus")
     parser.add_argument("input", help="documents with ids, as for `clara compress`")
     add_change_options(parser)
-    parser.add_argument(
-        "--upsert", action="store_true", help="add new ids, leave equal documents as they are"
-    )
+    parser.add_argument("--upsert", action="store_true", help="add new ids, leave equal documents as they are")
     parser.set_defaults(run=run)
     return parser
 

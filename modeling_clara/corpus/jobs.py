@@ -97,7 +97,8 @@ class Build:
                 for result in pipeline.run(rows, first_shard=len(shards)):
                     append_lines(_rejected_path(self.path), result.rejected)
                     made = result.documents.values()
-                    content = {"rows": [row.index for row in made], "files": [row.file for row in made]}
+                    numbers = {file.name: number for number, file in enumerate(source.files)}
+                    content = {"rows": [row.index for row in made], "files": [numbers.get(row.file) for row in made]}
                     write_json(_rows_path(self.path, len(shards)), content)
                     progress["codec_states"] |= pipeline.codec_states
                     shards.append(
@@ -248,7 +249,7 @@ class Build:
 
     def _write_log(self, paths: list[Path], shards: list[Shard]) -> None:
         """Note of which files the documents came; `paths` tell the input rows of each shard."""
-        listed = {line["name"]: line for line in read_lines(self.folder / BUILD_FOLDER / FILES_FILE)}
+        listed = read_lines(self.folder / BUILD_FOLDER / FILES_FILE)
         for path, shard in zip(paths, shards, strict=True) if listed else ():
             live = live_mask(shard)
             for (name, rows), file in zip(
@@ -256,10 +257,9 @@ class Build:
             ):
                 if live[rows.start]:
                     listed[file]["ids"].append(name)
-        for row in read_lines(self.folder / REJECTED_FILE):
-            if row.get("status") in ("skipped", "unsupported"):
-                listed.pop(row["file"], None)
-        write_lines(self.folder / FILES_FILE, listed.values())
+        rejected = read_lines(self.folder / REJECTED_FILE)
+        left_out = {row["file"] for row in rejected if row["status"] in ("skipped", "unsupported")}
+        write_lines(self.folder / FILES_FILE, (line for line in listed if line["name"] not in left_out))
 
     def _manifest(self, codec_states: dict[str, str]) -> Manifest:
         config, size = self.model.config, self.options["memory_size"]

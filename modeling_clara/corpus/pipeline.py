@@ -41,6 +41,7 @@ class ShardDraft:
         digest: SHA-256 over the rows.
         spans: chunks that are not written yet.
         documents: of the shard, by id: their input rows without the text.
+        doubles: later rows with their ids, and the chunks of each: one counts if the first memory cannot be used.
         rejected: `{row, place, id, reason, status, file}` of each rejected row.
         stored: ids of documents that are in the corpus already as they were given, by the file of their rows.
         kept: files of saved memories, which the shard makes needless.
@@ -51,9 +52,15 @@ class ShardDraft:
     digest: object = field(default_factory=hashlib.sha256)
     spans: list[dict] = field(default_factory=list)
     documents: dict[str, InputRow] = field(default_factory=dict)
+    doubles: list[tuple[InputRow, list[dict]]] = field(default_factory=list)
     rejected: list[dict] = field(default_factory=list)
     stored: dict[str | None, list[str]] = field(default_factory=dict)
     kept: list[Path] = field(default_factory=list)
+
+    def take(self, row: InputRow, spans: list[dict]) -> None:
+        document_id = spans[0]["document_id"]
+        self.spans += spans
+        self.documents[document_id] = InputRow(row.index, row.place, {"id": document_id}, file=row.file)
 
     def reject(self, row: InputRow, reason: str) -> None:
         given = row.document.get("id") if row.document else None
@@ -130,17 +137,19 @@ class ShardPipeline:
             draft.next_row = row.index + 1
             try:
                 spans = self._spans(row)
-                document_id = spans[0]["document_id"]
-                if self.is_stored is not None and self.is_stored(spans):
-                    draft.stored.setdefault(row.file, []).append(document_id)
-                    self.progress(1)
-                    continue
-                draft.spans += spans
-                draft.documents[document_id] = InputRow(row.index, row.place, {"id": document_id}, file=row.file)
+                if spans[0]["document_id"] in draft.documents:
+                    draft.doubles.append((row, spans))
+                else:
+                    self._check_id(row, spans)
+                    if self.is_stored is not None and self.is_stored(spans):
+                        draft.stored.setdefault(row.file, []).append(spans[0]["document_id"])
+                        self.progress(1)
+                    else:
+                        draft.take(row, spans)
             except (TypeError, ValueError) as error:
                 draft.reject(row, str(error))
                 self.progress(1)
-            if len(draft.spans) >= self.shard_size or len(draft.rejected) >= COMPRESSED_SPANS:
+            if len(draft.spans) >= self.shard_size or len(draft.rejected) + len(draft.doubles) >= COMPRESSED_SPANS:
                 yield draft
                 draft = ShardDraft()
         if draft.spans or draft.rejected or draft.stored:
@@ -164,11 +173,14 @@ class ShardPipeline:
             spans = [{"title": title, "text": fields["text"], "span": 0, "n_tokens": None, "memory": memory}]
         else:
             spans = self.model.processor.split_document(fields, row.place)
+        common = {"document_id": document_id, **metadata}
+        return [{**span, **common, "id": f"{document_id}#{span['span']}"} for span in spans]
+
+    def _check_id(self, row: InputRow, spans: list[dict]) -> None:
+        document_id = spans[0]["document_id"]
         reason = self.refusal(document_id, row)
         if reason is not None:
             raise ValueError(f"`{row.place}` cannot have the id {document_id!r}: {reason}")
-        common = {"document_id": document_id, **metadata}
-        return [{**span, **common, "id": f"{document_id}#{span['span']}"} for span in spans]
 
     def _document_id(self, row: InputRow) -> str:
         given = row.document.get("id")
@@ -222,36 +234,58 @@ class ShardPipeline:
 
     def _encode(self, draft: ShardDraft) -> np.ndarray:
         """(chunks, row_bytes) uint8; documents without a usable memory are rejected."""
+<<<<<<< HEAD
         codes, usable, broken = [], [], set()
         for start in range(0, len(draft.spans), COMPRESSED_SPANS):
             spans = draft.spans[start : start + COMPRESSED_SPANS]
             memory = self._memories(draft, spans)
+=======
+        compressed = {span["document_id"] for span in draft.spans if "memory" not in span}
+        usable = self._usable(draft, draft.spans)
+        if len(compressed) > 1 and not compressed & draft.documents.keys():
+            raise ValueError(
+                f"memories must be finite and fit into {self._codec_name}, but none of a shard does. The weights of "
+                "the model are broken: reload it with `from_pretrained`, or take an earlier checkpoint."
+            )
+        for row, spans in draft.doubles:
+            try:
+                self._check_id(row, spans)
+            except ValueError as error:
+                draft.reject(row, str(error))
+            else:
+                draft.take(row, spans)
+                usable += self._usable(draft, spans)
+        order = {name: row.index for name, row in draft.documents.items()}
+        draft.documents = {name: draft.documents[name] for name in sorted(order, key=order.get)}
+        usable.sort(key=lambda pair: order[pair[0]["document_id"]])
+        draft.spans = [span for span, _ in usable]
+        return np.stack([codes for _, codes in usable]) if usable else np.empty((0, 0), np.uint8)
+
+    def _usable(self, draft: ShardDraft, spans: list[dict]) -> list[tuple[dict, np.ndarray]]:
+        """Chunks of a draft, each with its (row_bytes,) uint8; a document with an unusable memory is rejected."""
+        usable, broken = [], set()
+        for start in range(0, len(spans), COMPRESSED_SPANS):
+            some = spans[start : start + COMPRESSED_SPANS]
+            memory = self._memories(draft, some)
+>>>>>>> house-TC
             good = memory.isfinite().flatten(1).all(-1)
             if isinstance(self.codec, str) and good.any():
                 self.codec = fit_codec(self.codec, memory[good])
                 self.codec_states |= write_state(self.folder, self.codec)  # before the first shard that needs it
             if isinstance(self.codec, Codec):
                 good &= fits(self.codec, memory)
-                codes.append(encode(self.codec, memory[good]))
-            for span, is_good in zip(spans, good.tolist(), strict=True):
-                if is_good:
-                    usable.append(span)
-                else:
-                    broken.add(span["document_id"])
-        name = self.codec if isinstance(self.codec, str) else self.codec.name
-        compressed = {span["document_id"] for span in draft.spans if "memory" not in span}
-        if len(compressed) > 1 and compressed <= broken:
-            raise ValueError(
-                f"memories must be finite and fit into {name}, but none of a shard does. The weights of the model are "
-                "broken: reload it with `from_pretrained`, or take an earlier checkpoint."
-            )
+                usable += zip(itertools.compress(some, good.tolist()), encode(self.codec, memory[good]), strict=True)
+            broken |= {span["document_id"] for span in itertools.compress(some, (~good).tolist())}
         for document_id in broken:
             self.forget(document_id)
             row = draft.documents.pop(document_id)
-            draft.reject(row, f"the memory of `{row.place}` must be finite and fit into {name}. Check its text.")
-        kept = [span["document_id"] not in broken for span in usable]
-        draft.spans = list(itertools.compress(usable, kept))
-        return np.concatenate(codes)[kept] if draft.spans else np.empty((0, 0), np.uint8)
+            reason = f"the memory of `{row.place}` must be finite and fit into {self._codec_name}. Check its text."
+            draft.reject(row, reason)
+        return [pair for pair in usable if pair[0]["document_id"] not in broken]
+
+    @property
+    def _codec_name(self) -> str:
+        return self.codec if isinstance(self.codec, str) else self.codec.name
 
     def _memories(self, draft: ShardDraft, spans: Sequence[Mapping]) -> torch.Tensor:
         """(chunks, n, H) float32, NaN if a memory is not finite."""

@@ -7,6 +7,7 @@ server that has imported the package once; they open corpora by their paths.
 import json
 import multiprocessing
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,7 +121,7 @@ def named_files(corpus) -> set[str]:
 def assert_has_no_strays(corpus) -> None:
     """Every file is published, the list of rejected rows, or derived and in use."""
     found = files(corpus.folder)
-    published = {name for name in found if not name.startswith("index/")} - {"rejected.jsonl"}
+    published = {name for name in found if not name.startswith("index/")} - {"rejected.jsonl", "files.jsonl"}
     segments = {name.split("/")[2] for name in found if name.startswith("index/segments/")}
     assert published == named_files(corpus) and segments == {segment.key for segment in corpus.snapshot.segments}
     assert not [name for name in found if "partial" in name or name.endswith((".pid", ".ids", ".tmp"))]
@@ -133,12 +134,15 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def damage(path: Path, kind: str) -> None:
-    """Make a file missing, empty, cut to its half, short by some bytes, or flip one of its bits."""
+    """Make a file missing, or put its half, a part of it or other bytes in its place; else `kind` is the new text."""
     data = path.read_bytes()
+    middle = len(data) // 2
+    contents = {"empty": b"", "cut": data[:middle], "short": data[:-7], "longer": data + b"\0"}
+    contents["flipped"] = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+    contents["garbage"] = random.Random(0).randbytes(len(data) + 9)
     path.unlink()
     if kind != "missing":
-        flipped = data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
-        path.write_bytes({"empty": b"", "cut": data[: len(data) // 2], "short": data[:-7], "flipped": flipped}[kind])
+        path.write_bytes(contents.get(kind, kind.encode()))
 
 
 # --- what a corpus holds ---------------------------------------------------------------------------------------------
