@@ -154,7 +154,7 @@ def _find_remote(location: str) -> tuple[bool, list[InputFile]]:
             f"{location} needs fsspec: pip install fsspec, or the extra `corpus` from a clone of the repository."
         ) from error
     fs, root = url_to_fs(location)  # names a package that it lacks, such as s3fs
-    is_folder = not fs.isfile(root)
+    is_folder = location.endswith("/") or not fs.isfile(root)  # of HTTP every address is a file
     found = fs.find(root, detail=True) if is_folder else {root: fs.info(root)}
     if not found:
         raise FileNotFoundError(f"`documents` must be a file or a folder, found none at {location}. Check it.")

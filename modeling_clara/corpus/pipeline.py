@@ -234,12 +234,6 @@ class ShardPipeline:
 
     def _encode(self, draft: ShardDraft) -> np.ndarray:
         """(chunks, row_bytes) uint8; documents without a usable memory are rejected."""
-<<<<<<< HEAD
-        codes, usable, broken = [], [], set()
-        for start in range(0, len(draft.spans), COMPRESSED_SPANS):
-            spans = draft.spans[start : start + COMPRESSED_SPANS]
-            memory = self._memories(draft, spans)
-=======
         compressed = {span["document_id"] for span in draft.spans if "memory" not in span}
         usable = self._usable(draft, draft.spans)
         if len(compressed) > 1 and not compressed & draft.documents.keys():
@@ -267,7 +261,6 @@ class ShardPipeline:
         for start in range(0, len(spans), COMPRESSED_SPANS):
             some = spans[start : start + COMPRESSED_SPANS]
             memory = self._memories(draft, some)
->>>>>>> house-TC
             good = memory.isfinite().flatten(1).all(-1)
             if isinstance(self.codec, str) and good.any():
                 self.codec = fit_codec(self.codec, memory[good])

@@ -47,6 +47,10 @@ def good(source) -> list[dict]:
     return [row.document for row in source if row.document is not None]
 
 
+def without_ids(documents: list[dict]) -> list[dict]:
+    return [{name: value for name, value in document.items() if name != "id"} for document in documents]
+
+
 def problems(source) -> dict[str, str]:
     found = {row.place: row.problem for row in source if row.document is None}
     assert all(place in problem for place, problem in found.items())
@@ -74,9 +78,6 @@ INPUTS = {
     "path as text": lambda path: str(parquet(path / "rows.parquet", ROWS)),
     "folder": lambda path: (
         parquet(path / "in/0.parquet", ROWS[:2]) and parquet(path / "in/deep/1.parquet", ROWS[2:]).parents[1]
-    ),
-    "folder with a README": lambda path: (
-        write(path / "in" / "README.md", b"# Data") and write(path / "in" / "rows.jsonl", lines(*ROWS)).parent
     ),
     "Dataset": lambda path: Dataset.from_list(ROWS),
     "IterableDataset": lambda path: Dataset.from_list(ROWS).to_iterable_dataset(),
@@ -107,22 +108,31 @@ def test_another_input_is_described_otherwise(tmp_path):
     assert DocumentSource(ROWS).description != DocumentSource(iter(ROWS)).description
 
 
-def test_a_folder_of_texts_names_documents_by_their_path_and_problems_by_their_file(tmp_path):
-    texts = {"b.txt": "Zwölf.\n", "a_first note.md": "One.", "deep/er/C.TXT": "Three.", "ignored.pdf": "%PDF"}
+def test_a_folder_names_documents_by_their_path_and_accounts_for_every_file(tmp_path):
+    texts = {"b.txt": "Zwölf.\n", "a_first note.md": "One.", "deep/er/C.TXT": "Three.", "broken.pdf": "%PDF"}
     texts |= {"sub/latin.txt": "Düsseldorf".encode("latin-1"), "empty.txt": "", "blank.md": " \n\t\n"}
-    for name, text in {**texts, "utf16.txt": "text".encode("utf-16")}.items():
+    texts |= {".git/config": "[core]", ".ipynb_checkpoints/b-checkpoint.md": "old", "program.exe": "MZ"}
+    for name, text in {**texts, "utf16.txt": "text".encode("utf-16"), "d.jsonl": lines({"text": "row"})}.items():
         write(tmp_path / name, text if isinstance(text, bytes) else text.encode())
     source = DocumentSource(tmp_path)
+    named = {"a_first note.md": "One.", "b.txt": "Zwölf.\n", "deep/er/C.TXT": "Three."}
+    named |= {"sub/latin.txt": "Düsseldorf", "utf16.txt": "text"}
+    titles = ["a first note", "b", "C", "latin", "utf16"]
     documents = [
-        {"id": "a_first note.md", "title": "a first note", "text": "One."},
-        {"id": "b.txt", "title": "b", "text": "Zwölf.\n"},
-        {"id": "deep/er/C.TXT", "title": "C", "text": "Three."},
+        {"id": name, "title": title, "text": text, "path": name}
+        for (name, text), title in zip(named.items(), titles, strict=True)
     ]
-    assert good(source) == documents and good(DocumentSource(tmp_path / "b.txt")) == documents[1:2]
-    found = problems(source)
-    assert set(found) == {"blank.md", "empty.txt", "sub/latin.txt", "utf16.txt"} and "UTF-8" in found["sub/latin.txt"]
-    assert found["empty.txt"] == "`empty.txt` is empty" and found["blank.md"] == "`blank.md` is empty"
-    assert [row.index for row in source] == [*range(7)] and source.length == 7
+    assert [document for document in good(source) if "path" in document] == documents
+    assert {"id": "d.jsonl:1", "text": "row"} in good(source)
+    assert good(DocumentSource(tmp_path / "b.txt")) == documents[1:2]
+    statuses = {row.place: row.status for row in source if row.document is None}
+    assert statuses == {
+        **{".git/": "skipped", ".ipynb_checkpoints/": "skipped", "program.exe": "unsupported"},
+        **{"broken.pdf": "failed", "empty.txt": "empty", "blank.md": "empty"},
+    }
+    assert problems(source)["empty.txt"] == "`empty.txt` is empty." and ".pdf" in problems(source)["broken.pdf"]
+    assert [row.index for row in source] == [*range(12)]
+    assert {row.file for row in source} == {file.name for file in source.files}
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
@@ -148,14 +158,16 @@ def test_a_bad_line_is_a_problem_with_its_file_and_number(tmp_path, name):
     }
     content = lines({"text": "first"}, b" ", *bad, b'"a bare text"', b'{"text": "a", "text": "last"}')
     source = DocumentSource(write(tmp_path / name, gzip.compress(content) if name.endswith("gz") else content))
-    assert good(source) == [{"text": "first"}, {"text": "a bare text"}, {"text": "last"}]
+    assert without_ids(good(source)) == [{"text": "first"}, {"text": "a bare text"}, {"text": "last"}]
+    assert [document["id"] for document in good(source)] == [row.place for row in source if row.document]
     found = problems(source)
     assert list(found) == [f"{name}:{number}" for number in range(3, 3 + len(bad))]
     for reason, expected in zip(found.values(), bad.values(), strict=True):
         assert expected in reason
     assert [row.index for row in source] == list(range(len(bad) + 3))
     for empty in (b"", gzip.compress(b"")):
-        assert list(DocumentSource(write(tmp_path / f"empty.jsonl{'.gz' if empty else ''}", empty))) == []
+        path = write(tmp_path / f"empty.jsonl{'.gz' if empty else ''}", empty)
+        assert [row.status for row in DocumentSource(path)] == ["empty"]
 
 
 def test_a_bad_entry_of_a_list_is_a_problem_with_its_number():
@@ -196,14 +208,17 @@ def damaged() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("name", "content"), damaged().items(), ids=list(damaged()))
-def test_a_damaged_file_is_an_error_that_names_it(name, content, tmp_path):
+def test_a_damaged_file_is_an_error_that_names_it_and_in_a_folder_one_problem(name, content, tmp_path):
     taken, path = [], write(tmp_path / "in" / name, content)
     parquet(tmp_path / "in" / "a.parquet", ROWS)
-    for documents in (path, *([path.parent] if path.suffix == ".parquet" else [])):
+    found = problems(DocumentSource(path.parent))
+    assert [*found] == [name] and len(good(DocumentSource(path.parent))) >= 3
+    if content:
         with pytest.raises(ValueError, match=re.escape(name)):
-            taken.extend(DocumentSource(documents))
+            taken.extend(DocumentSource(path))
     if name == "cut.jsonl.gz":  # the rows before the cut are not lost
-        assert len(taken) > 100 and taken[0].document == {"text": "text 0 " * 20}
+        assert len(taken) > 100 and taken[0].document["text"] == "text 0 " * 20
+        assert f"after {len(taken)} parts" in found[name]
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -233,16 +248,16 @@ def test_a_schema_tells_the_types(tmp_path):
     columns = {"year": pa.array([1], pa.int16()), "tags": [["x"]], "none": pa.nulls(1, pa.float32())}
     table = pa.table({"body": ["a"], "url": ["u"], **columns, "n_tokens": [5], "memory": [b""]})
     source = DocumentSource(parquet(tmp_path / "a.parquet", table), text_column="body", id_column="url")
-    types = source.metadata_types()
+    types = source.scan().stored()
     assert list(types) == ["year", "tags", "none"]
     assert types["year"] == pa.int16() and types["none"] == pa.float32() and types["tags"].value_type == pa.string()
     features = Features({"text": Value("string"), "year": Value("int32"), "lang": Value("large_string")})
     dataset = Dataset.from_dict({"text": ["a"], "year": [1], "lang": [None]}, features=features)
     expected = {"year": pa.int32(), "lang": pa.large_string()}
-    assert DocumentSource(dataset).metadata_types() == expected
-    assert DocumentSource(dataset.to_iterable_dataset()).metadata_types() == expected
+    assert DocumentSource(dataset).scan().stored() == expected
+    assert DocumentSource(dataset.to_iterable_dataset()).scan().stored() == expected
     for untold in (ROWS, iter(ROWS), write(tmp_path / "a.jsonl", lines(*ROWS))):
-        assert DocumentSource(untold).metadata_types() is None
+        assert DocumentSource(untold).scan().stored() == {"year": pa.int64()}
 
 
 TEXT, TEXTS = pa.string(), pa.list_(pa.string())
@@ -302,12 +317,7 @@ def test_a_path_that_leads_nowhere_is_an_error(tmp_path, monkeypatch):
             DocumentSource(missing)
 
 
-def test_files_of_other_kinds_are_an_error_that_lists_ours(tmp_path):
-    with pytest.raises(ValueError, match=r"`documents` must be a .txt, .*table\.csv.*Convert it"):
-        DocumentSource(write(tmp_path / "in" / "table.csv", b"a,b"))
-    with pytest.raises(ValueError, match=r"found none in .*Name another"):
-        DocumentSource(tmp_path / "in")
-    write(tmp_path / "b.jsonl", lines({"text": "b"}))
-    write(tmp_path / "a.txt", b"a")
-    with pytest.raises(ValueError, match=r"\.jsonl"):  # no file of a folder is left out without a word
-        DocumentSource(tmp_path)
+def test_files_of_other_kinds_alone_are_an_error_that_lists_ours(tmp_path):
+    for documents in (write(tmp_path / "in" / "program.exe", b"MZ"), tmp_path / "in"):
+        with pytest.raises(ValueError, match=r"`documents` must be .*\.pdf.*got program\.exe in .*Convert them"):
+            DocumentSource(documents)
