@@ -1,158 +1,133 @@
-"""Holds the loopback Hub against the unmodified client: uploads, listings, refusals, ranges, races and faults.
+"""Holds the loopback Hub against the unmodified client: what goes up comes down, and what is refused, how.
 It stands before every test that publishes or downloads through that Hub: if it fails, they prove nothing.
 It does not know the real Hub: that the refusals here are those of huggingface.co is taken from the client's own code.
 """
 
-import http.client
-import json
-import os
-import subprocess
-import sys
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import closing
+import hashlib
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
-from hub_client import FOLDER, WEIGHTS, digest
-from hub_server import Failure, HubServer
+from hub_server import Failure
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 
-CLIENT = Path(__file__).parents[1] / "hub_client.py"
+# huggingface_hub 2.4 uploads in a way that its own HTTP client calls deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")
 
-
-class Session(NamedTuple):
-    """A client's whole run: the server it spoke to and what it saw."""
-
-    hub: HubServer
-    seen: dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
-    """Runs `client` once in a process of its own, because HF_ENDPOINT is read at the import."""
-    home = tmp_path_factory.mktemp("home")
-    with HubServer() as hub:
-        hub.failures += [
-            Failure("/loopback/cut/resolve/", method="GET"),
-            Failure("/api/models/loopback/busy/preupload/", status=503),
-            Failure("/api/models/loopback/broken/commit/", status=501, times=2),
-        ]
-        environment = {**os.environ, **hub.environment(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        command = [sys.executable, str(CLIENT), str(home)]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert run.returncode == 0, run.stderr
-        yield Session(hub, json.loads(run.stdout))
-
-
-MISSING, NO_REPO = ["RemoteEntryNotFoundError", 404, "EntryNotFound"], ["RepositoryNotFoundError", 404, "RepoNotFound"]
-SEEN = {
-    "commit": {"files": [".gitattributes", "README.md", "b.safetensors", "config.json"], "config": '{"a": 2}'},
-    "refs": {  # tags pin, branches move
-        **{"tagged": '{"a": 1}', "short_id": '{"a": 1}', "branch": '{"a": 3}'},
-        "refs": [["dev/x", "main"], ["v1.0"]],
-        "tag_again": ["HfHubHTTPError", 409, None],
-        "after_deleting": [["main"], []],
-    },
-    "race": {"stale": ["HfHubHTTPError", 412, None], "unmoved": True},
-    "missing": {
-        **{"revision": ["RevisionNotFoundError", 404, "RevisionNotFound"], "route": ["HfHubHTTPError", 501, None]},
-        **{"entry": MISSING, "folder": MISSING, "deletion": MISSING, "repo": NO_REPO, "deleted_repo": NO_REPO},
-    },
-    "ranges": {
-        **{"middle": WEIGHTS[1000:1016].hex(), "end": WEIGHTS[-16:].hex()},
-        **{"ls": ["datasets/loopback/data/train"], "size": len(WEIGHTS)},
-        "exact": [206, f"bytes 10-19/{len(WEIGHTS)}", WEIGHTS[10:20].hex()],
-        "beyond": ["HfHubHTTPError", 416, None],
-    },
-    "private": {
-        **{"with_token": '{"secret": 1}', "is_private": True},
-        **{f"{thing}_without_token": [NO_REPO[0], 401, NO_REPO[2]] for thing in ("info", "file")},
-        **{f"{thing}_with_wrong_token": NO_REPO for thing in ("info", "file")},
-    },
-    "token": {
-        "name": "loopback",
-        "create_without": ["HfHubHTTPError", 401, None],
-        "commit_with_wrong": ["HfHubHTTPError", 403, None],
-    },
-    "faults": {
-        **{"cut": digest(WEIGHTS), "busy": True, "broken": [["HfHubHTTPError", 501, None]] * 2},
-        "broken_titles": ["at the third attempt", "initial commit"],  # a refused commit leaves no trace
-    },
+API = HfApi()
+WEIGHTS = bytes(range(256)) * 1200  # 300 kB, each byte known by its place
+FOLDER = {
+    "config.json": b'{"a": 1}',
+    "README.md": b"---\nlicense: mit\n---\n# A card\n",
+    "data/x/weights.bin": WEIGHTS,
 }
 
 
-@pytest.mark.parametrize("name", SEEN)
-def test_the_client_sees(session, name: str):
-    assert {key: session.seen[name][key] for key in SEEN[name]} == SEEN[name]
+def commit(repo: str, title: str = "a title", **options):
+    """Commits `files` (path to content) and deletes the paths `gone`."""
+    changes = [CommitOperationAdd(path, content) for path, content in options.pop("files", {}).items()]
+    changes += [CommitOperationDelete(path) for path in options.pop("gone", ())]
+    return API.create_commit(repo, changes, commit_message=title, **options)
 
 
-def test_the_client_gets_over_faults(session):
-    requests = session.hub.requests
-    assert requests.count(("GET", "/loopback/cut/resolve/main/weights.bin")) == 2  # the second one for the rest
-    assert requests.count(("POST", "/api/models/loopback/busy/preupload/main")) == 2
+def read(repo: str, revision: str | None = None, path: str = "config.json", **options) -> str:
+    return Path(hf_hub_download(repo, path, revision=revision, **options)).read_text()
 
 
-def test_upload_folder_is_one_commit_and_downloads_equal(session):
-    seen, top = session.seen["folder"], [".gitattributes", "README.md", "config.json", "data"]
-    assert seen["url"] == f"{session.hub.url}/loopback/model" == seen["exist_ok"]
-    assert seen["again"] == ["HfHubHTTPError", 409, None]
-    assert seen["titles"] == ["the folder", "initial commit"]
-    assert seen["snapshot"] == {path: digest(content) for path, content in FOLDER.items()}
-    assert seen["lfs"] == ["data/x/weights.bin"] and seen["top"] == top
-    assert seen["listing"] == [*top, "data/x", "data/x/weights.bin"]
-    assert seen["unchanged"] == seen["commit"]  # the client found every file there already
+def titles(repo: str, **options) -> list[str]:
+    return [entry.title for entry in API.list_repo_commits(repo, **options)]
 
 
-def test_large_files_go_to_lfs_and_small_ones_to_git(session):
-    uploads = [path for method, path in session.hub.requests if method == "PUT"]
-    assert f"/lfs/{digest(WEIGHTS)}" in uploads and f"/lfs/{digest(FOLDER['config.json'])}" not in uploads
-    assert len(uploads) == len(set(uploads))  # no object twice
-    assert session.hub.blobs[digest(WEIGHTS)] == WEIGHTS
+def test_a_folder_goes_up_in_one_commit_and_files_are_deleted_in_another(hub, tmp_path):
+    """Large files go to LFS, each once, and small ones to git."""
+    repo, start = "served/folder", len(hub.requests)
+    for path, content in FOLDER.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(content)
+    assert API.create_repo(repo) == f"{hub.url}/{repo}" == API.create_repo(repo, exist_ok=True)
+    upload = {"repo_id": repo, "folder_path": tmp_path, "commit_message": "the folder"}
+    made = API.upload_folder(**upload).oid
+    assert API.upload_folder(**upload).oid == made  # the client found every file there already
+    assert {path: Path(hf_hub_download(repo, path)).read_bytes() for path in FOLDER} == FOLDER
+    items, top = list(API.list_repo_tree(repo, recursive=True)), [".gitattributes", "README.md", "config.json", "data"]
+    assert [item.path for item in API.list_repo_tree(repo)] == top
+    assert [item.path for item in items] == [*top, "data/x", "data/x/weights.bin"]
+    assert [item.path for item in items if isinstance(item, RepoFile) and item.lfs] == ["data/x/weights.bin"]
+    sent = [path for method, path in hub.requests[start:] if method == "PUT"]
+    assert sent == [f"/lfs/{hashlib.sha256(WEIGHTS).hexdigest()}"]
+    commit(repo, "less", files={"a.json": b"{}"}, gone=["data/", "config.json"])
+    assert sorted(API.list_repo_files(repo)) == [".gitattributes", "README.md", "a.json"]
+    assert titles(repo) == ["less", "the folder", "initial commit"]
 
 
-def test_a_pull_request_leaves_main_as_it_was(session):
-    seen = session.seen["pull_request"]
-    assert seen["url"] == f"{session.hub.url}/datasets/loopback/asked/discussions/1" and seen["ref"] == "refs/pr/1"
-    assert seen["on_main"] == [".gitattributes"] and seen["titles_of_main"] == ["initial commit"]
-    assert seen["asked"] == ["A title", "Some words", "two\n"] and seen["listed"] == [
-        [1, "A title", seen["url"], "open"]
-    ]
-    assert seen["refs"] == ["refs/pr/1", "refs/pr/2"] and seen["second"] == ["a.txt"]
-    assert seen["without_token"] == ["HfHubHTTPError", 401, None]
+def test_a_pull_request_leaves_main_as_it_was(hub):
+    """Two of them, each of which starts from main."""
+    repo, kind = "served/asked", {"repo_type": "dataset"}
+    API.create_repo(repo, **kind)
+    options = {"create_pr": True, **kind}
+    made = commit(repo, "A title", files={"x/b.txt": b"two\n"}, commit_description="Some words", **options)
+    second = commit(repo, "Another", files={"a.txt": b"a"}, **options)
+    assert made.pr_url == f"{hub.url}/datasets/{repo}/discussions/1" and made.pr_revision == "refs/pr/1"
+    assert API.list_repo_files(repo, **kind) == [".gitattributes"] and titles(repo, **kind) == ["initial commit"]
+    newest = API.list_repo_commits(repo, revision=made.pr_revision, **kind)[0]
+    assert (newest.title, newest.message) == ("A title", "Some words")
+    assert read(repo, "refs/pr/1", "x/b.txt", **kind) == "two\n"
+    found = next(API.get_repo_discussions(repo, **kind))
+    assert (found.num, found.title, found.url, found.status) == (1, "A title", made.pr_url, "open")
+    refs = API.list_repo_refs(repo, include_pull_requests=True, **kind).pull_requests
+    assert [ref.ref for ref in refs] == ["refs/pr/1", "refs/pr/2"]
+    assert sorted(API.list_repo_files(repo, revision=second.pr_revision, **kind)) == [".gitattributes", "a.txt"]
 
 
-def test_servers_share_nothing():
-    with HubServer("hf_one") as one, HubServer("hf_two") as two:
-        assert status(one, "POST", "/api/repos/create", "hf_one", {"name": "x"}) == (200, None)
-        assert status(one, "GET", "/api/models/loopback/x", None) == (200, None)
-        assert status(two, "GET", "/api/models/loopback/x", "hf_two") == (404, "RepoNotFound")
-        assert status(two, "POST", "/api/repos/create", "hf_one", {"name": "x"}) == (403, None)
-        assert len(one.requests) == 2 and len(two.requests) == 2 and not two.repos
-    with pytest.raises(urllib.error.URLError):
-        status(one, "GET", "/api/models/loopback/x", None)
+@pytest.fixture(scope="module")
+def repo() -> str:
+    """With a tag, a file, and a private repo beside it."""
+    for name, private in (("served/repo", False), ("served/private", True)):
+        API.create_repo(name, private=private)
+        commit(name, files={"config.json": b"{}"})
+    API.create_tag("served/repo", tag="v1.0")
+    assert read("served/private") == "{}" == read("served/repo", "v1.0")
+    return "served/repo"
 
 
-def test_stopped_server_answers_no_open_connection():
-    with HubServer() as hub:
-        connection = http.client.HTTPConnection("127.0.0.1", hub.server_port, timeout=5)
-        connection.request("POST", "/api/validate-yaml", body="{}")
-        assert json.loads(connection.getresponse().read()) == {"errors": [], "warnings": []}
-    with closing(connection), pytest.raises(ConnectionError):
-        connection.request("POST", "/api/validate-yaml", body="{}")
-        connection.getresponse()
+MISSING, NO_REPO = ("RemoteEntryNotFoundError", "EntryNotFound"), ("RepositoryNotFoundError", "RepoNotFound")
+ANY, CHANGE = ("HfHubHTTPError", None), {"files": {"x": b"x"}}
 
 
-def status(hub: HubServer, method: str, path: str, token: str | None, body: dict | None = None) -> tuple:
-    """Asks without the client; returns the status and the error code."""
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    data = json.dumps(body).encode() if body else None
-    request = urllib.request.Request(hub.url + path, data=data, headers=headers, method=method)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=5) as response:
-            return response.status, response.headers["X-Error-Code"]
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.headers["X-Error-Code"]
+@pytest.mark.parametrize(
+    ("call", "status", "expected"),
+    [
+        (lambda repo: read(repo, "v9"), 404, ("RevisionNotFoundError", "RevisionNotFound")),
+        (lambda repo: read(repo, path="none.json"), 404, MISSING),
+        (lambda repo: list(API.list_repo_tree(repo, "none")), 404, MISSING),
+        (lambda repo: commit(repo, gone=["none"]), 404, MISSING),
+        (lambda repo: read("served/none"), 404, NO_REPO),
+        (lambda repo: API.model_info("served/private", token=False), 401, NO_REPO),
+        (lambda repo: API.model_info("served/private", token="hf_wrong"), 404, NO_REPO),
+        (lambda repo: API.create_repo("served/free", token=False), 401, ANY),
+        (lambda repo: commit(repo, token="hf_wrong", **CHANGE), 403, ANY),
+        (lambda repo: commit(repo, token=False, create_pr=True, **CHANGE), 401, ANY),
+        (lambda repo: commit(repo, parent_commit=API.list_repo_commits(repo)[-1].commit_id, **CHANGE), 412, ANY),
+        (lambda repo: API.create_repo(repo), 409, ANY),
+        (lambda repo: API.create_tag(repo, tag="v1.0"), 409, ANY),
+        (lambda repo: API.get_collection(repo), 501, ANY),
+    ],
+)
+def test_a_refusal_has_its_status_and_changes_nothing(repo, call, status, expected):
+    with pytest.raises(HfHubHTTPError) as caught:
+        call(repo)
+    response = caught.value.response
+    assert response.status_code == status
+    assert (type(caught.value).__name__, response.headers.get("X-Error-Code")) == expected
+    assert titles(repo) == ["a title", "initial commit"]
+
+
+def test_the_client_gets_over_an_answer_cut_short_and_a_busy_server(hub):
+    repo, start = "served/faults", len(hub.requests)
+    weights, preupload = f"/{repo}/resolve/main/w.bin", f"/api/models/{repo}/preupload/main"
+    hub.failures += [Failure(weights, method="GET"), Failure(preupload, status=503)]
+    API.create_repo(repo)
+    commit(repo, files={"w.bin": WEIGHTS})
+    assert Path(hf_hub_download(repo, "w.bin")).read_bytes() == WEIGHTS
+    assert hub.requests[start:].count(("GET", weights)) == 2  # the second one for the rest
+    assert hub.requests[start:].count(("POST", preupload)) == 2
