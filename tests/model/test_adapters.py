@@ -80,9 +80,6 @@ def test_checkpointing_without_the_context_does_not_pass_unnoticed(model):
     model.backbone.activation_checkpointing_enable({"use_reentrant": False})
     with pytest.raises(CheckpointError):
         gradients(model, batch_for(model, query=False))
-
-
-def test_reentrant_checkpointing_is_refused(model):
     with pytest.raises(ValueError, match="use_reentrant.*must be False"):
         model.activation_checkpointing_enable({"use_reentrant": True})
 
@@ -99,18 +96,16 @@ def test_each_role_trains_alone(model, role):
     assert changed == wanted | ({"memory_embeddings", "separator_embedding"} if role == "compressor" else set())
 
 
-@pytest.mark.parametrize("role", ROLES)
-def test_the_switch_computes_what_set_adapter_computes(shared_model, role):
+@pytest.mark.parametrize("role", [*ROLES, None])
+def test_the_switch_computes_what_set_adapter_computes(shared_model, backbone_folder, role):
+    """And without a role what the plain backbone does."""
     reference = copy.deepcopy(shared_model.backbone)
-    set_adapter(reference, role)
+    if role is None:
+        reference = AutoModelForCausalLM.from_pretrained(backbone_folder)
+    else:
+        set_adapter(reference, role)
     with torch.no_grad(), shared_model.roles.use(role):
         assert torch.equal(shared_model.backbone(IDS).logits, reference(IDS).logits)
-
-
-def test_without_a_role_the_backbone_is_plain(shared_model, backbone_folder):
-    plain = AutoModelForCausalLM.from_pretrained(backbone_folder)
-    with torch.no_grad(), shared_model.roles.use(None):
-        assert torch.equal(shared_model.backbone(IDS).logits, plain(IDS).logits)
 
 
 def test_a_role_is_restored_after_an_exception(model):

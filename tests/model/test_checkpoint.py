@@ -3,7 +3,6 @@
 The Hub is in test_hub_loading.py, what is wrong with a folder in test_checkpoint_faults.py.
 """
 
-import ast
 import copy
 import json
 import re
@@ -16,17 +15,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from test_hub_loading import contents, observe, observe_clean_process
 from tiny import DOCUMENTS, QUESTIONS, randomize_adapters, save_backbone
-from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, TorchAoConfig
 
 import modeling_clara
 from modeling_clara import ROLES, CLaRaConfig, CLaRaForRAG, CLaRaProcessor
 from modeling_clara.backbone_clara import backbone_digests
 
-CODE = {
-    f"{name}_clara.py"
-    for name in "adapters backbone candidates checkpoint codecs configuration corpus files generation index lexical "
-    "manifest memory modeling packing passes processing prompting retrieval search snapshot storage text".split()
-}
+CODE = {path.name for path in Path(modeling_clara.__file__).parent.glob("*_clara.py")}
 WEIGHTS = {"clara.safetensors", *(f"{role}/adapter_model.safetensors" for role in ROLES)}
 JSON = {"config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"} | {
     f"{role}/adapter_config.json" for role in ROLES
@@ -40,21 +35,8 @@ def test_the_folder_has_exactly_the_files_of_the_layout(checkpoint):
     assert set(contents(checkpoint)) == CODE | WEIGHTS | JSON | {"README.md", "chat_template.jinja"}
 
 
-def test_the_code_that_travels_is_the_import_closure_of_the_registered_classes():
-    package = Path(modeling_clara.__file__).parent
-    todo = [path.name for path in package.glob("*.py") if "register_for_auto_class(" in path.read_text()]
-    found = set()
-    while todo:
-        if (name := todo.pop()) not in found:
-            found.add(name)
-            nodes = ast.walk(ast.parse((package / name).read_text()))
-            todo += [f"{node.module}.py" for node in nodes if isinstance(node, ast.ImportFrom) and node.level]
-    assert found == CODE
-
-
-def test_weights_are_special_rows_and_lora_only(checkpoint, shared_model):
-    rows = load_file(checkpoint / "clara.safetensors")
-    shapes = {name: tuple(tensor.shape) for name, tensor in rows.items()}
+def test_weights_are_memory_token_embeddings_and_lora_only(checkpoint, shared_model):
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(checkpoint / "clara.safetensors").items()}
     assert shapes == {"memory_embeddings": (4, 32), "separator_embedding": (1, 32)}
     for role in ROLES:
         names = list(load_file(checkpoint / role / "adapter_model.safetensors"))
@@ -94,10 +76,15 @@ def test_saving_over_a_checkpoint_keeps_its_card_and_removes_what_is_stale(model
     assert old == new and "chat_template.jinja" not in new
 
 
-def test_everything_comes_back_equal_also_without_the_file_of_the_chat_template(checkpoint_copy, shared_model):
+@pytest.mark.parametrize("auto_class", [CLaRaForRAG, AutoModel])
+def test_everything_comes_back_equal_also_without_the_file_of_the_chat_template(
+    checkpoint_copy, shared_model, auto_class
+):
+    """The Auto classes know the package without remote code."""
     (checkpoint_copy / "chat_template.jinja").unlink()
-    loaded = CLaRaForRAG.from_pretrained(checkpoint_copy)
+    loaded = auto_class.from_pretrained(checkpoint_copy)
     assert observe(loaded) == observe(shared_model) and not loaded.training
+    assert type(loaded) is CLaRaForRAG and type(AutoProcessor.from_pretrained(checkpoint_copy)) is CLaRaProcessor
 
 
 def test_the_fingerprint_ignores_dtype_merging_and_random_state(checkpoint, shared_model):
@@ -162,26 +149,17 @@ def test_an_included_backbone_needs_no_other_folder(tmp_path, tied):
 
 def test_dtype_is_float32_on_cpu_whatever_the_backbone_was_saved_in(checkpoint, backbone_folder, tmp_path):
     AutoModelForCausalLM.from_pretrained(backbone_folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
-
-    def dtypes(**keywords):
+    devices = [{"device_map": value} for value in (None, "cpu", {"": "cpu"}, torch.device("cpu"))]
+    for keywords in (*devices, {"dtype": "auto"}):
         model = CLaRaForRAG.from_pretrained(checkpoint, backbone=tmp_path, **keywords)
-        return {parameter.dtype for parameter in model.parameters()}
-
-    for device_map in (None, "cpu", {"": "cpu"}, torch.device("cpu")):
-        assert dtypes(device_map=device_map) == {torch.float32}
-    assert dtypes(dtype="auto") == {torch.bfloat16}
+        wanted = torch.bfloat16 if "dtype" in keywords else torch.float32
+        assert {parameter.dtype for parameter in model.parameters()} == {wanted}
 
 
 @pytest.mark.parametrize("auto_class", [CLaRaForRAG, AutoModel])
 @pytest.mark.parametrize(
     "keywords, tolerance",
-    [
-        ({"device_map": "cpu"}, 0.0),
-        ({"attn_implementation": "eager"}, 1e-4),
-        ({"attn_implementation": "sdpa"}, 0.0),
-        ({"dtype": "bfloat16"}, 0.2),
-        ({"torch_dtype": torch.bfloat16}, 0.2),
-    ],
+    [({"attn_implementation": "eager"}, 1e-4), ({"dtype": "bfloat16"}, 0.2), ({"torch_dtype": torch.bfloat16}, 0.2)],
 )
 def test_loader_keywords_reach_the_backbone(checkpoint, shared_model, auto_class, keywords, tolerance):
     model = auto_class.from_pretrained(checkpoint, **keywords)
@@ -195,8 +173,6 @@ def test_loader_keywords_reach_the_backbone(checkpoint, shared_model, auto_class
 @pytest.mark.parametrize("auto_class", [CLaRaForRAG, AutoModel])
 def test_a_quantised_backbone_loads_and_saves_its_adapters(checkpoint, shared_model, tmp_path, caplog, auto_class):
     torchao = pytest.importorskip("torchao.quantization")
-    from transformers import TorchAoConfig
-
     quantization = TorchAoConfig(torchao.Int8WeightOnlyConfig())
     model = auto_class.from_pretrained(checkpoint, quantization_config=quantization)
     assert backbone_digests(model.backbone)["layer_signs"] is None
@@ -238,15 +214,6 @@ def test_a_deep_copy_is_independent(shared_model):
         assert observe(shared_model) == before
     assert other.fingerprint != before["fingerprint"]
     assert not torch.allclose(other.compress(DOCUMENTS), torch.tensor(before["memory"]), atol=1e-2)
-
-
-# --- Auto classes ----------------------------------------------------------------------------------------------------
-
-
-def test_auto_classes_know_the_package_without_remote_code(checkpoint, shared_model):
-    model = AutoModel.from_pretrained(checkpoint)
-    assert type(model) is CLaRaForRAG and type(AutoProcessor.from_pretrained(checkpoint)) is CLaRaProcessor
-    assert observe(model) == observe(shared_model)
 
 
 def test_a_clean_process_loads_a_folder_with_remote_code_and_saves_it_again(shared_windows, tmp_path, hub):
