@@ -1,14 +1,14 @@
 """`retrieve` and what `answer` reads of it, against cosines computed here: ties, sizes, spans, stored memories."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from readings import ExactScan, corpus_documents, cosines, greedy_reference, random_texts, read_stream, texts
+from readings import ExactScan, corpus_documents, cosines, greedy_reference, random_texts, read_stream
 from tiny import DOCUMENTS, HIDDEN, QUESTIONS
 
-from modeling_clara import Answer, CLaRaForRAG
+from modeling_clara import Answer
+
+ABSTAINED = Answer("", [], None, abstained=True)
 
 
 @pytest.mark.parametrize("k", [2, 4])
@@ -43,16 +43,10 @@ def test_top_k_defaults_to_the_smaller_of_config_and_candidates(shared_model):
     assert lengths([DOCUMENTS[:1], DOCUMENTS]) == [1, 2]
 
 
-def test_lists_per_question_give_what_each_question_gives_alone(shared_model):
-    lists = [DOCUMENTS[:1], random_texts(7), DOCUMENTS[1:]]
-    questions = [*QUESTIONS, "Which?"]
-    together = shared_model.answer(questions, documents=lists, max_new_tokens=6)
-    for question, documents, found in zip(questions, lists, together, strict=True):
-        (alone,) = shared_model.answer([question], documents=documents, max_new_tokens=6)
-        assert alone.text == found.text
-        assert [source.document_id for source in alone.sources] == [source.document_id for source in found.sources]
-    shared = shared_model.retrieve(questions, documents=DOCUMENTS)
-    assert shared == shared_model.retrieve(questions, documents=[DOCUMENTS] * 3)
+def test_one_list_for_all_is_that_list_for_each(shared_model):
+    assert shared_model.retrieve(QUESTIONS, documents=DOCUMENTS) == shared_model.retrieve(
+        QUESTIONS, documents=[DOCUMENTS] * 2
+    )
 
 
 def test_a_document_counts_once_by_its_best_chunk_and_that_chunk_is_read(shared_model):
@@ -79,19 +73,12 @@ def test_ids_are_the_index_unless_a_document_has_one(shared_model):
     assert {source.text: source.document_id for source in row} == {"a": "0", "b": "7", "c": "x", "d": "3"}
 
 
-def test_min_score_keeps_what_reaches_it(shared_model):
-    (row,) = shared_model.retrieve(QUESTIONS[:1], documents=DOCUMENTS, top_k=4)
-    for n in range(1, 5):
-        kept = shared_model.retrieve(QUESTIONS[:1], documents=DOCUMENTS, top_k=4, min_score=row[n - 1].score)
-        assert kept == [row[:n]]
-
-
 @pytest.mark.parametrize("expand", [0, 1])
 def test_below_min_score_the_model_abstains_and_does_not_generate(shared_model, expand):
     options, generated = {"documents": DOCUMENTS, "expand": expand}, []
     hook = shared_model.backbone.register_forward_pre_hook(lambda *_: generated.append(1))  # not of the base model
     answers = shared_model.answer(QUESTIONS, min_score=1.1, **options)
-    assert answers == [Answer("", [], None, abstained=True)] * 2
+    assert answers == [ABSTAINED] * 2
     assert read_stream(shared_model.stream(QUESTIONS[0], min_score=1.1, **options)) == ([], answers[0])
     assert not generated
     best = [row[0].score for row in shared_model.retrieve(QUESTIONS, documents=DOCUMENTS)]
@@ -102,33 +89,30 @@ def test_below_min_score_the_model_abstains_and_does_not_generate(shared_model, 
     assert [answer.prompt_tokens == 0 for answer in one] == [answer.abstained for answer in one]
 
 
-def test_the_threshold_of_a_checkpoint_is_the_default_of_answering(model, checkpoint_copy):
+def test_the_threshold_of_a_checkpoint_is_the_default_of_answering(model):
     """`answer` and `stream` take it unless they are told another, -1 switches it off, `retrieve` does not know it."""
-    options = {"documents": DOCUMENTS, "max_new_tokens": 4}
-    assert model.config.min_score is None
-    before, ranked = model.answer(QUESTIONS, **options), model.retrieve(QUESTIONS, documents=DOCUMENTS)
-    best = max(row[0].score for row in ranked)
-    path = checkpoint_copy / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "min_score": best}))
-    loaded = CLaRaForRAG.from_pretrained(checkpoint_copy)
-    assert loaded.config.min_score == best and loaded.fingerprint == model.fingerprint
-    answers = loaded.answer(QUESTIONS, **options)
+    options, fingerprint = {"documents": DOCUMENTS, "max_new_tokens": 4}, model.fingerprint
+    smaller = {"retrieval_memory_size": 2, **options}  # the threshold is of other cosines
+    before, by_two = model.answer(QUESTIONS, **options), model.answer(QUESTIONS, **smaller)
+    ranked = model.retrieve(QUESTIONS, documents=DOCUMENTS)
+    model.config.min_score = best = max(row[0].score for row in ranked)
+    answers = model.answer(QUESTIONS, **options)
     kept = [row[0].score >= best for row in ranked]  # an answered question reads all of its sources
-    assert answers == [b if k else Answer("", [], None, abstained=True) for k, b in zip(kept, before, strict=True)]
-    assert loaded.answer(QUESTIONS, retrieval_memory_size=2, **options) == model.answer(
-        QUESTIONS, retrieval_memory_size=2, **options
-    )  # the threshold is of other cosines
-    assert sorted(answer.abstained for answer in answers) == [False, True]
-    for question, answer in zip(QUESTIONS, answers, strict=True):
-        assert read_stream(loaded.stream(question, **options))[1] == answer
-    assert loaded.retrieve(QUESTIONS, documents=DOCUMENTS) == ranked
-    assert loaded.answer(QUESTIONS, min_score=-1, **options) == before
-    assert read_stream(loaded.stream(QUESTIONS[0], min_score=-1, **options))[1] == before[0]
-    assert all(answer.abstained for answer in loaded.answer(QUESTIONS, min_score=1.1, **options))
+    assert answers == [b if k else ABSTAINED for k, b in zip(kept, before, strict=True)] and sorted(kept) == [0, 1]
+    assert [read_stream(model.stream(question, **options))[1] for question in QUESTIONS] == answers
+    assert model.answer(QUESTIONS, **smaller) == by_two
+    assert model.retrieve(QUESTIONS, documents=DOCUMENTS) == ranked and model.fingerprint == fingerprint
+    assert model.answer(QUESTIONS, min_score=-1, **options) == before
+    assert read_stream(model.stream(QUESTIONS[0], min_score=-1, **options))[1] == before[0]
+    assert model.answer(QUESTIONS, min_score=1.1, **options) == [ABSTAINED] * 2
 
 
-def test_min_score_of_minus_one_keeps_everything(shared_model):
+def test_min_score_keeps_what_reaches_it_and_minus_one_everything(shared_model):
     """Also a cosine that rounding has made smaller than -1."""
+    (row,) = shared_model.retrieve(QUESTIONS[:1], documents=DOCUMENTS, top_k=4)
+    for n in range(1, 5):
+        kept = shared_model.retrieve(QUESTIONS[:1], documents=DOCUMENTS, top_k=4, min_score=row[n - 1].score)
+        assert kept == [row[:n]]
     query = shared_model.encode_queries(QUESTIONS[:1], memory_size=4)[0]
     documents = [{"text": "opposite", "memory": -query}]
     (answer,) = shared_model.answer(QUESTIONS[:1], documents=documents, min_score=-1, max_new_tokens=2)
@@ -155,8 +139,8 @@ def test_stored_memories_give_what_computed_ones_give(shared_model):
     expected = shared_model.answer(QUESTIONS, documents=DOCUMENTS, top_k=3, max_new_tokens=8)
     for documents in (stored, [*stored[:2], *DOCUMENTS[2:]]):
         found = shared_model.answer(QUESTIONS, documents=documents, top_k=3, max_new_tokens=8)
-        assert texts(found) == texts(expected)
         for answer, wanted in zip(found, expected, strict=True):
+            assert answer.text == wanted.text
             assert [s.document_id for s in answer.sources] == [s.document_id for s in wanted.sources]
             assert [s.score for s in answer.sources] == pytest.approx([s.score for s in wanted.sources], abs=1e-5)
     assert {source.span for source in shared_model.retrieve(["q"], documents=stored, top_k=4)[0]} == {0, 1, 2, 3}
@@ -189,13 +173,12 @@ def test_a_corpus_gives_what_its_documents_give(shared_model, dtype):
     options = {"top_k": 3, "retrieval_memory_size": 2, "max_new_tokens": 8}
     expected = shared_model.answer(QUESTIONS, documents=documents, **options)
     found = shared_model.answer(QUESTIONS, corpus=corpus, **options)
-    assert [[s.document_id for s in a.sources] for a in found] == [
-        [s.document_id for s in a.sources] for a in expected
-    ]
-    assert found[0].sources[0].score == pytest.approx(expected[0].sources[0].score, abs=1e-5)
-    if dtype is np.float32:
-        assert texts(found) == texts(expected)
-    limit = found[0].sources[1].score
-    kept = shared_model.retrieve(QUESTIONS[:1], corpus=corpus, top_k=9, retrieval_memory_size=2, min_score=limit)
+    for mine, other in zip(found, expected, strict=True):
+        assert [source.document_id for source in mine.sources] == [source.document_id for source in other.sources]
+        assert mine.sources[0].score == pytest.approx(other.sources[0].score, abs=1e-5)
+        assert dtype is np.float16 or mine.text == other.text
+    kept = shared_model.retrieve(
+        QUESTIONS[:1], corpus=corpus, top_k=9, retrieval_memory_size=2, min_score=found[0].sources[1].score
+    )
     assert kept == [found[0].sources[:2]]
-    assert shared_model.answer(QUESTIONS, corpus=corpus, min_score=1.1)[1] == Answer("", [], None, abstained=True)
+    assert shared_model.answer(QUESTIONS, corpus=corpus, min_score=1.1)[1] == ABSTAINED
