@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_hub_loading import contents, observe, observe_clean_process
+from test_hub_loading import contents, observe
 from tiny import DOCUMENTS, QUESTIONS, randomize_adapters, save_backbone
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, TorchAoConfig
 
@@ -26,9 +26,6 @@ WEIGHTS = {"clara.safetensors", *(f"{role}/adapter_model.safetensors" for role i
 JSON = {"config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"} | {
     f"{role}/adapter_config.json" for role in ROLES
 }
-
-
-# --- what is written -------------------------------------------------------------------------------------------------
 
 
 def test_the_folder_has_exactly_the_files_of_the_layout(checkpoint):
@@ -52,9 +49,6 @@ def test_processor_files_hold_every_template_and_no_trace_of_where_they_came_fro
     template = shared_model.processor.tokenizer.chat_template
     assert (checkpoint / "chat_template.jinja").read_text() == tokenizer["chat_template"] == template
     assert not {"is_local", "local_files_only", "token"} & set(tokenizer)
-
-
-# --- coming back -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -144,9 +138,6 @@ def test_an_included_backbone_needs_no_other_folder(tmp_path, tied):
     assert observe(CLaRaForRAG.from_pretrained(tmp_path / "small", backbone=tmp_path / "whole/backbone")) == seen
 
 
-# --- keywords --------------------------------------------------------------------------------------------------------
-
-
 def test_dtype_is_float32_on_cpu_whatever_the_backbone_was_saved_in(checkpoint, backbone_folder, tmp_path):
     AutoModelForCausalLM.from_pretrained(backbone_folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
     devices = [{"device_map": value} for value in (None, "cpu", {"": "cpu"}, torch.device("cpu"))]
@@ -214,10 +205,3 @@ def test_a_deep_copy_is_independent(shared_model):
         assert observe(shared_model) == before
     assert other.fingerprint != before["fingerprint"]
     assert not torch.allclose(other.compress(DOCUMENTS), torch.tensor(before["memory"]), atol=1e-2)
-
-
-def test_a_clean_process_loads_a_folder_with_remote_code_and_saves_it_again(shared_windows, tmp_path, hub):
-    shared_windows.save_pretrained(tmp_path / "saved")
-    seen = observe_clean_process(tmp_path / "saved", hub.environment(tmp_path / "home"), tmp_path)
-    assert seen == json.loads(json.dumps(observe(shared_windows)))
-    assert contents(tmp_path / "again") == contents(tmp_path / "saved")

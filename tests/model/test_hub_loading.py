@@ -5,12 +5,13 @@ What a checkpoint holds and refuses is in test_checkpoint.py, which shares the h
 
 import inspect
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hub_server import Failure
 from huggingface_hub import HfApi
-from test_remote_code import run_clean
 from tiny import DOCUMENTS, QUESTIONS, randomize_adapters, save_backbone
 from transformers import AutoModel
 
@@ -35,11 +36,14 @@ def observe(model=TEXTS) -> dict:
 
 
 def observe_clean_process(source, environment: dict, folder: Path, **keywords) -> dict:
-    """What a process without our package sees of a checkpoint; it saves it again in `folder/again`."""
+    """What a process without our package and without optional ones sees of a checkpoint; it saves it again."""
     script = f"""
 import json, sys
 sys.modules["modeling_clara"] = None  # an import of the package fails
-from transformers import AutoConfig, AutoModel, AutoProcessor
+import peft, torch, transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, GenerationConfig
+optional = {{"bm25s", "datasets", "faiss", "pyarrow", "pymilvus"}}
+before = optional & set(sys.modules)  # what transformers and peft take
 source, TEXTS, folder, keywords = map(json.loads, sys.argv[1:])
 {inspect.getsource(observe)}
 config = AutoConfig.from_pretrained(source, trust_remote_code=True, **keywords)
@@ -50,13 +54,21 @@ model.processor = processor
 assert observe(model) == seen and config.to_dict() == model.config.to_dict()
 parts = (config, processor, model)
 assert all(type(part).__module__.startswith("transformers_modules.") for part in parts), parts
+assert optional & set(sys.modules) == before, optional & set(sys.modules)
 model.save_pretrained(folder)
 print(json.dumps(seen))
 """
     arguments = [json.dumps(value) for value in (str(source), TEXTS, str(folder / "again"), keywords)]
-    run = run_clean(script, *arguments, home=environment, folder=folder)
-    assert run.returncode == 0, run.stderr
-    assert "of type" not in run.stderr, run.stderr  # transformers' warning of a model type that it does not know
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", script, *arguments],
+        env={"PATH": "", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment},
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0 and not run.stderr, run.stderr
     return json.loads(run.stdout)  # nothing else is printed, above all no question whether to run remote code
 
 
@@ -76,8 +88,8 @@ def upload(folder: Path, repo: str, **keywords) -> str:
     return api.upload_folder(repo_id=repo, folder_path=folder, **keywords).oid
 
 
-def new_model(backbone: str, seed: int = 1) -> CLaRaForRAG:
-    fields = {"document_max_length": 64, "retrieval_top_k": 2}
+def new_model(backbone: str, seed: int = 1, **fields) -> CLaRaForRAG:
+    fields = {"document_max_length": 64, "retrieval_top_k": 2, **fields}
     model = CLaRaForRAG.from_backbone(backbone, memory_sizes=(2, 4), lora_rank=4, config_kwargs=fields)
     randomize_adapters(model, seed)
     return model
@@ -119,9 +131,6 @@ def requests(hub):
     return lambda: hub.requests[start:]
 
 
-# --- revisions -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("revision", [None, "main", "whole commit"])
 def test_from_backbone_pins_the_commit(backbone_commit, revision, tmp_path):
     revision = backbone_commit if revision == "whole commit" else revision
@@ -143,8 +152,9 @@ def test_loading_by_id_gives_the_same_model_and_saves_the_same_files(commit, see
 def versions(backbone_commit, tmp_path_factory) -> list[tuple[CLaRaForRAG, Path, str]]:
     """Models, folders and commits of a repo: on main tagged v1, on the branch next, on main; each with own code."""
     made = []
-    for number, branch in enumerate(("main", "next", "main")):
-        model, folder = new_model(BACKBONE, seed=10 + number), tmp_path_factory.mktemp("version")
+    for number, (branch, layout) in enumerate((("main", "windows"), ("next", "tokens"), ("main", "tokens"))):
+        folder = tmp_path_factory.mktemp("version")
+        model = new_model(BACKBONE, seed=10 + number, memory_layout=layout)
         model.save_pretrained(folder)
         with open(folder / "memory_clara.py", "a") as code:
             code.write(f"\nVERSION = {number}\n")
@@ -201,9 +211,6 @@ def test_a_pinned_backbone_is_loaded_although_its_repo_moved_on(backbone_folder,
     assert observe(CLaRaForRAG.from_pretrained(saved, backbone=backbone_folder)) == seen
 
 
-# --- tokens and caches -----------------------------------------------------------------------------------------------
-
-
 def test_private_repos_need_a_token_which_is_saved_nowhere(backbone_folder, hub, tmp_path):
     upload(backbone_folder, "loading/private-backbone", private=True)
     model = CLaRaForRAG.from_backbone("loading/private-backbone", memory_sizes=(2, 4), token=hub.token)
@@ -247,9 +254,6 @@ def test_files_are_downloaded_once_unless_forced(commit, backbone_commit, reques
         assert {request: requests().count(request) for request in weights} == dict.fromkeys(weights, total)
 
 
-# --- layouts ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("include_backbone", "subfolder"), [(False, "runs/best"), (True, "runs/best"), (True, "")])
 def test_subfolder_and_included_backbone(hub_model, seen, tmp_path, requests, include_backbone, subfolder):
     repo = f"loading/layout-{include_backbone}-{len(subfolder)}"
@@ -272,9 +276,6 @@ def test_push_to_hub_publishes_what_loads_equal_and_keeps_a_card_that_is_there(h
     assert pushed("loading/pushed") == pushed("loading/pushed", revision="next") == "mine"
     assert "- clara\n- soft-compression\n" in (saved / "README.md").read_text()
     assert "- new\n" in pushed("loading/tagged", tags=["new"])
-
-
-# --- faults ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -61,9 +61,6 @@ def passes(request, model):
     return model
 
 
-# --- encoding --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("method", ["compress", "encode_queries"])
 def test_a_memory_is_float32_and_the_same_alone_in_any_batch_and_place_and_size(passes, method):
     documents, encode = random_texts(30), getattr(passes, method)
@@ -77,9 +74,6 @@ def test_a_memory_is_float32_and_the_same_alone_in_any_batch_and_place_and_size(
         torch.testing.assert_close(encode(documents[::-1], batch_size=batch_size), alone.flip(0), **near)
         small = encode(documents, batch_size=batch_size, memory_size=2)
         torch.testing.assert_close(small, alone[:, :2], **near)
-
-
-# --- answers ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_default_is_greedy_whatever_the_backbone_prefers(model):
@@ -140,9 +134,6 @@ def test_query_words_have_no_marks_no_punctuation_and_the_length_asked_for(share
     assert shared_model.answer(QUESTIONS, documents=DOCUMENTS, max_new_tokens=1)[0].keywords is None
 
 
-# --- streams ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("max_new_tokens, expand", [(1, 0), (40, 0), (12, 1), (12, 5)])
 @pytest.mark.parametrize("question", [*QUESTIONS, "Rome?"])
 def test_a_stream_joins_to_the_answer_and_returns_it(shared_model, question, max_new_tokens, expand):
@@ -188,9 +179,6 @@ def test_a_stream_left_open_does_not_block_the_next_call(shared_model):
         assert pool.submit(shared_model.answer, QUESTIONS[:1], **options).result(timeout=60) == [expected]
     assert read_stream(unread)[1].text.startswith(expected.text[:3])
     assert read_stream(half_read)[1].text
-
-
-# --- no trace --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CALLS)

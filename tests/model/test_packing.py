@@ -81,9 +81,6 @@ def count_packed(model) -> list[bool]:
     return seen
 
 
-# --- passes ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("layout", ["tokens", "windows"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_losses_and_gradients_are_those_of_padded_passes(tmp_path, backbone, layout):
@@ -188,9 +185,6 @@ def test_what_is_packed_comes_back_in_its_place():
     assert packed.flatten().tolist() == [1, 2, 3, 4, 12, 13, 14, 15]
     assert torch.equal(rows.unpack(packed), padded * is_real[..., None])
     assert torch.equal(packed[0, rows.sources.view(4, 4)[is_real]], packed[0])
-
-
-# --- layers ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("role", ROLES)

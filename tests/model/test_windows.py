@@ -29,9 +29,6 @@ def windows_model(shared_windows) -> CLaRaForRAG:
     return copy.deepcopy(shared_windows)
 
 
-# --- tensors ---------------------------------------------------------------------------------------------------------
-
-
 def slow_means(states: torch.Tensor, length: int, n_windows: int) -> torch.Tensor:
     """Every window summed token by token in double precision."""
     rows = []
@@ -109,9 +106,6 @@ def test_what_a_token_of_a_row_with_several_prompts_sees():
     ]
 
 
-# --- memories --------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def test_a_memory_is_the_means_of_states_and_embeddings(shared_windows):
     """Written out for each document alone, in double precision, and read back as windows."""
@@ -169,8 +163,6 @@ def test_the_fingerprint_is_also_of_the_residual_and_the_smallest_size(windows_m
     windows_model.config.memory_sizes = [4, 8]
     assert len({*seen, windows_model.fingerprint}) == 3
 
-
-# --- corpora ---------------------------------------------------------------------------------------------------------
 
 TEXTS = [
     {"id": f"city{n}", "title": name, "text": f"{name} is a capital, and it has {n} rivers."}
