@@ -14,7 +14,7 @@ from test_hub_loading import observe
 from tiny import ARCHITECTURES, DOCUMENTS, QUESTIONS, TEMPLATES, randomize_adapters, save_backbone
 
 import modeling_clara
-from modeling_clara import ROLES, CLaRaConfig, CLaRaForRAG
+from modeling_clara import CLaRaConfig, CLaRaForRAG
 from modeling_clara.packing_clara import can_pack
 from modeling_clara.retrieval_clara import cosine_scores
 from recipes.benchmarks.training import padded_passes
@@ -247,24 +247,16 @@ def test_config_errors_name_the_field(fields, message):
 
 
 def test_every_config_field_is_read_by_the_package():
-    own = set(CLaRaConfig.__annotations__) - {"config"}
-    sources = {path.name: path.read_text() for path in Path(inspect.getfile(modeling_clara)).parent.glob("*.py")}
-    code = "\n".join(text for name, text in sources.items() if name != "configuration_clara.py")
-    unread = {
-        field for field in own - {"model_type", "sub_configs_defaults", "format_version"}
-        if not re.search(rf"config\.{field}\b", code)
-    }  # fmt: skip
-    assert not unread
+    own = set(CLaRaConfig.__annotations__) - {"config", "model_type", "sub_configs_defaults", "format_version"}
+    paths = Path(inspect.getfile(modeling_clara)).parent.glob("*.py")
+    code = "\n".join(path.read_text() for path in paths if path.name != "configuration_clara.py")
+    assert not {field for field in own if not re.search(rf"config\.{field}\b", code)}
 
 
-def test_a_fresh_model_is_the_identity_and_its_memory_tokens_are_like_token_embeddings(backbone_folder):
+def test_fresh_memory_tokens_are_like_token_embeddings_and_the_same_each_time(backbone_folder):
     model, again = (CLaRaForRAG.from_backbone(backbone_folder) for _ in range(2))
-    ids, logits = torch.arange(3, 9)[None], []
-    for role in (None, *ROLES):
-        with torch.no_grad(), model.roles.use(role):
-            logits.append(model.backbone(ids).logits)
-    assert all(torch.equal(logits[0], other) for other in logits[1:])
     table = model.get_input_embeddings().weight
     assert table is model.backbone.get_input_embeddings().weight
     assert 0.5 < (model.memory_embeddings.std() / table.std()).item() < 2
     assert torch.equal(model.memory_embeddings, again.memory_embeddings)
+    assert not any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name)

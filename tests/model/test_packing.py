@@ -1,6 +1,6 @@
 """Training passes without padding: losses and gradients are those of padded passes, and LoRA layers those of PEFT.
 
-Stands beside `test_adapters.py`. Whole models on tiny backbones; knows nothing of speed.
+Padded passes run PEFT's own layers.
 """
 
 from contextlib import nullcontext
@@ -12,7 +12,7 @@ from tiny import randomize_adapters, save_backbone
 
 from modeling_clara import ROLES, CLaRaForRAG
 from modeling_clara.adapters_clara import _can_fuse
-from modeling_clara.packing_clara import PackedRows, can_pack, full_mask
+from modeling_clara.packing_clara import can_pack, full_mask
 from recipes.benchmarks.training import padded_passes
 from recipes.training.collators import ReadingCollator
 
@@ -75,9 +75,11 @@ def assert_same_step(one, other, rtol: float = 1e-5) -> None:
 def count_packed(model) -> list[bool]:
     """Whether each pass of the backbone from now on is packed."""
     seen = []
-    model.backbone.base_model.register_forward_pre_hook(
-        lambda _, __, kwargs: seen.append("packed_rows" in kwargs), with_kwargs=True
-    )
+
+    def note(_module, _arguments, keywords):
+        seen.append("packed_rows" in keywords)
+
+    model.backbone.base_model.register_forward_pre_hook(note, with_kwargs=True)
     return seen
 
 
@@ -121,37 +123,28 @@ def test_prompts_padded_on_either_side(windows_model):
         assert_same_step(expected, step(windows_model, one))
 
 
-@pytest.mark.parametrize("layout", ["tokens", "windows"])
-def test_recomputed_activations_are_not_packed_and_right(backbone_folder, layout):
-    model = fresh(backbone_folder, layout)
-    batch = batch_of(model)
-    expected = step(model, batch, is_padded=True)
-    model.activation_checkpointing_enable()
-    assert not can_pack(model.backbone, 8)
-    recomputed = step(model, batch)
+def test_recomputed_activations_are_not_packed_and_right(windows_model):
+    batch = batch_of(windows_model)
+    expected = step(windows_model, batch, is_padded=True)
+    windows_model.activation_checkpointing_enable()
+    assert not can_pack(windows_model.backbone, 8)
+    recomputed = step(windows_model, batch)
     assert torch.equal(recomputed[0], expected[0])
     assert all(torch.equal(gradient, recomputed[1][name]) for name, gradient in expected[1].items())
-    assert can_pack(model.eval().backbone, 8)  # evaluation recomputes nothing
+    assert can_pack(windows_model.eval().backbone, 8)  # evaluation recomputes nothing
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
-def test_eager_attention_falls_back_and_gives_the_same(tmp_path, architecture):
-    folder = save_backbone(tmp_path, architecture)
-    model = fresh(folder, "tokens", contrastive_weight=0.0)
+def test_eager_attention_falls_back_and_tells_prompts_of_a_row_apart(tmp_path, architecture):
+    model = fresh(save_backbone(tmp_path, architecture), "tokens", contrastive_weight=0.0)
     model.backbone.set_attn_implementation("eager")
     batch, seen = batch_of(model, n_queries=0), count_packed(model)
-    assert "prompt_segments" in batch
-    found = step(model, batch)
-    assert not any(seen)
-    alone = [
-        {**one, "questions": [question], "answers": [answer]}
-        for one in RECORDS
-        for question, answer in zip(one["questions"], one["answers"], strict=True)
-    ]
+    pairs = [(one, *pair) for one in RECORDS for pair in zip(one["questions"], one["answers"], strict=True)]
+    alone = [{**one, "questions": [question], "answers": [answer]} for one, question, answer in pairs]
     expected = model(**batch_of(model, alone, n_queries=0)).lm_loss
+    assert "prompt_segments" in batch
     torch.testing.assert_close(model(**batch).lm_loss, expected, rtol=1e-5, atol=0)
-    if architecture == "llama":
-        assert_same_step(found, step(fresh(folder, "tokens", contrastive_weight=0.0), batch))
+    assert not any(seen)
 
 
 def test_attention_that_cannot_tell_prompts_of_a_row_apart_is_refused(windows_model):
@@ -176,38 +169,6 @@ def test_bfloat16_runs_and_is_near(backbone_folder, layout):
         for name, gradient in found.items():
             assert gradient.dtype == torch.float32 and gradient.isfinite().all()
             assert bool(gradient.any()) == bool(gradients[name].any()), name
-
-
-def test_what_is_packed_comes_back_in_its_place():
-    is_real = torch.tensor([[0, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
-    rows, padded = PackedRows(is_real), torch.arange(16.0).view(4, 4, 1)
-    packed = rows.pack(padded)
-    assert packed.flatten().tolist() == [1, 2, 3, 4, 12, 13, 14, 15]
-    assert torch.equal(rows.unpack(packed), padded * is_real[..., None])
-    assert torch.equal(packed[0, rows.sources.view(4, 4)[is_real]], packed[0])
-
-
-@pytest.mark.parametrize("role", ROLES)
-def test_a_fused_layer_is_pefts(model, role):
-    """The output, and the gradients of the states and of both factors."""
-    model.train()
-    for layer in model.roles.layers:
-        layer.lora_dropout[role] = torch.nn.Identity()
-    generator = torch.Generator().manual_seed(0)
-    with model.roles.use(role):
-        for layer in model.roles.layers:
-            states = torch.randn(3, 5, layer.in_features, generator=generator, requires_grad=True)
-            wanted = torch.randn(3, 5, layer.out_features, generator=generator)
-            tensors = (states, layer.lora_A[role].weight, layer.lora_B[role].weight)
-            expected = layer(states)
-            with model.roles.fused():
-                assert "forward" in vars(layer)
-                found = layer(states)
-            assert "forward" not in vars(layer)
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-            gradients = [torch.autograd.grad((output * wanted).sum(), tensors) for output in (expected, found)]
-            for one, other in zip(*gradients, strict=True):
-                torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-4)
 
 
 def test_only_plain_layers_in_training_are_fused(model, tmp_path):

@@ -1,13 +1,13 @@
 """`memory_layout="windows"`: means of a document's windows as nested memories, from the tensors to a corpus.
 
-Tensor functions are held against slow loops in double precision. What holds for every layout is tested in
-`test_model.py`, `test_packing.py` and `test_shared_prompts.py`, which run over both.
+What holds for every layout is tested in `test_model.py`, `test_packing.py` and `test_shared_prompts.py`.
 """
 
 import copy
 
 import pytest
 import torch
+from readings import corpus_documents
 from tiny import DOCUMENTS, QUESTIONS
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus
@@ -15,7 +15,6 @@ from modeling_clara.memory_clara import (
     nest_windows,
     normalize_memory,
     read_windows,
-    segment_mask,
     window_means,
 )
 from modeling_clara.retrieval_clara import cosine_scores
@@ -65,12 +64,6 @@ def test_means_of_nothing_are_zeros_and_of_bfloat16_are_summed_in_float32():
         assert torch.equal(window_means(states.float(), lengths, 2), exact)
 
 
-def test_the_gradient_of_a_mean_is_the_share_of_each_token():
-    states = torch.zeros(1, 4, 1, requires_grad=True)
-    window_means(states, torch.tensor([3]), 2)[0, 0].sum().backward()
-    torch.testing.assert_close(states.grad.flatten(), torch.tensor([2 / 3, 1 / 3, 0, 0]))
-
-
 @pytest.mark.parametrize(("n_base", "n"), [(1, 1), (1, 16), (2, 2), (4, 16), (3, 12)])
 def test_nesting_and_reading_undo_each_other(n_base, n):
     windows = torch.randn(3, 2, n, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -93,17 +86,6 @@ def test_the_first_vectors_are_the_windows_of_that_size_and_their_cosine(n_base,
         cosines = [cosine_scores(rows[:1], rows[None, 1:], size) for rows in (whole, windows)]
         torch.testing.assert_close(*cosines, **near)
         size *= 2
-
-
-def test_what_a_token_of_a_row_with_several_prompts_sees():
-    segments = torch.tensor([[0, 0, 1, 1, 2], [0, 0, 0, 1, 2]])
-    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
-    seen = segment_mask(segments, mask)
-    assert seen.shape == (2, 1, 5, 5) and seen.dtype == torch.bool
-    assert seen[:, 0].long().tolist() == [
-        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]],
-        [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 0, 1]],
-    ]
 
 
 @torch.no_grad()
@@ -138,21 +120,17 @@ def test_a_question_has_states_of_memory_tokens_and_its_own_mean(shared_windows)
 
 def test_normalized_memories_are_the_same_function_of_the_states(windows_model):
     """Every window is shifted and scaled; what the question's words and the document's add is not."""
-    scale, before = windows_model.residual_scale.detach().clone(), windows_model.fingerprint
+    scale = windows_model.residual_scale.detach().clone()
     windows_model.residual_scale.data.zero_()
     states = windows_model.as_read(windows_model.compress(DOCUMENTS))
     windows_model.residual_scale.data.copy_(scale)
     windows_model.normalize_memories(DOCUMENTS)
-    assert windows_model.fingerprint != before and windows_model.config.memory_normalization
     measured, whole = (windows_model.memory_shift, windows_model.memory_scale), windows_model.compress(DOCUMENTS)
     embeddings = windows_model.get_input_embeddings().weight
     for row, ids in enumerate(windows_model.processor.encode_documents(DOCUMENTS)):
         residual = scale * window_means(embeddings[ids][None], torch.tensor([len(ids)]), 8)[0]
         expected = normalize_memory(states[row], *measured) + residual
         torch.testing.assert_close(windows_model.as_read(whole[row]), expected, atol=1e-4, rtol=1e-4)
-    for size in SIZES:
-        found = windows_model.compress(DOCUMENTS, memory_size=size)
-        torch.testing.assert_close(found, whole[:, :size], atol=1e-5, rtol=1e-5)
 
 
 def test_the_fingerprint_is_also_of_the_residual_and_the_smallest_size(windows_model):
@@ -164,54 +142,39 @@ def test_the_fingerprint_is_also_of_the_residual_and_the_smallest_size(windows_m
     assert len({*seen, windows_model.fingerprint}) == 3
 
 
-TEXTS = [
-    {"id": f"city{n}", "title": name, "text": f"{name} is a capital, and it has {n} rivers."}
-    for n, name in enumerate(["Paris", "Rome", "Berlin", "Madrid", "Oslo", "Wien"])
-]
-
-
-@pytest.mark.parametrize(("codec", "share"), [("float16", 0.01), ("int8", 0.1)])
-def test_answers_from_a_corpus_are_those_from_its_texts(shared_model, shared_windows, tmp_path, codec, share):
-    corpus = CompressedCorpus.build(shared_windows, TEXTS, tmp_path / "corpus", codec=codec)
-    opened = shared_windows.load_corpus(corpus.folder)
+def test_answers_from_a_corpus_are_those_from_its_texts(shared_windows, tmp_path):
+    texts = corpus_documents()
+    corpus = CompressedCorpus.build(shared_windows, texts, tmp_path / "corpus", codec="float16")
     for size in SIZES:
         options = {"memory_size": size, "retrieval_memory_size": size, "top_k": 3, "max_new_tokens": 6}
-        found = shared_windows.answer(QUESTIONS, corpus=opened, **options)
-        for mine, other in zip(found, shared_windows.answer(QUESTIONS, documents=TEXTS, **options), strict=True):
-            scores = [source.score for source in other.sources]
-            assert [source.score for source in mine.sources] == pytest.approx(scores, abs=share / 10)
-            if codec == "float16":
-                assert [source.document_id for source in mine.sources] == [s.document_id for s in other.sources]
-                assert mine.text == other.text
-    memories = shared_windows.compress(TEXTS)
-    for row, memory in zip(opened.get([row["id"] for row in TEXTS]), memories, strict=True):
-        assert (row["memory"].float() - memory).abs().max() < share * memory.abs().max()
-    with pytest.raises(ValueError, match="fingerprint"):
-        shared_model.load_corpus(corpus.folder)
+        found = shared_windows.answer(QUESTIONS, corpus=corpus, **options)
+        for mine, other in zip(found, shared_windows.answer(QUESTIONS, documents=texts, **options), strict=True):
+            assert [source.document_id for source in mine.sources] == [s.document_id for s in other.sources]
+            assert mine.sources[0].score == pytest.approx(other.sources[0].score, abs=1e-3)
+            assert mine.text == other.text
 
 
 def test_a_question_has_no_more_vectors_than_were_trained(windows_model):
     windows_model.config.retrieval_memory_size = 4
     assert windows_model.encode_queries(QUESTIONS).shape[1] == 4
     with pytest.raises(ValueError, match="`memory_size` of questions must be <= .* got 8"):
-        windows_model.retrieve(QUESTIONS, documents=TEXTS, retrieval_memory_size=8)
+        windows_model.retrieve(QUESTIONS, documents=DOCUMENTS, retrieval_memory_size=8)
 
 
 def test_short_documents_are_read_with_no_more_windows_than_tokens(shared_windows):
     """Unless the caller says how many; in answers and paraphrases, alone and in a batch with long ones."""
     documents = ["a b", {"title": "Rome", "text": "Paris Oslo"}, "Paris is the capital of France, and it is large."]
-    texts = ["a b", "Rome\nParis Oslo", documents[2]]
-    lengths = [len(shared_windows.processor.encode_text(text)) for text in texts]
+    lengths = [len(shared_windows.processor.encode_text(text)) for text in ("a b", "Rome\nParis Oslo", documents[2])]
     sizes = [max((size for size in SIZES if size / length <= 4 / 3), default=SIZES[0]) for length in lengths]
     assert len(set(sizes)) > 1 and sizes[-1] == SIZES[-1]
-    options, questions = {"max_new_tokens": 4}, [QUESTIONS[0]] * 3
-    lists = [[document] for document in documents]
-    together = shared_windows.answer(questions, documents=lists, **options)
-    said = []
-    for question, own, size, answer in zip(questions, lists, sizes, together, strict=True):
-        (alone,) = shared_windows.answer([question], documents=own, memory_size=size, **options)
+    said, lists = [], [[document] for document in documents]
+    together = shared_windows.answer(QUESTIONS[:1] * 3, documents=lists, max_new_tokens=4)
+    for own, size, answer in zip(lists, sizes, together, strict=True):
+        alone, whole = (
+            shared_windows.answer(QUESTIONS[:1], documents=own, memory_size=given, max_new_tokens=4)[0]
+            for given in (size, SIZES[-1])
+        )
         assert (alone.text, alone.prompt_tokens) == (answer.text, answer.prompt_tokens)
-        (whole,) = shared_windows.answer([question], documents=own, memory_size=SIZES[-1], **options)
         assert whole.prompt_tokens == answer.prompt_tokens + SIZES[-1] - size
         said += shared_windows.paraphrase(own, memory_size=size, max_new_tokens=6)
     assert shared_windows.paraphrase(documents, max_new_tokens=6) == said
