@@ -1,12 +1,14 @@
 """`clara demo`: which model the demo takes, which answers it counts as right, and what it refuses.
 
-Stands beside tests/test_cli.py, which runs the command.
+Stands beside test_cli.py, which runs the command.
 """
 
 import doctest
+import itertools
 import json
 
 import pytest
+from test_hub_loading import edit_json
 from tiny import save_backbone
 
 from modeling_clara import CLaRaForRAG, cli, smollm2
@@ -19,15 +21,14 @@ PLACES = {"Italy": "Rome", "France": "Paris", "Norway": "Oslo"}
 @pytest.fixture
 def passages(tmp_path, monkeypatch) -> list[dict]:
     """Three short passages in place of the packaged ones, whose prompts do not fit into a tiny window; questions."""
+    questions = [{"question": f"What is the capital of {place}?", "answers": [city]} for place, city in PLACES.items()]
     rows = [
-        {"id": place, "title": place, "text": f"{city} is the capital of {place}.",
-         "questions": [{"question": f"What is the capital of {place}?", "answers": [city]}]}
-        for place, city in PLACES.items()
-    ]  # fmt: skip
-    path = tmp_path / "passages.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(demo, "PASSAGES", path)
-    return [question for row in rows for question in row["questions"]]
+        {"id": place, "title": place, "text": f"{city} is the capital of {place}.", "questions": [question]}
+        for (place, city), question in zip(PLACES.items(), questions, strict=True)
+    ]
+    (tmp_path / "passages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(demo, "PASSAGES", tmp_path / "passages.jsonl")
+    return questions
 
 
 @pytest.fixture
@@ -53,38 +54,23 @@ def test_the_demo_of_the_repository_has_a_trained_model_of_the_wheels_weights():
     assert models.describe_weights(str(demo.TRAINED_MODEL))[1]
 
 
-def test_another_backbone_gets_fresh_adapters(checkpoint, fetched, tmp_path, monkeypatch):
+def test_another_backbone_or_none_gets_fresh_adapters(checkpoint, fetched, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "TRAINED_MODEL", checkpoint)
     save_backbone(tmp_path, num_hidden_layers=3)
     assert demo.find_checkpoint(str(tmp_path)) is None
     model = demo.load_demo_model(None, str(tmp_path))
     assert model.config.text_config.num_hidden_layers == 3 and not fetched
-
-
-def test_without_one_the_adapters_are_fresh(tmp_path, fetched, monkeypatch):
     monkeypatch.setattr(demo, "TRAINED_MODEL", tmp_path / "none")
     assert demo.find_checkpoint(None) is None
-    model = demo.load_demo_model(None, None)
-    assert fetched == [1] and isinstance(model, CLaRaForRAG)
+    assert isinstance(demo.load_demo_model(None, None), CLaRaForRAG) and fetched == [1]
 
 
 def test_an_answer_that_contains_the_right_one_is_counted_as_the_metric_counts_it():
-    failed, attempted = doctest.testmod(readers)
-    assert failed == 0 and attempted >= 1
-    texts = [
-        "The Black Forest",
-        "in a black  forest.",
-        "forest black",
-        "Newark",
-        "",
-        "the",
-        "10 countries",
-        "It's Rome!",
-    ]
+    assert doctest.testmod(readers).failed == 0
+    said = "The Black Forest/in a black  forest./forest black/Newark//the/10 countries/It's Rome!".split("/")
     gold = [["Black Forest"], ["New"], ["the"], ["ten", "10"], ["Rome", "Paris"], ["Its Rome"], ["forests"]]
-    for text in texts:
-        for answers in gold:
-            assert readers.contains_answer(text, answers) == bool(score_answer(text, answers)["containment"])
+    for text, answers in itertools.product(said, gold):
+        assert readers.contains_answer(text, answers) == bool(score_answer(text, answers)["containment"])
 
 
 def test_the_answers_that_are_counted_are_those_of_the_calls(shared_model, passages):
@@ -100,13 +86,11 @@ def test_the_answers_that_are_counted_are_those_of_the_calls(shared_model, passa
         said["text"].append(readers.answer_from_text(shared_model, row["question"], read)[0])
     for reader, texts in said.items():
         # what was said is the right answer to every other question, so that both kinds are counted
-        asked = [
-            {**row, "answers": [text if n % 2 else "xyz"]}
-            for n, (row, text) in enumerate(zip(passages, texts, strict=True))
-        ]
+        gold = [[text if n % 2 else "xyz"] for n, text in enumerate(texts)]
+        asked = [{**row, "answers": answers} for row, answers in zip(passages, gold, strict=True)]
         found = readers.count_right(shared_model, asked, spans, top_k=2, memory_size=4)
-        expected = sum(readers.contains_answer(t, row["answers"]) for t, row in zip(texts, asked, strict=True))
-        assert found[reader] == expected >= 1 and found["questions"] == 3 and found["refused"] == 0
+        assert found[reader] == sum(map(readers.contains_answer, texts, gold)) >= 1
+        assert found["questions"] == 3 and found["refused"] == 0
 
 
 def test_a_model_with_a_threshold_refuses(model, passages):
@@ -130,8 +114,7 @@ def test_a_model_with_a_threshold_refuses(model, passages):
 
 
 def test_the_command_shows_a_refusal_and_counts_all_questions(checkpoint_copy, passages, capsys):
-    path = checkpoint_copy / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "min_score": 1.0}))
+    edit_json(checkpoint_copy / "config.json", min_score=1.0)
     assert cli.main(["demo", "--model", str(checkpoint_copy), "--top-k", "2", "--all"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("from memory  (no document is near enough)") == 4 and demo.UNANSWERABLE in printed

@@ -8,7 +8,8 @@ import shutil
 
 import pytest
 import torch
-from huggingface_hub import HfApi, constants
+from huggingface_hub import constants
+from test_hub_loading import edit_json, upload
 from tiny import save_backbone
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus, cli, smollm2
@@ -20,18 +21,14 @@ TEXT = "Rome is the capital of Italy."
 @pytest.fixture(scope="module")
 def hub_id(hub, tmp_path_factory) -> str:
     """A repo on the Hub with other weights than the checkpoint was trained on."""
-    name = "someone/backbone-of-other-weights"
-    folder = save_backbone(tmp_path_factory.mktemp("others"), seed=7)
-    HfApi().create_repo(name)
-    HfApi().upload_folder(repo_id=name, folder_path=folder)
-    return name
+    upload(save_backbone(tmp_path_factory.mktemp("others"), seed=7), "someone/backbone-of-other-weights")
+    return "someone/backbone-of-other-weights"
 
 
 @pytest.fixture
 def trained(checkpoint_copy, hub_id):
     """A checkpoint whose config.json names that repo."""
-    path = checkpoint_copy / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "backbone_name_or_path": hub_id}))
+    edit_json(checkpoint_copy / "config.json", backbone_name_or_path=hub_id)
     return checkpoint_copy
 
 
@@ -46,10 +43,9 @@ def wheel(backbone_folder, trained, tmp_path, monkeypatch):
 
 @pytest.fixture
 def texts(tmp_path):
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    (folder / "rome.txt").write_text(TEXT, encoding="utf-8")
-    return folder
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/rome.txt").write_text(TEXT)
+    return tmp_path / "texts"
 
 
 def calls(trained, texts, corpus) -> dict[str, list[str]]:
