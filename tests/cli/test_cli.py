@@ -2,6 +2,7 @@
 
 import json
 import re
+from unittest.mock import Mock
 
 import pytest
 from huggingface_hub import constants
@@ -121,17 +122,11 @@ def test_help_and_wrong_calls(arguments, status, capsys):
     assert "usage: clara" in "".join(capsys.readouterr())
 
 
-def test_ctrl_c_is_one_line_and_status_130(monkeypatch, capsys, tmp_path):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli.info, "find_corpus", interrupted)
+def test_ctrl_c_is_one_line_and_status_130_and_a_fault_of_ours_keeps_its_traceback(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(cli.info, "find_corpus", Mock(side_effect=KeyboardInterrupt))
     assert cli.main(["info", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "clara info: interrupted\n"
-
-
-def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli.info, "find_corpus", lambda *_: [][0])
+    monkeypatch.setattr(cli.info, "find_corpus", Mock(side_effect=IndexError))
     with pytest.raises(IndexError):
         cli.main(["info", str(tmp_path)])
 
