@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from modeling_clara import ROLES, CLaRaForRAG
 from modeling_clara.adapters_clara import add_roles
+from modeling_clara.packing_clara import can_pack
 from recipes.benchmarks.training import padded_passes
 
 IDS = torch.arange(3, 9)[None]
@@ -55,13 +56,14 @@ def gradients(model, inputs: dict) -> dict[str, torch.Tensor]:
     ids=["compressor_memory_generator", "reasoner_generator", "all"],
 )
 def test_checkpointing_gradients_equal(model, monkeypatch, roles, make_batch):
-    """Also after an evaluation between the steps."""
+    """Also after an evaluation between the steps, which recomputes nothing and so may pack."""
     model.set_trainable_roles(roles)
     inputs = make_batch(model)
     with padded_passes():  # as recomputed ones are
         plain = gradients(model, inputs)
     model.activation_checkpointing_enable()
     model.answer(["Which city?"], documents=["Paris.", "Rome."], max_new_tokens=2)
+    assert not can_pack(model.backbone, 8)
     activate, switched = model.roles._activate, []
     monkeypatch.setattr(model.roles, "_activate", lambda role: switched.append(role) or activate(role))
     recomputed = gradients(model, inputs)
@@ -72,6 +74,7 @@ def test_checkpointing_gradients_equal(model, monkeypatch, roles, make_batch):
     for role in roles:
         assert any(gradient.abs().max() > 0 for name, gradient in plain.items() if f".{role}." in name)
     assert len(switched) <= 2 * len(roles) + 4, "the backward pass switches once per role, not per layer"
+    assert can_pack(model.eval().backbone, 8)
 
 
 def test_checkpointing_without_the_context_does_not_pass_unnoticed(model):

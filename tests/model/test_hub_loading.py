@@ -140,14 +140,6 @@ def test_from_backbone_pins_the_commit(backbone_commit, revision, tmp_path):
     assert f"base_model: {BACKBONE}" in (tmp_path / "README.md").read_text()
 
 
-def test_loading_by_id_gives_the_same_model_and_saves_the_same_files(commit, seen, saved, tmp_path):
-    for auto_class in (CLaRaForRAG, AutoModel):
-        model = auto_class.from_pretrained(CHECKPOINT)
-        assert observe(model) == seen
-    model.save_pretrained(tmp_path)
-    assert contents(tmp_path) == contents(saved)
-
-
 @pytest.fixture(scope="module")
 def versions(backbone_commit, tmp_path_factory) -> list[tuple[CLaRaForRAG, Path, str]]:
     """Models, folders and commits of a repo: on main tagged v1, on the branch next, on main; each with own code."""

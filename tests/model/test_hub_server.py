@@ -1,26 +1,18 @@
-"""Holds the loopback Hub against the unmodified client: what goes up comes down, and what is refused, how.
-It stands before every test that publishes or downloads through that Hub: if it fails, they prove nothing.
+"""Holds the loopback Hub against the unmodified client: pull requests, and what is refused, how.
+It stands before every test that publishes or downloads through that Hub, which hold the rest of it: uploads, faults.
 It does not know the real Hub: that the refusals here are those of huggingface.co is taken from the client's own code.
 """
 
-import hashlib
 from pathlib import Path
 
 import pytest
-from hub_server import Failure
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 # huggingface_hub 2.4 uploads in a way that its own HTTP client calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")
 
 API = HfApi()
-WEIGHTS = bytes(range(256)) * 1200  # 300 kB, each byte known by its place
-FOLDER = {
-    "config.json": b'{"a": 1}',
-    "README.md": b"---\nlicense: mit\n---\n# A card\n",
-    "data/x/weights.bin": WEIGHTS,
-}
 
 
 def commit(repo: str, title: str = "a title", **options):
@@ -36,28 +28,6 @@ def read(repo: str, revision: str | None = None, path: str = "config.json", **op
 
 def titles(repo: str, **options) -> list[str]:
     return [entry.title for entry in API.list_repo_commits(repo, **options)]
-
-
-def test_a_folder_goes_up_in_one_commit_and_files_are_deleted_in_another(hub, tmp_path):
-    """Large files go to LFS, each once, and small ones to git."""
-    repo, start = "served/folder", len(hub.requests)
-    for path, content in FOLDER.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_bytes(content)
-    assert API.create_repo(repo) == f"{hub.url}/{repo}" == API.create_repo(repo, exist_ok=True)
-    upload = {"repo_id": repo, "folder_path": tmp_path, "commit_message": "the folder"}
-    made = API.upload_folder(**upload).oid
-    assert API.upload_folder(**upload).oid == made  # the client found every file there already
-    assert {path: Path(hf_hub_download(repo, path)).read_bytes() for path in FOLDER} == FOLDER
-    items, top = list(API.list_repo_tree(repo, recursive=True)), [".gitattributes", "README.md", "config.json", "data"]
-    assert [item.path for item in API.list_repo_tree(repo)] == top
-    assert [item.path for item in items] == [*top, "data/x", "data/x/weights.bin"]
-    assert [item.path for item in items if isinstance(item, RepoFile) and item.lfs] == ["data/x/weights.bin"]
-    sent = [path for method, path in hub.requests[start:] if method == "PUT"]
-    assert sent == [f"/lfs/{hashlib.sha256(WEIGHTS).hexdigest()}"]
-    commit(repo, "less", files={"a.json": b"{}"}, gone=["data/", "config.json"])
-    assert sorted(API.list_repo_files(repo)) == [".gitattributes", "README.md", "a.json"]
-    assert titles(repo) == ["less", "the folder", "initial commit"]
 
 
 def test_a_pull_request_leaves_main_as_it_was(hub):
@@ -120,14 +90,3 @@ def test_a_refusal_has_its_status_and_changes_nothing(repo, call, status, expect
     assert response.status_code == status
     assert (type(caught.value).__name__, response.headers.get("X-Error-Code")) == expected
     assert titles(repo) == ["a title", "initial commit"]
-
-
-def test_the_client_gets_over_an_answer_cut_short_and_a_busy_server(hub):
-    repo, start = "served/faults", len(hub.requests)
-    weights, preupload = f"/{repo}/resolve/main/w.bin", f"/api/models/{repo}/preupload/main"
-    hub.failures += [Failure(weights, method="GET"), Failure(preupload, status=503)]
-    API.create_repo(repo)
-    commit(repo, files={"w.bin": WEIGHTS})
-    assert Path(hf_hub_download(repo, "w.bin")).read_bytes() == WEIGHTS
-    assert hub.requests[start:].count(("GET", weights)) == 2  # the second one for the rest
-    assert hub.requests[start:].count(("POST", preupload)) == 2

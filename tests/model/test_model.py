@@ -16,7 +16,6 @@ from tiny import ARCHITECTURES, DOCUMENTS, QUESTIONS, TEMPLATES, randomize_adapt
 import modeling_clara
 from modeling_clara import CLaRaConfig, CLaRaForRAG
 from modeling_clara.packing_clara import can_pack
-from modeling_clara.retrieval_clara import cosine_scores
 from recipes.benchmarks.training import padded_passes
 
 CASES = [
@@ -65,7 +64,7 @@ def test_answers_do_not_depend_on_the_batch(any_model):
     questions = ["Paris?", "What is the capital of Germany, and how many people live there?", "Rome"]
     together = any_model.answer(questions, documents=DOCUMENTS, max_new_tokens=6)
     for question, answer in zip(questions, together, strict=True):
-        alone = any_model.answer([question], documents=DOCUMENTS, max_new_tokens=6)[0]
+        (alone,) = any_model.answer([question], documents=DOCUMENTS, max_new_tokens=6)
         assert alone.text == answer.text
         assert [source.document_id for source in alone.sources] == [source.document_id for source in answer.sources]
 
@@ -160,24 +159,6 @@ def test_without_a_prompt_the_loss_is_the_contrastive_one(shared_model):
     assert output.logits is None and shared_model(**inputs).loss is None
 
 
-def test_in_batch_negatives_are_the_documents_of_the_other_rows(shared_model):
-    documents = [["Paris", "Rome is old", "Oslo"], ["Bern"]]  # the second row is padded with two
-    batch = shared_model.processor(["Where is Rome?", "And Bern?"], documents, memory_size=4, top_k=1)
-    inputs = {name: value for name, value in batch.items() if name.startswith(("document_", "query_"))}
-    positive = torch.zeros(2, 6, dtype=torch.bool)
-    positive[0, 1] = positive[1, 3] = True
-    output = shared_model(**inputs, batch_positive_mask=positive, memory_size=4)
-    alone = shared_model(**inputs, positive_mask=positive[:, :3], memory_size=4)
-    size, lengths = shared_model.config.retrieval_memory_size, inputs["query_attention_mask"].sum(-1)
-    question, _ = shared_model.encode("reasoner", inputs["query_input_ids"], lengths, size)
-    everything = output.memory.flatten(0, 1)[:4].expand(2, 4, *output.memory.shape[2:])
-    logits = cosine_scores(question, everything, size) / shared_model.config.retrieval_temperature
-    expected = logits.logsumexp(-1) - torch.stack([logits[0, 1], logits[1, 3]])
-    torch.testing.assert_close(output.loss, expected.mean())
-    torch.testing.assert_close(output.scores, alone.scores)  # what is selected and logged stays the row's own
-    assert output.loss > alone.loss
-
-
 def test_a_frozen_compressor_runs_without_dropout(model):
     batch = model.processor(["Where?"], [["Paris", "Rome is old"]], memory_size=4, top_k=2)
     model.train()
@@ -187,24 +168,6 @@ def test_a_frozen_compressor_runs_without_dropout(model):
     assert model.training and not first.memory.requires_grad
     model.set_trainable_roles(("compressor",))
     assert not torch.equal(*(model(**batch, memory_size=4).memory for _ in range(2)))
-
-
-@torch.no_grad()
-def test_micro_batches_add_up_to_the_batch(model):
-    """4 x 1 equals 1 x 4, for the mean over tokens and for the means over rows."""
-    model.config.contrastive_weight, model.config.retrieval_top_k = 0.5, 1
-    rows = [("A?", "Paris.", "a"), ("B c?", "Rome is far.", "b c d e"), ("D?", "Oslo.", "f"), ("E f?", "Bern x.", "g")]
-
-    def inputs(rows) -> dict:
-        questions, documents, answers = zip(*rows, strict=True)
-        pairs = [[document] * 2 for document in documents]
-        batch = model.processor(questions, pairs, answers, memory_size=4, top_k=1)
-        return {**batch, "positive_mask": torch.tensor([[True, False]] * len(rows))}
-
-    whole = inputs(rows)
-    counts = {"num_items_in_batch": int((whole["labels"] != -100).sum()), "num_samples_in_batch": 4}
-    parts = sum(model(**inputs([row]), **counts).loss for row in rows)
-    torch.testing.assert_close(parts, model(**whole, **counts).loss)
 
 
 def test_forward_names_contradicting_inputs(shared_model, joint_inputs):

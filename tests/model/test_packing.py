@@ -12,7 +12,7 @@ from tiny import randomize_adapters, save_backbone
 
 from modeling_clara import ROLES, CLaRaForRAG
 from modeling_clara.adapters_clara import _can_fuse
-from modeling_clara.packing_clara import can_pack, full_mask
+from modeling_clara.packing_clara import full_mask
 from recipes.benchmarks.training import padded_passes
 from recipes.training.collators import ReadingCollator
 
@@ -123,17 +123,6 @@ def test_prompts_padded_on_either_side(windows_model):
         assert_same_step(expected, step(windows_model, one))
 
 
-def test_recomputed_activations_are_not_packed_and_right(windows_model):
-    batch = batch_of(windows_model)
-    expected = step(windows_model, batch, is_padded=True)
-    windows_model.activation_checkpointing_enable()
-    assert not can_pack(windows_model.backbone, 8)
-    recomputed = step(windows_model, batch)
-    assert torch.equal(recomputed[0], expected[0])
-    assert all(torch.equal(gradient, recomputed[1][name]) for name, gradient in expected[1].items())
-    assert can_pack(windows_model.eval().backbone, 8)  # evaluation recomputes nothing
-
-
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_eager_attention_falls_back_and_tells_prompts_of_a_row_apart(tmp_path, architecture):
     model = fresh(save_backbone(tmp_path, architecture), "tokens", contrastive_weight=0.0)
@@ -152,23 +141,6 @@ def test_attention_that_cannot_tell_prompts_of_a_row_apart_is_refused(windows_mo
     windows_model.backbone.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="`attn_implementation` must be 'sdpa' or 'eager' for rows of several"):
         full_mask(windows_model.backbone, batch["prompt_segments"], torch.float32)
-
-
-@pytest.mark.parametrize("layout", ["tokens", "windows"])
-def test_bfloat16_runs_and_is_near(backbone_folder, layout):
-    model = fresh(backbone_folder, layout)
-    batch = batch_of(model)
-    expected, gradients = step(model, batch)
-    for name, parameter in model.named_parameters():
-        assert parameter.dtype == torch.float32, name
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.bfloat16()
-    for is_padded in (False, True):
-        loss, found = step(model, batch, is_padded)
-        torch.testing.assert_close(loss, expected, rtol=0.05, atol=0)
-        for name, gradient in found.items():
-            assert gradient.dtype == torch.float32 and gradient.isfinite().all()
-            assert bool(gradient.any()) == bool(gradients[name].any()), name
 
 
 def test_only_plain_layers_in_training_are_fused(model, tmp_path):

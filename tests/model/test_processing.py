@@ -79,7 +79,7 @@ ALPHABETS = {
     "cjk": "日本語中文。",
     "emoji": "😀👩‍👩‍👧‍👦🇫🇷 a",
     "accents": "e\u0301a\u0308½Ⅷ ",
-    "odd": "\u200b\u00a0\u3000x\x00\ud7ff\ue000 ",
+    "odd": "\u200b\u00a0\u3000x\x00\x7f\x1b\u202e\ufeff\ud7ff\ue000\U0010ffff ",
     "markup": ["</s>", "<s>", "<|im_end|>", "<think>", " ", "a"],
     "any": [chr(code) for low, high in RANGES for code in range(low, high)],
 }

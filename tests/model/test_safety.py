@@ -153,10 +153,8 @@ def test_a_prompt_keeps_its_turns_slots_and_header(template):
         assert marks(full_text) == wanted[:-1] and full_text.input_ids[-len(tail) :] == tail
 
 
-@pytest.mark.parametrize("text", ["a\ud800", "\udfffb", "a\udcffb"])
-def test_a_lone_surrogate_is_refused_with_its_place(shared_model, text):
-    place = next(index for index, character in enumerate(text) if "\ud800" <= character <= "\udfff")
-    message = f"must be valid UTF-8, got a lone surrogate at character {place}"
+@pytest.mark.parametrize(("text", "place"), [("a\ud800", 1), ("\udfffb", 0), ("a\udcffb", 1)])
+def test_a_lone_surrogate_is_refused_with_its_place(shared_model, text, place):
     processor = shared_model.processor
     for call, name in (
         (lambda: processor.encode_documents(["a", text]), "`documents[1]`"),
@@ -165,18 +163,9 @@ def test_a_lone_surrogate_is_refused_with_its_place(shared_model, text):
         (lambda: processor.split_document(text, "documents[7]"), "`documents[7]`"),
         (lambda: processor.build_prompt("q", 1, 1, text), "`answers`"),
     ):
-        with pytest.raises(ValueError, match=re.escape(f"{name} {message}")):
+        message = f"{name} must be valid UTF-8, got a lone surrogate at character {place}"
+        with pytest.raises(ValueError, match=re.escape(message)):
             call()
-
-
-@pytest.mark.parametrize(
-    "text", ["\x00", "a\x00b", "\x00" * 40, "\x7f\x1b[31m", "\u202e\u2066", "\U0010ffff", "\ufeffa"]
-)
-def test_control_characters_are_text(shared_model, text):
-    processor = shared_model.processor
-    assert processor.tokenizer.decode(processor.encode_text(text)) == text
-    (answer,) = shared_model.answer([f"q{text}"], documents=[text], max_new_tokens=2)
-    assert answer.sources[0].text == text
 
 
 @pytest.mark.parametrize(
