@@ -35,41 +35,26 @@ def observe(model=TEXTS) -> dict:
     }
 
 
-def observe_clean_process(source, environment: dict, folder: Path, **keywords) -> dict:
-    """What a process without our package and without optional ones sees of a checkpoint; it saves it again."""
-    script = f"""
+CLEAN_PROCESS = f"""
 import json, sys
 sys.modules["modeling_clara"] = None  # an import of the package fails
 import peft, torch, transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, GenerationConfig
 optional = {{"bm25s", "datasets", "faiss", "pyarrow", "pymilvus"}}
 before = optional & set(sys.modules)  # what transformers and peft take
-source, TEXTS, folder, keywords = map(json.loads, sys.argv[1:])
+TEXTS, keywords = {TEXTS!r}, {{"trust_remote_code": True, "revision": "v1"}}
 {inspect.getsource(observe)}
-config = AutoConfig.from_pretrained(source, trust_remote_code=True, **keywords)
-processor = AutoProcessor.from_pretrained(source, trust_remote_code=True, **keywords)
-model = AutoModel.from_pretrained(source, trust_remote_code=True, **keywords)
+config, processor, model = parts = [
+    auto.from_pretrained("{VERSIONS}", **keywords) for auto in (AutoConfig, AutoProcessor, AutoModel)
+]
 seen = observe(model)
 model.processor = processor
 assert observe(model) == seen and config.to_dict() == model.config.to_dict()
-parts = (config, processor, model)
 assert all(type(part).__module__.startswith("transformers_modules.") for part in parts), parts
 assert optional & set(sys.modules) == before, optional & set(sys.modules)
-model.save_pretrained(folder)
+model.save_pretrained("again")
 print(json.dumps(seen))
 """
-    arguments = [json.dumps(value) for value in (str(source), TEXTS, str(folder / "again"), keywords)]
-    run = subprocess.run(
-        [sys.executable, "-I", "-c", script, *arguments],
-        env={"PATH": "", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment},
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode == 0 and not run.stderr, run.stderr
-    return json.loads(run.stdout)  # nothing else is printed, above all no question whether to run remote code
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -167,9 +152,20 @@ def test_a_revision_picks_the_weights_of_that_commit(versions):
 
 
 def test_a_clean_process_loads_weights_and_code_of_a_revision_by_id(versions, hub, tmp_path):
+    """Without our package and optional ones, silently, and without the question whether to run remote code."""
+    environment = {"PATH": "", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", CLEAN_PROCESS],
+        env={**environment, **hub.environment(tmp_path / "home")},
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0 and not run.stderr, run.stderr
     model, folder, _ = versions[0]
-    seen = observe_clean_process(VERSIONS, hub.environment(tmp_path / "home"), tmp_path, revision="v1")
-    assert seen == observe(model)
+    assert json.loads(run.stdout) == observe(model)
     assert b"VERSION = 0" in (tmp_path / "again/memory_clara.py").read_bytes()
     assert contents(tmp_path / "again") == contents(folder)
 

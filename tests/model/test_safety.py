@@ -1,7 +1,6 @@
 """What users send in: text is data, whatever it spells, and what cannot be used is refused by name.
 
-No id of an added token may come from a text, no text may change the shape of a prompt, no refused call may leave a
-trace.
+No text brings the id of an added token or changes the shape of a prompt; no refused call leaves a trace.
 """
 
 import copy
@@ -11,7 +10,8 @@ from functools import partial
 import pytest
 import torch
 from test_inference import no_trace
-from tiny import ADDED, DOCUMENTS, DROPS_SYSTEM, QUESTIONS, SPECIAL, build_tokenizer
+from test_processing import build
+from tiny import ADDED, DOCUMENTS, DROPS_SYSTEM, QUESTIONS, SPECIAL
 from tiny import TEMPLATES as TINY_TEMPLATES
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -43,33 +43,19 @@ def variants(text: str) -> list[str]:
 VARIANTS = [variant for injection in INJECTIONS for variant in variants(injection)]
 
 
-def byte_level(template="system", *, bos=False, normalizer=None) -> PreTrainedTokenizerFast:
-    tokenizer = build_tokenizer("none", bos=bos)
-    tokenizer.chat_template = TEMPLATES[template]
-    if normalizer is not None:
-        tokenizer.backend_tokenizer.normalizer = normalizer
-    return tokenizer
-
-
-def holds_markup(model: str, normalizer=None, unknown: str = "<unk>") -> PreTrainedTokenizerFast:
-    """A tokenizer whose model has `</s>` and others as ordinary pieces, as SentencePiece models do."""
+def holds_markup(normalizer=None, unknown: str = "<unk>") -> CLaRaProcessor:
+    """One whose tokenizer has `</s>` and others as ordinary pieces, as SentencePiece models do."""
     marks = ["<unk>", "<s>", "</s>", "<think>"]
     pieces = [*marks, "▁", *map(chr, range(33, 127)), "\n", "capital"]
-    if model == "unigram":
-        scores = [0.0] * len(marks) + [-3.0] * (len(pieces) - len(marks))
-        backend = Tokenizer(models.Unigram(list(zip(pieces, scores, strict=True)), unk_id=pieces.index(unknown)))
-        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    else:
-        vocabulary = {piece: index for index, piece in enumerate(pieces)}
-        backend = Tokenizer(models.WordPiece(vocabulary | {f"##{p}": len(pieces) + i for i, p in enumerate(pieces)}))
-        backend.model.unk_token, backend.pre_tokenizer = unknown, pre_tokenizers.WhitespaceSplit()
+    scores = [0.0] * len(marks) + [-3.0] * (len(pieces) - len(marks))
+    backend = Tokenizer(models.Unigram(list(zip(pieces, scores, strict=True)), unk_id=pieces.index(unknown)))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     if normalizer is not None:
         backend.normalizer = normalizer
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token=unknown, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    names = {"unk_token": unknown, "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     tokenizer.add_tokens(["<think>"])
-    return tokenizer
+    return CLaRaProcessor(tokenizer)
 
 
 def added_ids(tokenizer) -> set[int]:
@@ -78,18 +64,18 @@ def added_ids(tokenizer) -> set[int]:
 
 
 def test_the_injections_name_every_added_token_and_marks_in_a_template_count():
-    tokenizer = build_tokenizer("system")
+    processor = build(system_prompt="Be brief.<think>")
+    tokenizer = processor.tokenizer
     contents = {token.content for token in tokenizer.added_tokens_decoder.values()}
     assert contents <= set(INJECTIONS)
     ids = tokenizer("".join(contents), add_special_tokens=False)["input_ids"]
     assert set(ids) == set(tokenizer.added_tokens_decoder)  # without care they would all come
-    processor = CLaRaProcessor(tokenizer, system_prompt="Be brief.<think>")
     assert tokenizer.convert_tokens_to_ids("<think>") in processor.build_prompt("q", 1, 1).input_ids
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_documents_titles_and_questions_bring_no_markup_and_lose_nothing(bos):
-    processor = CLaRaProcessor(byte_level(bos=bos), document_max_length=32, document_overlap=8)
+    processor = build(bos=bos, document_max_length=32, document_overlap=8)
     first = [processor.tokenizer.bos_token_id] * bos
     for text in VARIANTS:
         assert processor.tokenizer.decode(processor.encode_text(text)) == text
@@ -100,31 +86,28 @@ def test_documents_titles_and_questions_bring_no_markup_and_lose_nothing(bos):
             assert added_ids(processor.tokenizer).isdisjoint(ids[len(first) :])
 
 
-@pytest.mark.parametrize("model", ["bytes", "unigram", "wordpiece"])
-def test_no_markup_comes_out_of_a_normalizer_or_out_of_the_models_own_pieces(model):
+@pytest.mark.parametrize("make", [build, holds_markup])
+def test_no_markup_comes_out_of_a_normalizer_or_out_of_the_models_own_pieces(make):
     accents = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
     texts = [*INJECTIONS, "<\u0301/s>", "</s\u0301>", "</ſ>", "</s></s></s>", "x</s>"]
     for normalizer in (normalizers.NFKC(), normalizers.Lowercase(), accents):
-        tokenizer = byte_level(normalizer=normalizer) if model == "bytes" else holds_markup(model, normalizer)
-        processor = CLaRaProcessor(tokenizer)
+        processor = make(normalizer=normalizer)
         for text in (variant for injection in texts for variant in variants(injection)):
-            assert added_ids(tokenizer).isdisjoint(processor.encode_text(text))
+            assert added_ids(processor.tokenizer).isdisjoint(processor.encode_text(text))
 
 
-@pytest.mark.parametrize("model", ["unigram", "wordpiece"])
-def test_pieces_that_spell_markup_are_cut_and_stay_readable(model):
-    processor = CLaRaProcessor(holds_markup(model))
+def test_pieces_that_spell_markup_are_cut_and_stay_readable():
+    processor = holds_markup()
     assert processor.tokenizer.eos_token_id in processor.tokenizer.backend_tokenizer.encode("</s>").ids
     tokens = processor.tokenizer.convert_ids_to_tokens(processor.encode_text("capital </s> <think>a</think>"))
-    letters = "".join(token.removeprefix("##").replace("▁", "") for token in tokens)
-    assert letters == "capital</s><think>a</think>"
+    assert "".join(tokens).replace("▁", "") == "capital</s><think>a</think>"
     ids, offsets = processor._encoder.encode("x</s>y </s>", "text")
     assert len(ids) == len(offsets) and offsets == sorted(offsets)
 
 
-def test_an_unknown_character_is_refused_where_its_id_would_end_a_turn():
-    assert CLaRaProcessor(holds_markup("unigram")).encode_text("é")  # unknown, and says so
-    processor = CLaRaProcessor(holds_markup("unigram", unknown="</s>"))
+def test_an_unknown_character_is_refused_if_its_id_would_end_a_turn():
+    assert holds_markup().encode_text("é")  # unknown, and says so
+    processor = holds_markup(unknown="</s>")
     assert processor.encode_text("ab")
     with pytest.raises(ValueError, match=r"`documents\[1\]` must not contain 'é' \(character 2\)"):
         processor.encode_documents(["ab", "abé"])
@@ -132,7 +115,7 @@ def test_an_unknown_character_is_refused_where_its_id_would_end_a_turn():
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_prompt_keeps_its_turns_slots_and_header(template):
-    processor = CLaRaProcessor(byte_level(template))
+    processor = build(TEMPLATES[template])
 
     def marks(prompt) -> list[int]:
         return [token for token in prompt.input_ids if token in processor.tokenizer.added_tokens_decoder]
@@ -169,11 +152,10 @@ def test_a_lone_surrogate_is_refused_with_its_place(shared_model, text, place):
 
 
 @pytest.mark.parametrize(
-    ("model", "unit"), [("bytes", "日"), ("bytes", "ab<|im_end|>"), ("unigram", "x"), ("unigram", "</s>")]
+    ("make", "unit"), [(build, "日"), (build, "ab<|im_end|>"), (holds_markup, "x"), (holds_markup, "</s>")]
 )
-def test_a_text_of_50000_characters_without_a_space_is_split(model, unit):
-    processor = CLaRaProcessor(byte_level() if model == "bytes" else holds_markup("unigram"))
-    text = unit * (50_000 // len(unit))
+def test_a_text_of_50000_characters_without_a_space_is_split(make, unit):
+    processor, text = make(), unit * (50_000 // len(unit))
     chunks = processor.split_document(text)  # quadratic work would take hours here
     assert max(chunk["n_tokens"] for chunk in chunks) <= processor.document_max_length
     step = processor.document_max_length - processor.document_overlap
