@@ -68,21 +68,27 @@ def test_ranks_by_hand_make_one_corpus(texts, checkpoint, tmp_path, capsys):
     assert "must be finished first" in json.loads(capsys.readouterr().out)["problems"][0]
     assert run(capsys, *arguments, "--shard", "0/2")["documents"] == 2
     assert sorted(CompressedCorpus.open(tmp_path / "c").document_ids()) == ["paris.txt", "rome.txt"]
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as exit_:
         cli.main(["compress", "--help"])
-    assert "--rank" in (shown := capsys.readouterr().out) and "--shard " not in shown
+    shown = capsys.readouterr().out
+    assert exit_.value.code == 0 and "usage: clara compress" in shown and "--rank" in shown and "--shard " not in shown
 
 
-def test_any_console_takes_any_title(checkpoint, tmp_path, capsys, monkeypatch):
+def test_columns_by_name_and_any_console_takes_any_title(checkpoint, tmp_path, capsys, monkeypatch):
     """A console that has no letter for a title: printed with question marks, as JSON whole and in ASCII."""
-    rows, question = tmp_path / "rows.jsonl", "What is the capital of 日本?"
-    rows.write_text(json.dumps({"id": "tokyo", "title": "東京", "text": "Tokyo is the capital of Japan."}))
-    run(capsys, "compress", str(rows), "-o", str(tmp_path / "c"), "--model", str(checkpoint))
+    rows = [{"key": "tokyo", "head": "東京", "body": "It is large.", "year": 1}, {"key": "b", "body": "It is new."}]
+    path, folder, question = tmp_path / "rows.jsonl", str(tmp_path / "c"), "What is the capital of 日本?"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    options = ["--text-column", "body", "--title-column", "head", "--id-column", "key", "--metadata", "year=int32"]
+    run(capsys, "compress", str(path), "-o", folder, "--model", str(checkpoint), *options)
+    corpus = CompressedCorpus.open(folder)
+    found = [(row["title"], row["metadata"]) for row in corpus.get(["tokyo", "b"])]
+    assert found == [("東京", {"year": 1}), ("", {"year": None})] and corpus.manifest.metadata == {"year": "int32"}
 
     def printed(*options: str) -> str:
         console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252", write_through=True)
         monkeypatch.setattr(sys, "stdout", console)
-        assert cli.main(["ask", str(tmp_path / "c"), question, "--max-new-tokens", "4", *options]) == 0
+        assert cli.main(["ask", folder, question, "--where", '{"year": 1}', "--max-new-tokens", "4", *options]) == 0
         return console.buffer.getvalue().decode("ascii" if options else "cp1252")
 
     assert "tokyo  ??" in (shown := printed()) and "the capital of ??" in shown
@@ -90,24 +96,13 @@ def test_any_console_takes_any_title(checkpoint, tmp_path, capsys, monkeypatch):
     assert answer["sources"][0]["title"] == "東京" and answer["question"] == question
 
 
-def test_columns_and_metadata_by_name(checkpoint, tmp_path, capsys):
-    rows = [{"key": "a", "head": "Rome", "body": "It is old.", "year": 1}, {"key": "b", "body": "It is new."}]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    options = ["--text-column", "body", "--title-column", "head", "--id-column", "key", "--metadata", "year=int32"]
-    run(capsys, "compress", str(path), "-o", str(tmp_path / "c"), "--model", str(checkpoint), *options)
-    corpus = CompressedCorpus.open(tmp_path / "c")
-    (first, second) = corpus.get(["a", "b"])
-    assert first["title"] == "Rome" and first["metadata"] == {"year": 1} and second["metadata"] == {"year": None}
-    assert corpus.manifest.metadata == {"year": "int32"}
-
-
 def test_ask_filters_and_abstains(built, capsys):
-    question = "What is the capital of Italy?"
-    filtered = run(capsys, "ask", str(built), question, "--where", '{"document_id": "paris.txt"}', "--hybrid")
-    assert [source["document_id"] for source in filtered["answers"][0]["sources"]] == ["paris.txt"]
-    assert run(capsys, "ask", str(built), question, "--min-score", "2")["answers"][0]["abstained"]
-    assert len(run(capsys, "ask", str(built), question, "--top-k", "1")["answers"][0]["sources"]) == 1
+    def first(*options: str) -> dict:
+        return run(capsys, "ask", str(built), "What is the capital of Italy?", *options)["answers"][0]
+
+    filtered = first("--where", '{"document_id": "paris.txt"}', "--hybrid")
+    assert [source["document_id"] for source in filtered["sources"]] == ["paris.txt"]
+    assert first("--min-score", "2")["abstained"] and len(first("--top-k", "1")["sources"]) == 1
 
 
 @pytest.mark.parametrize("expand", [0, 1, 5])
