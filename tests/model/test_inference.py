@@ -101,19 +101,16 @@ def test_an_answer_does_not_depend_on_its_batch(passes, beams, expand):
 
 
 def test_sampling_is_reproducible_and_the_configuration_given_is_kept(shared_model):
-    sampling = GenerationConfig(do_sample=True, temperature=2.0, max_new_tokens=3)
+    sampling, endless = (GenerationConfig(do_sample=True, temperature=2.0, max_new_tokens=n) for n in (3, None))
     given = sampling.to_dict()
 
-    def sample(seed: int, config: GenerationConfig, max_new_tokens: int = 20) -> list[str]:
+    def sample(seed: int, config: GenerationConfig, n_tokens: int = 20) -> tuple[str, ...]:
         torch.manual_seed(seed)
-        options = {"max_new_tokens": max_new_tokens, "generation_config": config}
-        return texts(shared_model.answer(QUESTIONS, documents=DOCUMENTS, **options))
+        options = {"max_new_tokens": n_tokens, "generation_config": config}
+        return tuple(texts(shared_model.answer(QUESTIONS, documents=DOCUMENTS, **options)))
 
-    assert sample(1, sampling) == sample(1, sampling)
-    assert len({tuple(sample(seed, sampling)) for seed in range(4)}) > 1
-    without_limit = GenerationConfig(do_sample=True, temperature=2.0)
-    assert sample(1, sampling) == sample(1, without_limit, max_new_tokens=3) != sample(1, without_limit)
-    assert sampling.to_dict() == given
+    assert sample(1, sampling) == sample(1, sampling) == sample(1, endless, 3) != sample(1, endless)
+    assert len({sample(seed, sampling) for seed in range(4)}) > 1 and sampling.to_dict() == given
 
 
 def test_a_paraphrase_is_the_greedy_reading_of_one_memory(shared_model):
