@@ -4,7 +4,6 @@ Prints Markdown tables. It knows nothing of answer quality: its adapters are unt
 """
 
 import contextlib
-import resource
 import statistics
 
 import torch
@@ -182,7 +181,7 @@ def main() -> None:
     report["compression"] = benchmark_compression(model, rows, arguments.rounds)
     report["first_token"] = benchmark_first_token(model, rows, arguments.rounds)
     report["decode"] = benchmark_decode(model, rows, arguments.rounds)
-    report["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    report["peak_memory_mib"] = shared.resident_bytes("VmHWM") / 2**20
     shared.show("inference", report, render(report), arguments)
 
 
