@@ -69,7 +69,7 @@ def reading_rows(
     texts: Sequence[Mapping],
     seed: int = 42,
 ) -> list[dict]:
-    """Some pieces, then all passages once in steps of `STEP`: `reading.jsonl`.
+    """`reading.jsonl`: some pieces, then all passages once in steps of `STEP`.
 
     Args:
         pieces: rows of `curriculum.py`, in its order.
@@ -84,19 +84,11 @@ def reading_rows(
 
 
 def hard_reading_rows(
-    passages: Sequence[Mapping],
-    multihop: Sequence[Mapping],
-    candidates: Sequence[Mapping],
-    texts: Sequence[Mapping],
-    seed: int = 43,
+    passages: Sequence[Mapping], multihop: Sequence[Mapping], candidates: Sequence[Mapping], texts: Sequence[Mapping]
 ) -> list[dict]:
-    """All passages once in steps of `HARD_STEP`, beside questions over several documents: `reading_hard.jsonl`.
-
-    Arguments as in `reading_rows`; `candidates` are questions of passages, `{question, answers, docs, pos_index}`,
-    among what BM25 takes for the best.
-    """
+    """`reading_hard.jsonl`: all passages once in steps of `HARD_STEP`; `candidates` are rows as `multihop`."""
     kinds = {"passages": passages, "multihop": multihop, "candidates": candidates, "texts": texts}
-    return in_steps(kinds, HARD_STEP, HARD_NUM_READ, seed)
+    return in_steps(kinds, HARD_STEP, HARD_NUM_READ, seed=43)
 
 
 def in_steps(
