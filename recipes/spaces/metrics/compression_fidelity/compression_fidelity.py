@@ -6,6 +6,7 @@ A module of Hugging Face `evaluate`, read from a folder or from a Space on the H
 import math
 import re
 from collections.abc import Sequence, Set
+from functools import partial
 
 import datasets
 import evaluate
@@ -158,11 +159,8 @@ class CompressionFidelity(CheckedRows, evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(**INFO)
 
-    def check_prediction(self, prediction: str, where: str) -> None:
-        check_text(prediction, where, NO_PREDICTION)
-
-    def check_reference(self, document: str, where: str) -> None:
-        check_text(document, where, NO_DOCUMENT)
+    check_prediction = staticmethod(partial(check_text, remedy=NO_PREDICTION))
+    check_reference = staticmethod(partial(check_text, remedy=NO_DOCUMENT))
 
     def _compute(
         self,

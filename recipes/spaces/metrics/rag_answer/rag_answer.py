@@ -7,6 +7,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 import datasets
 import evaluate
@@ -109,8 +110,7 @@ class RagAnswer(CheckedRows, evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(**INFO)
 
-    def check_prediction(self, prediction: str, where: str) -> None:
-        check_text(prediction, where, NO_PREDICTION)
+    check_prediction = staticmethod(partial(check_text, remedy=NO_PREDICTION))
 
     def check_reference(self, answers: Sequence[str], where: str) -> None:
         check_list(answers, where, "gold answers", f"Write ['Paris'] for a single answer. {NO_GOLD}")
