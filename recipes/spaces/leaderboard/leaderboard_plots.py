@@ -17,6 +17,11 @@ MARKS = {  # colours told apart without red and green, on white and on black
     "external": ("#e69f00", "triangle-up"),
 }
 COSTS = {"bytes_per_span": "bytes per span", "p50": "latency p50 (ms)"}
+HOVERED = {  # numbers that are told of a point if there are any
+    "memory_size": "{:.0f} memory vectors",
+    "bytes_per_span": "{:,.9g} bytes per span",
+    "p50": "{:,.4g} ms p50",
+}
 MAX_ERROR_BARS = 300  # points; with more the bars hide each other
 AXIS = {"gridcolor": "rgba(128, 128, 128, 0.25)", "zeroline": False, "automargin": True}
 
@@ -74,16 +79,13 @@ def _points(rows: pd.DataFrame, metric: str, cost: str, has_bars: bool) -> go.Sc
 
 def _hovers(rows: pd.DataFrame, metric: str) -> list[str]:
     """What is told of each point."""
-    names = ["system", "model", "data", "codec", "memory_size", "bytes_per_span", "p50"]
-    names += [metric, f"{metric} low", f"{metric} high"]
     texts = []
-    for row in rows[names].itertuples(index=False, name=None):
-        system, model, data, codec, size, n_bytes, p50, value, low, high = row
-        lines = [f"<b>{escaped(system)}</b>", escaped(model), f"{escaped(data)}, codec {escaped(codec)}"]
+    for row in rows.to_dict("records"):
+        system, model, data, codec = (escaped(row[name]) for name in ("system", "model", "data", "codec"))
+        value, low, high = (row[f"{metric}{end}"] for end in ("", " low", " high"))
+        lines = [f"<b>{system}</b>", model, f"{data}, codec {codec}"]
         lines += [f"{escaped(metric)} {value:.3f} [{low:.3f}, {high:.3f}]"]
-        lines += [f"{size:.0f} memory vectors"] if size == size else []
-        lines += [f"{n_bytes:,.9g} bytes per span"] if n_bytes == n_bytes else []
-        lines += [f"{p50:,.4g} ms p50"] if p50 == p50 else []
+        lines += [form.format(row[name]) for name, form in HOVERED.items() if row[name] == row[name]]
         texts.append("<br>".join(lines))
     return texts
 

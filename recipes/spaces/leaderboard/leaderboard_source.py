@@ -59,12 +59,10 @@ class Loaded:
 
 
 class Source:
-    """A folder or a dataset repo of the Hub (`owner/name`), whichever `place` names; a folder wins.
+    """A folder, or a dataset repo of the Hub (`owner/name`) if there is no such folder.
 
-    Args:
-        place: the folder, with `data_files.json` and, below it, `results/`, or any folder with runs of
-            recipes.evaluate; or the id of a dataset repo laid out so.
-        check_revisions: whether the models are looked up on the Hub at their commits.
+    Both have `data_files.json` and `results/`; a folder may also be any with runs of recipes.evaluate. With
+    `check_revisions` the models are looked up on the Hub at their commits.
     """
 
     def __init__(self, place: str | Path, check_revisions: bool = True) -> None:
