@@ -78,14 +78,12 @@ def test_the_same_file_twice_is_recognised(repo, hub):
 )
 def test_no_name_leads_out_of_the_folder(name, repo, hub):
     data_files = DATA_FILES | {name: DATA_FILES["musique"]}
-    content = upload(
-        system__name=name, data__name=name, model__repo=None, system__kind="external", system__url="http://a.b"
-    )
+    external = {"model__repo": None, "system__kind": "external", "system__url": "http://a.b"}
+    content = upload(system__name=name, data__name=name, **external)
     found = check_upload(content, data_files, None)
     assert found.problems == []
-    assert re.fullmatch(
-        r"results/[\w.-]{1,60}/[\w.-]{1,60}/normal-[\w.-]{1,60}-[0-9a-f]{12}\.json", found.path, re.ASCII
-    )
+    part = r"[\w.-]{1,60}"
+    assert re.fullmatch(rf"results/{part}/{part}/normal-{part}-[0-9a-f]{{12}}\.json", found.path, re.ASCII)
     assert ".." not in found.path and "/." not in found.path and "\n" not in found.title
     assert submit(found, repo, hub.token).url and files(repo) == {"data_files.json"}
     assert not re.search(r"`[^`]*`[^`]*`[^`]*`[^`]*`", found.description.splitlines()[0])  # two code spans, no more

@@ -1,10 +1,9 @@
-"""The metric of paraphrases: ROUGE by a plain definition, numbers by value, names by the rule of the card."""
+"""The metric of paraphrases: numbers by value, names by the rule of the card; cases.json has ROUGE."""
 
 import math
 import random
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 
 import evaluate
@@ -33,34 +32,6 @@ def draw_text(draw: random.Random) -> str:
 def draw_rows(seed: int, count: int = 80) -> tuple[list[str], list[str]]:
     draw = random.Random(seed)
     return [draw_text(draw) for _ in range(count)], [draw_text(draw) for _ in range(count)]
-
-
-def rouge_words(text: str) -> list[str]:
-    return re.findall("[a-z0-9]+", text.lower())
-
-
-def harmonic(shared: int, first: int, second: int) -> float:
-    return 2 * shared / (first + second) if shared else 0.0
-
-
-def longest_common(first: list[str], second: list[str]) -> int:
-    """Length of the longest common subsequence, row by row."""
-    row = [0] * (len(second) + 1)
-    for word in first:
-        above = row[:]
-        for place, other in enumerate(second):
-            row[place + 1] = above[place] + 1 if word == other else max(above[place + 1], row[place])
-    return row[-1]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_rouge_is_that_of_the_definition(seed):
-    for prediction, document in zip(*draw_rows(seed), strict=True):
-        words, gold = rouge_words(prediction), rouge_words(document)
-        scores = score_paraphrase(prediction, document)
-        shared = sum((Counter(words) & Counter(gold)).values())
-        assert scores["rouge1"] == pytest.approx(harmonic(shared, len(words), len(gold)))
-        assert scores["rougeL"] == pytest.approx(harmonic(longest_common(words, gold), len(words), len(gold)))
 
 
 # --- numbers and names -----------------------------------------------------------------------------------------------
@@ -139,7 +110,7 @@ def test_swapping_the_texts_swaps_recall_and_precision(seed):
         assert scores["rouge1"] == pytest.approx(swapped["rouge1"])
         assert scores["rougeL"] <= scores["rouge1"] + 1e-12
         same = score_paraphrase(document, document)
-        assert all(value in (None, 1.0) for name, value in same.items()) or not rouge_words(document)
+        assert all(value in (None, 1.0) for name, value in same.items()) or not re.search("[a-z0-9]", document.lower())
 
 
 def test_each_mean_is_over_the_rows_that_have_the_measure(metric):
@@ -174,7 +145,5 @@ def test_a_measure_without_rows_is_none_and_never_nan(metric):
 
 def test_bertscore_without_its_package_names_the_package(metric, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "bert_score", None)  # as if it were not installed
-    with pytest.raises(
-        ImportError, match="`bertscore_model` needs the package bert_score. Run pip install bert_score"
-    ):
+    with pytest.raises(ImportError, match="needs the package bert_score. Run pip install bert_score"):
         metric.compute(predictions=["a"], references=["b"], bertscore_model=str(tmp_path))

@@ -1,10 +1,11 @@
 """The metrics as Spaces: read by `evaluate` from a folder, a file and the Hub, with a card and a page that work."""
 
 import doctest
-import importlib.util
 import json
 import re
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import evaluate
 import pytest
@@ -36,30 +37,21 @@ def built(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def no_counting(monkeypatch):
-    """Loading from the Hub tells an address outside this machine, unless this is off."""
+@pytest.fixture(autouse=True)
+def nothing_is_told_elsewhere(monkeypatch):
+    """Loading from the Hub, and gradio, tell addresses outside this machine, unless this is off."""
     monkeypatch.setattr(evaluate.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
-
-
-@pytest.fixture
-def load_page(monkeypatch):
-    """A function from the path of an app.py to the module, which serves nothing."""
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
 
-    def load(path: Path):
-        spec = importlib.util.spec_from_file_location(f"page_of_{path.parent.name}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
 
-    return load
+def load_page(path: Path) -> SimpleNamespace:
+    """The module of an app.py, which serves nothing."""
+    return SimpleNamespace(**runpy.run_path(str(path)))
 
 
 def test_every_metric_is_a_folder_of_the_same_files():
-    assert sorted(path.name for path in METRICS.iterdir() if path.is_dir() and path.name != "__pycache__") == sorted(
-        NAMES
-    )
+    folders = {path.name for path in METRICS.iterdir() if path.is_dir()} - {"__pycache__"}
+    assert folders == set(NAMES)
     for name in NAMES:
         found = {path.name for path in (METRICS / name).iterdir() if path.name != "__pycache__"}
         assert found == {f"{name}.py", "README.md", "requirements.txt", "cases.json"}
@@ -81,7 +73,7 @@ def test_a_folder_a_file_and_a_built_folder_are_the_same_metric(name, built):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_space_of_the_hub_is_a_metric_at_every_revision(name, hub, no_counting, built):
+def test_a_space_of_the_hub_is_a_metric_at_every_revision(name, hub, built):
     repo = f"metricspaces/{name}"
     api = HfApi()
     api.create_repo(repo, repo_type="space", space_sdk="gradio")
@@ -129,7 +121,7 @@ def test_the_card_tells_every_input_and_output_and_its_example_runs(name, monkey
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_page_scores_what_is_typed(name, load_page, built):
+def test_the_page_scores_what_is_typed(name, built):
     page = load_page(built / name / "app.py")
     assert page.FOLDER == built / name and page.find_module(page.FOLDER).name == f"{name}.py"
     metric = evaluate.load(str(METRICS / name))
@@ -139,14 +131,11 @@ def test_the_page_scores_what_is_typed(name, load_page, built):
     for example, case in zip(examples, cases, strict=True):
         expected = metric.compute(**case["inputs"])
         assert interface.fn(*example) == json.loads(json.dumps(expected)) == expected
-    assert interface.fn(*examples[0][:2], "") == metric.compute(
-        predictions=cases[0]["inputs"]["predictions"], references=cases[0]["inputs"]["references"]
-    )
+    rows = {key: cases[0]["inputs"][key] for key in ("predictions", "references")}
+    assert interface.fn(*examples[0][:2], "") == metric.compute(**rows)
 
 
-def test_the_page_shows_errors(load_page, built):
-    import gradio
-
+def test_the_page_shows_errors(built):
     page = load_page(built / "rag_answer" / "app.py")
     compute = page.make_compute(evaluate.load(str(METRICS / "rag_answer")))
     for inputs, message in [
@@ -157,7 +146,7 @@ def test_the_page_shows_errors(load_page, built):
         (('["a"]', "[[]]", ""), r"`references\[0\]` must have a gold answer"),
         (('["a"]', '[["b"]]', '{"colour": 1}'), "colour"),
     ]:
-        with pytest.raises(gradio.Error, match=message):
+        with pytest.raises(page.gr.Error, match=message):
             compute(*inputs)
     with pytest.raises(FileNotFoundError, match="must have one metric beside app.py"):
         page.find_module(ROOT / "recipes" / "configs")
