@@ -181,12 +181,9 @@ def is_test_person(first: str, last: str) -> bool:
 
 
 class FactSheets:
-    """Sheets of four facts about people, without end.
+    """Sheets of four facts about people, without end; everything drawn comes from the seed.
 
-    Args:
-        seed: of everything drawn.
-        test: people that training never shows.
-        unseen_wordings: write and ask in the wordings that training never shows.
+    `test`: people that training never shows; `unseen_wordings`: such wordings of statements and questions.
     """
 
     def __init__(self, seed: int, *, test: bool = False, unseen_wordings: bool = False):
@@ -234,10 +231,8 @@ class FactSheets:
     ) -> Iterator[dict]:
         """Rows of the other stages: `{question, answers, docs, pos_index}`, no person twice among the documents.
 
-        Args:
-            n_rows: rows.
-            n_documents: documents of each row, one of them the gold one; a pair draws from its range.
-            n_sheets: how many sheets there are in all; default: every row has its own.
+        Each has `n_documents`, or a number in that range, one of them the gold one. They are drawn from `n_sheets`; by
+        default every row has its own.
         """
         pool = [self.sheet() for _ in range(n_sheets)] if n_sheets else None
         for _ in range(n_rows):

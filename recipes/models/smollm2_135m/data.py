@@ -21,15 +21,16 @@ import hashlib
 import random
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from trl.scripts.utils import DatasetConfig
 
 from modeling_clara.corpus.storage import write_lines
 from modeling_clara.storage_clara import write_json
+from recipes.evaluation.rankers import Bm25Ranker
+from recipes.evaluation.spans import Spans
 from recipes.models.smollm2_135m.reading_rows import HARD_NUM_READ, hard_reading_rows, reading_rows
-from recipes.models.smollm2_135m.retrieval_rows import with_distractors
 from recipes.training.curriculum import curriculum_rows, sentences, to_passage
 from recipes.training.data import read_documents, read_positives, read_rows
 
@@ -175,6 +176,32 @@ def unanswerable_rows(rows: Sequence[Mapping], held: HeldBack) -> Iterator[dict]
         documents = read_documents(row)
         if not any(map(held.has, documents)):
             yield {"question": row["question"], "answers": [NO_ANSWER], "docs": documents, "pos_index": []}
+
+
+def with_distractors(
+    rows: Sequence[Mapping], n_documents: int, generator: random.Random, others: Iterable[Mapping] = ()
+) -> Iterator[dict]:
+    """Rows `{question, answers, docs, pos_index}` of `{question, answers, gold}`, the gold ones at random places.
+
+    The other ones of `n_documents` are what BM25 takes for the best of all rows' gold documents and of `others`.
+    """
+    documents = {}
+    for document in [*(document for row in rows for document in row["gold"]), *others]:
+        documents.setdefault((document["title"], document["text"]), len(documents))
+    keys = list(documents)
+    spans = Spans([str(n) for n in range(len(keys))], [0] * len(keys), [k[0] for k in keys], [k[1] for k in keys])
+    ranked = Bm25Ranker(spans).rank([row["question"] for row in rows], [None] * len(rows), n_documents)
+    for row, hits in zip(rows, ranked, strict=True):
+        gold = list(dict.fromkeys(documents[document["title"], document["text"]] for document in row["gold"]))
+        distractors = [number for number, _ in hits if number not in gold]
+        order = [*gold, *distractors[: max(0, n_documents - len(gold))]]
+        generator.shuffle(order)
+        yield {
+            "question": row["question"],
+            "answers": row["answers"],
+            "docs": [{"title": keys[number][0], "text": keys[number][1]} for number in order],
+            "pos_index": sorted(order.index(number) for number in gold),
+        }
 
 
 def cut(row: Mapping, n_documents: int, generator: random.Random) -> dict:
