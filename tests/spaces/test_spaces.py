@@ -32,29 +32,23 @@ def test_there_are_no_links_in_the_recipes():
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_a_built_space_stands_by_itself(tmp_path, capsys, name):
-    folder = spaces.SPACES / name
+def test_a_built_and_a_pushed_space_stand_by_themselves(hub, tmp_path, capsys, name):
+    folder, built, repo = spaces.SPACES / name, tmp_path / "out", f"spaces/{name.replace('/', '-')}"
     shared = {"app.py", "checked_rows.py"} if "metrics" in name else {"validation.py", "results.schema.json"}
-    assert spaces.main(["build", str(folder), str(tmp_path / "out")]) == 0
-    assert tracked(tmp_path / "out") == tracked(folder) | shared and not tracked(folder) & shared
-    assert {"README.md", "app.py", "requirements.txt"} <= tracked(tmp_path / "out")
-    for path in (tmp_path / "out").glob("*.py"):
+    assert spaces.main(["build", str(folder), str(built)]) == 0
+    assert tracked(built) == tracked(folder) | shared and not tracked(folder) & shared
+    assert {"README.md", "app.py", "requirements.txt"} <= tracked(built)
+    for path in built.glob("*.py"):
         assert not re.search(r"^\s*(from|import) (recipes|modeling_clara)\b", path.read_text(), re.MULTILINE), path
-    assert spaces.main(["build", str(folder), str(tmp_path / "out")]) == 1
+    assert spaces.main(["build", str(folder), str(built)]) == 1
     assert "must be a new or empty folder" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", SPACES)
-def test_a_space_has_the_files_of_its_folder_in_one_commit(hub, name):
-    repo = f"spaces/{name.replace('/', '-')}"
-    spaces.push_space(spaces.SPACES / name, repo)
     api = HfApi()
+    spaces.push_space(folder, repo)
     commits = len(api.list_repo_commits(repo, repo_type="space"))
-    files = spaces.space_files(spaces.SPACES / name)
-    assert set(api.list_repo_files(repo, repo_type="space")) - {".gitattributes"} == set(files)
+    assert set(api.list_repo_files(repo, repo_type="space")) - {".gitattributes"} == tracked(built)
     path = api.hf_hub_download(repo, "app.py", repo_type="space")
-    assert Path(path).read_bytes() == files["app.py"]
-    spaces.push_space(spaces.SPACES / name, repo)
+    assert Path(path).read_bytes() == (built / "app.py").read_bytes()
+    spaces.push_space(folder, repo)
     assert len(api.list_repo_commits(repo, repo_type="space")) <= commits + 1
 
 
