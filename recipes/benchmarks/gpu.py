@@ -109,6 +109,7 @@ def render(report: dict) -> str:
 def main() -> None:
     """Parse, measure, print."""
     parser = shared.benchmark_parser(__doc__, rounds=5)
+    parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
     parser.add_argument("--dtype", default="bfloat16", help="of the backbone (default: bfloat16)")
     parser.add_argument("--limit", type=int, help="first passages of the file only")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 256, 1024], help="documents of a pass")
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--gemm-tokens", type=int, default=GEMM_TOKENS, help=f"rows (default: {GEMM_TOKENS})")
     parser.add_argument("--attention", default="sdpa", help="attention implementation (default: sdpa)")
     arguments = shared.parse_with_data(parser, "passages with their questions (`qas`)")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {"lora_rank": 8, "dtype": getattr(torch, arguments.dtype), "attn_implementation": arguments.attention}
     rows, model, report = shared.load_subject(arguments, device, **options)
     rows, sizes = rows[: arguments.limit], (arguments.rounds, arguments.gemm_tokens)

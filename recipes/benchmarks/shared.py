@@ -133,14 +133,16 @@ def load_subject(
     rows = read_rows(arguments.data)
     torch.manual_seed(0)
     model = CLaRaForRAG.from_backbone(arguments.backbone or fetch_backbone(), **options).to(device)
+    if model.memory_embeddings.is_cuda:
+        torch.cuda.set_device(model.memory_embeddings.device)  # for which `seconds_of` waits
     return rows, model, describe_machine(device) | {"data": Path(arguments.data or PASSAGES).name}
 
 
 def describe_machine(device: str = "cpu") -> dict:
     """`machine` and `versions` of a report."""
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    if device == "cuda":
-        machine = torch.cuda.get_device_name()
+    if device.startswith("cuda"):
+        machine = torch.cuda.get_device_name(device)
     return {"machine": machine, "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
 
 

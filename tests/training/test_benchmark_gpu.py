@@ -21,7 +21,7 @@ def passages(tmp_path) -> str:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_figures(passages, backbone_folder, tmp_path, monkeypatch, capsys, dtype):
     output = tmp_path / "gpu.json"
-    options = ["--data", passages, "--backbone", str(backbone_folder), "--dtype", dtype]
+    options = ["--data", passages, "--backbone", str(backbone_folder), "--device", "cpu", "--dtype", dtype]
     options += ["--rounds", "1", "--batch-sizes", "4", "8", "--steps", "2", "3", "--gemm-tokens", "64"]
     monkeypatch.setattr(sys, "argv", ["benchmark_gpu.py", *options, "--output", str(output)])
     main()
@@ -42,7 +42,7 @@ def test_figures(passages, backbone_folder, tmp_path, monkeypatch, capsys, dtype
 
 
 def test_too_few_passages(passages, backbone_folder, monkeypatch):
-    options = ["--data", passages, "--backbone", str(backbone_folder), "--dtype", "float32"]
+    options = ["--data", passages, "--backbone", str(backbone_folder), "--device", "cpu", "--dtype", "float32"]
     options += ["--rounds", "1", "--batch-sizes", "4", "--steps", "99", "--gemm-tokens", "8"]
     monkeypatch.setattr(sys, "argv", ["benchmark_gpu.py", *options])
     with pytest.raises(ValueError, match="--steps must be <= the"):
