@@ -10,6 +10,8 @@ from pathlib import Path
 import evaluate
 import pytest
 
+from recipes.spaces.metrics import checked_rows
+
 METRICS = Path(__file__).parents[2] / "recipes" / "spaces" / "metrics"
 DOCTESTS = {"rag_answer": 3, "retrieval": 1, "compression_fidelity": 2}
 CASES = [(name, case) for name in DOCTESTS for case in json.loads((METRICS / name / "cases.json").read_text("utf-8"))]
@@ -86,6 +88,7 @@ def test_a_case_of_the_table(metrics, name, case):
 @pytest.mark.parametrize("name", DOCTESTS)
 def test_doctests_run(name):
     assert doctest.testmod(importlib.import_module(f"recipes.spaces.metrics.{name}.{name}")) == (0, DOCTESTS[name])
+    assert doctest.testmod(checked_rows) == (0, 1)
 
 
 def draw_rows(name: str, count: int = 60) -> tuple[list, list]:

@@ -121,5 +121,4 @@ class RagAnswer(CheckedRows, evaluate.Metric):
 
     def _compute(self, predictions, references, per_question: bool = False, ids: Sequence | None = None) -> dict:
         self.check_rows(predictions, references, ids)
-        rows = [score_answer(*row) for row in zip(predictions, references, strict=True)]
-        return summarize({name: [row[name] for row in rows] for name in MEASURES}, per_question)
+        return summarize([score_answer(*row) for row in zip(predictions, references, strict=True)], per_question)

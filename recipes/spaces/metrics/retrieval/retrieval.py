@@ -123,7 +123,6 @@ class Retrieval(CheckedRows, evaluate.Metric):
                 "Check that the ids of the gold documents were read."
             )
         rows = [score_ranking(*row, k) if row[1] else {} for row in zip(predictions, references, strict=True)]
-        names = next(filter(None, rows))
         without_gold = rows.count({})
         counts = {"questions": len(rows) - without_gold, "without_gold": without_gold}
-        return summarize({name: [row.get(name) for row in rows] for name in names}, per_question, **counts)
+        return summarize(rows, per_question, **counts)
