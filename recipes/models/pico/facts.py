@@ -8,7 +8,7 @@ models or training. Everything comes from a seed; the test split has people and 
 
 import argparse
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from modeling_clara.corpus.storage import write_lines
@@ -206,6 +206,15 @@ class FactSheets:
         facts = {relation: self.random.choice(RELATIONS[relation]["values"]) for relation in relations}
         return {"title": f"{first} {last}", "text": self._write(facts, first)}, facts
 
+    @staticmethod
+    def of_different_people(n: int, draw: Callable[[], tuple[dict, dict]]) -> list[tuple[dict, dict]]:
+        """So many sheets of what `draw` gives, no person twice."""
+        sheets = {}
+        while len(sheets) < n:
+            document, facts = draw()
+            sheets.setdefault(document["title"], (document, facts))
+        return list(sheets.values())
+
     def question(self, document: dict, facts: dict[str, str]) -> tuple[str, str]:
         """A question about a sheet and its answer."""
         relation = self.random.choice(list(facts))
@@ -237,14 +246,10 @@ class FactSheets:
         pool = [self.sheet() for _ in range(n_sheets)] if n_sheets else None
         for _ in range(n_rows):
             n = n_documents if isinstance(n_documents, int) else self.random.randint(*n_documents)
-            sheets = {}
-            while len(sheets) < n:
-                document, facts = self.random.choice(pool) if pool else self.sheet()
-                sheets.setdefault(document["title"], (document, facts))
-            documents = list(sheets.values())
+            sheets = self.of_different_people(n, lambda: self.random.choice(pool) if pool else self.sheet())
             gold = self.random.randrange(n)
-            question, answer = self.question(*documents[gold])
-            docs = [f"{document['title']}\n{document['text']}" for document, _ in documents]
+            question, answer = self.question(*sheets[gold])
+            docs = [f"{document['title']}\n{document['text']}" for document, _ in sheets]
             yield {"question": question, "answers": [answer], "docs": docs, "pos_index": [gold]}
 
 
