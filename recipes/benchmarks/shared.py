@@ -147,13 +147,7 @@ def describe_machine(device: str = "cpu") -> dict:
 
 
 def figures(head: str, cells: str, rows: Iterable[Mapping]) -> str:
-    """A Markdown table.
-
-    Args:
-        head: the columns, parted by " | ".
-        cells: what a row has there, in the same way, as `str.format` takes it: "{spans:,} | {p50_ms:.1f} ms".
-        rows: of figures.
-    """
+    """A Markdown table. `head` and `cells` are parted by " | "; `str.format` fills a row into the cells."""
     filled = [[cell.format(**row).replace("%", " %") for cell in cells.split(" | ")] for row in rows]
     return table(head.split(" | "), filled)
 
@@ -179,11 +173,7 @@ def shown_command() -> str:
 
 
 def write_section(path: Path, name: str, text: str) -> None:
-    """Replace what stands between `<!-- NAME -->` and `<!-- /NAME -->`, or add both at the end of the file.
-
-    Raises:
-        ValueError: only one of the two marks is there.
-    """
+    """Replace what stands between `<!-- NAME -->` and `<!-- /NAME -->`, or add both at the end of the file."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     section = f"{begin}\n\n{text.strip()}\n\n{end}"

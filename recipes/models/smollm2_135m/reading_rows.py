@@ -69,14 +69,9 @@ def reading_rows(
     texts: Sequence[Mapping],
     seed: int = 42,
 ) -> list[dict]:
-    """`reading.jsonl`: some pieces, then all passages once in steps of `STEP`.
+    """`reading.jsonl`: some pieces in the order of `curriculum.py`, then all passages once in steps of `STEP`.
 
-    Args:
-        pieces: rows of `curriculum.py`, in its order.
-        passages: `{title, text, qas}`.
-        multihop: `{question, answers, docs, pos_index}`.
-        texts: `{title, text, qas}` with cloze questions.
-        seed: of every choice.
+    Passages and texts are `{title, text, qas}`, multi-hop rows `{question, answers, docs, pos_index}`.
     """
     n_pieces = min(PIECES, len(pieces))
     rows = [pieces[place * len(pieces) // n_pieces] for place in range(n_pieces)]

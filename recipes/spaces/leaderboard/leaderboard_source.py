@@ -164,12 +164,9 @@ class Source:
 
     def _keep_newest(self, contents: dict[str, dict], loaded: Loaded) -> None:
         """Of the same system on the same data in the same setting the newest is kept."""
-
-        def age(path: str) -> tuple[float, str]:
-            return parse_time(contents[path]["created"]).timestamp(), path
-
         newest: dict[str, str] = {}
-        for path in sorted(contents, key=age, reverse=True):
+        aged = [(parse_time(content["created"]).timestamp(), path) for path, content in contents.items()]
+        for _, path in sorted(aged, reverse=True):
             kept = newest.setdefault(identity(contents[path]), path)
             if kept != path:
                 reason = f"the same system, model, data and setting are in {kept}, which is newer: that one is shown."
