@@ -1,8 +1,10 @@
 """The sections that benchmarks write into docs/benchmarks.md, and figures of a tiny model."""
 
 import argparse
+import inspect
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -58,6 +60,16 @@ def test_runs_take_turns_after_a_warm_up():
     seconds = shared.in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
     assert calls == list("ababab") and [len(values) for values in seconds.values()] == [2, 2]
     assert shared.ratio([2.0, 6.0, 9.0], [1.0, 2.0, 3.0]) == 3.0
+
+
+def test_the_peak_of_a_process_is_its_own():
+    """`ru_maxrss` would be that of the process which started it."""
+    held = bytearray(3 * 10**8)
+    held[::4096] = b"x" * len(held[::4096])
+    assert shared.resident_bytes("VmHWM") >= shared.resident_bytes() > len(held)
+    code = "import re; from pathlib import Path\n" + inspect.getsource(shared.resident_bytes)
+    command = [sys.executable, "-c", f"{code}\nprint(resident_bytes('VmHWM'))"]
+    assert int(subprocess.run(command, capture_output=True, check=True).stdout) < len(held)
 
 
 def test_inference_on_a_tiny_model(backbone_folder):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from recipes.models.smollm2_135m.retrieval_rows import with_distractors
+from recipes.models.smollm2_135m.data import with_distractors
 
 COLOURS = ("red", "green", "blue", "white", "black", "grey")
 DOCUMENTS = [
