@@ -38,7 +38,7 @@ def results(tmp_path_factory) -> dict[str, dict]:
 def test_every_question_is_answered(results):
     for content in results.values():
         assert content["counts"] == {
-            "questions": 100, "answered": 100, "abstained": 0, "failed": 0, "without_answers": 0, "without_gold": 0,
+            "questions": 100, "answered": 100, "abstained": 0, "failed": 0, "without_answers": 0, "without_gold": 0
         }  # fmt: skip
 
 

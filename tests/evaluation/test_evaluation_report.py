@@ -217,7 +217,7 @@ def test_model_index_round_trip(folder):
     assert [(e.dataset_config, e.metric_type, e.metric_value) for e in expected] == [
         ("normal, clara k=16 int8", "f1", 0.41), ("normal, clara k=16 int8", "em", 0.3),
         ("normal, clara k=16 int8", "containment", 0.45), ("normal, clara k=16 int8", "recall@5", 0.6),
-        ("oracle, clara k=16 int8", "f1", 0.5), ("oracle, clara k=16 int8", "em", 0.25),
+        ("oracle, clara k=16 int8", "f1", 0.5), ("oracle, clara k=16 int8", "em", 0.25)
     ]  # fmt: skip
     key = ("task_type", "dataset_type", "dataset_name", "dataset_config", "metric_type", "metric_value", "metric_name")
     assert {tuple(getattr(e, k) for k in key) for e in found} == {tuple(getattr(e, k) for k in key) for e in expected}

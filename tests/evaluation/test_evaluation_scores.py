@@ -146,7 +146,7 @@ def test_interval_edge_cases():
         rare = np.full(400, NAN)
         rare[7] = 0.75
         assert with_intervals({"a": rare, "b": np.ones(400)}, resamples=200)["a"] == {
-            "value": 0.75, "low": 0.75, "high": 0.75, "n": 1,
+            "value": 0.75, "low": 0.75, "high": 0.75, "n": 1
         }  # fmt: skip
         same = with_intervals({"x": np.full(7, 0.1)})["x"]
         assert same["low"] <= same["value"] + 1e-12 and same["high"] >= same["value"] - 1e-12

@@ -22,10 +22,7 @@ def test_nulls_that_parquet_fills_in_change_nothing(tmp_path):
     pairs = [{"id": "mine", "question": "Q0?", "answers": ["x"]}, {"question": "Q1?", "answers": ["y"]}]
     files = {
         "passages": [{**PASSAGE, "qas": pairs}, {"text": "untitled", "qas": [{"question": "Q2?", "answers": []}]}],
-        "multihop": [
-            {**ROW, "docs": [{"text": "one"}, {"title": "T", "text": "two"}]},
-            {**BARE, "id": "b"},
-        ],
+        "multihop": [{**ROW, "docs": [{"text": "one"}, {"title": "T", "text": "two"}]}, {**BARE, "id": "b"}],
         "kilt": [KILT, {"id": "l", "input": "Where?", "output": [{"answer": "B"}]}],
     }
     for name, rows in files.items():
