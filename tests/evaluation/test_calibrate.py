@@ -14,9 +14,6 @@ from recipes.evaluation.abstention import area_under_curve, share_below, signals
 TENTHS = [n / 10 for n in range(1, 11)]  # 0.1 to 1.0
 
 
-# --- scores ----------------------------------------------------------------------------------------------------------
-
-
 def test_examples():
     failed, attempted = doctest.testmod(abstention)
     assert failed == 0 and attempted >= 3
@@ -56,9 +53,6 @@ def test_signals_of_a_question():
     found = signals([[0.2, 0.8, 0.2, 0.2, 0.2], [0.4], [0.3, 0.3]])
     assert found["cosine"] == [0.8, 0.4, 0.3]
     assert found["deviations"] == pytest.approx([2.0, 0.0, 0.0])  # (0.8 - 0.32) / 0.24
-
-
-# --- a model ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

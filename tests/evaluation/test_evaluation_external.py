@@ -37,9 +37,6 @@ def read(tmp_path):
     return lambda rows, name="theirs.jsonl": read_predictions(write_rows(tmp_path / name, rows), TASKS)
 
 
-# --- files of predictions ------------------------------------------------------------------------------------------
-
-
 def test_rows_come_in_the_order_of_the_data(read):
     first, *others = [json.dumps(row).encode() + b"\r" for row in PREDICTIONS]
     with_bom_and_blank_lines = read([b"\xef\xbb\xbf" + first, b"\r", b"", *others])
@@ -126,9 +123,6 @@ def test_what_is_missing_or_bad_is_counted_and_the_first_are_named(read):
     with pytest.raises(ValueError, match=r"^5 row\(s\) of theirs.jsonl") as error:
         read([{"id": f"z{number}"} for number in range(5)])
     assert [f"theirs.jsonl:{n} " in str(error.value) for n in range(1, 6)] == [True] * 3 + [False] * 2
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

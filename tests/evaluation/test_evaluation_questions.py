@@ -41,9 +41,6 @@ def refuses(rows: list, read, *parts: str, line: int = 1) -> None:
         assert part in str(error.value)
 
 
-# --- formats -------------------------------------------------------------------------------------------------------
-
-
 def test_multihop_row_gives_exactly_its_question(read):
     data = read([ROW, {**ROW, "id": 7, "docs": ["three", "one"], "pos_index": 0}])
     first, second = data.questions
@@ -161,9 +158,6 @@ def test_rows_of_two_formats_are_refused(read):
     assert data.format == "multihop" and data.questions[0].gold == ("1",)
 
 
-# --- ids, answers, positions -------------------------------------------------------------------------------------
-
-
 def test_ids_are_texts_and_default_to_the_line(read):
     rows = [{**ROW, "id": value} for value in (0, "x", None, "\u00e9\u6771")]
     assert [question.id for question in read([b"", *rows]).questions] == ["0", "x", "4", "\u00e9\u6771"]
@@ -223,9 +217,6 @@ def test_data_that_nothing_can_be_scored_on_is_refused_unless_abstaining_counts(
     with pytest.raises(ValueError, match="neither.*rows.jsonl:1"):
         read(rows)
     assert len(read(rows, may_abstain=True).questions) == len(read([{**rows[0], "pos_index": [0]}]).questions) == 1
-
-
-# --- files ---------------------------------------------------------------------------------------------------------
 
 
 def test_bom_crlf_and_blank_lines_change_nothing_but_the_lines(read):

@@ -26,9 +26,6 @@ TUNED = {"tuned_text": "text", "bm25_tuned_text": "bm25_text"}  # and the system
 MEMORY_BYTES = 4 * 2 * 32
 
 
-# --- the best documents as text, the rest from memory ----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("expand", [1, 2, 9])
 def test_expand_is_the_public_answer(bench, tasks, expand):
     """The same documents as `clara`, in the same order; answers, tokens and bytes of mixed reading."""
@@ -69,9 +66,6 @@ def test_gold_only_reads_the_first_gold_chunks_as_text(bench, expand, n_gold):
     assert row["span_bytes"] == pytest.approx(np.mean(sizes))
 
 
-# --- a generator trained on texts ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name, plain", TUNED.items())
 def test_the_text_reader_reads_the_retrieved_texts_in_its_own_prompt(bench, text_reader, tasks, name, plain):
     """Its answers; the ranking of the plain reader and other answers than that one's or the compressor's generator."""
@@ -99,9 +93,6 @@ def test_a_text_reader_of_other_memory_sizes(bench, backbone_folder, tasks):
     (hits,), (row,) = retrieve(bench, SYSTEMS["text"], tasks[1:2], Clock()), predict(bench, "tuned_text", tasks[1:2])
     texts = [bench.spans.document(number) for number in rows_to_read(bench, SYSTEMS["text"], hits)]
     assert (row["prediction"] or "") == generate(other, tasks[1].question.text, texts, "generator")
-
-
-# --- runs ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluation_runs import (
-    N_QUESTIONS,
-    assert_same,
-    failing,
-    predictions,
-    results,
-    without_seconds,
-    write_data,
-    write_rows,
-)
+from evaluation_runs import N_QUESTIONS, assert_same, failing, predictions, results, without_seconds, write_rows
 from safetensors.torch import load_file, save_file
 
 from modeling_clara import CLaRaForRAG
@@ -40,34 +31,25 @@ def replace_reading(monkeypatch):
     )
 
 
-# --- a whole run -----------------------------------------------------------------------------------------------------
-
-
 def test_a_run_and_what_it_writes(evaluate, tmp_path):
-    printed = evaluate("--systems", "clara", "text", "closed_book", "wrong_memory", "--latency-questions", "2")
+    sizes = ["--codec", "int4", "--memory-size", "2", "--retrieval-memory-size", "4"]
+    printed = evaluate("--systems", "clara", "text", "closed_book", "wrong_memory", "--latency-questions", "2", *sizes)
     folder = tmp_path / "run"
     content, rows = results(folder), predictions(folder)
     assert [row["id"] for row in rows] == [f"q{number}" for number in range(N_QUESTIONS)]
     for row in rows:
         assert (row["prediction"] is not None) + row["abstained"] + (row["failure"] is not None) == 1
     assert content["counts"]["questions"] == N_QUESTIONS and content["counts"]["failed"] == 0
-    efficiency = content["efficiency"]
-    times = efficiency["latency_ms"]
-    assert efficiency["latency_questions"] == 2 and all(part["p95"] >= part["p50"] > 0 for part in times.values())
+    system, efficiency = content["system"], content["efficiency"]
+    assert (system["codec"], system["memory_size"], system["retrieval_memory_size"]) == ("int4", 2, 4)
+    assert efficiency["bytes_per_span"] < 2 * 2 * 32 and efficiency["latency_questions"] == 2
+    assert all(part["p95"] >= part["p50"] > 0 for part in efficiency["latency_ms"].values())
     assert efficiency["seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
     assert efficiency["tokens_read"] == pytest.approx(sum(row["n_tokens"] for row in rows) / N_QUESTIONS)
     kinds = {"text": "text", "closed-book": "closed_book", "wrong-memory": "control"}
     assert {line["system"] for line in content["comparisons"]} == set(kinds) and "| clara |" in printed
     assert kinds == {name: results(folder / "baselines" / name)["system"]["kind"] for name in kinds}
     assert not list(tmp_path.rglob("parts"))
-
-
-def test_codec_and_memory_sizes(evaluate, tmp_path):
-    evaluate("--codec", "int4", "--memory-size", "2", "--retrieval-memory-size", "4")
-    content = results(tmp_path / "run")
-    system = content["system"]
-    assert (system["codec"], system["memory_size"], system["retrieval_memory_size"]) == ("int4", 2, 4)
-    assert content["efficiency"]["bytes_per_span"] < 2 * 2 * 32
 
 
 def test_gold_only_reads_every_gold_document(evaluate, tmp_path):
@@ -92,9 +74,6 @@ def test_two_halves_are_the_whole(evaluate, finished, tmp_path):
     assert results(finished)["data"]["half"] is None
     evaluate("--half", "first", "--limit", "1", output="one")
     assert_same(predictions(tmp_path / "one"), predictions(tmp_path / "first")[:1])
-
-
-# --- failures --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory: 20 GiB"), ValueError("odd"), KeyError("key")])
@@ -171,9 +150,6 @@ def test_time_that_cannot_be_taken_costs_no_results(evaluate, run, monkeypatch):
     assert results(run)["efficiency"]["latency_ms"] is None
 
 
-# --- going on --------------------------------------------------------------------------------------------------------
-
-
 def test_interrupted_and_begun_again(evaluate, tmp_path, monkeypatch):
     """Nothing is asked twice, and predictions.jsonl is that of a run without interruption, byte for byte."""
     evaluate("--systems", "clara", "text", output="whole")
@@ -225,7 +201,7 @@ def test_another_option_in_the_same_folder(evaluate, data, run, finished):
     for name, value in changes.items():
         assert f"`{name}` must be" in evaluate(f"--{name.replace('_', '-')}", str(value), expect=1), name
     assert "`system` must be" in evaluate("--systems", "text", expect=1)
-    write_data(data, N_QUESTIONS + 1)
+    data.write_bytes(data.read_bytes() + b"\n")
     assert "`data` must be" in evaluate(expect=1)
     assert predictions(run) == predictions(finished) and results(run) == results(finished)
 

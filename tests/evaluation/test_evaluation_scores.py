@@ -25,9 +25,6 @@ def task(name: str, answers=("Paris",), gold=("g",)) -> Task:
     return Task(Question(name, f"{name}?", answers, ("g", "h", "i"), gold, "x.jsonl:1"), None, gold)
 
 
-# --- what counts -----------------------------------------------------------------------------------------------------
-
-
 def test_failed_and_abstained_score_zero_and_stay_in_the_mean():
     rows = [
         prediction_row("right", prediction="in Paris, the", retrieved=["g", "h"]),
@@ -72,9 +69,6 @@ def test_questions_without_gold_are_left_out_of_retrieval():
     assert not [name for name in score_questions(tasks[:1], rows[:1], with_retrieval=True) if "@" in name]
     scores = score_questions([task("a", answers=())], rows[:1], with_retrieval=True)  # retrieval alone is asked for
     assert scores["recall@1"].tolist() == [1.0] and "f1" not in scores
-
-
-# --- the bootstrap ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["binary", "skewed"])
@@ -126,9 +120,6 @@ def test_interval_edge_cases():
         assert found == {"value": 0.75, "low": 0.75, "high": 0.75, "n": 1}
         same = with_intervals({"x": np.full(7, 0.1)})["x"]
         assert same["low"] <= same["value"] + 1e-12 and same["high"] >= same["value"] - 1e-12
-
-
-# --- the paired test -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

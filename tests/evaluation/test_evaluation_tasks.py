@@ -48,9 +48,6 @@ def never(questions, n):
     raise AssertionError("candidates of the data must not be chosen again")
 
 
-# --- settings ------------------------------------------------------------------------------------------------------
-
-
 def test_candidates_of_the_data_stay_in_their_order_each_once():
     """Gold that the data does not offer is added in oracle alone."""
     data = data_of(question("1", "423142", "14"), question("2", "012", "51"))
@@ -125,9 +122,6 @@ def test_needed_documents_are_candidates_and_gold_in_the_order_of_the_data():
         assert list(needed_documents(make_tasks(data, setting, never), data)) == needed
 
 
-# --- documents of the data in a corpus -----------------------------------------------------------------------------
-
-
 def test_documents_are_found_by_their_words():
     rows = {"text": [("T ", " body\n")], "long": [("Long", "part one"), ("Long", "part two")]}
     rows |= {"7": [("Twice", "part one"), ("Twice", "part two")], "8": [("Twice", "other"), ("Twice", "parts")]}
@@ -154,9 +148,6 @@ def test_titles_without_text_are_found_by_id_or_unique_title():
 def test_deleted_documents_are_not_found():
     spans = spans_of({name: [("T", "body")] for name in "abc"}, np.array([False, True, True]))
     assert match_documents(spans, {"0": document("body", "T")}, {"a": "Gone"}) == {"0": "b"}
-
-
-# --- BM25 ----------------------------------------------------------------------------------------------------------
 
 
 def bm25(query: str, texts: list[str]) -> list[float]:
@@ -259,9 +250,6 @@ def test_gold_is_found_among_chosen_candidates_of_real_chunks(shared_model):
         (gold,) = one.gold
         expected = one.candidates if gold in one.candidates else (*one.candidates[:4], gold)
         assert other.candidates == expected and len(set(expected)) == 5
-
-
-# --- a dense encoder -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
