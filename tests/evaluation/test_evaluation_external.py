@@ -65,10 +65,10 @@ def test_retrieved_documents_by_id_and_by_place(read, name, given, expected):
     assert [row["retrieved"] for row in rows if row["id"] == name] == [expected]
 
 
-@pytest.mark.parametrize("row", [{"prediction": "", "abstained": True}, {"prediction": " ", "failure": "x"}])
-def test_an_empty_text_beside_its_reason_is_no_prediction(read, row):
-    read_row = read([*PREDICTIONS[1:], {"id": "c", **row}])[2]
-    assert read_row["prediction"] is None and (read_row["abstained"], read_row["failure"]) != (False, None)
+def test_an_empty_text_beside_its_reason_is_no_prediction(read):
+    for given in ({"prediction": "", "abstained": True}, {"prediction": " ", "failure": "x"}):
+        row = read([*PREDICTIONS[1:], {"id": "c", **given}])[2]
+        assert row["prediction"] is None and (row["abstained"], row["failure"]) != (False, None)
 
 
 X = {"id": "b", "prediction": "x"}
@@ -159,11 +159,16 @@ def test_scores_of_another_system(score, tmp_path):
     assert (content["efficiency"]["tokens_read"], content["efficiency"]["latency_ms"]) == (12.0, None)
     score("--url", "https://example.org/x", "--seed", "3")  # the same command gives the same
     assert results(tmp_path / "run") == content | {"created": results(tmp_path / "run")["created"]}
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    score(predictions=FAILED, expect=1)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
 def test_without_retrieved_documents_there_are_no_scores_of_retrieval(score, tmp_path):
     score(predictions=[{name: value for name, value in row.items() if name != "retrieved"} for row in PREDICTIONS])
     assert set(results(tmp_path / "run")["metrics"]) == {"em", "f1", "containment", "bag_containment", "abstention"}
+    score("--limit", "1", output="first")
+    assert results(tmp_path / "first")["counts"]["questions"] == 1
 
 
 def test_predictions_in_the_output_folder_are_left_as_they_are(score, tmp_path):
@@ -185,11 +190,6 @@ def test_rows_that_are_skipped_are_listed(score, tmp_path):
     assert read_rows(tmp_path / "run" / "rejected.jsonl") == rejected
 
 
-def test_limit_scores_the_first_questions_alone(score, tmp_path):
-    score("--limit", "1")
-    assert results(tmp_path / "run")["counts"]["questions"] == 1
-
-
 FAILING = [
     ({"data": [{"_id": "5", "query": "Q?"}]}, "rows.jsonl:1 "),
     ({"data": []}, "at least one question"),
@@ -206,13 +206,6 @@ def test_a_command_that_fails_says_why_and_leaves_no_results(score, tmp_path, in
     printed = score(**inputs, expect=1)
     assert printed.startswith("error: ") and named in printed and "which is a bug" not in printed
     assert not [path for path in tmp_path.rglob("run/**/*") if "results" in path.name or "partial" in path.name]
-
-
-def test_a_command_that_fails_leaves_what_was_written_before(score, tmp_path):
-    score()
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    score(predictions=FAILED, expect=1)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
 @pytest.mark.parametrize("setting", ["closed_book", "gold_only"])

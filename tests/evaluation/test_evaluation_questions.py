@@ -158,11 +158,6 @@ def test_rows_of_two_formats_are_refused(read):
     assert data.format == "multihop" and data.questions[0].gold == ("1",)
 
 
-def test_ids_are_texts_and_default_to_the_line(read):
-    rows = [{**ROW, "id": value} for value in (0, "x", None, "\u00e9\u6771")]
-    assert [question.id for question in read([b"", *rows]).questions] == ["0", "x", "4", "\u00e9\u6771"]
-
-
 @pytest.mark.parametrize("ids", [("a", "a"), (1, "1"), ("2", None)])
 def test_an_id_twice_is_refused_and_both_places_are_named(read, ids):
     refuses([{**ROW, "id": value} for value in ids], read, repr(str(ids[0])), "rows.jsonl:1", line=2)
@@ -175,12 +170,10 @@ def test_an_id_twice_in_one_passage_is_refused(read):
     assert [question.id for question in data.questions] == ["a"] and "body" not in str(data.documents)
 
 
-@pytest.mark.parametrize(
-    "given, expected",
-    [("Paris", ("Paris",)), (1969, ("1969",)), ([1, " a ", "a"], ("1", "a")), ([], ()), ("\u6771", ("\u6771",))],
-)
-def test_answers_that_can_be_read(read, given, expected):
-    assert read([{**ROW, "answers": given}]).questions[0].answers == expected
+def test_answers_that_can_be_read(read):
+    answers = {"Paris": ("Paris",), 1969: ("1969",), (1, " a ", "a"): ("1", "a"), (): (), "\u6771": ("\u6771",)}
+    rows = [{**ROW, "id": str(n), "answers": given} for n, given in enumerate(answers)]
+    assert [question.answers for question in read(rows).questions] == list(answers.values())
 
 
 BAD_FIELDS = {
@@ -197,14 +190,14 @@ def test_values_that_cannot_be_read_are_named(read, name, value):
     refuses([ROW, {**OTHER, name: value}], read, "doc" if name == "docs" else name, line=2)
 
 
-@pytest.mark.parametrize("docs", [5, True, {"title": "T"}, [7]])
-def test_flashrag_documents_of_another_form_are_refused(read, docs):
-    refuses([{**FLASH, "docs": docs}], read)
+BAD_ROWS = [{**FLASH, "docs": docs} for docs in (5, True, {"title": "T"}, [7])]
+PROVENANCES = (["Nine"], "Nine", 5, {"wikipedia_id": "9"}, [None])
+BAD_ROWS += [{**KILT, "output": [{"answer": "A", "provenance": provenance}]} for provenance in PROVENANCES]
 
 
-@pytest.mark.parametrize("provenance", [["Nine"], "Nine", 5, {"wikipedia_id": "9"}, [None]])
-def test_kilt_provenance_of_another_form_is_a_bad_row(read, provenance):
-    refuses([KILT, {**KILT, "id": "m", "output": [{"answer": "A", "provenance": provenance}]}], read, line=2)
+@pytest.mark.parametrize("row", BAD_ROWS)
+def test_documents_of_another_form_are_refused(read, row):
+    refuses([row], read)
 
 
 def test_a_row_without_answers_is_told_so_wherever_it_stands(read):
@@ -220,9 +213,10 @@ def test_data_that_nothing_can_be_scored_on_is_refused_unless_abstaining_counts(
 
 
 def test_bom_crlf_and_blank_lines_change_nothing_but_the_lines(read):
-    data = read([b"\xef\xbb\xbf" + json.dumps(ROW).encode() + b"\r", b"\r", b"  ", {**ROW, "id": None}])
-    plain = read([ROW])
-    assert [question.id for question in data.questions] == ["a", "4"] and data.documents == plain.documents
+    others = [{**ROW, "id": value} for value in (0, None, "\u00e9\u6771")]  # texts, or the number of the line
+    data = read([b"\xef\xbb\xbf" + json.dumps(ROW).encode() + b"\r", b"\r", b"  ", *others])
+    assert [question.id for question in data.questions] == ["a", "0", "5", "\u00e9\u6771"]
+    assert data.documents == read([ROW]).documents
 
 
 def test_the_same_rows_in_any_format_are_the_same_questions(tmp_path):
@@ -303,12 +297,9 @@ def test_a_bad_line_is_named_and_left_out_on_demand(read, line):
     assert rejected["place"].endswith("rows.jsonl:2") and rejected["reason"]
 
 
-def test_a_rejected_row_leaves_no_documents_behind(read):
-    data = read([ROW, {**ROW, "docs": ["three"], "pos_index": [0]}, {**PASSAGE, "qas": 3}], skip_bad_rows=True)
-    assert len(data.rejected) == 2 and list(data.documents) == ["0", "1"]
-
-
 def test_the_number_of_bad_rows_is_told_and_three_are_named(read):
+    data = read([ROW, {**ROW, "docs": ["three"], "pos_index": [0]}, {**PASSAGE, "qas": 3}], skip_bad_rows=True)
+    assert len(data.rejected) == 2 and list(data.documents) == ["0", "1"]  # a rejected row leaves no documents
     with pytest.raises(ValueError, match=r"^5 row\(s\) cannot be used") as error:
         read([b"{"] * 5)
     assert [f"rows.jsonl:{n} " in str(error.value) for n in range(1, 6)] == [True] * 3 + [False] * 2

@@ -104,44 +104,25 @@ def reader_folder(text_reader, tmp_path_factory) -> Path:
 
 def test_a_run_and_its_results(evaluate, reader_folder, tmp_path):
     """Valid by the schema; named as tables show it; what a system depends on is among its options."""
-    names = ["clara-expand", "clara", "text", "tuned-text", "bm25-tuned-text"]
-    options = [*(name.replace("-", "_") for name in names), "--latency-questions", "2"]
-    printed = evaluate("--systems", *options, text_reader=reader_folder)
+    names = ["clara-expand", "clara", "tuned-text", "bm25-tuned-text"]
+    printed = evaluate("--systems", *(name.replace("-", "_") for name in names), text_reader=reader_folder)
     folders = {name: tmp_path / "run" / "baselines" / name for name in names} | {names[0]: tmp_path / "run"}
     found = {name: results(folder) for name, folder in folders.items()}
-    first = found[names[0]]
-    assert {line["system"] for line in first["comparisons"]} == set(names[1:])
-    assert first["counts"]["failed"] == 0 and first["efficiency"]["latency_questions"] == 2
-    compared = {"retrieval_memory_size": first["system"]["retrieval_memory_size"], "codec": "float16"}
-    text = {"kind": "text", "reader": "tuned_text", "memory_size": None}
-    expected = {
-        "clara-expand": {
-            "kind": "clara",
-            "reader": "memory_and_text",
-            "memory_size": 4,
-            "retriever": "clara",
-            **compared,
-        },
-        "tuned-text": {**text, "retriever": "clara", **compared},
-        "bm25-tuned-text": {**text, "retriever": "bm25", "retrieval_memory_size": None, "codec": None},
-    }
-    for name, system in expected.items():
-        assert found[name]["system"] == {"name": name, "top_k": 2, "max_new_tokens": 6, "url": None, **system}
-        assert found[name]["counts"]["questions"] == N_QUESTIONS and f"| {name} |" in printed
+    assert {line["system"] for line in found[names[0]]["comparisons"]} == set(names[1:])
     digest = weights_digest(CLaRaForRAG.from_pretrained(reader_folder))
+    described = {
+        "clara-expand": ("clara", "clara", "memory_and_text", 4, 4, "float16"),
+        "clara": ("clara", "clara", "memory", 4, 4, "float16"),
+        "tuned-text": ("text", "clara", "tuned_text", None, 4, "float16"),
+        "bm25-tuned-text": ("text", "bm25", "tuned_text", None, None, None),
+    }
+    keys = ("kind", "retriever", "reader", "memory_size", "retrieval_memory_size", "codec")
     for name, content in found.items():
+        assert tuple(content["system"][key] for key in keys) == described[name] and f"| {name} |" in printed
+        assert content["counts"]["questions"] == N_QUESTIONS and content["counts"]["failed"] == 0
         options = content["options"]
         assert options["expand"] == (1 if name == "clara-expand" else None)
         assert options["text_reader"] == (digest if "tuned" in name else None) and options["weights"] != digest
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["expand"] == 1
-    for key in ("tokens_read", "bytes_per_span"):
-        cost = {name: content["efficiency"][key] for name, content in found.items()}
-        assert min(cost["clara"], cost["text"]) < cost["clara-expand"] < max(cost["clara"], cost["text"])
-    for name in ("recall@1", "mrr"):
-        assert first["metrics"][name] == found["clara"]["metrics"][name]
-    plain, tuned = (predictions(folders[name]) for name in ("text", "tuned-text"))
-    assert [row["read"] for row in plain] == [row["read"] for row in tuned]
-    assert [row["prediction"] for row in plain] != [row["prediction"] for row in tuned]
 
 
 def test_another_text_reader_is_another_run_and_another_entry(evaluate, text_reader, reader_folder, tmp_path):
