@@ -45,9 +45,9 @@ def test_words_that_bm25_cannot_find_make_no_silent_order(evaluate, tmp_path, ca
 
 @pytest.mark.parametrize("setting", ["normal", "oracle"])
 def test_bm25_chooses_candidates_of_passages_and_oracle_adds_the_gold(evaluate, tmp_path, setting):
-    """30 passages of one word each way, every one asked about; BM25 finds "kilo" in the first ten alone."""
-    texts = [f"{'kilo' if n < 10 else 'zulu'} passage {n}" for n in range(30)]
-    rows = [{"text": text, "qas": [{"question": "Kilo?", "answers": ["x"]}]} for text in texts]
+    """30 passages of several chunks, every one asked about; BM25 finds "kilo" in the first ten alone."""
+    texts = [f"{'kilo' if n < 10 else 'zulu'} passage. " * 20 for n in range(30)]
+    rows = [{"text": f"{text}{n}", "qas": [{"question": "Kilo?", "answers": ["x"]}]} for n, text in enumerate(texts)]
     options = ["--systems", "bm25_text", "--setting", setting, "--num-candidates", "4", "--max-new-tokens", "1"]
     evaluate(*options, data=write_rows(tmp_path / "passages.jsonl", rows))
     for n, row in enumerate(predictions(tmp_path / "run")):
@@ -71,11 +71,12 @@ def test_documents_alone_measure_no_abstaining(tmp_path):
     assert task.gold == (f"{NOT_THERE}T",)
 
 
-def test_gold_only_claims_no_ranking(evaluate, tmp_path):
-    data = write_rows(tmp_path / "rows.jsonl", [question(n, n, n + 1) for n in range(3)])
+def test_gold_only_reads_all_gold_and_claims_no_ranking(evaluate, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", [question(n, n, n + 1, n + 2) for n in range(3)])
     evaluate("--setting", "gold_only", "--systems", "all", data=data)
     content = results(tmp_path / "run")
     assert content["system"]["retriever"] is content["system"]["top_k"] is None
+    assert [len(row["read"]) for row in predictions(tmp_path / "run")] == [3] * 3  # more than top_k
     assert not [name for name in content["metrics"] if "@" in name]
     others = {"clara-expand", "text", "closed-book", "closed-book-backbone", "wrong-memory"}
     assert {row["system"] for row in content["comparisons"]} == others

@@ -1,7 +1,4 @@
-"""Readers of text: `clara_expand` against the model's own `answer(expand=n)`, the tuned ones against the text reader.
-
-A float16 corpus holds the memories, and what it decodes is given to `answer` as stored memories.
-"""
+"""Readers of text: `clara_expand` against the model's own `answer(expand=n)`, the tuned ones against the reader."""
 
 import copy
 import json

@@ -1,7 +1,4 @@
-"""`recipes.evaluate` as a user runs it: what a run writes, failures counted, and going on after any interruption.
-
-Runs are calls of its `main` in this process, on the tiny checkpoint; test_evaluation_processes.py kills and launches.
-"""
+"""`recipes.evaluate` as a user runs it: what a run writes, failures counted, and going on after any interruption."""
 
 import json
 import shutil
@@ -50,16 +47,6 @@ def test_a_run_and_what_it_writes(evaluate, tmp_path):
     assert {line["system"] for line in content["comparisons"]} == set(kinds) and "| clara |" in printed
     assert kinds == {name: results(folder / "baselines" / name)["system"]["kind"] for name in kinds}
     assert not list(tmp_path.rglob("parts"))
-
-
-def test_gold_only_reads_every_gold_document(evaluate, tmp_path):
-    """The gold documents alone, all of them read, even if they are many."""
-    docs = [f"City {number} is the capital of a country." for number in range(25)]
-    row = {"id": "q", "question": "Which cities are capitals?", "answers": ["all"], "docs": docs}
-    data = write_rows(tmp_path / "many.jsonl", [{**row, "pos_index": list(range(25))}])
-    evaluate("--setting", "gold_only", "--memory-size", "2", "--systems", "clara", "clara_expand", data=data)
-    for folder in (".", "baselines/clara-expand"):
-        assert len(predictions(tmp_path / "run" / folder)[0]["read"]) == 25
 
 
 def test_two_halves_are_the_whole(evaluate, finished, tmp_path):

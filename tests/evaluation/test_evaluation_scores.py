@@ -100,13 +100,6 @@ def test_bootstrap_is_the_mean_of_whole_rows_and_skips_nan(monkeypatch):
     assert sign_flip_test(np.ones((4, 1)), flips=3001)[0] == pytest.approx(2 / 16, abs=0.03)
 
 
-def test_coverage_of_the_intervals():
-    """Of 300 samples of 100 questions the 95 % interval holds the true mean about as often as it says."""
-    samples = (np.random.default_rng(1).random((100, 300)) < 0.4).astype(float)
-    low, high = np.percentile(bootstrap_means(samples, resamples=1000), [2.5, 97.5], axis=0)
-    assert 0.90 <= ((low <= 0.4) & (0.4 <= high)).mean() <= 0.99
-
-
 def test_interval_edge_cases():
     """One question, equal questions, one value among NaN: no NaN comes out, no warning is given."""
     with warnings.catch_warnings():
@@ -152,12 +145,6 @@ def test_sign_flips_do_not_depend_on_the_scale():
     values = np.random.default_rng(2).normal(0.002, 0.1, (3000, 1))
     p = sign_flip_test(values)[0]
     assert 0.05 < p < 0.95 and sign_flip_test(values * 1e-3)[0] == pytest.approx(p, abs=0.01)
-
-
-def test_null_p_values_are_uniform():
-    """Without a difference one p in twenty is below 0.05."""
-    p = sign_flip_test(np.random.default_rng(8).normal(0, 1, (40, 400)), flips=1000)
-    assert 0.02 <= (p < 0.05).mean() <= 0.085 and stats.kstest(p, "uniform").pvalue > 1e-3
 
 
 def test_compare_is_antisymmetric_and_paired():

@@ -1,7 +1,6 @@
 """`evaluation/systems.py` and `spans.py` on a tiny model: every system against the public calls of the model itself.
 
-Documents are short and one is long, so that it has several chunks. Memories lie in a float16 corpus; what it decodes
-is handed to the public calls as stored memories, so that answers must be equal.
+Memories lie in a float16 corpus; what it decodes is given to the public calls, so that answers must be equal.
 """
 
 import dataclasses

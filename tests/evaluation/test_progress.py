@@ -11,18 +11,13 @@ from recipes.evaluation import progress as module
 from recipes.evaluation.progress import Progress
 
 
-@pytest.fixture
-def standard_error(monkeypatch):
-    """A function, because pytest puts its own standard error in place again before a test begins."""
-
-    def replace(first: float | None = None, is_terminal: bool = False) -> io.StringIO:
-        monkeypatch.setattr(sys, "stderr", io.StringIO())
-        monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
-        for name in ("FIRST", "EVERY"):
-            monkeypatch.setattr(module, name, getattr(module, name) if first is None else first)
-        return sys.stderr
-
-    return replace
+def standard_error(monkeypatch, first: float, is_terminal: bool = False) -> io.StringIO:
+    """Another standard error, and seconds until the first line and between lines."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(module, "FIRST", first)
+    monkeypatch.setattr(module, "EVERY", first)
+    return sys.stderr
 
 
 def wait_for(stream: io.StringIO, pattern: str) -> None:
@@ -32,8 +27,8 @@ def wait_for(stream: io.StringIO, pattern: str) -> None:
         time.sleep(0.005)
 
 
-def test_lines_come_while_nothing_is_counted(standard_error):
-    stream = standard_error(0.01)
+def test_lines_come_while_nothing_is_counted(monkeypatch):
+    stream = standard_error(monkeypatch, 0.01)
     with Progress("answering", 1200, "questions") as progress:
         wait_for(stream, r"answering: 0 of 1,200 questions, \d+:\d\d min\nanswering: 0 of")
         progress.update(7)
@@ -46,12 +41,12 @@ def test_lines_come_while_nothing_is_counted(standard_error):
 
 
 @pytest.mark.parametrize(
-    "place, options", [({}, {}), ({"first": 0.0}, {"shown": False}), ({"first": 0.0, "is_terminal": True}, {})]
+    "first, shown, is_terminal", [(module.FIRST, True, False), (0, False, False), (0, True, True)]
 )
-def test_what_is_quick_or_not_shown_or_on_a_terminal_writes_no_lines(standard_error, place, options):
-    stream = standard_error(**place)
-    with Progress("answering", 2, "questions", **options) as progress:
+def test_what_is_quick_or_not_shown_or_on_a_terminal_writes_no_lines(monkeypatch, first, shown, is_terminal):
+    stream = standard_error(monkeypatch, first, is_terminal)
+    with Progress("answering", 2, "questions", shown=shown) as progress:
         progress.update(2)
         time.sleep(0.02)
     assert "min" not in stream.getvalue() and progress.done == 2
-    assert place.get("is_terminal") or stream.getvalue() == ""
+    assert is_terminal or stream.getvalue() == ""
