@@ -1,9 +1,9 @@
 """Fixtures of the evaluation: compressed documents, what the systems share, tasks, and the command as a call."""
 
-import copy
 from pathlib import Path
 
 import pytest
+import torch
 from evaluation_runs import command, write_data
 from evaluation_systems import DOCUMENTS, N_TOKENS, make_data, nothing
 from tiny import randomize_adapters
@@ -28,9 +28,10 @@ def memories(shared_model, tmp_path_factory) -> dict[str, Spans]:
 
 
 @pytest.fixture(scope="session")
-def text_reader(shared_model) -> CLaRaForRAG:
-    """Another generator on the same backbone, with a prompt of its own."""
-    model = copy.deepcopy(shared_model)
+def text_reader(backbone_folder) -> CLaRaForRAG:
+    """Another generator on the same backbone, with a prompt and memory sizes of its own; its memories are not read."""
+    torch.manual_seed(3)
+    model = CLaRaForRAG.from_backbone(backbone_folder, memory_sizes=(3,), lora_rank=2)
     randomize_adapters(model, seed=7)
     model.processor.system_prompt = "Answer in one word. " + model.processor.system_prompt
     return model

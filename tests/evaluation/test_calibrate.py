@@ -25,10 +25,8 @@ def test_a_threshold_loses_at_most_what_it_may(loss, expected):
     assert threshold == expected and share_below(TENTHS, threshold) <= loss
     larger = [score for score in TENTHS if score > threshold]
     assert all(share_below(TENTHS, score) > loss for score in larger)  # none that loses no more is larger
-
-
-def test_equal_scores_are_lost_together_or_not_at_all():
-    assert threshold_at([0.5, 0.5, 0.5, 0.9], 0.5) == 0.5 and share_below([0.5, 0.5, 0.5, 0.9], 0.5) == 0.0
+    equal = [0.5, 0.5, 0.5, 0.9]  # lost together or not at all
+    assert threshold_at(equal, 0.5) == 0.5 and share_below(equal, 0.5) == 0.0
 
 
 def test_what_thresholds_refuse_and_lose():

@@ -8,7 +8,6 @@ from pathlib import Path
 import board  # noqa: F401
 import numpy as np
 import pytest
-import torch
 from evaluation_runs import N_QUESTIONS, assert_same, predictions, results
 from evaluation_systems import DOCUMENTS, N_TOKENS, generate, make_data, predict, stored, text_of
 from leaderboard_source import identity
@@ -79,17 +78,6 @@ def test_the_text_reader_reads_the_retrieved_texts_in_its_own_prompt(bench, text
     answers = [row["prediction"] for row in tuned]
     bench.text_reader = bench.model
     assert answers not in ([row["prediction"] for row in rows] for rows in (plainly, predict(bench, name, tasks)))
-
-
-def test_a_text_reader_of_other_memory_sizes(bench, backbone_folder, tasks):
-    """Its memories are never read, so that their number does not matter."""
-    torch.manual_seed(3)
-    other = CLaRaForRAG.from_backbone(backbone_folder, memory_sizes=(3,), lora_rank=2)
-    randomize_adapters(other, seed=9)
-    bench.text_reader = other.eval()
-    (hits,), (row,) = retrieve(bench, SYSTEMS["text"], tasks[1:2], Clock()), predict(bench, "tuned_text", tasks[1:2])
-    texts = [bench.spans.document(number) for number in rows_to_read(bench, SYSTEMS["text"], hits)]
-    assert (row["prediction"] or "") == generate(other, tasks[1].question.text, texts, "generator")
 
 
 @pytest.fixture(scope="module")

@@ -161,7 +161,9 @@ def test_marks_and_fences_inside_of_names_do_not_break_a_section(place):
 def test_update_card_keeps_the_card_and_its_metadata(folder):
     before = ModelCard.load(folder / "README.md")
     results = [valid_results(), text_results()]
-    assert update_card(folder, results) == [folder / "README.md"]
+    assert update_card(folder, [text_results()]) == [folder / "README.md"]  # baselines alone: no metadata
+    assert ModelCard.load(folder / "README.md").data.to_dict() == before.data.to_dict()
+    assert update_card(folder, results) == [folder / "README.md"] and not (folder / ".eval_results").exists()
     after = ModelCard.load(folder / "README.md")
     assert after.data.to_dict().items() >= before.data.to_dict().items()
     assert after.text.startswith(before.text.rstrip()) and after.text.count(BEGIN) == 1
@@ -228,13 +230,6 @@ def test_two_systems_on_the_same_task_are_told_apart():
     assert len(values) == len(content) == 4 and values["normal_f1"] == 0.41  # the first of them alone
     configs = [(entry.dataset_config, entry.metric_type) for entry in report.hub_results(results)]
     assert len(configs) == len(set(configs)) and report.describe(results[1]) == "clara k=4 int8"
-
-
-def test_baselines_alone_make_a_section_and_no_metadata(folder):
-    before = ModelCard.load(folder / "README.md").data.to_dict()
-    assert update_card(folder, [text_results()]) == [folder / "README.md"]
-    assert ModelCard.load(folder / "README.md").data.to_dict() == before
-    assert not (folder / ".eval_results").exists()
 
 
 def test_a_folder_without_a_card_or_with_one_that_is_no_yaml(tmp_path):
