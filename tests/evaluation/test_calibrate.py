@@ -57,13 +57,8 @@ def test_signals_of_a_question():
 def files(tmp_path) -> list[str]:
     """`--data` and `--unanswerable`: 12 capitals, and 5 rivers that their passages do not name."""
     answerable = [
-        {
-            "question": f"What is the capital of {place}?",
-            "answers": [f"City {n}"],
-            "docs": CAPITALS[n : min(n + 3, 12)],
-        }
-        | {"pos_index": [0]}
-        for n, place in enumerate(PLACES[:12])
+        {"question": text, "answers": [f"City {n}"], "docs": CAPITALS[n : min(n + 3, 12)], "pos_index": [0]}
+        for n, text in enumerate(f"What is the capital of {place}?" for place in PLACES[:12])
     ]
     without = [
         {"question": f"Which river flows through {place}?", "answers": [], "docs": [CAPITALS[n]]}

@@ -120,6 +120,7 @@ def test_flashrag_with_and_without_documents(read):
 
 
 def test_kilt_gathers_answers_and_provenance_of_all_outputs(read):
+    """Provenance without an id goes by its title, and without both is none."""
     more = [
         {"answer": "A"},
         {"answer": "B", "provenance": []},
@@ -129,9 +130,6 @@ def test_kilt_gathers_answers_and_provenance_of_all_outputs(read):
     assert (data.format, data.documents) == ("kilt", {})
     assert (data.questions[0].answers, data.questions[0].gold) == (("A", "B"), ("9", "7"))
     assert data.titles == {"9": "Nine", "7": "Seven"}
-
-
-def test_kilt_provenance_without_an_id_goes_by_its_title_and_without_both_is_none(read):
     sources = [{"wikipedia_id": None, "title": "Nine"}, {"wikipedia_id": None, "title": None}]
     sources += [{"wikipedia_id": "", "title": ""}, {"bleu_score": 1.0}]
     data = read([{"input": "Q?", "output": [{"answer": "A", "provenance": [source]}]} for source in sources])
@@ -146,12 +144,9 @@ def test_rows_of_two_formats_are_refused(read):
     assert data.format == "multihop" and data.questions[0].gold == ("1",)
 
 
-@pytest.mark.parametrize("ids", [("a", "a"), (1, "1"), ("2", None)])
-def test_an_id_twice_is_refused_and_both_places_are_named(read, ids):
-    refuses([{**ROW, "id": value} for value in ids], read, repr(str(ids[0])), "rows.jsonl:1", line=2)
-
-
-def test_an_id_twice_in_one_passage_is_refused(read):
+def test_an_id_twice_is_refused_and_both_places_are_named(read):
+    for ids in (("a", "a"), (1, "1"), ("2", None)):
+        refuses([{**ROW, "id": value} for value in ids], read, repr(str(ids[0])), "rows.jsonl:1", line=2)
     pair = {"id": "same", "question": "Q?", "answers": ["x"]}
     refuses([{**PASSAGE, "qas": [pair, {**pair, "question": "R?"}]}], read, "'same'", "rows.jsonl:1")
     data = read([{**PASSAGE, "qas": [pair, pair]}, ROW], skip_bad_rows=True)

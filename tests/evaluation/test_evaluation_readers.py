@@ -146,10 +146,8 @@ def test_other_systems_do_not_depend_on_it(evaluate, finished, reader_folder, tm
     assert identity(results(tmp_path / "run")) == identity(results(finished))
 
 
-@pytest.mark.parametrize("kind", ["empty", "backbone"])
-def test_what_is_no_checkpoint_is_an_error_and_leaves_no_run(evaluate, backbone_folder, tmp_path, kind):
-    place = backbone_folder if kind == "backbone" else tmp_path / "place"
-    place.mkdir(exist_ok=True)
-    printed = evaluate("--systems", "clara", "tuned_text", text_reader=place, expect=1)
-    assert printed.startswith("error: ") and str(place) in printed and len(printed.splitlines()) < 4, printed
-    assert not (tmp_path / "run" / "run.json").exists()
+def test_what_is_no_checkpoint_is_an_error_and_leaves_no_run(evaluate, backbone_folder, tmp_path):
+    for place in (backbone_folder, tmp_path):
+        printed = evaluate("--systems", "clara", "tuned_text", text_reader=place, expect=1)
+        assert printed.startswith("error: ") and str(place) in printed and len(printed.splitlines()) < 4, printed
+        assert not (tmp_path / "run" / "run.json").exists()

@@ -14,7 +14,6 @@ from recipes.evaluation.spans import Spans, match_documents
 from recipes.evaluation.tasks import NOT_THERE, SETTINGS, make_tasks, needed_documents
 
 WORDS = ["kilo", "zulu", "tango", "oscar", "victor", "bravo", "alpha"]  # no stop words, and their own stems
-K1, B = 1.5, 0.75
 
 
 def document(text: str, title: str = "") -> dict:
@@ -88,12 +87,10 @@ def test_corpus_closed_book_and_gold_only():
     assert shown["corpus"] == [(None, ("1", "5")), (None, ("2",))]
     assert shown["closed_book"] == [((), ()), ((), ())]
     assert shown["gold_only"] == [(("1", "5"), ("1", "5")), (("2",), ("2",))]
-
-
-def test_another_corpus_has_its_own_ids_and_lacks_what_was_not_found():
-    data = data_of(question("1", "01", "150"), question("2", "23", "3"))
-    tasks = make_tasks(data, "corpus", never, known={"1": "x", "0": "x", "5": "y"})
-    assert [(task.candidates, task.gold) for task in tasks] == [(None, ("x", "y")), (None, (f"{NOT_THERE}3",))]
+    another = make_tasks(data, "corpus", never, known={"1": "x", "5": "y", "0": "z"})  # has its own ids, and lacks one
+    assert [(task.candidates, task.gold) for task in another] == [(None, ("x", "y")), (None, (f"{NOT_THERE}2",))]
+    same = make_tasks(data, "corpus", never, known={"1": "x", "5": "x", "2": "x"})  # two documents are one there
+    assert [task.gold for task in same] == [("x",), ("x",)]
 
 
 def test_a_setting_that_the_data_cannot_serve_names_the_row():
@@ -155,7 +152,7 @@ def bm25(query: str, texts: list[str]) -> list[float]:
         rarity = math.log(1 + (len(documents) - having + 0.5) / (having + 0.5))
         for index, document in enumerate(documents):
             count = document.count(word)
-            scores[index] += rarity * count / (count + K1 * (1 - B + B * len(document) / average))
+            scores[index] += rarity * count / (count + 1.5 * (0.25 + 0.75 * len(document) / average))
     return scores
 
 
@@ -268,7 +265,6 @@ def test_dense_texts_without_a_known_word_score_zero(encoder):
     assert ranker.rank(["unknown"], [None], 3) == [[(0, 0.0), (1, 0.0), (2, 0.0)]]
 
 
-def test_a_folder_that_is_no_encoder_is_named(tmp_path):
-    pytest.importorskip("sentence_transformers")
+def test_a_folder_that_is_no_encoder_is_named(encoder, tmp_path):
     with pytest.raises(ValueError, match=f"--dense must name a sentence-transformers model, got {tmp_path}"):
         DenseRanker(spans_of({"0": ["kilo"]}), str(tmp_path))
