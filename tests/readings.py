@@ -27,13 +27,15 @@ def texts(answers: list[Answer]) -> list[str]:
     return [answer.text for answer in answers]
 
 
-def greedy_reference(model, question: str | None, memory: torch.Tensor, n_tokens: int, text_documents=()) -> str:
+def greedy_reference(
+    model, question: str | None, memory: torch.Tensor, n_tokens: int, text_documents=(), role: str | None = "generator"
+) -> str:
     """Argmax after argmax, the whole prompt again for every token, no `generate`."""
     prompt = model.processor.build_prompt(question, len(memory), memory.shape[1], text_documents=text_documents)
     inputs = model.processor.pad_prompts([prompt])
     is_real = torch.ones(1, len(memory), dtype=torch.bool)
     ids = []
-    with torch.no_grad(), model.roles.use("generator"):
+    with torch.no_grad(), model.roles.use(role):
         embeds = model.prompt_embeddings(inputs["input_ids"], inputs["memory_mask"], memory[None], is_real)
         for _ in range(n_tokens):
             token = model.backbone(inputs_embeds=embeds).logits[0, -1].argmax()
