@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -19,13 +18,17 @@ import torch
 from corpora import (
     CODECS,
     ERRORS,
-    assert_has_no_strays,
+    assert_takes_another,
     build,
     by_id,
+    check_same,
+    contents,
     damage,
     ids,
+    limit_files,
     make,
     make_many,
+    n_shards,
     read_all,
     read_json,
     receive,
@@ -41,13 +44,6 @@ from modeling_clara import CLaRaForRAG, CompressedCorpus
 
 N_ROWS = 72
 OPTIONS = {"shard_size": 8, "batch_size": 1}
-
-
-def limit_files(n_bytes: int) -> None:
-    """Let no file of this process grow beyond this, if it is not 0."""
-    if n_bytes:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
 
 
 def keep_building(connection, checkpoint, documents, path, limit):
@@ -95,13 +91,6 @@ def source(tmp_path_factory) -> Path:
     return path
 
 
-def contents(corpus: CompressedCorpus) -> tuple:
-    """All that a corpus holds, in order, and what it left out."""
-    found = read_all(corpus)
-    memory = torch.cat([document.pop("memory") for document in found])
-    return found, memory, rejected(corpus.folder), corpus.manifest.n_rejected
-
-
 @pytest.fixture(scope="module")
 def finished(shared_model, source, tmp_path_factory) -> Path:
     """A build that was left alone; copy it."""
@@ -113,17 +102,6 @@ def finished(shared_model, source, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def expected(finished) -> tuple:
     return contents(CompressedCorpus.open(finished))
-
-
-def check_same(corpus: CompressedCorpus, expected: tuple) -> None:
-    found = contents(corpus)
-    assert found[0] == expected[0] and torch.equal(found[1], expected[1]) and found[2:] == expected[2:]
-    assert corpus.verify() == []
-    assert_has_no_strays(corpus)
-
-
-def n_shards(folder: Path) -> int:
-    return len(list((folder / "data").glob("0*.parquet")))
 
 
 @pytest.fixture(scope="module")
@@ -325,12 +303,6 @@ def assert_is_whole(path: Path, kind: str) -> int:
     for stored, document in zip(read_all(corpus), documents, strict=True):
         assert relative_error(stored["memory"][0], document["memory"]) <= error
     return steps
-
-
-def assert_takes_another(folder: Path) -> None:
-    corpus = CompressedCorpus.open(folder)
-    assert corpus.add([make("last", 5000)]).n_documents == 1 and corpus.verify() == []
-    assert_has_no_strays(corpus)
 
 
 @pytest.mark.parametrize("n_runs", [1, pytest.param(20, marks=pytest.mark.slow)])
