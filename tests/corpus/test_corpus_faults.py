@@ -42,7 +42,6 @@ from tiny import randomize_adapters, save_backbone
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus
 
-N_ROWS = 72
 OPTIONS = {"shard_size": 8, "batch_size": 1}
 
 
@@ -79,7 +78,7 @@ def kill_when(checkpoint, documents, path, condition) -> bool:
 def source(tmp_path_factory) -> Path:
     """Rows with long documents, ids given twice and lines that are broken."""
     lines = []
-    for number in range(N_ROWS):
+    for number in range(72):
         row = {"id": f"d{number}", "text": f"Document number {number} is about Paris.", "year": number}
         if number % 10 == 3:
             row["text"] = " ".join(f"Part {part} of document {number} is about Rome." for part in range(9))
@@ -335,10 +334,7 @@ CHANGES = {
 
 
 def change(connection, path, kind, number, sent, n_bytes):
-    """Make a change, and send this process a signal before its file operation of this number; sends how it ended.
-
-    No file may grow beyond `n_bytes`.
-    """
+    """Make a change, with a signal before its file operation of this number and this limit; sends how it ended."""
     torch.set_num_threads(1)
     corpus, count, root = CompressedCorpus.open(path), 0, str(path)
     if kind in ("compact", "convert"):
