@@ -116,4 +116,4 @@ def check_codec(name) -> str:
 
 def _scales(stored: torch.Tensor) -> torch.Tensor:
     """(rows, k, 1) float32 of (rows, k, 2) bytes."""
-    return stored.contiguous().view(torch.float16).float()
+    return stored.clone(memory_format=torch.contiguous_format).view(torch.float16).float()

@@ -35,6 +35,7 @@ class ShardDraft:
         digest: SHA-256 over the rows.
         spans: chunks that are not written yet.
         documents: of the shard, by id: their input rows without the text.
+        doubles: later rows with their ids, and the chunks of each: one counts if the first memory cannot be used.
         rejected: `{row, place, id, reason}` of each rejected row.
     """
 
@@ -43,7 +44,13 @@ class ShardDraft:
     digest: object = field(default_factory=hashlib.sha256)
     spans: list[dict] = field(default_factory=list)
     documents: dict[str, InputRow] = field(default_factory=dict)
+    doubles: list[tuple[InputRow, list[dict]]] = field(default_factory=list)
     rejected: list[dict] = field(default_factory=list)
+
+    def take(self, row: InputRow, spans: list[dict]) -> None:
+        document_id = spans[0]["document_id"]
+        self.spans += spans
+        self.documents[document_id] = InputRow(row.index, row.place, {"id": document_id})
 
     def reject(self, row: InputRow, reason: str) -> None:
         given = row.document.get("id") if row.document else None
@@ -109,12 +116,14 @@ class ShardPipeline:
             draft.next_row = row.index + 1
             try:
                 spans = self._spans(row)
-                document_id = spans[0]["document_id"]
-                draft.spans += spans
-                draft.documents[document_id] = InputRow(row.index, row.place, {"id": document_id})
+                if spans[0]["document_id"] in draft.documents:
+                    draft.doubles.append((row, spans))
+                else:
+                    self._check_id(row, spans)
+                    draft.take(row, spans)
             except (TypeError, ValueError) as error:
                 draft.reject(row, str(error))
-            if len(draft.spans) >= self.shard_size or len(draft.rejected) >= COMPRESSED_SPANS:
+            if len(draft.spans) >= self.shard_size or len(draft.rejected) + len(draft.doubles) >= COMPRESSED_SPANS:
                 yield draft
                 draft = ShardDraft()
         if draft.spans or draft.rejected:
@@ -138,11 +147,14 @@ class ShardPipeline:
             spans = [{"title": title, "text": fields["text"], "span": 0, "n_tokens": None, "memory": memory}]
         else:
             spans = self.model.processor.split_document(fields, row.place)
+        common = {"document_id": document_id, **metadata}
+        return [{**span, **common, "id": f"{document_id}#{span['span']}"} for span in spans]
+
+    def _check_id(self, row: InputRow, spans: list[dict]) -> None:
+        document_id = spans[0]["document_id"]
         reason = self.refusal(document_id)
         if reason is not None:
             raise ValueError(f"`{row.place}` cannot have the id {document_id!r}: {reason}")
-        common = {"document_id": document_id, **metadata}
-        return [{**span, **common, "id": f"{document_id}#{span['span']}"} for span in spans]
 
     def _document_id(self, row: InputRow) -> str:
         given = row.document.get("id")
@@ -188,36 +200,51 @@ class ShardPipeline:
 
     def _encode(self, draft: ShardDraft) -> np.ndarray:
         """(chunks, row_bytes) uint8; documents without a usable memory are rejected."""
-        codes, usable, broken = [], [], set()
-        for start in range(0, len(draft.spans), COMPRESSED_SPANS):
-            spans = draft.spans[start : start + COMPRESSED_SPANS]
-            memory = self._memories(spans)
+        compressed = {span["document_id"] for span in draft.spans if "memory" not in span}
+        usable = self._usable(draft, draft.spans)
+        if len(compressed) > 1 and not compressed & draft.documents.keys():
+            raise ValueError(
+                f"memories must be finite and fit into {self._codec_name}, but none of a shard does. The weights of "
+                "the model are broken: reload it with `from_pretrained`, or take an earlier checkpoint."
+            )
+        for row, spans in draft.doubles:
+            try:
+                self._check_id(row, spans)
+            except ValueError as error:
+                draft.reject(row, str(error))
+            else:
+                draft.take(row, spans)
+                usable += self._usable(draft, spans)
+        order = {name: row.index for name, row in draft.documents.items()}
+        draft.documents = {name: draft.documents[name] for name in sorted(order, key=order.get)}
+        usable.sort(key=lambda pair: order[pair[0]["document_id"]])
+        draft.spans = [span for span, _ in usable]
+        return np.stack([codes for _, codes in usable]) if usable else np.empty((0, 0), np.uint8)
+
+    def _usable(self, draft: ShardDraft, spans: list[dict]) -> list[tuple[dict, np.ndarray]]:
+        """Chunks of a draft, each with its (row_bytes,) uint8; a document with an unusable memory is rejected."""
+        usable, broken = [], set()
+        for start in range(0, len(spans), COMPRESSED_SPANS):
+            some = spans[start : start + COMPRESSED_SPANS]
+            memory = self._memories(some)
             good = memory.isfinite().flatten(1).all(-1)
             if isinstance(self.codec, str) and good.any():
                 self.codec = fit_codec(self.codec, memory[good])
                 self.codec_states |= write_state(self.folder, self.codec)  # before the first shard that needs it
             if isinstance(self.codec, Codec):
                 good &= fits(self.codec, memory)
-                codes.append(encode(self.codec, memory[good]))
-            for span, is_good in zip(spans, good.tolist(), strict=True):
-                if is_good:
-                    usable.append(span)
-                else:
-                    broken.add(span["document_id"])
-        name = self.codec if isinstance(self.codec, str) else self.codec.name
-        compressed = {span["document_id"] for span in draft.spans if "memory" not in span}
-        if len(compressed) > 1 and compressed <= broken:
-            raise ValueError(
-                f"memories must be finite and fit into {name}, but none of a shard does. The weights of the model are "
-                "broken: reload it with `from_pretrained`, or take an earlier checkpoint."
-            )
+                usable += zip(itertools.compress(some, good.tolist()), encode(self.codec, memory[good]), strict=True)
+            broken |= {span["document_id"] for span in itertools.compress(some, (~good).tolist())}
         for document_id in broken:
             self.forget(document_id)
             row = draft.documents.pop(document_id)
-            draft.reject(row, f"the memory of `{row.place}` must be finite and fit into {name}. Check its text.")
-        kept = [span["document_id"] not in broken for span in usable]
-        draft.spans = list(itertools.compress(usable, kept))
-        return np.concatenate(codes)[kept] if draft.spans else np.empty((0, 0), np.uint8)
+            reason = f"the memory of `{row.place}` must be finite and fit into {self._codec_name}. Check its text."
+            draft.reject(row, reason)
+        return [pair for pair in usable if pair[0]["document_id"] not in broken]
+
+    @property
+    def _codec_name(self) -> str:
+        return self.codec if isinstance(self.codec, str) else self.codec.name
 
     def _memories(self, spans: Sequence[Mapping]) -> torch.Tensor:
         """(chunks, n, H) float32, NaN if a memory is not finite."""

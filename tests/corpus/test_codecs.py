@@ -18,12 +18,10 @@ ROUNDED = ("int8", "int4")
 SPREAD_ERROR = {"float16": 0.01, "int8": 0.02, "int4": 0.12}
 
 
-def memories(
-    rows: int, n: int = 4, hidden: int = 64, *, seed: int = 0, outliers: int = 2, mean: float = 10.0
-) -> torch.Tensor:
+def memories(rows: int, n: int = 4, hidden: int = 64, *, seed: int = 0, outliers: int = 2) -> torch.Tensor:
     """(rows, n, hidden): a common mean, spread 1, and 20 in `outliers` channels; the same channels for every seed."""
     common = torch.Generator().manual_seed(1234)
-    center = torch.randn(n, hidden, generator=common) * mean
+    center = torch.randn(n, hidden, generator=common) * 10
     spread = torch.ones(hidden)
     spread[torch.randperm(hidden, generator=common)[:outliers]] = 20.0
     return center + torch.randn(rows, n, hidden, generator=torch.Generator().manual_seed(seed)) * spread
@@ -35,9 +33,6 @@ def spread_error(codec: Codec, memory: torch.Tensor) -> float:
     return float((decoded - memory).norm() / (memory - memory.mean(0)).norm())
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("hidden", [2, 30, 36, 62, 64, 96, 576, 4096])
 def test_a_row_is_its_vectors_one_after_another(name, hidden):
@@ -45,6 +40,8 @@ def test_a_row_is_its_vectors_one_after_another(name, hidden):
     codec = fit_codec(name, memory)
     rows = encode(codec, memory)
     whole = codec.decode(rows)
+    assert hidden != 576 or codec.row_bytes <= {"float16": 5800, "int8": 3000, "int4": 1600}[name]
+    assert encode(codec, memory[:0]).shape == (0, codec.row_bytes)
     assert rows.dtype == np.uint8 and rows.shape == (20, 5 * codec.vector_bytes) == (20, codec.row_bytes)
     assert whole.dtype == torch.float32 and torch.equal(codec.decode(rows, 5), whole)
     assert float((whole - memory).norm() / (memory - memory.mean(0)).norm()) < SPREAD_ERROR[name]
@@ -56,52 +53,29 @@ def test_a_row_is_its_vectors_one_after_another(name, hidden):
         assert np.array_equal(encode(codec, memory[place : place + 1]), rows[place : place + 1])
     assert torch.equal(codec.decode(rows[::-2].copy()), whole[torch.arange(19, -1, -2)])
     assert torch.equal(codec.decode(rows[::2]), whole[::2])
-
-
-@pytest.mark.parametrize(("name", "limit"), [("float16", 18600), ("int8", 9600), ("int4", 5100)])
-def test_bytes_of_a_memory_of_16_vectors_of_576(name, limit):
-    codec = fit_codec(name, memories(3, 16, 576))
-    none = encode(codec, memories(0, 16, 576))
-    assert none.shape == (0, codec.row_bytes) and codec.row_bytes <= limit
-    assert codec.decode(none).shape == (0, 16, 576) and codec.decode(none, 2).shape == (0, 2, 576)
+    for n_rows in (0, 1):  # also of an odd number of bytes, as int4 rows of 30 and 62 channels have
+        assert torch.equal(codec.decode(rows[:n_rows], 1), whole[:n_rows, :1])
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_rows_and_memories_stay_as_they_are(name):
+def test_rows_and_memories_stay_as_they_are_and_rows_of_a_mapped_file_give_no_warning(name):
     memory = memories(6).requires_grad_()
     codec = fit_codec(name, memory.detach())
     before, state = memory.detach().clone(), {key: value.clone() for key, value in codec.state.items()}
     rows = encode(codec, memory)
-    copy = rows.copy()
+    copy, expected = rows.copy(), codec.decode(rows)
     codec.decode(rows).add_(1)
     assert np.array_equal(rows, copy) and torch.equal(memory, before)
+    assert np.array_equal(encode(codec, memory.double()), rows)
     assert all(torch.equal(codec.state[key], state[key]) for key in state)
-
-
-@pytest.mark.parametrize("name", CODECS)
-def test_rows_of_a_mapped_file_are_read_without_a_warning(name):
-    codec = fit_codec(name, memories(3))
-    rows = encode(codec, memories(3))
-    expected = codec.decode(rows)
     mapped = np.frombuffer(b"\0" + rows.tobytes(), np.uint8)[1:].reshape(rows.shape)  # read only, at an odd address
-    # torch gives this warning once a process unless it is told to give it always
-    torch.set_warn_always(True)
+    torch.set_warn_always(True)  # torch gives this warning once a process otherwise
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert torch.equal(codec.decode(mapped), expected)
     finally:
         torch.set_warn_always(False)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_a_memory_of_any_float_type_is_encoded_as_its_float32(dtype):
-    memory = memories(4).to(dtype)
-    codec = fit_codec("int8", memory)
-    assert np.array_equal(encode(codec, memory), encode(codec, memory.float()))
-
-
-# --- what is lost ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -115,23 +89,15 @@ def test_the_error_is_a_share_of_the_spread_not_of_the_mean(name, scale):
 
 
 @pytest.mark.parametrize("name", ROUNDED)
-def test_wild_channels_do_not_cost_the_calm_ones(name):
+def test_wild_channels_do_not_cost_the_calm_ones_and_rounding_is_to_the_nearest(name):
     memory = memories(200, 2, 576, outliers=6)
     calm = memory.std(0).mean(0) < 5
     codec = fit_codec(name, memory)
-    error = (codec.decode(encode(codec, memory)) - memory)[..., calm]
+    decoded = codec.decode(encode(codec, memory))
     centered = (memory - memory.mean(0))[..., calm]
     assert calm.sum() == 570
-    assert float(error.norm() / centered.norm()) < {"int8": 0.05, "int4": 0.25}[name]
-
-
-@pytest.mark.parametrize("name", ROUNDED)
-def test_int8_and_int4_round_to_nearest(name):
-    memory = memories(50)
-    codec = fit_codec(name, memory)
-    decoded = codec.decode(encode(codec, memory))
-    again = codec.decode(encode(codec, decoded))
-    # what was rounded once is nearly on the grid
+    assert float((decoded - memory)[..., calm].norm() / centered.norm()) < {"int8": 0.05, "int4": 0.25}[name]
+    again = codec.decode(encode(codec, decoded))  # what was rounded once is nearly on the grid
     assert float((again - decoded).norm()) < 0.5 * float((decoded - memory).norm())
 
 
@@ -171,39 +137,20 @@ def test_a_poor_sample_still_encodes_what_comes_later(name, sample):
     assert float(error) < {"int8": 0.02, "int4": 0.3}[name]  # int4 did not see which channels are wild
 
 
-@pytest.mark.parametrize("name", ROUNDED)
-def test_one_wild_memory_in_the_sample_does_not_spoil_the_others(name):
-    sample = memories(100)
-    sample[17] *= 1e9
-    assert spread_error(fit_codec(name, sample), memories(50, seed=3)) < 2 * SPREAD_ERROR[name]
-
-
-# --- errors ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", CODECS)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_is_an_error_that_names_the_row(name, value):
-    codec = fit_codec(name, memories(5))
-    memory = memories(5)
-    memory[3, 1, 7] = memory[4, 0, 0] = value
-    with pytest.raises(ValueError, match=rf"memory 3 .*{name}.*got"):
-        encode(codec, memory)
-
-
-def test_float16_holds_up_to_65504():
-    codec, memory = fit_codec("float16", memories(3)), memories(3)
+def test_what_is_not_finite_or_does_not_fit_is_an_error_that_names_the_row(name):
+    codec, memory = fit_codec(name, memories(5)), memories(5)
     for value in (65504.0, -65504.0):
-        memory[2, 3, 63] = value
-        assert float(codec.decode(encode(codec, memory))[2, 3, 63]) == value
-    for value in (65536.0, -1e30):
-        memory[2, 3, 63] = value
-        with pytest.raises(ValueError, match="memory 2 .*float16.*65,504"):
+        memory[3, 3, 63] = value
+        assert float(codec.decode(encode(codec, memory))[3, 3, 63]) == value or name != "float16"
+    for value in (torch.nan, torch.inf, -torch.inf, *((65536.0, -1e30) if name == "float16" else ())):
+        memory[3, 1, 7] = memory[4, 0, 0] = value
+        with pytest.raises(ValueError, match=rf"memory 3 .*{name}.*got.*{'65,504' if name == 'float16' else ''}"):
             encode(codec, memory)
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_another_shape_is_an_error(name):
+def test_another_shape_or_no_state_is_an_error(name):
     codec = fit_codec(name, memories(5))
     for shape in ((3, 4, 32), (3, 2, 64), (3, 5, 64), (4, 64), (3, 4, 64, 1), (64,)):
         with pytest.raises(ValueError, match=r"\(rows, 4, 64\), got"):
@@ -214,71 +161,60 @@ def test_another_shape_is_an_error(name):
             codec.decode(wrong, k)
     with pytest.raises(ValueError, match="`hidden_size` must be even, got 33"):
         fit_codec(name, memories(2, 1, 33, outliers=0))
-
-
-@pytest.mark.parametrize("name", ["int2", "", "INT8", None, 8, ["int8"]])
-def test_an_unknown_name_is_an_error_that_lists_the_codecs(name):
-    for call in (lambda: Codec(name, 4, 64), lambda: fit_codec(name, memories(2))):
-        with pytest.raises(ValueError, match="float16, int8, int4, got"):
+    bare = Codec(name, 4, 64)
+    assert bare.is_fitted == (name == "float16") and bare.row_bytes == codec.row_bytes
+    for call in (lambda: encode(bare, memories(5)), lambda: bare.decode(rows)) if name != "float16" else ():
+        with pytest.raises(ValueError, match="must be fitted"):
             call()
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_codecs():
+    for name in ("int2", "", "INT8", None, 8, ["int8"]):
+        for call in (lambda name=name: Codec(name, 4, 64), lambda name=name: fit_codec(name, memories(2))):
+            with pytest.raises(ValueError, match="float16, int8, int4, got"):
+                call()
 
 
 STATE = fit_codec("int4", memories(5)).state
 
 
+SHAPES = [
+    ("float16", 4, 64, STATE),
+    ("int8", 2, 64, STATE),
+    ("int8", 4, 128, STATE),
+    ("int8", 4, 64, STATE | {"more": STATE["mean"]}),
+    ("int8", 4, 64, {"mean": STATE["mean"], "outliers": STATE["outliers"]}),
+    ("int4", 4, 64, STATE | {"outliers": torch.arange(3)}),
+]
+OUTLIERS = [[0, 64], [-1, 5], [3, 3], [0.0, 1.0]]
+DAMAGED = [
+    *({"outliers": torch.tensor(places)} for places in OUTLIERS),
+    {"mean": torch.full((4, 64), torch.nan)},
+    *({"weight": torch.full((4, 64), value)} for value in (0.0, torch.inf)),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "n", "hidden", "state", "message"),
-    [
-        ("float16", 4, 64, STATE, "must have the shapes"),
-        ("int8", 2, 64, STATE, "must have the shapes"),
-        ("int8", 4, 128, STATE, "must have the shapes"),
-        ("int8", 4, 64, {**STATE, "more": STATE["mean"]}, "must have the shapes"),
-        ("int8", 4, 64, {"mean": STATE["mean"], "outliers": STATE["outliers"]}, "must have the shapes"),
-        ("int4", 4, 64, STATE | {"outliers": torch.arange(3)}, "must have the shapes"),
-        ("int4", 4, 64, STATE | {"outliers": torch.tensor([0, 64])}, "damaged"),
-        ("int4", 4, 64, STATE | {"outliers": torch.tensor([-1, 5])}, "damaged"),
-        ("int4", 4, 64, STATE | {"outliers": torch.tensor([3, 3])}, "damaged"),
-        ("int4", 4, 64, STATE | {"outliers": torch.tensor([0.0, 1.0])}, "damaged"),
-        ("int4", 4, 64, STATE | {"mean": torch.full((4, 64), torch.nan)}, "damaged"),
-        ("int4", 4, 64, STATE | {"weight": torch.zeros(4, 64)}, "damaged"),
-        ("int4", 4, 64, STATE | {"weight": torch.full((4, 64), torch.inf)}, "damaged"),
-    ],
+    ("arguments", "message"),
+    [(arguments, "must have the shapes") for arguments in SHAPES]
+    + [(("int4", 4, 64, STATE | fields), "damaged") for fields in DAMAGED],
 )
-def test_a_state_that_cannot_be_right_is_an_error(name, n, hidden, state, message):
-    with pytest.raises(ValueError, match=f"codec {name} .*{message}"):
-        Codec(name, n, hidden, state)
+def test_a_state_that_cannot_be_right_is_an_error(arguments, message):
+    with pytest.raises(ValueError, match=f"codec {arguments[0]} .*{message}"):
+        Codec(*arguments)
 
 
-# --- states ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", CODECS)
-def test_a_state_comes_back_from_a_file(name, tmp_path):
-    memory = memories(20)
-    codec = fit_codec(name, memory)
-    save_file(codec.state, tmp_path / "state.safetensors")
-    again = Codec(name, 4, 64, load_file(tmp_path / "state.safetensors"))
-    rows = encode(codec, memory)
-    assert again.key == codec.key and np.array_equal(encode(again, memory), rows)
-    assert torch.equal(again.decode(rows), codec.decode(rows))
-
-
-def test_a_key_names_a_state():
+def test_a_state_has_a_key_and_comes_back_from_a_file(tmp_path):
     codecs = [fit_codec(name, memories(20, seed=seed)) for name in ROUNDED for seed in (0, 1)]
     assert len({codec.key for codec in codecs}) == 4
     assert all(len(codec.key) == 12 and set(codec.key) <= set("0123456789abcdef") for codec in codecs)
     assert fit_codec("float16", memories(20)).key == ""
+    for codec in codecs:
+        save_file(codec.state, tmp_path / "state.safetensors")
+        again, rows = Codec(codec.name, 4, 64, load_file(tmp_path / "state.safetensors")), encode(codec, memories(20))
+        assert again.key == codec.key and torch.equal(again.decode(rows), codec.decode(rows))
     state, key = codecs[0].state, codecs[0].key
     strided = {name: torch.stack([value, value], -1)[..., 0] for name, value in state.items()}
     for same in (state, dict(reversed(state.items())), strided, fit_codec("int8", memories(20)).state):
         assert Codec("int8", 4, 64, same).key == key
     assert Codec("int8", 4, 64, state | {"mean": state["mean"] + 1}).key != key
-
-
-@pytest.mark.parametrize("name", ROUNDED)
-def test_a_codec_that_was_not_fitted_knows_its_size_and_nothing_else(name):
-    codec = Codec(name, 4, 64)
-    assert not codec.is_fitted and codec.row_bytes == fit_codec(name, memories(5)).row_bytes
-    for call in (lambda: encode(codec, memories(2)), lambda: codec.decode(np.zeros((2, codec.row_bytes), np.uint8))):
-        with pytest.raises(ValueError, match="must be fitted"):
-            call()

@@ -1,43 +1,64 @@
-"""Builds that are killed or find no room on the disk, and damaged files: nothing is lost, doubled or taken for good.
+"""Builds and changes that are killed, interrupted or find no room on the disk, and damaged files.
 
-Builders are other processes, and are ended by SIGKILL.
+They run in other processes. Nothing may be lost, doubled or taken for good, and a change is made whole or not at all.
 """
 
+import itertools
 import json
+import os
 import random
-import resource
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from corpora import assert_has_no_strays, damage, ids, read_all, receive, rejected, stamps, start
+from corpora import (
+    CODECS,
+    ERRORS,
+    assert_takes_another,
+    build,
+    by_id,
+    check_same,
+    contents,
+    damage,
+    ids,
+    limit_files,
+    make,
+    make_many,
+    n_shards,
+    read_all,
+    read_json,
+    receive,
+    rejected,
+    relative_error,
+    stamps,
+    start,
+    texts,
+)
 from tiny import randomize_adapters, save_backbone
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus
 
-N_ROWS = 72
 OPTIONS = {"shard_size": 8, "batch_size": 1}
 
 
-def work(connection, checkpoint, documents, path, limit):
+def keep_building(connection, checkpoint, documents, path, limit):
     """Build where no file may grow beyond `limit` bytes; sends the number of documents or the error."""
     torch.set_num_threads(1)
     model = CLaRaForRAG.from_pretrained(checkpoint)
-    if limit:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    limit_files(limit)
     try:
         connection.send(len(CompressedCorpus.build(model, documents, path, **OPTIONS)))
     except Exception as error:
         connection.send(f"{'OSError' if isinstance(error, OSError) else ''} {error!r}")
 
 
-def build(checkpoint, documents, path, limit: int = 0) -> int | str:
+def build_apart(checkpoint, documents, path, limit: int = 0) -> int | str:
     """Build in another process; the number of documents, or the error."""
-    process, connection = start(work, checkpoint, documents, path, limit)
+    process, connection = start(keep_building, checkpoint, documents, path, limit)
     outcome = receive(connection)
     process.join()
     return outcome
@@ -45,7 +66,7 @@ def build(checkpoint, documents, path, limit: int = 0) -> int | str:
 
 def kill_when(checkpoint, documents, path, condition) -> bool:
     """Kill a build as soon as a condition holds; whether it was still at work."""
-    process, _ = start(work, checkpoint, documents, path, 0)
+    process, _ = start(keep_building, checkpoint, documents, path, 0)
     while process.is_alive() and not condition():
         pass
     process.kill()
@@ -57,7 +78,7 @@ def kill_when(checkpoint, documents, path, condition) -> bool:
 def source(tmp_path_factory) -> Path:
     """Rows with long documents, ids given twice and lines that are broken."""
     lines = []
-    for number in range(N_ROWS):
+    for number in range(72):
         row = {"id": f"d{number}", "text": f"Document number {number} is about Paris.", "year": number}
         if number % 10 == 3:
             row["text"] = " ".join(f"Part {part} of document {number} is about Rome." for part in range(9))
@@ -69,30 +90,17 @@ def source(tmp_path_factory) -> Path:
     return path
 
 
-def contents(corpus: CompressedCorpus) -> tuple:
-    """All that a corpus holds, in order, and what it left out."""
-    found = read_all(corpus)
-    memory = torch.cat([document.pop("memory") for document in found])
-    return found, memory, rejected(corpus.folder), corpus.manifest.n_rejected
+@pytest.fixture(scope="module")
+def finished(shared_model, source, tmp_path_factory) -> Path:
+    """A build that was left alone; copy it."""
+    folder = tmp_path_factory.mktemp("finished") / "c"
+    assert len(CompressedCorpus.build(shared_model, source, folder, **OPTIONS)) == 65
+    return folder
 
 
 @pytest.fixture(scope="module")
-def expected(checkpoint, source, tmp_path_factory) -> tuple:
-    """Of a build that was left alone."""
-    folder = tmp_path_factory.mktemp("expected") / "c"
-    assert build(checkpoint, source, folder) == 65
-    return contents(CompressedCorpus.open(folder))
-
-
-def check_same(corpus: CompressedCorpus, expected: tuple) -> None:
-    found = contents(corpus)
-    assert found[0] == expected[0] and torch.equal(found[1], expected[1]) and found[2:] == expected[2:]
-    assert corpus.verify() == []
-    assert_has_no_strays(corpus)
-
-
-def n_shards(folder: Path) -> int:
-    return len(list((folder / "data").glob("0*.parquet")))
+def expected(finished) -> tuple:
+    return contents(CompressedCorpus.open(finished))
 
 
 @pytest.fixture(scope="module")
@@ -109,34 +117,22 @@ def unfinished(killed, tmp_path) -> Path:
     return Path(shutil.copytree(killed, tmp_path / "c"))
 
 
-# --- killed ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
+def test_a_build_that_is_killed_again_and_again_goes_on(checkpoint, source, expected, tmp_path, seed):
+    folder, draw = tmp_path / "c", random.Random(seed)
+    for number in range(20 if seed else 2):  # of twenty, every second gets at least one shard further
+        shards = {path: path.stat().st_ino for path in (folder / "data").glob("0*.parquet")}
+        wanted, pause = (len(shards) + number % 2, draw.uniform(0, 0.05)) if seed else (len(shards) + 2 + number, 0)
 
-
-def test_a_build_that_is_killed_twice_goes_on(checkpoint, source, expected, tmp_path):
-    folder = tmp_path / "c"
-    assert kill_when(checkpoint, source, folder, lambda: n_shards(folder) >= 2)
-    shards = {path: path.stat().st_ino for path in (folder / "data").glob("0*.parquet")}
-    assert kill_when(checkpoint, source, folder, lambda: n_shards(folder) >= len(shards) + 3)
-    kept = [path for path, inode in shards.items() if path.exists() and path.stat().st_ino == inode]
-    assert len(kept) >= len(shards) - 1  # the last may have been written and not recorded
-    assert build(checkpoint, source, folder) == len(expected[0])
-    check_same(CompressedCorpus.open(folder), expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_a_build_that_is_killed_twenty_times_goes_on(checkpoint, source, expected, tmp_path, seed):
-    folder, chance, n_killed = tmp_path / "c", random.Random(seed), 0
-    while n_killed < 20:  # every second time it gets at least one shard further
-        n_before, pause = n_shards(folder), chance.uniform(0, 0.05)
-
-        def is_time(wanted=n_before + n_killed % 2, pause=pause):
+        def is_time(wanted=wanted, pause=pause) -> bool:
             return n_shards(folder) >= wanted and time.sleep(pause) is None
 
         if not kill_when(checkpoint, source, folder, is_time):
+            assert seed and number
             break
-        n_killed += 1
-    assert n_killed > 0 and build(checkpoint, source, folder) == len(expected[0])
+        kept = [path for path, inode in shards.items() if path.exists() and path.stat().st_ino == inode]
+        assert len(kept) >= len(shards) - 1  # the last may have been written and not recorded
+    assert build_apart(checkpoint, source, folder) == len(expected[0])
     check_same(CompressedCorpus.open(folder), expected)
 
 
@@ -150,23 +146,21 @@ MOMENTS += ["index/segments/.*.partial", "index/segments/*/segment.json"]
 def test_a_build_that_is_killed_at_a_certain_moment_goes_on(checkpoint, source, expected, tmp_path, moment):
     folder = tmp_path / "c"
     kill_when(checkpoint, source, folder, lambda: any(folder.glob(moment)))
-    assert build(checkpoint, source, folder) == len(expected[0])
+    assert build_apart(checkpoint, source, folder) == len(expected[0])
     check_same(CompressedCorpus.open(folder), expected)
 
 
-def test_what_a_killed_writer_leaves_and_opening_it_stop_nothing(shared_model, source, expected, unfinished):
+def test_what_a_killed_writer_leaves_and_opening_it_stop_nothing(shared_model, source, expected, unfinished, tmp_path):
     for name in (".corpus.json.4711.partial", ".README.md.4711.partial", "data/.00000-000002.4711.partial"):
         (unfinished / name).write_text("half of it")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match="corpus.json"):
+        CompressedCorpus.open(tmp_path / "none")
+    assert not list((tmp_path / "none").iterdir())
     for _ in range(2):
         with pytest.raises(FileNotFoundError, match="must be finished first. Run the same build again"):
             CompressedCorpus.open(unfinished)
     check_same(CompressedCorpus.build(shared_model, source, unfinished, **OPTIONS), expected)
-
-
-def test_opening_what_is_no_corpus_leaves_nothing_behind(tmp_path):
-    with pytest.raises(FileNotFoundError, match="corpus.json"):
-        CompressedCorpus.open(tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("folder", "kind"), [("data", "short"), ("data", "missing"), ("codec", "flipped")])
@@ -199,12 +193,9 @@ def test_an_unfinished_build_goes_on_with_its_rows_and_options_alone(shared_mode
     check_same(CompressedCorpus.build(shared_model, source, unfinished, **OPTIONS), expected)
 
 
-# --- a full disk -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("limit", [100, 9000])
-def test_a_full_disk_loses_nothing(checkpoint, shared_model, source, expected, tmp_path, limit):
-    assert build(checkpoint, source, tmp_path / "c", limit).startswith("OSError")
+def test_a_full_disk_under_a_build_loses_nothing(checkpoint, shared_model, source, expected, tmp_path, limit):
+    assert build_apart(checkpoint, source, tmp_path / "c", limit).startswith("OSError")
     check_same(CompressedCorpus.build(shared_model, source, tmp_path / "c", **OPTIONS), expected)
 
 
@@ -212,24 +203,12 @@ def test_a_full_disk_under_the_codecs_state(source, tmp_path):
     model = CLaRaForRAG.from_backbone(save_backbone(tmp_path / "b", hidden_size=128), memory_sizes=(8,), lora_rank=2)
     randomize_adapters(model)
     model.save_pretrained(tmp_path / "checkpoint")
-    assert build(tmp_path / "checkpoint", source, tmp_path / "c", 8200).startswith("OSError")
+    assert build_apart(tmp_path / "checkpoint", source, tmp_path / "c", 8200).startswith("OSError")
 
 
-def test_a_full_disk_does_not_lose_the_list_of_rejected_rows(checkpoint, source, expected, unfinished):
-    assert build(checkpoint, source, unfinished, 150).startswith("OSError")
-    assert build(checkpoint, source, unfinished) == len(expected[0])
-    check_same(CompressedCorpus.open(unfinished), expected)
-
-
-# --- damaged files ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def finished(killed, source, shared_model, tmp_path_factory) -> Path:
-    """A corpus of several shards; copy it."""
-    folder = Path(shutil.copytree(killed, tmp_path_factory.mktemp("finished") / "c"))
-    CompressedCorpus.build(shared_model, source, folder, **OPTIONS)
-    return folder
+def test_a_full_disk_does_not_lose_the_list_of_rejected_rows(checkpoint, shared_model, source, expected, unfinished):
+    assert build_apart(checkpoint, source, unfinished, 150).startswith("OSError")
+    check_same(CompressedCorpus.build(shared_model, source, unfinished, **OPTIONS), expected)
 
 
 @pytest.fixture
@@ -239,41 +218,183 @@ def folder(finished, tmp_path) -> Path:
 
 
 KINDS = ("missing", "cut", "empty", "garbage")
-DERIVED = [(f"index/segments/*/{name}", kind) for name in ("rows.bin", "table.arrow", "ids.npy") for kind in KINDS]
-DERIVED += [("index/segments/*/segment.json", kind) for kind in (*KINDS, "[]", "null", "{}", '{"shards": 5}')]
+FILES = [*(f"index/segments/*/{name}" for name in ("rows.bin", "table.arrow", "ids.npy"))]
+FILES += [f"index/{name}" for name in ("segments/*/segment.json", "k4/*.faiss", "k4/*.safetensors")]
+DERIVED = [(name, kind) for name in FILES for kind in KINDS]
+DERIVED += [("index/segments/*/segment.json", text) for text in ("[]", "null", "{}", '{"shards": 5}')]
 
 
 @pytest.mark.parametrize(("pattern", "kind"), DERIVED)
-def test_damaged_derived_files_are_made_again(folder, expected, pattern, kind):
-    (path,) = folder.glob(pattern)
-    if kind in ("missing", "cut", "empty"):
-        damage(path, kind)
-    else:
-        garbage = random.Random(0).randbytes(path.stat().st_size + 9)
-        path.write_bytes(garbage if kind == "garbage" else kind.encode())
-    check_same(CompressedCorpus.open(folder), expected)
-
-
-@pytest.mark.parametrize("pattern", ["*.faiss", "*.safetensors"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_search_index_is_made_again(folder, shared_model, pattern, kind):
+def test_damaged_derived_files_are_made_again(folder, shared_model, expected, pattern, kind):
     query = shared_model.encode_queries(["What is about Rome?"])
     before = CompressedCorpus.open(folder, index="flat").search(query, 5)
-    (path,) = folder.glob(f"index/k4/{pattern}")
-    garbage = random.Random(0).randbytes(path.stat().st_size)
-    path.write_bytes(garbage) if kind == "garbage" else damage(path, kind)
-    assert ids(CompressedCorpus.open(folder, index="flat").search(query, 5)) == ids(before)
-
-
-# --- what does not belong together -----------------------------------------------------------------------------------
+    (path,) = folder.glob(pattern)
+    damage(path, kind)
+    opened = CompressedCorpus.open(folder, index="flat")
+    assert ids(opened.search(query, 5)) == ids(before)
+    check_same(opened, expected)
 
 
 def test_a_second_builder_is_told_who_works(checkpoint, shared_model, source, expected, tmp_path):
     folder = tmp_path / "c"
-    process, connection = start(work, checkpoint, source, folder, 0)
+    process, connection = start(keep_building, checkpoint, source, folder, 0)
     while not n_shards(folder):
         pass
     with pytest.raises(RuntimeError, match=f"process {process.pid} writes to it. Wait until it is done, or end it"):
         CompressedCorpus.build(shared_model, source, folder, **OPTIONS)
     assert receive(connection) == len(expected[0])
     check_same(CompressedCorpus.open(folder), expected)
+
+
+COUNT, SHARD = 120, 3
+OPERATIONS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
+
+
+@pytest.fixture(scope="module")
+def original(shared_model, tmp_path_factory) -> Path:
+    """d0 to d119 as float16."""
+    return build(shared_model, tmp_path_factory.mktemp("kills") / "corpus", COUNT, shard_size=40).folder
+
+
+def updated(index: int) -> dict:
+    return make(f"d{index}", 1000 + index)
+
+
+def keep_changing(connection, path, kind):
+    """Change a corpus for seconds."""
+    torch.set_num_threads(1)
+    corpus = CompressedCorpus.open(path)
+    connection.send("ready")
+    if kind == "add":
+        corpus.add((make(f"new{index}", index) for index in range(10_000)), shard_size=SHARD)
+    elif kind == "update":
+        corpus.update((updated(index) for index in range(COUNT)), shard_size=SHARD)
+    elif kind == "delete":
+        for index in range(COUNT):
+            corpus.delete([f"d{index}"])
+    for step in range(10_000):
+        if kind == "compact":
+            corpus.compact(shard_size=random.choice([5, 30, 1024]))
+        elif kind == "convert":
+            corpus.convert(CODECS[step % 2], shard_size=random.choice([5, 30, 1024]))
+    connection.recv()
+
+
+def assert_is_whole(path: Path, kind: str) -> int:
+    """The corpus holds what a number of whole changes have left; returns the number."""
+    corpus = CompressedCorpus.open(path)
+    assert corpus.verify() == []
+    documents, found = make_many(COUNT), texts(corpus)
+    if kind == "add":
+        steps, rest = divmod(len(found) - COUNT, SHARD)
+        documents += [make(f"new{index}", index) for index in range(steps * SHARD)]
+    elif kind == "update":
+        steps, rest = divmod(sum(found[document["id"]] != document["text"] for document in documents), SHARD)
+        documents = documents[steps * SHARD :] + [updated(index) for index in range(steps * SHARD)]
+    elif kind == "delete":
+        steps, rest = COUNT - len(found), 0
+        documents = documents[steps:]
+    else:
+        steps, rest = read_json(corpus)["generation"], 0
+    assert rest == 0
+    assert list(found.items()) == [(document["id"], document["text"]) for document in documents]
+    error = ERRORS["float16"] if kind != "convert" else 0.2  # rounded to int8 many times
+    for stored, document in zip(read_all(corpus), documents, strict=True):
+        assert relative_error(stored["memory"][0], document["memory"]) <= error
+    return steps
+
+
+@pytest.mark.parametrize("n_runs", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["add", "update", "delete", "compact", "convert"])
+def test_a_change_that_is_killed_leaves_a_whole_corpus(original, tmp_path, kind, n_runs):
+    draw, steps = random.Random(kind), set()
+    for run in range(n_runs):
+        folder = shutil.copytree(original, tmp_path / str(run))
+        for _ in range(2 if kind in ("compact", "convert") else 1):  # twice one that keeps all documents
+            process, connection = start(keep_changing, folder, kind)
+            assert receive(connection) == "ready"
+            time.sleep(draw.uniform(0, 0.8))
+            process.kill()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+        steps.add(assert_is_whole(folder, kind))
+        assert_takes_another(folder)
+    assert n_runs == 1 or len(steps) > 3  # they were killed at different moments
+
+
+LARGE = "long " * 40_000
+CHANGES = {
+    "add": lambda corpus: corpus.add([make("new", 1, text=LARGE)]),
+    "update": lambda corpus: corpus.update([make("d3", 1003, text=LARGE), updated(50)]),
+    "delete": lambda corpus: corpus.delete(["d3", "d50"]),
+    "compact": lambda corpus: corpus.compact(),
+    "convert": lambda corpus: corpus.convert("int8"),
+    "reject": lambda corpus: corpus.add([make("d3", 1)]),
+}
+
+
+def change(connection, path, kind, number, sent, n_bytes):
+    """Make a change, with a signal before its file operation of this number and this limit; sends how it ended."""
+    torch.set_num_threads(1)
+    corpus, count, root = CompressedCorpus.open(path), 0, str(path)
+    if kind in ("compact", "convert"):
+        corpus.delete(["d7"])
+
+    def watch(event, arguments):
+        nonlocal count
+        if event in OPERATIONS and arguments and str(arguments[0]).startswith(root):
+            count += 1
+            if count == number + 1:
+                os.kill(os.getpid(), sent)
+
+    if number is not None:
+        sys.addaudithook(watch)
+    limit_files(n_bytes)
+    try:
+        CHANGES[kind](corpus)
+        connection.send("done")
+    except (KeyboardInterrupt, OSError):
+        connection.send("ended")
+
+
+def change_and_check(folder: Path, kind: str, number=None, sent=None, n_bytes=0) -> bool:
+    """Whether the change was ended; the corpus must be what it was before, or what it shall be after it."""
+    process, connection = start(change, folder, kind, number, sent, n_bytes)
+    try:
+        is_ended = receive(connection) == "ended"
+    except EOFError:
+        is_ended = process.exitcode in (None, -signal.SIGKILL)
+    process.join(60)
+    assert process.exitcode == 0 or (is_ended and process.exitcode == -signal.SIGKILL)
+    corpus = CompressedCorpus.open(folder)
+    assert corpus.verify() == []
+    before = {name: document["text"] for name, document in by_id(make_many(COUNT)).items()}
+    if kind in ("compact", "convert"):
+        del before["d7"]
+    after = {
+        "add": before | {"new": LARGE},
+        "update": before | {"d3": LARGE, "d50": updated(50)["text"]},
+        "delete": {name: text for name, text in before.items() if name not in ("d3", "d50")},
+    }.get(kind, before)
+    assert texts(corpus) in (before, after) and (is_ended or texts(corpus) == after)
+    assert is_ended or kind != "convert" or read_json(corpus)["codec"] == "int8"
+    assert_takes_another(folder)
+    assert len(rejected(folder)) == read_json(corpus)["n_rejected"] <= (kind == "reject")
+    return is_ended
+
+
+@pytest.mark.parametrize("is_every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one", "every"])
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=["kill", "interrupt"])
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_change_that_ends_before_a_file_operation_leaves_a_whole_corpus(original, tmp_path, kind, sent, is_every):
+    one = random.Random(f"{kind} {sent}").randrange(45 if kind in ("add", "update") else 18)
+    for number in itertools.count() if is_every else [one]:
+        if not change_and_check(shutil.copytree(original, tmp_path / str(number)), kind, number, sent):
+            break
+    assert number > 10 or not is_every
+
+
+@pytest.mark.parametrize("n_bytes", [100, 3500, 20_000])
+@pytest.mark.parametrize("kind", ["add", "compact", "convert"])
+def test_a_full_disk_under_a_change_loses_nothing(original, tmp_path, kind, n_bytes):
+    assert change_and_check(shutil.copytree(original, tmp_path / "copy"), kind, n_bytes=n_bytes) or n_bytes > 3500

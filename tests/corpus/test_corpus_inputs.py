@@ -1,10 +1,7 @@
 """What a corpus is built from: kinds of input, metadata, and what becomes of rows that cannot be used."""
 
 import datetime
-import gzip
 import json
-import os
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -23,106 +20,25 @@ ROWS = [
 ]
 
 
-def json_lines(rows: list) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-# --- kinds of input --------------------------------------------------------------------------------------------------
-
-
-def parquet(path: Path, rows: list[dict]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return path
-
-
-def write(path: Path, content: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path
-
-
-INPUTS = {
-    "jsonl.gz": lambda path: write(path / "a.jsonl.gz", gzip.compress(json_lines(ROWS).encode())),
-    "name that is not UTF-8": lambda path: write(
-        Path(os.fsdecode(os.fsencode(path / "caf") + b"\xe9.jsonl")), json_lines(ROWS).encode()
-    ),
-    "parquet folder": lambda path: (
-        parquet(path / "0.parquet", ROWS[:2]) and parquet(path / "deep" / "1.parquet", ROWS[2:]).parents[1]
-    ),
-    "generator": lambda path: (row for row in ROWS),
-    "Dataset": lambda path: datasets.Dataset.from_list(ROWS),
-    "IterableDataset": lambda path: datasets.Dataset.from_list(ROWS).to_iterable_dataset(),
-}
-
-
-@pytest.fixture(scope="module")
-def expected(shared_model, tmp_path_factory) -> list[dict]:
-    """The documents of a corpus of the list."""
-    return read_all(CompressedCorpus.build(shared_model, ROWS, tmp_path_factory.mktemp("list") / "c", codec="float16"))
-
-
-@pytest.mark.parametrize("kind", INPUTS)
-def test_every_kind_of_input_gives_the_same_corpus(shared_model, expected, tmp_path, kind):
-    corpus = CompressedCorpus.build(shared_model, INPUTS[kind](tmp_path / "in"), tmp_path / "c", codec="float16")
-    for found, wanted in zip(read_all(corpus), expected, strict=True):
-        assert torch.equal(found["memory"], wanted["memory"])
-        assert {**found, "memory": None} == {**wanted, "memory": None}
-    assert [(found["document_id"], found["metadata"]["year"]) for found in expected] == [
-        (row["id"], row["year"]) for row in ROWS
-    ]
-    assert corpus.manifest.metadata == {"year": "int64"} and corpus.manifest.n_rejected == 0
-
-
-def test_a_folder_of_texts(shared_model, tmp_path):
-    folder = tmp_path / "in"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "b_c.md").write_text("Berlin is the capital of Germany.")
-    (folder / "sub" / "a.TXT").write_text("Rome is the capital of Italy.")
-    (folder / "picture.png").write_bytes(b"\x89PNG")
-    (folder / "empty.txt").write_text(" \n")
-    (folder / "latin.txt").write_bytes("Zürich".encode("latin-1"))
-    Path(os.fsdecode(os.fsencode(folder / "caf") + b"\xe9.txt")).write_text("A name that is not UTF-8.")
-    corpus = CompressedCorpus.build(shared_model, folder, tmp_path / "c")
-    assert texts(corpus) == {
-        "b_c.md": "Berlin is the capital of Germany.",
-        "sub/a.TXT": "Rome is the capital of Italy.",
-    }
-    assert [document["title"] for document in corpus.get(["b_c.md", "sub/a.TXT"])] == ["b c", "a"]
-    assert {row["place"] for row in rejected(tmp_path / "c")} >= {"empty.txt", "latin.txt"}
-    assert corpus.manifest.n_rejected == 3
-
-
-def test_a_corpus_inside_of_its_input_folder(shared_model, tmp_path):
-    (tmp_path / "rows.jsonl").write_text(json_lines(ROWS))
-    assert len(CompressedCorpus.build(shared_model, tmp_path, tmp_path / "corpus")) == 3
-    assert len(CompressedCorpus.build(shared_model, tmp_path, tmp_path / "corpus")) == 3
-
-
-def test_an_input_without_documents_can_be_replaced(shared_model, tmp_path):
+def test_an_input_without_documents_can_be_replaced_and_the_corpus_lie_inside_of_it(shared_model, tmp_path):
     for rows in ([], ["", {"text": None}]):
         with pytest.raises(ValueError, match="at least one usable document"):
             CompressedCorpus.build(shared_model, rows, tmp_path / "c")
-    assert len(CompressedCorpus.build(shared_model, ROWS, tmp_path / "c")) == 3
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    for _ in range(2):
+        assert len(CompressedCorpus.build(shared_model, tmp_path, tmp_path / "c")) == 3
 
 
 def test_a_generator_that_breaks_goes_on_with_the_same_rows(shared_model, tmp_path):
     rows = [{"id": f"d{number}", "text": "a", "memory": memory(0)} for number in range(1100)]
-
-    def broken():
-        yield from rows[:1059]
-        raise OSError("the source breaks")
-
-    with pytest.raises(OSError, match="the source breaks"):
-        CompressedCorpus.build(shared_model, broken(), tmp_path / "c", shard_size=50)
+    with pytest.raises(KeyError, match="missing"):
+        broken = (row if number < 1059 else row["missing"] for number, row in enumerate(rows))
+        CompressedCorpus.build(shared_model, broken, tmp_path / "c", shard_size=50)
     shards = {path: path.stat().st_ino for path in (tmp_path / "c" / "data").glob("0*.parquet")}
     assert len(shards) == 21
     corpus = CompressedCorpus.build(shared_model, iter(rows), tmp_path / "c", shard_size=50)
     assert list(corpus.document_ids()) == [row["id"] for row in rows] and corpus.verify() == []
     assert {path: path.stat().st_ino for path in shards} == shards  # what was written is not written again
-
-
-# --- metadata --------------------------------------------------------------------------------------------------------
 
 
 def test_metadata_keeps_its_types(shared_model, tmp_path):
@@ -137,14 +53,15 @@ def test_metadata_keeps_its_types(shared_model, tmp_path):
     data = datasets.load_dataset("parquet", data_files=str(tmp_path / "c" / "data" / "*.parquet"), split="train")
     assert data["text"] == ["first", "second", "third"] and data["id"] == ["0#0", "1#0", "2#0"]
     assert [data[name][0] for name in row] == [*row.values()]
-    kinds = {name: str(data.features[name].dtype) for name in ("n", "x", "flag", "day", "extra", "none")}
-    assert kinds == {
-        **{"n": "int64", "x": "float64", "flag": "bool"},
-        **{"day": "date32", "extra": "int16", "none": "string"},
-    }
+    kinds = dict(n="int64", x="float64", flag="bool", day="date32", extra="int16", none="string")
+    assert {name: data.features[name].dtype for name in kinds} == kinds
     codes = np.frombuffer(data[0]["memory"], np.uint8)[None].copy()
     assert torch.equal(corpus.snapshot.codec.decode(codes)[0], corpus.get(["0"])[0]["memory"][0])
     assert len(datasets.load_dataset(str(tmp_path / "c"), split="train")) == 3  # as the card says
+    for number, rows in enumerate(([{"text": "a", "who": {}}, {"text": "b"}], [{"text": "a", "tags": [[]]}])):
+        assert len(CompressedCorpus.build(shared_model, rows, tmp_path / str(number))) == len(rows)
+    corpus = CompressedCorpus.build(shared_model, ROWS, tmp_path / "declared", metadata={"year": "int32"})
+    assert corpus.manifest.metadata == {"year": "int32"} and len(corpus) == 3
 
 
 def test_a_dictionary_column_of_parquet(shared_model, tmp_path):
@@ -155,18 +72,6 @@ def test_a_dictionary_column_of_parquet(shared_model, tmp_path):
     assert len(corpus.search(memory(0)[None], 3, {"kind": {"$ne": "x"}})[0]) == 2
 
 
-@pytest.mark.parametrize("rows", [[{"text": "a", "who": {}}, {"text": "b", "who": {}}], [{"text": "a", "tags": [[]]}]])
-def test_empty_metadata(shared_model, tmp_path, rows):
-    assert len(CompressedCorpus.build(shared_model, rows, tmp_path / "c")) == len(rows)
-
-
-def test_a_type_that_was_declared_wins(shared_model, tmp_path):
-    corpus = CompressedCorpus.build(shared_model, ROWS, tmp_path / "c", metadata={"year": "int32"})
-    assert corpus.manifest.metadata == {"year": "int32"} and len(corpus) == 3
-
-
-# --- rows that cannot be used ----------------------------------------------------------------------------------------
-
 GOOD = {"id": "good", "title": "Rome", "text": "Rome.", "year": 1861, "tags": ["x"], "author": "me"}
 IDS = ["", True, 1.5, "\ud800", "good"]  # the last is there already
 TEXTS = ["", " \n\t", None, 5, "a\ud800"]
@@ -175,8 +80,8 @@ FIELDS = [("year", "1861"), ("year", True), ("year", 1861.5), ("year", 2**70), (
 FIELDS += [("author", "\ud800"), ("\ud800", 1), (5, "x"), ("colour", {("a", 1): 2}), ("shade", {1: "a", "b": 2})]
 FIELDS += [("deep", json.loads("[" * 100 + "1" + "]" * 100)), ("deeper", json.loads("[" * 900 + "1" + "]" * 900))]
 FIELDS += [("span", 3)]  # is our column
-MEMORIES = [torch.full((4, 32), torch.nan), [[1e300] * 32] * 4, torch.zeros(128), memory(0)[:2], "abc", b"abc"]
-MEMORIES += [[[1.0], [1.0, 2.0]]]
+MEMORIES = [torch.full((4, 32), torch.nan), [[1e300] * 32] * 4, torch.zeros(128), torch.zeros(4, 31), "abc", b"abc"]
+MEMORIES += [memory(0)[:2], [[1.0], [1.0, 2.0]]]
 BAD = [
     *("", None, 5, ["a", "b"], {"id": "bad", "title": "t"}),
     *({"id": value, "text": "a"} for value in IDS),
@@ -202,16 +107,6 @@ def test_a_row_that_cannot_be_used_is_left_out_and_listed(shared_model, tmp_path
         assert len(CompressedCorpus.build(shared_model, rows, corpus.folder, **options)) == 4
 
 
-def test_hostile_lines_of_json(shared_model, tmp_path):
-    lines = [b'{"text": "good"}', b"{", b'{"text": "caf\xe9"}', b"null", b"NaN", b"[" * 200_000, b'"just text"']
-    lines += [b"\xff\xfe", b'{"text": "\\ud800"}', b"9" * 5000, b'{"text": "a", "text": "twice"}', b"\x00"]
-    (tmp_path / "a.jsonl").write_bytes(b"\r\n".join(lines))
-    corpus = CompressedCorpus.build(shared_model, tmp_path / "a.jsonl", tmp_path / "c")
-    assert texts(corpus) == {"0": "good", "6": "just text", "10": "twice"}
-    assert [row["row"] for row in rejected(tmp_path / "c")] == [1, 2, 3, 4, 5, 7, 8, 9, 11]
-    assert [row["place"] for row in rejected(tmp_path / "c")][:3] == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:4"]
-
-
 def test_what_only_a_later_row_has_is_listed(shared_model, tmp_path):
     rows = [{"id": f"m{n}", "text": "m", "memory": memory(0), "who": {"name": "a"}} for n in range(1024)]
     rows += [{"id": "late", "text": "m", "memory": memory(0), "who": {"name": "a", "age": 5}}]
@@ -220,9 +115,6 @@ def test_what_only_a_later_row_has_is_listed(shared_model, tmp_path):
     assert "late" not in corpus or corpus.get(["late"])[0]["metadata"]["who"] == {"name": "a", "age": 5}
     assert "red" not in corpus and len(corpus) + corpus.manifest.n_rejected == 1026
     assert "'colour'" in rejected(tmp_path / "c")[-1]["reason"]
-
-
-# --- documents that bring a memory -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("codec", ERRORS)
@@ -239,14 +131,19 @@ def test_a_given_memory_is_stored_and_its_text_is_not_cut(shared_model, tmp_path
         assert relative_error(document["memory"][0], given) < ERRORS[codec]
 
 
-@pytest.mark.parametrize(("n", "shard_size"), [(3, 2), (1024, 2048)])
-def test_memories_that_float16_cannot_hold_are_left_out(shared_model, tmp_path, n, shard_size):
-    rows = [{"id": f"bad{number}", "text": "b", "memory": memory(0) + 1e6} for number in range(n)]
-    rows += [{"id": name, "text": "g", "memory": memory(0)} for name in ("good0", "good1")]
-    rows += [{"id": "bad0", "text": "g", "memory": memory(0)}] * (shard_size == 2)  # which no earlier shard has taken
+@pytest.mark.parametrize(("n", "shard_size"), [(3, 1), (3, 2), (3, 2048), (1024, 2048)])
+def test_memories_that_float16_cannot_hold_are_left_out_and_leave_their_ids(shared_model, tmp_path, n, shard_size):
+    bad = [{"id": f"bad{number}", "text": "b", "memory": memory(0) + 1e6} for number in range(n)]
+    good = [{"id": name, "text": name, "memory": memory(0)} for name in ("good0", "bad0", "good1", "bad0")]
+    rows = [*bad, good[0], bad[1], *good[1:]]
     corpus = CompressedCorpus.build(shared_model, rows, tmp_path / "c", codec="float16", shard_size=shard_size)
-    assert [*corpus.document_ids()] == [row["id"] for row in rows[n:]]
-    assert [row["row"] for row in rejected(corpus.folder)] == [*range(n)] and corpus.manifest.n_rejected == n
+    assert [*texts(corpus).items()] == [(name, name) for name in ("good0", "bad0", "good1")]
+    assert [row["row"] for row in rejected(corpus.folder)] == [*range(n), n + 1, n + 4] and corpus.verify() == []
+    assert "is there already" in rejected(corpus.folder)[-1]["reason"]
+    corpus.delete(["bad0"])
+    for change in (corpus.add, corpus.update):
+        changes = change([bad[0], good[1], good[3]], shard_size=shard_size)
+        assert (changes.n_documents, [row["row"] for row in changes.rejected]) == (1, [0, 2])
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4"])

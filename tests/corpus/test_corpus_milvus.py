@@ -3,15 +3,12 @@
 Milvus Lite lets one process at a time open a file, so clients are closed before another process comes.
 """
 
-import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from corpora import ENVIRONMENT, PACKAGE, assert_alike, ids, make_documents, make_memory
+from corpora import assert_alike, ids, make_documents, make_memory, receive, start
 from test_corpus_filters import FILTERS, NASTY, columns_of, make_rows, meets
 
 from modeling_clara import CompressedCorpus
@@ -30,11 +27,9 @@ BROAD = [
     {"$or": [{"$not": {"year": {"$lt": 2002}}}, {"lang": "en"}]},
     {"$or": [{"is_new": False}, {"year": {"$gte": 2006}}]},
     {"title": {"$ne": "Title 1"}, "weight": {"$gte": 0}},
-    {"weight": {"$lt": 5}},
-    {"birth year": {"$lt": 1905}},
+    {"weight": {"$lt": 5}, "birth year": {"$lt": 1906}},
     {"in": {"$lte": 2}},
-    {"vector": {"$in": ["v0", "v1"]}},
-    {"shard": {"$lt": "s9"}},
+    {"vector": {"$in": ["v0", "v1"]}, "shard": {"$lt": "s9"}},
     *({"$or": [{"year": {"$lt": 2008}}, {"lang": text}]} for text in NASTY),  # none may end its quotes
 ]
 
@@ -55,29 +50,17 @@ def queries() -> torch.Tensor:
 @pytest.fixture(scope="module")
 def built(shared_model, tmp_path_factory) -> Path:
     """1,600 documents in two shards; copy the folder before changing it."""
-    folder = tmp_path_factory.mktemp("built") / "corpus"
-    CompressedCorpus.build(shared_model, make_rows(1600), folder)
-    return folder
+    return CompressedCorpus.build(shared_model, make_rows(1600), tmp_path_factory.mktemp("built") / "corpus").folder
 
 
 @pytest.fixture(scope="module")
 def opened(built, tmp_path_factory):
-    """The corpus with Milvus, and without; only read."""
-    folder = tmp_path_factory.mktemp("opened")
-    shutil.copytree(built, folder / "corpus")
-    uri = str(folder / "vectors.db")
-    corpus = CompressedCorpus.open(folder / "corpus", backend="milvus", uri=uri)
+    """The corpus with Milvus in the default file, and without; only read."""
+    folder = shutil.copytree(built, tmp_path_factory.mktemp("opened") / "corpus")
+    corpus = CompressedCorpus.open(folder, backend="milvus")
     yield corpus, CompressedCorpus.open(built)
-    close(corpus, uri)
-
-
-@pytest.fixture
-def copied(built, tmp_path) -> Path:
-    shutil.copytree(built, tmp_path / "copy")
-    return tmp_path / "copy"
-
-
-# --- results ---------------------------------------------------------------------------------------------------------
+    assert (folder / "index" / "milvus.db").exists()
+    close(corpus, str(folder / "index" / "milvus.db"))
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -104,23 +87,16 @@ def test_filters_mean_the_same_to_milvus(opened, queries):
         assert_alike(found, plain.search(queries, 10, where, exact=True))
 
 
-# --- changes and files -----------------------------------------------------------------------------------------------
-
-SCRIPT = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-from modeling_clara import CompressedCorpus
-corpus = CompressedCorpus.open(sys.argv[2], backend="milvus", uri=sys.argv[3] or None)
-found = corpus.search(torch.load(sys.argv[4]), 10)
-print(json.dumps([[hit["document_id"] for hit in hits] for hits in found]))
-for index in corpus._state.indexes.values():
-    index.client.close()
-"""
+def search(connection, path, uri, queries):
+    """What another process finds."""
+    torch.set_num_threads(1)
+    corpus = CompressedCorpus.open(path, backend="milvus", uri=uri)
+    connection.send(ids(corpus.search(queries, 10)))
+    close(corpus, uri)
 
 
-def test_changes_reach_milvus_and_stay_in_its_file(copied, queries, tmp_path):
-    uri = str(tmp_path / "vectors.db")
+def test_changes_reach_milvus_and_stay_in_its_file(built, queries, tmp_path):
+    copied, uri = shutil.copytree(built, tmp_path / "copy"), str(tmp_path / "vectors.db")
     corpus, plain = CompressedCorpus.open(copied, backend="milvus", uri=uri), CompressedCorpus.open(copied)
     best = sorted({row[0] for row in ids(corpus.search(queries, 1))})
     corpus.delete(best)
@@ -134,12 +110,9 @@ def test_changes_reach_milvus_and_stay_in_its_file(copied, queries, tmp_path):
     assert ids(corpus.search(queries[:2], 9, {"year": {"$gte": 3000}}))[0][0] == "new0"
     assert "d7" in ids(corpus.search(-queries[:1], 1))[0]
     close(corpus, uri)
-    torch.save(queries, tmp_path / "queries.pt")
-    command = [sys.executable, "-c", SCRIPT, str(PACKAGE), str(copied), uri, str(tmp_path / "queries.pt")]
-    options = {"cwd": tmp_path, "env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 300}
-    run = subprocess.run(command, **options)
-    assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout) == ids(found)
+    process, connection = start(search, copied, uri, queries)
+    assert receive(connection) == ids(found)
+    process.join()
     again = CompressedCorpus.open(copied, backend="milvus", uri=uri)
     again.compact()
     assert_alike(again.search(queries, 10), found)
@@ -147,23 +120,10 @@ def test_changes_reach_milvus_and_stay_in_its_file(copied, queries, tmp_path):
     close(again, uri)
 
 
-def test_the_default_file_lies_in_the_index_folder(shared_model, queries, tmp_path):
-    folder = CompressedCorpus.build(shared_model, make_documents(1100), tmp_path / "corpus").folder
-    uri = str(folder / "index" / "milvus.db")
-    corpus = CompressedCorpus.open(folder, backend="milvus")
-    assert Path(uri).exists()
-    found = ids(corpus.search(queries, 5))
-    close(corpus, uri)
-    again = CompressedCorpus.open(folder, backend="milvus")
-    assert ids(again.search(queries, 5)) == found
-    close(again, uri)
-
-
-def test_two_corpora_under_one_name_have_collections_of_their_own(shared_model, queries, tmp_path):
+def test_two_corpora_under_one_name_have_collections_of_their_own(built, shared_model, queries, tmp_path):
     uri = str(tmp_path / "vectors.db")
-    mine = CompressedCorpus.build(shared_model, make_documents(1100), tmp_path / "mine").folder
     other = CompressedCorpus.build(shared_model, make_documents(1100, seed=3), tmp_path / "other")
-    corpus = CompressedCorpus.open(mine, backend="milvus", uri=uri, collection="mine")
+    corpus = CompressedCorpus.open(built, backend="milvus", uri=uri, collection="mine")
     expected = ids(corpus.search(queries, 5))
     beside = CompressedCorpus.open(other.folder, backend="milvus", uri=uri, collection="mine")
     assert_alike(beside.search(queries, 5), other.search(queries, 5, exact=True))

@@ -45,14 +45,10 @@ def large(shared_model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def with_long_document(shared_model, tmp_path_factory) -> Path:
-    """1,100 documents of one span and one of more than a hundred."""
+    """1,100 documents of one chunk and one of more than a hundred."""
+    long = {"id": "long", "text": " ".join(f"Paris {number} is the capital of France." for number in range(800))}
     folder = tmp_path_factory.mktemp("long") / "corpus"
-    text = " ".join(f"Paris {number} is the capital of France." for number in range(800))
-    documents = [*make_documents(1100), {"id": "long", "text": text}]
-    return CompressedCorpus.build(shared_model, documents, folder, codec="float16").folder
-
-
-# --- against arithmetic ----------------------------------------------------------------------------------------------
+    return CompressedCorpus.build(shared_model, [*make_documents(1100), long], folder, codec="float16").folder
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -66,14 +62,7 @@ def test_search_is_the_cosine_of_the_stored_memories(corpus, queries, shared_mod
     assert_ranked(corpus.search(asked, top_k, shortlist=1), expected)
 
 
-def test_stored_memories_are_those_given(corpus):
-    limit = {"float16": 2e-3, "int8": 0.05, "int4": 0.6}[corpus.manifest.codec]
-    stored = torch.stack([corpus.get([f"d{row}"])[0]["memory"][0] for row in range(50)])
-    assert stored.dtype == torch.float32
-    assert (stored - make_memory(50)).square().mean().sqrt() < limit
-
-
-def test_questions_do_not_hang_on_each_other(corpus, queries):
+def test_questions_of_any_dtype_do_not_hang_on_each_other_and_stay_as_they_were(corpus, queries):
     many = torch.cat([queries * factor for factor in (1.0, 0.5, 100.0)])  # more than one block
     together = corpus.search(many, 9)
     for number, query in enumerate(many):
@@ -82,26 +71,22 @@ def test_questions_do_not_hang_on_each_other(corpus, queries):
         assert [hit["score"] for hit in alone] == pytest.approx([hit["score"] for hit in together[number]], abs=1e-6)
     assert ids(together[:20]) == ids(together[20:40]) == ids(together[40:])
     assert corpus.search(queries[:0], 5) == []
-
-
-def test_questions_of_any_dtype_are_left_as_they_were(corpus, queries):
     asked = queries[:2].clone().requires_grad_()
-    expected = ids(corpus.search(queries[:2], 3))
     for given in (asked, asked.double(), queries[:2].tolist(), queries[:2].numpy()):
-        assert ids(corpus.search(given, 3)) == expected
+        assert ids(corpus.search(given, 9)) == ids(together[:2])
     assert asked.grad is None and torch.equal(asked, queries[:2])
     assert len(corpus.search(queries[:2].bfloat16(), 3)[0]) == 3
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_index_finds_what_the_exact_scan_finds(large, queries, kind, size):
-    opened = CompressedCorpus.open(large, index=kind)
-    asked = queries[:, :size]
+    opened, asked = CompressedCorpus.open(large, index=kind), queries[:, :size]
     for where in (None, {"part": {"$lt": 27}}, {"part": {"$lt": 60}}, {"part": 3}):
         assert_finds_the_exact(opened, asked, where)
     assert opened.search(asked, 10, {"part": 100}) == [[]] * len(asked)
-    assert_ranked(opened.search(asked, 10, exact=True), ranking(opened, asked, 10))
+    if kind == "flat":  # the exact search has no index
+        assert_ranked(opened.search(asked, 10, exact=True), ranking(opened, asked, 10))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,19 +111,12 @@ def test_indexes_see_what_was_added_and_deleted(large, queries, kind, tmp_path):
 
 def test_a_corpus_that_grew_from_almost_nothing_is_searched_well(shared_model, queries, tmp_path):
     opened = CompressedCorpus.build(shared_model, make_documents(1, prefix="first"), tmp_path / "corpus")
-    opened.add(make_documents(2000))
+    for n in (1, 15, 1984):  # two, 17, 2001 documents
+        for kind in KINDS:
+            few = CompressedCorpus.open(opened.folder, index=kind)
+            assert_ranked(few.search(queries, 5), ranking(few, queries, 5))
+        opened.add(make_documents(n, seed=n, prefix=f"{n}-"))
     assert_finds_the_exact(opened, queries)
-
-
-@pytest.mark.parametrize("n", [1, 2, 17])
-def test_an_index_of_few_documents(shared_model, queries, tmp_path, n):
-    CompressedCorpus.build(shared_model, make_documents(n), tmp_path / "corpus")
-    for kind in KINDS:
-        opened = CompressedCorpus.open(tmp_path / "corpus", index=kind)
-        assert_ranked(opened.search(queries, 5), ranking(opened, queries, 5))
-
-
-# --- documents and chunks--------------------------------------------------------------------------------------------
 
 
 def test_top_k_counts_documents_each_with_its_best_span(corpus, shared_model):
@@ -167,29 +145,21 @@ def test_a_document_of_many_chunks_leaves_room_for_others(with_long_document, ki
         assert_ranked(opened.search(memory[[0, 120]], 20), ranking(opened, memory[[0, 120]], 20))
 
 
-def test_equal_memories_tie_to_the_lower_row(shared_model, queries, tmp_path):
-    documents = make_documents(300)
-    for row in range(0, 300, 3):
-        documents[row]["memory"] = queries[0]
-    opened = CompressedCorpus.build(shared_model, documents, tmp_path / "corpus", shard_size=70)
-    (hits,) = opened.search(queries[:1], 100)
-    assert [hit["document_id"] for hit in hits] == [f"d{row}" for row in range(0, 300, 3)]
-    assert len({hit["score"] for hit in hits}) == 1
-    opened.delete(["d0", "d6"])
-    opened.add([{"id": "last", "text": "x", "memory": queries[0]}])
-    assert ids(opened.search(queries[:1], 3)) == [["d3", "d9", "d12"]]
-    assert ids(opened.search(queries[:1], 99))[0][-1] == "last"
-
-
 def test_more_equal_memories_than_the_shortlist_holds_tie_to_the_lower_row(shared_model, queries, tmp_path):
     documents = make_documents(2000)
     for row in range(1000, 1400):
         documents[row]["memory"] = queries[0]
-    folder = CompressedCorpus.build(shared_model, documents, tmp_path / "corpus").folder
+    folder = CompressedCorpus.build(shared_model, documents, tmp_path / "corpus", shard_size=70).folder
     for kind in KINDS:
         opened = CompressedCorpus.open(folder, index=kind)
         for exact in (False, True):
-            assert ids(opened.search(queries[:1], 5, exact=exact)) == [[f"d{row}" for row in range(1000, 1005)]]
+            (hits,) = opened.search(queries[:1], 5, exact=exact)
+            assert [hit["document_id"] for hit in hits] == [f"d{row}" for row in range(1000, 1005)]
+            assert len({hit["score"] for hit in hits}) == 1
+    opened.delete(["d1000", "d1002"])
+    opened.add([{"id": "last", "text": "x", "memory": queries[0]}])
+    found = ids(opened.search(queries[:1], 399, exact=True))[0]
+    assert found[:3] == ["d1001", "d1003", "d1004"] and found[-1] == "last"
 
 
 def test_memories_of_zeros_score_zero(shared_model, queries, tmp_path):
@@ -197,9 +167,6 @@ def test_memories_of_zeros_score_zero(shared_model, queries, tmp_path):
     opened = CompressedCorpus.build(shared_model, documents, tmp_path / "corpus", codec="float16")
     for asked in (queries[:1], torch.zeros(1, 4, 32)):
         assert [(hit["document_id"], hit["score"]) for hit in opened.search(asked, 2)[0]] == [("d0", 0), ("d1", 0)]
-
-
-# --- hits and documents ----------------------------------------------------------------------------------------------
 
 
 def test_hits_have_everything_that_was_stored(corpus, queries):
@@ -220,43 +187,30 @@ def test_hits_have_everything_that_was_stored(corpus, queries):
 def test_documents_by_id(corpus):
     every = list(corpus.document_ids())
     assert every == [f"d{n}" for n in range(50)] + ["long0", "long1"] + [f"e{n}" for n in range(50)] + ["long2"]
-    assert len(corpus) == len(every) == 103
     assert [document["document_id"] for document in corpus.get(["e3", "d0", "e3"])] == ["e3", "d0", "e3"]
-    assert "d49" in corpus and "long2" in corpus and "d50" not in corpus and "" not in corpus and "d49#0" not in corpus
-    assert 5 not in corpus and None not in corpus
-    long = corpus.get(["long0"])[0]
-    assert long["title"] == "Book 0" and [span["span"] for span in long["spans"]] == list(range(len(long["spans"])))
-    assert long["memory"].shape == (len(long["spans"]), 4, 32)
-    assert all(span["n_tokens"] > 0 for span in long["spans"])
+    assert "d49" in corpus and "long2" in corpus
+    assert not any(wrong in corpus for wrong in ("d50", "", "d49#0", 5, None))
+    (long,) = corpus.get(["long0"])
+    assert long["title"] == "Book 0" and [span["span"] for span in long["spans"]] == [*range(len(long["spans"]))]
+    assert long["memory"].shape == (len(long["spans"]), 4, 32) and all(span["n_tokens"] > 0 for span in long["spans"])
     with pytest.raises(KeyError, match="nobody"):
         corpus.get(["d0", "nobody"])
-    with pytest.raises((KeyError, TypeError), match="ids"):
-        corpus.get([5])
 
 
-def test_options_are_those_of_the_view_alone(corpus, queries):
-    before = ids(corpus.search(queries, 5))
-    view = corpus.with_options(where={"year": {"$gte": 2005}}, exact=True, shortlist=7)
-    assert ids(corpus.search(queries, 5)) == before and view is not corpus
+def test_options_are_those_of_the_view_alone_and_changes_are_not(corpus, queries, tmp_path):
+    opened = CompressedCorpus.open(shutil.copytree(corpus.folder, tmp_path / "copy"))
+    before = ids(opened.search(queries, 5))
+    view = opened.with_options(where={"year": {"$gte": 2005}}, exact=True, shortlist=7)
+    assert ids(opened.search(queries, 5)) == before and view is not opened
     found = view.search(queries, 5)
     assert all(hit["metadata"]["year"] >= 2005 for hits in found for hit in hits)
-    assert ids(found) == ids(corpus.search(queries, 5, {"year": {"$gte": 2005}}))
-    assert ids(view.search(queries, 5, {"year": 2001})) == ids(corpus.search(queries, 5, {"year": 2001}))
+    assert ids(found) == ids(opened.search(queries, 5, {"year": {"$gte": 2005}}))
+    assert ids(view.search(queries, 5, {"year": 2001})) == ids(opened.search(queries, 5, {"year": 2001}))
     assert ids(view.with_options(shortlist=9).search(queries, 5)) == ids(found)  # what is left out stays
-    assert len(view) == len(corpus) and "d0" in view
-
-
-def test_views_see_the_changes_of_each_other(corpus, queries, tmp_path):
-    opened = CompressedCorpus.open(shutil.copytree(corpus.folder, tmp_path / "copy"))
-    view = opened.with_options(where={"year": 2042})
-    assert view.search(queries[:1], 5) == [[]]
     opened.add([{"id": "new", "text": "new", "memory": queries[0], "year": 2042}])
-    assert ids(view.search(queries[:1], 5)) == [["new"]] and "new" in view and len(view) == 104
+    assert ids(view.search(queries[:1], 1)) == [["new"]] and "new" in view and len(view) == len(opened) == 104
     view.delete(["new"])
     assert "new" not in opened and ids(opened.search(queries[:1], 5, {"year": 2042})) == [[]]
-
-
-# --- opening ---------------------------------------------------------------------------------------------------------
 
 
 def test_opening_again_derives_nothing(large, queries, tmp_path):
@@ -271,8 +225,7 @@ def test_opening_again_derives_nothing(large, queries, tmp_path):
 
 @pytest.mark.parametrize("obstacle", ["a file", "permissions"])
 def test_a_folder_that_cannot_be_written_is_indexed_in_the_cache(large, queries, tmp_path, obstacle):
-    folder = tmp_path / "copy"
-    shutil.copytree(large, folder, ignore=shutil.ignore_patterns("index"))
+    folder = shutil.copytree(large, tmp_path / "copy", ignore=shutil.ignore_patterns("index"))
     if obstacle == "a file":
         (folder / "index").touch()
     else:
@@ -284,15 +237,3 @@ def test_a_folder_that_cannot_be_written_is_indexed_in_the_cache(large, queries,
     assert ids(opened.search(queries, 9)) == ids(CompressedCorpus.open(large).search(queries, 9))
     assert opened.index_folder.is_relative_to(os.environ["HF_HOME"]) and stamps(folder) == before
     folder.chmod(0o755)
-
-
-def test_an_emptied_corpus_finds_nothing_and_takes_documents_again(shared_model, queries, tmp_path):
-    opened = CompressedCorpus.build(shared_model, make_documents(20), tmp_path / "corpus")
-    opened.delete(list(opened.document_ids()))
-    assert len(opened) == 0 and opened.search(queries, 5) == [[]] * 20 and list(opened.document_ids()) == []
-    assert opened.search(queries[:1], 5, {"year": 2001}, hybrid=True, questions=["text"]) == [[]]
-    opened.compact()
-    assert opened.search(queries, 5) == [[]] * 20
-    assert CompressedCorpus.open(opened.folder, index="flat").search(queries, 5) == [[]] * 20
-    opened.add(make_documents(3))
-    assert_ranked(opened.search(queries, 5), ranking(opened, queries, 5))
