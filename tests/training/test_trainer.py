@@ -56,7 +56,7 @@ def test_what_should_train_moves_and_is_saved_and_nothing_else(build, tmp_path, 
     ],
 )
 def test_resuming_equals_not_stopping(build, train, stage, order, options):
-    """Bit-equal, dropout and the draw of k included, in the second epoch; `test_time_limit.py` stops elsewhere."""
+    """Bit-equal, dropout and the draw of k included, in the second epoch; `test_train_script.py` stops elsewhere."""
     options = {"save_strategy": "steps", "save_steps": 1, "train_sampling_strategy": order, **options}
     options |= {"max_steps": -1, "num_train_epochs": 2, "dataloader_drop_last": True}
     whole = train(stage, "whole", gradient_accumulation_steps=2, **options)
