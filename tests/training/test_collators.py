@@ -1,4 +1,4 @@
-"""Records into batches: literal small tensors, the processor's own batches for every k, and the model that takes them.
+"""Records into batches: literal small tensors, and the processor's own batches for every k.
 
 Prompts are written with a template of three marks, so that whole batches can be spelt out as tokens.
 """
@@ -14,7 +14,6 @@ from modeling_clara import CLaRaProcessor
 from recipes.training import collators
 from recipes.training.collators import ReadingCollator, SelectingCollator, TextCollator, with_slots
 from recipes.training.data import text_places
-from recipes.training.memories import compress_documents
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
 
@@ -122,14 +121,6 @@ def test_a_batch_that_reads_some_texts_is_exactly_this(processor):
     assert batch["prompts"][1]["prompt_segments"][0].tolist() == [0] * n_common + [1] * 5 + [2] * 5
     assert [batch["prompts"][k]["memory_mask"].sum(-1).tolist() for k in (1, 2)] == [[2, 0, 4], [3, 0, 6]]
     assert batch["prompt_document_mask"].tolist() == [[place != 0, place != 1], [False, True], [True, True]]
-
-
-def test_a_share_that_chooses_no_record_changes_no_prompt(processor):
-    batch, other = (ReadingCollator(processor, [1, 2], text_share=share)(TWO) for share in (0.0, 1e-9))
-    assert "prompt_document_mask" not in batch and other["prompt_document_mask"][0].all()
-    assert torch.equal(batch["document_input_ids"], other["document_input_ids"])
-    for size, layout in batch["prompts"].items():
-        assert all(torch.equal(tensor, other["prompts"][size][name]) for name, tensor in layout.items())
 
 
 def test_a_batch_of_texts_is_exactly_this(processor):
@@ -280,28 +271,17 @@ def test_what_makes_no_batch_is_named(processor, collator, one, message):
         collator(processor, [1])([one])
 
 
-# --- the processor's batches, and the model --------------------------------------------------------------------------
-
-RECORDS = [
-    record(
-        [plain("Paris is the capital of France."), plain("Rome is old.", "Rome"), plain("The Seine.")],
-        ("What is old?", "Rome"),
-        positives=[1],
-    ),
-    record(
-        [plain("Berlin is large."), plain("Berlin")], ("Which city is large, and how large?", "Berlin"), positives=[0]
-    ),
-]
-
-
 def test_batches_are_those_of_the_processor_for_every_k(shared_model):
     make, sizes = shared_model.processor, shared_model.config.memory_sizes
-    texts = [[one["questions"][0] for one in RECORDS], [one["documents"] for one in RECORDS]]
-    texts.append([one["answers"][0] for one in RECORDS])
+    questions, answers = ["What is old?", "Which city is large, and how large?"], ["Rome", "Berlin"]
+    documents = [[plain("Paris is a capital."), plain("Rome is old.", "Rome"), plain("The Seine.")]]
+    documents.append([plain("Berlin is large."), plain("Berlin")])
+    texts = questions, documents, answers
+    records = [record(docs, (q, a), positives=[0]) for q, docs, a in zip(*texts, strict=True)]
     prompts = [make.build_prompt(q, 0, 4, a, text_documents=docs) for q, docs, a in zip(*texts, strict=True)]
-    reading = ReadingCollator(make, sizes)(RECORDS)
-    selecting = SelectingCollator(make, sizes, top_k=2, store=None)(RECORDS)
-    reading_texts = TextCollator(make, sizes, 32)(RECORDS)
+    reading = ReadingCollator(make, sizes)(records)
+    selecting = SelectingCollator(make, sizes, top_k=2, store=None)(records)
+    reading_texts = TextCollator(make, sizes, 32)(records)
     for size in sizes:
         for batch, expected in (
             (reading, make(*texts, memory_size=size)),
@@ -313,21 +293,3 @@ def test_batches_are_those_of_the_processor_for_every_k(shared_model):
             for name, tensor in expected.items():
                 assert torch.equal(found[name], tensor), (name, size)
                 assert found[name].dtype == tensor.dtype
-
-
-@torch.no_grad()
-def test_the_model_takes_every_layout(shared_model, tmp_path):
-    processor, sizes = shared_model.processor, shared_model.config.memory_sizes
-    documents = {document["text"]: document for one in RECORDS for document in one["documents"]}
-    store = compress_documents(shared_model, list(documents.values()), tmp_path / "memories")
-    reading = ReadingCollator(processor, sizes)(RECORDS)
-    online, stored = (SelectingCollator(processor, sizes, top_k=2, store=one)(RECORDS) for one in (None, store))
-    contrastive = SelectingCollator(processor, sizes, top_k=2, store=store, with_prompts=False)(RECORDS)
-    for size in sizes:
-        assert shared_model(**inputs(reading, size)).loss.isfinite()
-        computed, read = shared_model(**inputs(online, size)), shared_model(**inputs(stored, size))
-        assert computed.loss.isfinite()
-        torch.testing.assert_close(read.scores, computed.scores, rtol=0, atol=2e-3)  # memories are stored in float16
-        torch.testing.assert_close(read.lm_loss, computed.lm_loss, rtol=5e-3, atol=0)
-    loss = shared_model(**inputs(contrastive, sizes[-1])).loss
-    torch.testing.assert_close(loss, shared_model(**inputs(stored, sizes[-1])).contrastive_loss)

@@ -237,15 +237,6 @@ def test_pos_index_may_be_a_number(tmp_path, number):
     assert load(tmp_path, [{**GOOD, "pos_index": number}])["positives"] == [[number]]
 
 
-@pytest.mark.parametrize("stage, questions", [("pretrain", ["q0", "q1", "q2", None]), ("text", ["q0", "q1", "q2"])])
-def test_targets_are_grouped_and_share_their_document(tmp_path, stage, questions):
-    row = {"text": "a", "qas": [{"question": f"q{i}", "answer": f"a{i}"} for i in range(3)], "paraphrase": "p"}
-    for size in (1, 2, 3, 9):
-        records = load(tmp_path, [row], stage, targets_per_document=size)
-        assert records["questions"] == [questions[start : start + size] for start in range(0, len(questions), size)]
-        assert sum(records["answers"], []) == ["a0", "a1", "a2", "p"][: len(questions)]
-
-
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 PAIRED = {**GOOD, "question": ["q", "r"], "answers": ["x"]}

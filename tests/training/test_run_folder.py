@@ -18,14 +18,7 @@ from training_runs import EMBEDDINGS, assert_equal, moved, state_of
 from modeling_clara import ROLES, CLaRaForRAG
 from modeling_clara.storage_clara import file_sha256, read_json
 from recipes.training.arguments import parse_arguments
-from recipes.training.checkpoints import (
-    RUN_FILE,
-    check_folder,
-    claim_folder,
-    describe_run,
-    last_checkpoint,
-    load_trained,
-)
+from recipes.training.checkpoints import check_folder, claim_folder, describe_run, last_checkpoint, load_trained
 
 
 @pytest.fixture
@@ -85,20 +78,20 @@ def test_what_changes_the_result_is_another_run_and_is_named(describe, tmp_path,
 
 def test_what_does_not_change_the_result_is_the_same_run(describe):
     assert describe() == json.loads(json.dumps(describe()))
-    for override in (
-        "save_steps=9",
-        "num_samples=0",
-        "disable_tqdm=true",
-        "save_total_limit=3",
-        "output_dir=elsewhere",
-    ):
-        assert describe(override) == describe()
+    for free in ("save_steps=9", "num_samples=0", "disable_tqdm=true", "save_total_limit=3", "max_minutes=1"):
+        assert describe(free, "output_dir=elsewhere") == describe()
     assert describe("learning_rate=1e-4") == describe("learning_rate=0.0001")
 
 
-def test_keys_that_an_older_or_newer_version_has_are_named(describe, tmp_path):
+def test_keys_of_an_older_or_newer_version(describe, tmp_path):
+    """They are named, unless a missing one means what its default does now."""
     claim_folder(tmp_path / "run", {**describe(), "extra": {"a": 1}})
     assert_refused(tmp_path / "run", describe(), r"\['extra.a'\] differ")
+    before = describe()
+    del before["data"]["text_share"]
+    claim_folder(tmp_path / "run", before)
+    assert check_folder(tmp_path / "run", describe()) is None
+    assert_refused(tmp_path / "run", describe("text_share=0.5"), r"\['data.text_share'\] differ")
 
 
 # --- what it reads ---------------------------------------------------------------------------------------------------
@@ -149,7 +142,7 @@ def test_a_run_without_hashes_resumes_and_has_them_from_then_on(data_run, tmp_pa
     assert check_folder(run, description) == run / "checkpoint-5"
     claim_folder(run, description)
     names = {str(tmp_path / name) for name in ("rows[1].jsonl", "held_out/rows.jsonl")}
-    assert read_json(run / RUN_FILE)["files"].keys() == names
+    assert read_json(run / "run.json")["files"].keys() == names
 
 
 # --- whose folder it is ----------------------------------------------------------------------------------------------
@@ -167,8 +160,8 @@ def test_a_free_folder_is_claimed_and_open_to_its_own_run_again_and_again(descri
     assert check_folder(folder, describe()) is None and tree(tmp_path) == before
     for _ in range(2):
         claim_folder(folder, describe())
-        assert read_json(folder / RUN_FILE) == describe()
-        assert {path.name for path in folder.iterdir()} == {RUN_FILE, *(content or ())}
+        assert read_json(folder / "run.json") == describe()
+        assert {path.name for path in folder.iterdir()} == {"run.json", *(content or ())}
         assert check_folder(folder, describe()) is None
     make_checkpoint(folder, 5)
     assert check_folder(folder, describe()) == folder / "checkpoint-5"
@@ -192,7 +185,7 @@ def test_a_finished_run_and_a_damaged_description_are_refused(describe, tmp_path
     make_checkpoint(run, 5)
     (run / "config.json").write_text("{}")
     assert_refused(run, describe(), f"the run in {run} is finished. Choose another `output_dir`, or delete it")
-    (run / RUN_FILE).write_text('{"model": ')
+    (run / "run.json").write_text('{"model": ')
     assert_refused(run, describe(), "run.json is damaged")
 
 

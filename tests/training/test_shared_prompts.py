@@ -4,6 +4,7 @@ Losses are compared with separate prompts and with InfoNCE in double precision. 
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -70,12 +71,19 @@ def test_the_prefix_ends_before_the_token_that_predicts_an_answer(prompts, ids, 
 
 
 @pytest.mark.parametrize("is_grad", [True, False])
-@pytest.mark.parametrize("text_share", [0.0, 1.0])
-def test_a_row_of_questions_loses_what_they_lose_alone(any_layout, text_share, is_grad):
+@pytest.mark.parametrize(
+    "make, records",
+    [
+        (ReadingCollator, RECORDS),
+        (partial(ReadingCollator, text_share=1.0), RECORDS[:2]),  # one with a paraphrase reads none of its texts
+        (partial(TextCollator, hidden_size=32), [*RECORDS[:2], record(DOCUMENTS[:1], *TARGETS[:2])]),
+    ],
+    ids=["memories", "with texts", "texts alone"],
+)
+def test_a_row_of_questions_loses_what_they_lose_alone(any_layout, make, records, is_grad):
     """Packed in training and padded in evaluation; gradients of the compressor and the generator as well."""
     model = any_layout
-    records = RECORDS[:2] if text_share else RECORDS  # a record with a paraphrase reads none of its texts
-    collator = ReadingCollator(model.processor, model.config.memory_sizes, text_share=text_share)
+    collator = make(model.processor, model.config.memory_sizes)
     batches = [collator(rows) for rows in (records, alone(records))]
     assert batches[0]["labels"].shape[0] == len(records) < batches[1]["labels"].shape[0]
     for size in model.config.memory_sizes:
@@ -94,16 +102,6 @@ def test_a_row_of_questions_loses_what_they_lose_alone(any_layout, text_share, i
         for name, gradient in (gradients[0] if is_grad else {}).items():
             bound = 1e-4 * float(gradient.abs().max().clamp(min=1e-3))
             torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=bound)
-
-
-def test_a_row_of_questions_over_texts_loses_what_they_lose_alone(any_layout):
-    model = any_layout
-    collator = TextCollator(model.processor, model.config.memory_sizes, 32)
-    records = [RECORDS[0], RECORDS[1], record(DOCUMENTS[:1], *TARGETS[:2])]
-    for is_grad in (True, False):
-        with torch.set_grad_enabled(is_grad):
-            losses = [model(**inputs(collator(rows), 4)).loss for rows in (records, alone(records))]
-        torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
 
 
 # --- the contrastive term --------------------------------------------------------------------------------------------

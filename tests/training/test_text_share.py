@@ -3,7 +3,6 @@
 Losses are compared with prompts that are built here. Lengths are in `test_data.py`, a batch in `test_collators.py`.
 """
 
-import json
 import math
 from collections import Counter
 
@@ -12,8 +11,6 @@ import torch
 from test_collators import inputs, plain, record
 from training_runs import EMBEDDINGS, moved, state_of
 
-from recipes.training.arguments import CLaRaTrainingArguments, DataArguments, ModelArguments
-from recipes.training.checkpoints import check_folder, claim_folder, describe_run
 from recipes.training.collators import ReadingCollator
 from recipes.training.data import text_places
 
@@ -87,14 +84,3 @@ def test_a_run_learns_from_both_kinds_of_records(build, stage):
 def test_other_stages_have_no_such_prompts(build, stage):
     with pytest.raises(ValueError, match=f"`text_share` must be 0 in the stage '{stage}', got 0.5"):
         build(stage, data_options={"text_share": 0.5})
-
-
-def test_a_run_from_before_the_option_goes_on(tmp_path):
-    model, training = ModelArguments(checkpoint="c"), CLaRaTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    now, other = (describe_run(model, DataArguments([{"path": "a"}], text_share=s), training) for s in (0.0, 0.5))
-    before = json.loads(json.dumps(now))
-    del before["data"]["text_share"]
-    claim_folder(tmp_path, before)
-    assert check_folder(tmp_path, now) is None
-    with pytest.raises(ValueError, match=r"\['data.text_share'\] differ"):
-        check_folder(tmp_path, other)

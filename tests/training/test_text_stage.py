@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from test_collators import inputs
-from training_runs import CITIES, assert_equal, count_roles, state_of
+from training_runs import CITIES, count_roles
 from transformers import AutoModelForCausalLM
 
 from modeling_clara import CLaRaForRAG
@@ -67,19 +67,6 @@ def test_the_loss_is_that_of_the_backbone_with_the_generator_merged(build, merge
     step = trainer.state.log_history[0]
     assert step["loss"] == pytest.approx(expected, rel=1e-5) and step["ce"] == pytest.approx(expected, rel=1e-5)
     assert {"grad_norm/generator", "exact_match"} <= set(step) and "mse" not in step
-
-
-def test_targets_of_one_record_give_the_step_of_records_of_their_own(train):
-    one, two = (
-        train(
-            "text", f"run{targets}", data_options={"targets_per_document": targets}, dropout=False, max_steps=1,
-            per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, optim="sgd", learning_rate=0.1,
-        )
-        for size, accumulation, targets in ((4, 2, 2), (12, 1, 1))
-    )  # fmt: skip
-    assert_equal(state_of(one.model), state_of(two.model), rtol=1e-4, atol=1e-6)
-    for name in ("loss", "ce", "grad_norm/generator", "exact_match"):
-        assert one.state.log_history[0][name] == pytest.approx(two.state.log_history[0][name], rel=1e-4), name
 
 
 def test_evaluation_and_samples_are_read_from_texts(build, merged):

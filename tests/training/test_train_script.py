@@ -22,8 +22,6 @@ from modeling_clara.corpus.storage import read_lines, write_lines
 from modeling_clara.storage_clara import read_json
 from recipes import train
 from recipes.training import time_limit
-from recipes.training.arguments import parse_arguments
-from recipes.training.checkpoints import describe_run
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "configs"
@@ -217,14 +215,6 @@ def test_the_clock_starts_with_training(monkeypatch):
             now[0] = begin + seconds
             times.append(limit.on_step_end(arguments, state, TrainerControl()).should_training_stop)
     assert times == [False, False, True] * 2
-
-
-def test_the_limit_is_no_part_of_what_a_run_is(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("stage: text\nbackbone: x\ndatasets: [{path: y}]\nuse_cpu: true\n")
-    limits = ([], ["max_minutes=1"], ["max_minutes=0.5"], ["max_minutes=null"])
-    parsed = [parse_arguments(["--config", str(tmp_path / "recipe.yaml"), *limit]) for limit in limits]
-    assert [training.max_minutes for _, _, training in parsed] == [None, 1.0, 0.5, None]
-    assert all(describe_run(*arguments) == describe_run(*parsed[0]) for arguments in parsed)
 
 
 @pytest.mark.slow
