@@ -4,6 +4,7 @@ The files under recipes/configs are read here as plain YAML and compared with wh
 """
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,6 @@ def test_what_is_no_recipe_is_named(recipe, text, overrides, message):
     "override, wanted",
     [
         ("max_steps=8.5", "int, got 8.5"),
-        ("max_steps=sixteen", "int, got 'sixteen'"),
         ("max_steps=1e3", "int, got '1e3'"),
         ("max_steps=true", "int, got True"),
         ("max_steps=null", "int, got None"),
@@ -111,10 +111,8 @@ def test_what_is_no_recipe_is_named(recipe, text, overrides, message):
         ("train_backbone=1", "bool, got 1"),
         ("train_backbone='yes'", "bool, got 'yes'"),
         ("memory_sizes=4", "list, got 4"),
-        ("memory_sizes=[4, eight]", "int, got 'eight'"),
         ("memory_sizes=[4, 4.5]", "int, got 4.5"),
         ("processor_kwargs=[1]", r"dict, got \[1\]"),
-        ("candidates=3", "str, got 3"),
         ("output_dir=2024", "str, got 2024"),
     ],
 )
@@ -133,7 +131,6 @@ def test_a_value_of_the_wrong_type_names_key_type_and_value(override, wanted):
         ("warmup_steps=0.03", 0.03),
         ("warmup_steps=50", 50.0),
         ("eval_strategy=no", "no"),  # False in YAML 1.1
-        ("eval_strategy=steps", "steps"),
         ("bf16=yes", True),
         ("memory_sizes=[4, 8]", [4, 8]),
         ("checkpoint=null", None),
@@ -206,11 +203,8 @@ def test_every_stage_parses_with_every_backbone_and_keeps_every_value(stage, bac
     for key in set(section) & set(last):  # see the test of a later file's plain keys
         del expected[key]
     arguments = parse_arguments(["--config", *[str(CONFIGS / name) for name in names], "use_cpu=true"])
-    assert expected.pop("stage") == stage == arguments[2].stage
     assert expected.pop("report_to") == "none" and arguments[2].report_to == []
-    assert [vars(DatasetConfig(**entry)) for entry in expected.pop("datasets")] == [
-        vars(source) for source in arguments[1].datasets
-    ]
+    assert [DatasetConfig(**entry) for entry in expected.pop("datasets")] == arguments[1].datasets
     for key, value in expected.items():
         (owner,) = (part for part in arguments if key in vars(part))
         found = getattr(owner, key)
@@ -230,37 +224,30 @@ def test_there_is_a_file_for_every_stage_and_every_stage_has_its_backbone_or_che
 
 def uncommented(text: str) -> list[str]:
     """Lines with a value and no comment; a stage's name or section and entries of lists need none."""
-    lines, found = text.splitlines(), []
-    for above, line in zip(["", *lines], lines, strict=False):
-        content, comment = re.match(r"(.*?)(\s#\s.*)?$", line).groups()
-        key, _, value = content.strip().partition(":")
-        if not content.strip() or content.strip().startswith(("#", "- ")) or comment or key == "stage":
-            continue
-        if not value.strip() and (key in STAGES or "#" in above):
-            continue
-        found.append(line)
+    found = []
+    for above, line in pairwise(["", *text.splitlines()]):
+        key, _, value = line.strip().partition(":")
+        is_named = key in ("", "stage") or key.startswith(("#", "- ")) or re.search(r"\s#\s", line)
+        if not is_named and (value.strip() or key not in STAGES and "#" not in above):
+            found.append(line)
     return found
 
 
-SHIPPED = [
-    path.relative_to(RECIPES).as_posix() for path in sorted(RECIPES.rglob("*.yaml")) if "accelerate" not in path.parts
-]
-RUNS = [name for name in SHIPPED if name.startswith("models/")]
+SHIPPED = sorted(path for path in RECIPES.rglob("*.yaml") if "accelerate" not in path.parts)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_runs_recipe_is_complete_by_itself(name):
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("models/*/*.yaml")), ids=lambda path: path.stem)
+def test_a_runs_recipe_is_complete_by_itself(path):
     """Parsed alone every key is known, and it says where it starts, what it reads and where it goes."""
-    values = yaml.safe_load((RECIPES / name).read_text(encoding="utf-8"))
-    arguments = parse_arguments(["--config", str(RECIPES / name)])
+    values, training = yaml.safe_load(path.read_text(encoding="utf-8")), parse_arguments(["--config", str(path)])[2]
     assert {"stage", "output_dir", "datasets", "seed", "learning_rate", "max_steps"} <= set(values)
     assert {"backbone", "checkpoint"} & set(values) and not set(STAGES) & set(values)
-    assert arguments[2].stage == values["stage"] and arguments[2].output_dir == values["output_dir"]
+    assert training.stage == values["stage"] and training.output_dir == values["output_dir"]
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_every_value_of_a_recipe_says_why(name):
-    assert uncommented((RECIPES / name).read_text(encoding="utf-8")) == []
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_value_of_a_recipe_says_why(path):
+    assert uncommented(path.read_text(encoding="utf-8")) == []
 
 
 def test_values_without_a_reason_are_found():

@@ -99,12 +99,14 @@ def until_done(start, folder: Path, *overrides: str, **kwargs) -> int:
     return stops
 
 
-def history(folder: Path) -> list[dict]:
-    return read_json(folder / "trainer_state.json")["log_history"]
+def history(folder: Path, name: str = "loss") -> list[dict]:
+    """Entries of the log that have it."""
+    log = read_json(folder / "trainer_state.json")["log_history"]
+    return [entry for entry in log if name in entry]
 
 
 def losses(folder: Path, name: str = "loss") -> list[tuple[int, float]]:
-    return [(entry["step"], entry[name]) for entry in history(folder) if name in entry]
+    return [(entry["step"], entry[name]) for entry in history(folder, name)]
 
 
 def assert_same_run(whole: Path, stopped: Path, **tolerance) -> None:
