@@ -58,52 +58,42 @@ def without(record: dict, *names: str) -> dict:
 
 QAS = [{"question": " How old? ", "answers": ["very", "old"]}, {"question": "Is it?", "answer": "yes"}]
 KINDS = ["a", "T\nb", {"text": "c"}, {"title": None, "text": "d"}, {"title": "U", "text": "e", "id": 1}]
-NULLS = dict.fromkeys(
-    ["qas", "docs", "answer", "answers", "pos_index", "paraphrase", "data_type", "title", "documents"]
-)
+NULLS = dict.fromkeys(["qas", "docs", "answer", "answers", "pos_index", "paraphrase", "data_type", "title"])
+NO_TITLES = ["\na", "  \na", "a\n \n", "x" * 201 + "\ny"]
+ASKED, X = {"question": "q", "answer": "x"}, [("q", "x")]
+PUBLISHED = {"data_type": "qa", "docs": ["T\na\nb"]}
 FORMATS = {
     "passage": (
         {"title": " Rome ", "text": " Rome is old.\n", "qas": QAS, "paraphrase": "An old city."},
         [plain("Rome is old.", "Rome")],
         [("How old?", "very"), ("Is it?", "yes"), (None, "An old city.")],
     ),
-    "passage, paraphrase alone": ({"text": "a", "paraphrase": "b"}, [plain("a")], [(None, "b")]),
+    "paraphrase alone": ({"text": "a", "paraphrase": "b"}, [plain("a")], [(None, "b")]),
     "reference, questions": (
-        {"data_type": "qa", "question": ["q1", "q2"], "answers": ["a1", "a2"], "docs": ["T\na\nb"]},
+        {**PUBLISHED, "question": ["q1", "q2"], "answers": ["a1", ["a2", "a3"]]},
         [plain("a\nb", "T")],
         [("q1", "a1"), ("q2", "a2")],
     ),
-    "reference, nested answers": (
-        {"data_type": "qa", "question": ["q1"], "answers": [["a1", "a2"]], "docs": ["a"]},
-        [plain("a")],
-        [("q1", "a1")],
-    ),
     "reference, paraphrase": (
-        {"data_type": "paraphrase", "question": ["Restate: "], "answers": ["b"], "docs": ["a"]},
-        [plain("a")],
+        {**PUBLISHED, "data_type": "paraphrase", "question": ["Restate: "], "answers": ["b"]},
+        [plain("a\nb", "T")],
         [(None, "b")],
     ),
-    "one answer": ({"question": "q", "docs": ["a"], "answer": "b"}, [plain("a")], [("q", "b")]),
-    "gold answers": ({"question": "q", "docs": ["a"], "gold_answer": ["b", "c"]}, [plain("a")], [("q", "b")]),
-    "answers": ({"question": "q", "docs": ["a"], "answers": ["b", "c"]}, [plain("a")], [("q", "b")]),
-    "a number": ({"question": "q", "docs": ["a"], "answer": 1969}, [plain("a")], [("q", "1969")]),
+    "one answer": ({**ASKED, "docs": ["a"]}, [plain("a")], X),
+    "gold answers": ({"question": "q", "docs": ["a"], "gold_answer": ["x", "c"]}, [plain("a")], X),
+    "answers": ({"question": "q", "docs": ["a"], "answers": ["x", "c"]}, [plain("a")], X),
+    "a number": ({**ASKED, "docs": ["a"], "answer": 1969}, [plain("a")], [("q", "1969")]),
     "documents of all kinds": (
-        {"question": "q", "documents": KINDS, "answer": "x"},
+        {**ASKED, "documents": KINDS},
         [plain("a"), plain("b", "T"), plain("c"), plain("d"), plain("e", "U")],
-        [("q", "x")],
+        X,
     ),
-    "a text by itself": ({"question": "q", "docs": "a", "answer": "x"}, [plain("a")], [("q", "x")]),
-    "one document": ({"question": "q", "docs": plain("a", "T"), "answer": "x"}, [plain("a", "T")], [("q", "x")]),
-    "first lines that are no title": (
-        {"question": "q", "docs": ["\na", "  \na", "a\n \n", "x" * 201 + "\ny"], "answer": "x"},
-        [plain("a"), plain("a"), plain("a"), plain("x" * 201 + "\ny")],
-        [("q", "x")],
-    ),
-    "null fields": ({**NULLS, "question": "q", "text": "a", "gold_answer": "x"}, [plain("a")], [("q", "x")]),
-    "null in a pair": (
-        {"text": "a", "qas": [{"question": "q", "answers": None, "answer": "x"}]}, [plain("a")], [("q", "x")],
-    ),
-}  # fmt: skip
+    "a text by itself": ({**ASKED, "docs": "a"}, [plain("a")], X),
+    "one document": ({**ASKED, "docs": plain("a", "T")}, [plain("a", "T")], X),
+    "no titles": ({**ASKED, "docs": NO_TITLES}, [*[plain("a")] * 3, plain(NO_TITLES[3])], X),
+    "null fields": ({**NULLS, "question": "q", "text": "a", "gold_answer": "x"}, [plain("a")], X),
+    "null in a pair": ({"text": "a", "qas": [{**ASKED, "answers": None}]}, [plain("a")], X),
+}
 
 
 @pytest.mark.parametrize("name", FORMATS)
