@@ -33,11 +33,7 @@ SEED = 0
 
 
 def select_runs(results: Sequence[Mapping]) -> list[dict]:
-    """The runs that read memories, by memory size.
-
-    Raises:
-        ValueError: they are of several models, data files, settings or codecs, or of one memory size only.
-    """
+    """The runs that read memories, by memory size; a ValueError if they do not make one picture."""
     runs = [content for content in results if content["system"]["kind"] == "clara"]
     sizes = [run["system"]["memory_size"] for run in runs]
     if len(set(sizes)) < 2 or len(set(sizes)) < len(sizes):
@@ -61,10 +57,7 @@ def select_runs(results: Sequence[Mapping]) -> list[dict]:
 
 
 def plot_rate(results: Sequence[Mapping]) -> Figure:
-    """Answers and recall against the bytes of a chunk, one point a memory size, with 95 % intervals.
-
-    Takes contents of results.json; a ValueError as `select_runs`.
-    """
+    """Answers and recall of results against the bytes of a chunk, one point a memory size, with 95 % intervals."""
     runs = select_runs(results)
     x = [run["efficiency"]["bytes_per_span"] for run in runs]
     labels = [f"k = {run['system']['memory_size']}\n{size:,.0f} B" for run, size in zip(runs, x, strict=True)]
@@ -128,10 +121,7 @@ def describe_states(documents: np.ndarray, memories: np.ndarray) -> dict[str, fl
 
 
 def plot_states(documents: np.ndarray, memories: np.ndarray, method: str = "pca") -> Figure:
-    """Mean states of documents and memories, (documents, hidden) each, as points on one plane ("pca" or "tsne").
-
-    A line is between those that belong together. A ValueError if there are too few documents.
-    """
+    """Mean states of documents and their memories, (documents, hidden) each, on one plane ("pca" or "tsne")."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 

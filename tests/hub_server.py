@@ -95,13 +95,10 @@ PLAIN_REPO = r"/(?P<kind>datasets/|spaces/|)(?P<repo>[^/]+/[^/]+)"
 API_REPO = r"/api/(?P<kind>models|datasets|spaces)/(?P<repo>[^/]+/[^/]+)"
 REVISION = r"/(?P<revision>[^/]+)"
 ROUTES = (  # method, path before percent-decoding, the Handler's method, whether the token is needed
-    ("GET", "/api/whoami-v2", "whoami", True),
     ("POST", "/api/validate-yaml", "validate_yaml", False),
     ("POST", "/api/repos/create", "create_repo", True),
-    ("DELETE", "/api/repos/delete", "delete_repo", True),
     ("GET", rf"{API_REPO}(?:/revision{REVISION})?", "info", False),
     ("GET", rf"{API_REPO}/tree{REVISION}(?:/(?P<path>.+))?", "tree", False),
-    ("POST", rf"{API_REPO}/paths-info{REVISION}", "paths_info", False),
     ("GET", rf"{PLAIN_REPO}/resolve{REVISION}/(?P<path>.+)", "download", False),
     ("POST", rf"{API_REPO}/preupload{REVISION}", "preupload", True),
     ("POST", rf"{PLAIN_REPO}\.git/info/lfs/objects/batch", "lfs_batch", True),
@@ -111,7 +108,6 @@ ROUTES = (  # method, path before percent-decoding, the Handler's method, whethe
     ("GET", rf"{API_REPO}/discussions", "discussions", False),
     ("GET", rf"{API_REPO}/refs", "list_refs", False),
     ("POST", rf"{API_REPO}/(?P<ref>branch|tag)/(?P<name>[^/]+)", "add_ref", True),
-    ("DELETE", rf"{API_REPO}/(?P<ref>branch|tag)/(?P<name>[^/]+)", "delete_ref", True),
 )
 
 
@@ -126,8 +122,8 @@ class Handler(BaseHTTPRequestHandler):
         """Answers one request; the state is touched under the lock only."""
         url, hub, length = urlsplit(self.path), self.server, int(self.headers.get("Content-Length", 0))
         self.query, self.body = parse_qs(url.query), self.rfile.read(length)
-        if hub.stopped or len(self.body) < length:
-            self.close_connection = True  # the server is gone, or the client in the middle of its request
+        if len(self.body) < length:
+            self.close_connection = True  # the client is gone in the middle of its request
             return
         with hub.lock:
             hub.requests.append((self.command, unquote(url.path)))
@@ -144,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
                 answer = Refusal(400, f"Malformed request: {error!r}").reply
         self.write(answer, cut=failure is not None and failure.status is None)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve
+    do_GET = do_HEAD = do_POST = do_PUT = serve
 
     def write(self, answer: Any, cut: bool) -> None:
         """Sends the answer, or with `cut` half of its body, and then hangs up."""
@@ -191,11 +187,6 @@ class Handler(BaseHTTPRequestHandler):
         lfs = {"lfs": {"oid": sha256, "sha256": sha256, "size": size, "pointerSize": len(pointer)}} if sha256 else {}
         return {"type": "file", "path": path, "oid": oid, "size": size, **lfs}
 
-    def whoami(self) -> Any:
-        """The owner of the token."""
-        auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}}
-        return {"type": "user", "name": USER, "fullname": USER, "orgs": [], "auth": auth}
-
     def validate_yaml(self) -> Any:
         """The check of a README's metadata, which always passes."""
         return {"errors": [], "warnings": []}
@@ -212,13 +203,6 @@ class Handler(BaseHTTPRequestHandler):
         repo.add_commit("main", {first["path"]: first}, "initial commit")
         self.server.repos[kind, name] = repo
         return {"url": url, "name": name}
-
-    def delete_repo(self) -> Any:
-        """Forgets a repo."""
-        asked = json.loads(self.body)
-        repo = self.find_repo(asked.get("type") or "model", f"{asked.get('organization') or USER}/{asked['name']}")
-        del self.server.repos[repo.kind, repo.name]
-        return {}
 
     def info(self, repo: Repo, revision: str) -> Any:
         """What the client's `model_info`, `dataset_info` and `space_info` read."""
@@ -244,11 +228,6 @@ class Handler(BaseHTTPRequestHandler):
         inside = [name for name in sorted(items) if name.startswith(prefix)]
         deep = self.query.get("recursive") == ["true"]
         return [items[name] for name in inside if deep or "/" not in name.removeprefix(prefix)]
-
-    def paths_info(self, repo: Repo, revision: str) -> Any:
-        """The items of these paths; one that does not exist is left out."""
-        items = self.items(repo, revision)
-        return [items[path] for path in parse_qs(self.body.decode()).get("paths", []) if path in items]
 
     def download(self, repo: Repo, revision: str, path: str) -> Reply:
         """A file or the range of it that the Range header asks for."""
@@ -355,12 +334,6 @@ class Handler(BaseHTTPRequestHandler):
         repo.refs[ref][name] = repo.resolve(start)
         return {}
 
-    def delete_ref(self, repo: Repo, ref: str, name: str) -> Any:
-        """Removes a branch or a tag; the commits stay."""
-        if repo.refs[ref].pop(name, None) is None:
-            raise Refusal(404, f"There is no {ref} {name}.", "RevisionNotFound")
-        return {}
-
     def log_message(self, format: str, *args: Any) -> None:
         """Keeps the tests' output clean; `HubServer.requests` has it all."""
 
@@ -381,7 +354,7 @@ class HubServer(ThreadingHTTPServer):
         self.failures: list[Failure] = []
         self.repos: dict[tuple[str, str], Repo] = {}  # by kind ("model", "dataset" or "space") and "namespace/name"
         self.blobs: dict[str, bytes] = {}  # by git id (40 digits) or, for LFS, SHA-256 (64 digits)
-        self.lock, self.stopped = threading.Lock(), False
+        self.lock = threading.Lock()
 
     def environment(self, home: Path) -> dict[str, str]:
         """The variables that lead a client to this server, with its cache and settings under `home`."""
@@ -395,6 +368,5 @@ class HubServer(ThreadingHTTPServer):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.stopped = True  # connections kept open are not answered any more either
         self.shutdown()
         self.server_close()

@@ -2,7 +2,6 @@
 
 import random
 
-import numpy as np
 import torch
 
 from modeling_clara import Answer
@@ -28,13 +27,15 @@ def texts(answers: list[Answer]) -> list[str]:
     return [answer.text for answer in answers]
 
 
-def greedy_reference(model, question: str | None, memory: torch.Tensor, n_tokens: int, text_documents=()) -> str:
+def greedy_reference(
+    model, question: str | None, memory: torch.Tensor, n_tokens: int, text_documents=(), role: str | None = "generator"
+) -> str:
     """Argmax after argmax, the whole prompt again for every token, no `generate`."""
     prompt = model.processor.build_prompt(question, len(memory), memory.shape[1], text_documents=text_documents)
     inputs = model.processor.pad_prompts([prompt])
     is_real = torch.ones(1, len(memory), dtype=torch.bool)
     ids = []
-    with torch.no_grad(), model.roles.use("generator"):
+    with torch.no_grad(), model.roles.use(role):
         embeds = model.prompt_embeddings(inputs["input_ids"], inputs["memory_mask"], memory[None], is_real)
         for _ in range(n_tokens):
             token = model.backbone(inputs_embeds=embeds).logits[0, -1].argmax()
@@ -48,18 +49,16 @@ def greedy_reference(model, question: str | None, memory: torch.Tensor, n_tokens
 class ExactScan:
     """The smallest corpus there is: every memory in one tensor, scanned in float64."""
 
-    def __init__(self, model, documents: list[dict], memory_size: int = 4, dtype=np.float32):
-        self.documents = documents
-        self.memory = model.compress(documents, memory_size=memory_size)
-        self.stored = self.memory.numpy().astype(dtype)
+    def __init__(self, model, documents: list[dict]):
+        self.documents, self.memory = documents, model.compress(documents)
 
     def search(self, query_memory, top_k):
-        scores = cosines(query_memory, self.memory, query_memory.shape[1])
-        rows = [sorted(range(len(self.documents)), key=lambda i, row=row: (-row[i], i))[:top_k] for row in scores]
-        return [
-            [{"span": 0, "score": scores[q][i], "memory": self.stored[i], **self.documents[i]} for i in row]
-            for q, row in enumerate(rows)
-        ]
+        found = []
+        for scores in cosines(query_memory, self.memory, query_memory.shape[1]):
+            best = sorted(range(len(self.documents)), key=lambda i, scores=scores: (-scores[i], i))[:top_k]
+            hits = [{"span": 0, "score": scores[i], "memory": self.memory[i].numpy()} for i in best]
+            found.append([{**hit, **self.documents[i]} for hit, i in zip(hits, best, strict=True)])
+        return found
 
 
 def corpus_documents() -> list[dict]:

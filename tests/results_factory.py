@@ -3,7 +3,6 @@ It stands beside the tests and imports nothing of the project.
 It does not know the schema; tests/evaluation/test_validation.py holds it against the schema.
 """
 
-import copy
 import hashlib
 from datetime import UTC, datetime, timedelta
 
@@ -11,10 +10,6 @@ DATA_FILES = {
     "musique": {"sha256": hashlib.sha256(b"musique").hexdigest(), "questions": 2417},
     "hotpotqa": {"sha256": hashlib.sha256(b"hotpotqa").hexdigest(), "questions": 7405},
 }
-METRICS = {"em": 0.3, "f1": 0.41, "containment": 0.45, "bag_containment": 0.47, "recall@5": 0.6, "recall@10": 0.7}
-METRICS |= {"hit@5": 0.8, "hit@10": 0.9, "ndcg@10": 0.5, "mrr": 0.55}
-
-
 HARDWARE = {"cpu": "Some CPU", "cores": 16, "memory_gib": 128.0, "accelerator": "NVIDIA H200", "processes": 1}
 
 
@@ -24,57 +19,36 @@ def metric(value: float, n: int = 2417, width: float = 0.02) -> dict:
 
 
 def _base() -> dict:
-    scores = {name: metric(value) for name, value in METRICS.items()}
+    system = {"name": "clara", "kind": "clara", "retriever": "clara", "reader": "memory", "codec": "int8", "url": None}
+    system |= {"top_k": 5, "memory_size": 16, "retrieval_memory_size": 4, "max_new_tokens": 32}
+    counts = {"questions": 2417, "answered": 2400, "abstained": 10, "failed": 7}
+    scores = {"em": 0.3, "f1": 0.41, "containment": 0.45, "bag_containment": 0.47, "recall@5": 0.6, "recall@10": 0.7}
+    scores |= {"hit@5": 0.8, "hit@10": 0.9, "ndcg@10": 0.5, "mrr": 0.55}
     parts = {"query": 3.0, "search": 1.0, "read": 20.0, "decode": 100.0, "total": 124.0}
+    latency = {name: {"p50": value, "p95": 2 * value} for name, value in parts.items()}
+    efficiency = {"bytes_per_span": 9216.0, "tokens_read": 130.5, "latency_ms": latency, "latency_questions": 100}
+    comparison = {
+        "system": "bm25-text",
+        "metric": "f1",
+        "difference": 0.05,
+        "low": 0.01,
+        "high": 0.09,
+        "p_value": 0.01,
+    }
     return {
         "schema_version": 1,
         "created": "2026-03-01T12:00:00+00:00",
         "command": "python -m recipes.evaluate --model loopback/clara --data musique.jsonl",
-        "system": {
-            "name": "clara",
-            "kind": "clara",
-            "retriever": "clara",
-            "reader": "memory",
-            "top_k": 5,
-            "memory_size": 16,
-            "retrieval_memory_size": 4,
-            "codec": "int8",
-            "max_new_tokens": 32,
-            "url": None,
-        },
+        "system": system,
         "model": {"repo": "loopback/clara", "revision": "a" * 40, "fingerprint": "b" * 64, "backbone": "SmolLM2-135M"},
         "corpus": {"repo": None, "revision": None, "documents": 1000, "spans": 1200},
-        "data": {"name": "musique", "format": "multihop", **copy.deepcopy(DATA_FILES["musique"])},
+        "data": {"name": "musique", "format": "multihop", **DATA_FILES["musique"]},
         "setting": "normal",
-        "counts": {
-            "questions": 2417,
-            "answered": 2400,
-            "abstained": 10,
-            "failed": 7,
-            "without_answers": 0,
-            "without_gold": 0,
-        },
+        "counts": {**counts, "without_answers": 0, "without_gold": 0},
         "failures": {"out of memory": 5, "no text": 2},
-        "metrics": scores,
-        "efficiency": {
-            "bytes_per_span": 9216.0,
-            "tokens_read": 130.5,
-            "latency_ms": {name: {"p50": value, "p95": 2 * value} for name, value in parts.items()},
-            "latency_questions": 100,
-            "seconds": 300.0,
-            "model_seconds": 280.0,
-        },
-        "comparisons": [
-            {
-                "system": "bm25-text",
-                "metric": "f1",
-                "difference": 0.05,
-                "low": 0.01,
-                "high": 0.09,
-                "p_value": 0.01,
-                "n": 2417,
-            }
-        ],
+        "metrics": {name: metric(value) for name, value in scores.items()},
+        "efficiency": {**efficiency, "seconds": 300.0, "model_seconds": 280.0},
+        "comparisons": [{**comparison, "n": 2417}],
         "hardware": dict(HARDWARE),
         "versions": {"torch": "2.9.0", "clara": "0.1"},
         "options": {"seed": 0, "limit": None, "batch_size": 8, "confidence": 0.95, "resamples": 1000},
@@ -117,7 +91,7 @@ PROBLEMS = [  # changes of valid results, and what is told of them
     ({"setting": "closed_book", "metrics": {"f1": 0.5, "mrr": 0.5}}, "metrics.mrr must be left out in the setting"),
     (
         {"metrics": {"f1": 0.5}, "counts__answered": 10, "counts__abstained": 2400},
-        "metrics.f1 must be <= the share of questions that were answered",
+        "metrics.f1 must be <= the share of",
     ),
     ({"metrics__f1": metric(0.5, n=2418)}, "metrics.f1.n must be <= counts.questions (2417), got 2418"),
     ({"metrics": {"em": 0.5, "f1": 0.4}}, "metrics.em must be <= metrics.f1 (0.4), got 0.5"),
@@ -152,9 +126,5 @@ PLACES = [  # what only the leaderboard asks for
 
 def limited(n: int = 10) -> dict:
     """Valid results of a part of the data."""
-    return valid_results(
-        data__questions=n,
-        counts={"questions": n, "answered": n, "abstained": 0, "failed": 0, "without_answers": 0, "without_gold": 0},
-        failures={},
-        metrics={"f1": metric(0.4, n)},
-    )
+    done = {"questions": n, "answered": n, "abstained": 0, "failed": 0, "without_answers": 0, "without_gold": 0}
+    return valid_results(data__questions=n, counts=done, failures={}, metrics={"f1": metric(0.4, n)})

@@ -19,6 +19,15 @@ from recipes.spaces.metrics.rag_answer.rag_answer import score_answer
 ANSWERS = ("f1", "em", "containment")
 
 
+def overlap(found: Sequence[Sequence[dict]], best: Sequence[Sequence[dict]]) -> float:
+    """The mean share of each question's best hits whose documents were found."""
+    shares = []
+    for hits, wanted in zip(found, best, strict=True):
+        ids, wanted_ids = ({hit["document_id"] for hit in row} for row in (hits, wanted))
+        shares.append(len(ids & wanted_ids) / len(wanted_ids))
+    return sum(shares) / len(shares)
+
+
 def measure_codecs(
     model: CLaRaForRAG,
     folder: Path,
@@ -26,20 +35,11 @@ def measure_codecs(
     answers: Sequence[Sequence[str]] | None,
     *,
     top_k: int | None = None,
-    max_new_tokens: int = 16,
 ) -> dict[str, dict]:
-    """Recall@5 against float16, and the answers, with every codec.
+    """Copies of a float16 corpus, each converted to another codec.
 
-    Args:
-        model: of the corpus.
-        folder: of a float16 corpus; copies of it are converted.
-        questions: texts.
-        answers: gold answers of each; None leaves the answers out.
-        top_k: documents that are read; default the model's.
-        max_new_tokens: of an answer.
-
-    Returns:
-        For each codec `bytes` of a memory, `recall@5` by exact cosine, and `f1`, `em`, `containment` with answers.
+    For each codec `bytes` of a memory, `recall@5` against float16 by exact cosine and, with gold answers, `f1`, `em`
+    and `containment`; `top_k` documents are read, by default the model's.
     """
     queries = model.encode_queries(questions, memory_size=model.config.retrieval_memory_size)
     results, reference = {}, None
@@ -49,14 +49,13 @@ def measure_codecs(
             shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("index"))
             corpus = model.load_corpus(copy)
             corpus.convert(codec)
-            found = [{hit["document_id"] for hit in row} for row in corpus.search(queries, 5, exact=True)]
+            found = corpus.search(queries, 5, exact=True)
             reference = reference or found
-            overlap = [len(mine & best) / len(best) for mine, best in zip(found, reference, strict=True)]
             n_bytes = corpus.vector_bytes * corpus.manifest.memory_size
-            results[codec] = {"bytes": n_bytes, "recall@5": sum(overlap) / len(overlap)}
+            results[codec] = {"bytes": n_bytes, "recall@5": overlap(found, reference)}
             if answers is None:
                 continue
-            options = {"top_k": top_k, "max_new_tokens": max_new_tokens, "min_score": -1}
+            options = {"top_k": top_k, "max_new_tokens": 16, "min_score": -1}
             texts = [answer.text for answer in model.answer(questions, corpus=corpus, **options)]
             wrong = dict.fromkeys(ANSWERS, 0.0)  # as an empty answer is
             scores = [score_answer(text, gold) if text else wrong for text, gold in zip(texts, answers, strict=True)]

@@ -8,15 +8,13 @@ Every corpus is measured in a process of its own with one thread. It knows nothi
 """
 
 import itertools
-import json
-import resource
+import multiprocessing
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import faiss
@@ -38,7 +36,7 @@ REAL, QUERIES = "real", "queries.safetensors"
 
 
 def disk(folder: Path) -> int:
-    """Bytes of all files below a folder; 0 if there is none."""
+    """Bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -66,8 +64,7 @@ def build_mixed(folder: Path, n: int, backbone: str | None) -> dict:
     documents = mixed_documents(CompressedCorpus.open(folder / REAL, model=model), n)
     before = shared.resident_bytes()
     seconds = seconds_of(lambda: CompressedCorpus.build(model, documents, folder / f"mixed-{n}", shard_size=1024))
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"build_seconds": seconds, "build_peak_mb": (peak - before) / 1e6}
+    return {"build_seconds": seconds, "build_peak_mb": (shared.resident_bytes("VmHWM") - before) / 1e6}
 
 
 def open_first(folder: Path) -> dict:
@@ -90,19 +87,12 @@ def search_one(folder: Path, n_exact: int = 5) -> dict:
     report = {"open_seconds": time.perf_counter() - start, "open_mb": (shared.resident_bytes() - before) / 1e6}
     corpus.search(queries[:1], TOP_K)
 
-    fast, ids = [], lambda hits: {hit["document_id"] for hit in hits}
-    milliseconds = [
-        1e3 * seconds_of(lambda query=query: fast.append(ids(corpus.search(query[None], TOP_K)[0])))
-        for query in queries
-    ]
+    found = []
+    milliseconds = [1e3 * seconds_of(lambda q=q: found.extend(corpus.search(q[None], TOP_K))) for q in queries]
     report |= {"p50_ms": statistics.median(milliseconds), "p95_ms": float(np.percentile(milliseconds, 95))}
     report["searched_mb"] = (shared.resident_bytes() - before) / 1e6
-    scans = [
-        1e3 * seconds_of(lambda query=query: corpus.search(query[None], TOP_K, exact=True))
-        for query in queries[:n_exact]
-    ]
-    exact = [ids(hits) for hits in corpus.search(queries, TOP_K, exact=True)]
-    recall = statistics.mean(len(mine & best) / len(best) for mine, best in zip(fast, exact, strict=True))
+    scans = [1e3 * seconds_of(lambda q=q: corpus.search(q[None], TOP_K, exact=True)) for q in queries[:n_exact]]
+    recall = codecs.overlap(found, corpus.search(queries, TOP_K, exact=True))
     report |= {"exact_ms": statistics.median(scans), "recall@10": recall}
     report["times_faster"] = report["exact_ms"] / report["p50_ms"]
     batch = queries.repeat(5, 1, 1)
@@ -126,16 +116,10 @@ def add_and_find(corpus: CompressedCorpus, queries: torch.Tensor, rounds: int = 
     return {"add_and_find_ms": statistics.median(seconds), "add_and_find_max_ms": max(seconds)}
 
 
-STEPS = {"build": build_mixed, "open": open_first, "search": search_one}
-
-
-def in_process(step: str, *arguments) -> dict:
-    """Run a step in a process of its own."""
-    command = [sys.executable, "-m", "recipes.benchmarks.corpus", "--step", step, json.dumps(arguments, default=str)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise RuntimeError(f"the step {step} failed: {result.stderr[-2000:]}")
-    return json.loads(result.stdout.splitlines()[-1])
+def in_process(step: Callable[..., dict], *arguments) -> dict:
+    """A step in a process of its own, whose memory is nobody else's."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(step, *arguments).result()
 
 
 # --- building and codecs, in this process ----------------------------------------------------------------------------
@@ -207,17 +191,11 @@ def render(report: dict) -> str:
 
 def main() -> None:
     """Parse, measure, print."""
-    if sys.argv[1:2] == ["--step"]:
-        folder, *arguments = json.loads(sys.argv[3])
-        print(json.dumps(STEPS[sys.argv[2]](Path(folder), *arguments)))
-        return
     parser = shared.benchmark_parser(__doc__, rounds=3)
     parser.add_argument("--questions", required=True, help="JSONL of questions, .gz or plain")
     parser.add_argument("--folder", type=Path, required=True, help="for the corpora; kept, and used again")
     parser.add_argument("--spans", type=int, nargs="+", default=[10_000, 30_000, 100_000, 300_000])
-    arguments = parser.parse_args()
-    if not arguments.data or not arguments.questions:
-        parser.error("--data must name a JSONL of documents and --questions one of questions")
+    arguments = shared.parse_with_data(parser, "a JSONL of documents and --questions one of questions")
     rows, model, report = shared.load_subject(arguments)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     real = CompressedCorpus.build(model, arguments.data, arguments.folder / REAL, codec="float16")
@@ -233,8 +211,8 @@ def main() -> None:
     for n in arguments.spans:
         folder, row = arguments.folder / f"mixed-{n}", {}
         if not (folder / "corpus.json").exists():
-            row |= in_process("build", arguments.folder, n, arguments.backbone)
-        report["sizes"].append(row | in_process("open", folder) | in_process("search", folder))
+            row |= in_process(build_mixed, arguments.folder, n, arguments.backbone)
+        report["sizes"].append(row | in_process(open_first, folder) | in_process(search_one, folder))
     shared.show("corpus", report, render(report), arguments)
 
 

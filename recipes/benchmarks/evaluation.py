@@ -89,13 +89,8 @@ def benchmark_run(model: str, data: str | None, n_questions: int, n_documents: i
         with contextlib.redirect_stdout(io.StringIO()):
             seconds = seconds_of(run)
         results = json.loads((output / "results.json").read_text(encoding="utf-8"))
-    efficiency = results["efficiency"]
-    share = efficiency["model_seconds"] / efficiency["seconds"]
-    return {
-        "whole command": seconds,
-        "answering": efficiency["seconds"],
-        "share of it in the model": share,
-    }, results
+    answering, share = (results["efficiency"][name] for name in ("seconds", "model_seconds"))
+    return {"whole command": seconds, "answering": answering, "share of it in the model": share / answering}, results
 
 
 def benchmark_leaderboard(results: dict, n_results: int) -> dict[str, float]:

@@ -6,10 +6,11 @@ untrained.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 
 from modeling_clara import CLaRaForRAG
 from recipes.benchmarks import shared
@@ -21,43 +22,27 @@ GEMM_TOKENS = 16384  # rows of the matrices, as many as a large pass has tokens
 REPEATS = 5  # passes over all matrices in one measurement
 
 
-def synchronized(run: Callable[[], object], device: torch.device) -> Callable[[], None]:
-    """`run` to its end: a GPU works on after a call has returned."""
-
-    def whole():
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return whole
-
-
 def benchmark_compression(
     model: CLaRaForRAG, rows: Sequence[dict], batch_sizes: Sequence[int], rounds: int, n_tokens: int
 ) -> dict:
     """Documents per second and the share of the matrix products' rate, merged, for every batch size."""
-    chunks, device = shared.split_rows(model, rows), model.memory_embeddings.device
+    chunks = shared.split_rows(model, rows)
     tokens = sum(chunk["n_tokens"] for chunk in chunks) + model.config.max_memory_size * len(chunks)
     gemm, gemm_work = shared.gemm_run(model, n_tokens, REPEATS)
     work = gemm_work * tokens / (REPEATS * n_tokens)
-    runs = {"gemm": synchronized(gemm, device), "tokenise": lambda: model.processor.encode_documents(chunks)}
+    runs = {"gemm": gemm, "tokenise": lambda: model.processor.encode_documents(chunks)}
     for size in batch_sizes:
-        runs[f"compress {size}"] = synchronized(lambda size=size: model.compress(chunks, batch_size=size), device)
+        runs[f"compress {size}"] = lambda size=size: model.compress(chunks, batch_size=size)
     with model.bulk_compression():
         seconds = in_turn(runs, rounds)
     median = medians(seconds)
     rate, ways = gemm_work / median["gemm"], []
     for size in batch_sizes:
         whole = median[f"compress {size}"]
-        ways.append(
-            {
-                "batch_size": size,
-                "documents_per_second": len(chunks) / whole,
-                "tflops": work / whole / 1e12,
-                "share_of_gemm": work / whole / rate,
-                "share_without_tokenising": work / max(whole - median["tokenise"], 1e-9) / rate,
-            }
-        )
+        speed, alone = work / whole, work / max(whole - median["tokenise"], 1e-9)
+        shares = {"share_of_gemm": speed / rate, "share_without_tokenising": alone / rate}
+        speeds = {"documents_per_second": len(chunks) / whole, "tflops": speed / 1e12}
+        ways.append({"batch_size": size, **speeds, **shares})
     return {"spans": len(chunks), "tokens": tokens, "gemm_tflops": rate / 1e12, "seconds": seconds, "ways": ways}
 
 
@@ -73,37 +58,28 @@ def benchmark_steps(
     device, dtype = model.memory_embeddings.device, linear_layers(model)[0].dtype
     records = sorted(reading_records(model, [row for row in rows if row["qas"]]), key=lambda record: record["length"])
     middle = records[len(records) // 4 :]  # rows of similar length, as group_by_length puts them together
+    if max(sizes) > len(middle):
+        raise ValueError(f"--steps must be <= the {len(middle)} usable passages, got {max(sizes)}. Lower it.")
     collator, optimizer = ReadingCollator(model.processor, model.config.memory_sizes), optimizer_of(model)
     memory_size = model.config.max_memory_size
+    batches = {size: send_to_device(dict(collator(middle[:size])), device) for size in sizes}
     gemm, gemm_work = shared.gemm_run(model, n_tokens, REPEATS)
-    runs, work = {"gemm": synchronized(gemm, device)}, {}
-    for size in sizes:
-        if size > len(middle):
-            raise ValueError(f"--steps must be <= the {len(middle)} usable passages, got {size}. Lower it.")
-        batch = on_device(collator(middle[:size]), device)
-        work[size] = step_flops(model, batch, memory_size)
 
-        def step(batch=batch):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                training_step(model, optimizer, batch, memory_size)
+    def step(size: int):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            training_step(model, optimizer, batches[size], memory_size)
 
-        runs[f"step {size}"] = synchronized(step, device)
+    runs = {"gemm": gemm} | {f"step {size}": lambda size=size: step(size) for size in sizes}
     seconds = in_turn(runs, rounds)
     median = medians(seconds)
     rate, ways = gemm_work / median["gemm"], []
-    for size, (flops, tokens) in work.items():
+    for size, batch in batches.items():
+        flops, tokens = step_flops(model, batch, memory_size)
         second = median[f"step {size}"]
         speeds = {"tokens_per_second": tokens / second, "tflops": flops / second / 1e12}
         share = {"share_of_gemm": flops / second / rate}
         ways.append({"documents": size, "tokens": tokens, "seconds": second, **speeds, **share})
     return {"gemm_tflops": rate / 1e12, "seconds": seconds, "ways": ways}
-
-
-def on_device(value, device: torch.device):
-    """A batch with all of its tensors on the device."""
-    if isinstance(value, dict):
-        return {key: on_device(entry, device) for key, entry in value.items()}
-    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def render(report: dict) -> str:
@@ -140,10 +116,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[16, 32, 64], help="documents of a stage-1 step")
     parser.add_argument("--gemm-tokens", type=int, default=GEMM_TOKENS, help=f"rows (default: {GEMM_TOKENS})")
     parser.add_argument("--attention", default="sdpa", help="attention implementation (default: sdpa)")
-    arguments = parser.parse_args()
-    if arguments.data is None:
-        parser.error("--data must name passages with their questions (`qas`)")
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    arguments = shared.parse_with_data(parser, "passages with their questions (`qas`)")
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {"lora_rank": 8, "dtype": getattr(torch, arguments.dtype), "attn_implementation": arguments.attention}
     rows, model, report = shared.load_subject(arguments, device, **options)
     rows, sizes = rows[: arguments.limit], (arguments.rounds, arguments.gemm_tokens)

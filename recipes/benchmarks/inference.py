@@ -3,8 +3,6 @@
 Prints Markdown tables. It knows nothing of answer quality: its adapters are untrained.
 """
 
-import contextlib
-import resource
 import statistics
 
 import torch
@@ -80,6 +78,7 @@ def first_token_runs(model: CLaRaForRAG, documents: list[dict], memory_size: int
     memory = model.compress(documents)
     stored = [{**document, "memory": rows} for document, rows in zip(documents, memory, strict=True)]
     prompt = model.processor.build_prompt(QUESTION, 0, memory_size, text_documents=documents)
+    short = model.processor.build_prompt(QUESTION, len(documents), memory_size)
     ids = torch.tensor([prompt.input_ids])
     first = model.build_generation_config(None, 1)
     options = {"top_k": len(stored), "memory_size": memory_size, "retrieval_memory_size": memory_size}
@@ -91,7 +90,6 @@ def first_token_runs(model: CLaRaForRAG, documents: list[dict], memory_size: int
     def from_memory():
         model.answer([QUESTION], documents=stored, max_new_tokens=1, min_score=-1, **options)
 
-    short = model.processor.build_prompt(QUESTION, len(documents), memory_size)
     return {"text": from_text, "memory": from_memory}, ids.shape[1], len(short.input_ids)
 
 
@@ -140,12 +138,13 @@ def benchmark_decode(model: CLaRaForRAG, rows: list[dict], rounds: int, n_tokens
         forced = transformers.GenerationConfig(max_new_tokens=length, min_new_tokens=length, do_sample=False)
         return lambda: model.answer([QUESTION], documents=stored, min_score=-1, generation_config=forced)
 
-    report = {}
-    for name, context in (("ms_per_token", contextlib.nullcontext), ("ms_per_token_merged", model.bulk_answering)):
-        with context():
-            seconds = shared.medians(in_turn({"one": ask(1), "many": ask(n_tokens)}, rounds))
-        report[name] = 1e3 * (seconds["many"] - seconds["one"]) / (n_tokens - 1)
-    return report
+    def per_token() -> float:
+        seconds = shared.medians(in_turn({"one": ask(1), "many": ask(n_tokens)}, rounds))
+        return 1e3 * (seconds["many"] - seconds["one"]) / (n_tokens - 1)
+
+    report = {"ms_per_token": per_token()}
+    with model.bulk_answering():
+        return report | {"ms_per_token_merged": per_token()}
 
 
 def render(report: dict) -> str:
@@ -182,7 +181,7 @@ def main() -> None:
     report["compression"] = benchmark_compression(model, rows, arguments.rounds)
     report["first_token"] = benchmark_first_token(model, rows, arguments.rounds)
     report["decode"] = benchmark_decode(model, rows, arguments.rounds)
-    report["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    report["peak_memory_mib"] = shared.resident_bytes("VmHWM") / 2**20
     shared.show("inference", report, render(report), arguments)
 
 

@@ -26,8 +26,6 @@ from modeling_clara.smollm2 import fetch_backbone
 from recipes.evaluation.report import table
 from recipes.training import data
 
-CPU = torch.device("cpu")
-
 
 def read_rows(path: str | None) -> list[dict]:
     """Rows `{title, text, ...}` of a JSONL file, gzipped or not; default the packaged passages."""
@@ -44,9 +42,11 @@ def split_rows(model: CLaRaForRAG, rows: Iterable[Mapping]) -> list[dict]:
 
 
 def seconds_of(run: Callable[[], object]) -> float:
-    """How long a run takes."""
+    """How long a run takes, to its end: a GPU works on after a call has returned."""
     start = time.perf_counter()
     run()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -69,9 +69,10 @@ def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def resident_bytes() -> int:
-    """Resident memory of this process now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident_bytes(field: str = "VmRSS") -> int:
+    """Resident memory of this process now, or the most so far ("VmHWM"; `ru_maxrss` begins with the parent's)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
 
 
 def linear_layers(model: CLaRaForRAG) -> list[torch.Tensor]:
@@ -102,12 +103,20 @@ def gemm_speeds(seconds: Mapping[str, Sequence[float]], work: int) -> list[float
 
 
 def benchmark_parser(description: str, rounds: int) -> argparse.ArgumentParser:
-    """The options of a benchmark on a backbone."""
+    """The options of a benchmark on a backbone; `parse_with_data` where it needs data of its own."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="JSONL of passages, .gz or plain (default: the packaged ones)")
     parser.add_argument("--backbone", help="backbone folder or Hub id (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"rounds of every comparison (default: {rounds})")
     return add_outputs(parser)
+
+
+def parse_with_data(parser: argparse.ArgumentParser, needed: str) -> argparse.Namespace:
+    """The command line, which must name data."""
+    arguments = parser.parse_args()
+    if not arguments.data:
+        parser.error(f"--data must name {needed}")
+    return arguments
 
 
 def add_outputs(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -118,44 +127,33 @@ def add_outputs(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def load_subject(
-    arguments: argparse.Namespace, device: torch.device = CPU, **options
+    arguments: argparse.Namespace, device: str = "cpu", **options
 ) -> tuple[list[dict], CLaRaForRAG, dict]:
     """The rows, the model with fresh adapters, and the head of the report: machine, versions, data."""
     rows = read_rows(arguments.data)
     torch.manual_seed(0)
     model = CLaRaForRAG.from_backbone(arguments.backbone or fetch_backbone(), **options).to(device)
+    if model.memory_embeddings.is_cuda:
+        torch.cuda.set_device(model.memory_embeddings.device)  # for which `seconds_of` waits
     return rows, model, describe_machine(device) | {"data": Path(arguments.data or PASSAGES).name}
 
 
-def describe_machine(device: torch.device = CPU) -> dict:
+def describe_machine(device: str = "cpu") -> dict:
     """`machine` and `versions` of a report."""
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
+    if device.startswith("cuda"):
         machine = torch.cuda.get_device_name(device)
     return {"machine": machine, "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
 
 
 def figures(head: str, cells: str, rows: Iterable[Mapping]) -> str:
-    """A Markdown table.
-
-    Args:
-        head: the columns, parted by " | ".
-        cells: what a row has there, in the same way, as `str.format` takes it: "{spans:,} | {p50_ms:.1f} ms".
-        rows: of figures.
-    """
+    """A Markdown table. `head` and `cells` are parted by " | "; `str.format` fills a row into the cells."""
     filled = [[cell.format(**row).replace("%", " %") for cell in cells.split(" | ")] for row in rows]
     return table(head.split(" | "), filled)
 
 
 def show(name: str, report: dict, text: str, arguments: argparse.Namespace) -> None:
-    """Print the tables; on demand write all figures as JSON, and the tables into a section of a document.
-
-    Args:
-        name: of the section.
-        report: all figures, with `machine` and `versions`.
-        text: the tables.
-        arguments: with `output` and `write`.
-    """
+    """Print the tables; on demand write the report as JSON, and the tables into the section `name` of a document."""
     print(text)
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -175,18 +173,14 @@ def shown_command() -> str:
 
 
 def write_section(path: Path, name: str, text: str) -> None:
-    """Replace what stands between `<!-- NAME -->` and `<!-- /NAME -->`, or add both at the end of the file.
-
-    Raises:
-        ValueError: only one of the two marks is there.
-    """
+    """Replace what stands between `<!-- NAME -->` and `<!-- /NAME -->`, or add both at the end of the file."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     section = f"{begin}\n\n{text.strip()}\n\n{end}"
-    there = [mark in before.splitlines() for mark in (begin, end)]  # each on a line of its own
-    if any(there) and not all(there):
+    there = {begin, end}.intersection(before.splitlines())  # each on a line of its own
+    if len(there) == 1:
         raise ValueError(f"{path} must have both {begin} and {end}, found one of them. Add the other one.")
-    if any(there):
+    if there:
         content = re.sub(rf"(?ms)^{re.escape(begin)}$.*?^{re.escape(end)}$", lambda _: section, before, count=1)
     else:
         content = f"{before.rstrip()}\n\n## {name.capitalize()}\n\n{section}\n".lstrip()

@@ -11,7 +11,6 @@ import ctypes
 import gc
 import statistics
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
@@ -31,29 +30,18 @@ N_CANDIDATES = 20
 
 
 def peak_above(run: Callable[[], object]) -> int:
-    """Highest resident memory while `run` runs, above what it was before, sampled every 10 ms in a thread."""
+    """Highest resident memory while `run` runs, above what it was before."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed goes back to the system first (glibc)
-    done, samples = threading.Event(), [shared.resident_bytes()]
-
-    def watch():
-        while not done.wait(0.01):
-            samples.append(shared.resident_bytes())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        run()
-    finally:
-        done.set()
-        thread.join()
-    return max(samples) - samples[0]
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = shared.resident_bytes()
+    run()
+    return shared.resident_bytes("VmHWM") - before
 
 
 def training_step(model: CLaRaForRAG, optimizer, batch: dict, memory_size: int) -> float:
     """Forward, backward, clip and update as a Trainer's step; returns the loss."""
-    model.train()
-    loss = loss_of(model, batch, memory_size)
+    loss = loss_of(model.train(), batch, memory_size)
     update(model, optimizer, loss)
     return float(loss.detach())
 
@@ -103,18 +91,16 @@ def set_dropout(model: CLaRaForRAG, probability: float) -> None:
 
 
 def step_flops(model: CLaRaForRAG, batch: dict, memory_size: int) -> tuple[int, int]:
-    """(operations, tokens) of a stage-1 step, padding left out.
+    """(operations, tokens) of a stage-1 step, padding left out: a lower bound, without attention, norms and optimizer.
 
     Forward, and backward for the inputs, of every linear layer (its own weights are frozen); three times the LoRA
-    products; the LM head, both ways, on target positions only. Attention, norms and the optimizer are left out, so the
-    bound is a lower one.
+    products; the LM head, both ways, on target positions only.
     """
     frozen = sum(weight.numel() for weight in linear_layers(model))
     adapters = [part["compressor"] for layer in model.roles.layers for part in (layer.lora_A, layer.lora_B)]
     lora = sum(adapter.weight.numel() for adapter in adapters)
-    n_documents = int(batch["document_attention_mask"].any(-1).sum())
-    tokens = int(batch["document_attention_mask"].sum()) + n_documents * memory_size
-    tokens += int(batch["prompts"][memory_size]["attention_mask"].sum())
+    documents, prompts = batch["document_attention_mask"], batch["prompts"][memory_size]["attention_mask"]
+    tokens = int(documents.sum() + documents.any(-1).sum() * memory_size + prompts.sum())
     head = model.get_output_embeddings().weight.numel()
     return tokens * (4 * frozen + 6 * lora) + 4 * count_targets(batch) * head, tokens
 
@@ -136,6 +122,12 @@ def middle_records(model: CLaRaForRAG, rows: Sequence[dict], n_rows: int) -> lis
     records = [record for record in reading_records(model, rows) if len(record["documents"]) == 1]
     records = sorted(records[: 50 * n_rows], key=lambda record: record["length"])
     return records[len(records) // 2 :][:n_rows]
+
+
+def count(records: list[dict], batch: dict) -> dict[str, int]:
+    """`documents`, `prompts` and `targets` of a batch."""
+    prompts = sum(len(record["questions"]) for record in records)
+    return {"documents": len(records), "prompts": prompts, "targets": count_targets(batch)}
 
 
 def benchmark_pretraining(model: CLaRaForRAG, rows: list[dict], rounds: int, n_rows: int) -> dict:
@@ -160,10 +152,8 @@ def benchmark_pretraining(model: CLaRaForRAG, rows: list[dict], rounds: int, n_r
     hook.remove()
     speeds, steps = shared.gemm_speeds(seconds, gemm_work), ("step", "step with dropout")
     return {
-        "documents": len(records),
-        "prompts": sum(len(record["questions"]) for record in records),
+        **count(records, batch),
         "tokens": tokens,
-        "targets": count_targets(batch),
         "head_rows": head_rows[-1],
         "gflop": flops / 1e9,
         "gemm_gflops": statistics.median(speeds) / 1e9,
@@ -173,14 +163,7 @@ def benchmark_pretraining(model: CLaRaForRAG, rows: list[dict], rounds: int, n_r
 
 
 def loss_of_single_prompts(model: CLaRaForRAG, records: list[dict], batch: dict, memory_size: int) -> torch.Tensor:
-    """The loss of the same targets, each in a row of its own that reads the memories of its record.
-
-    Args:
-        model: the model.
-        records: of the batch.
-        batch: `ReadingCollator`'s, for the documents, with `single` from `single_prompts`.
-        memory_size: k.
-    """
+    """The loss of a batch whose `single` prompts have one question a row, which reads the memories of its record."""
     documents = {name: tensor for name, tensor in batch.items() if name.startswith("document_")}
     compressed = model(**documents, memory_size=memory_size)
     rows = torch.tensor([row for row, record in enumerate(records) for _ in record["questions"]])
@@ -191,23 +174,13 @@ def loss_of_single_prompts(model: CLaRaForRAG, records: list[dict], batch: dict,
     return read.loss + model.config.alignment_weight * compressed.alignment_loss
 
 
-def single_prompts(collator: ReadingCollator, records: list[dict], memory_size: int) -> dict:
-    """Prompts of one question a row."""
-    single = [
-        {**record, "questions": [question], "answers": [answer]}
-        for record in records
-        for question, answer in zip(record["questions"], record["answers"], strict=True)
-    ]
-    return collator(single)["prompts"][memory_size]
-
-
 @contextlib.contextmanager
 def backbone_in(model: CLaRaForRAG, dtype: torch.dtype) -> Iterator[None]:
     """Context: the backbone's own weights in this dtype; what trains stays float32."""
     own = [(p, p.data) for name, p in model.backbone.named_parameters() if "lora_" not in name]
-    for parameter, values in own:
-        parameter.data = values.to(dtype)
     try:
+        for parameter, values in own:
+            parameter.data = values.to(dtype)
         yield
     finally:
         for parameter, values in own:
@@ -220,9 +193,14 @@ def benchmark_targets(model: CLaRaForRAG, rows: list[dict], rounds: int, n_rows:
     set_dropout(model, 0.0)
     records, memory_size = middle_records(model, rows, n_rows), model.config.max_memory_size
     collator = ReadingCollator(model.processor, model.config.memory_sizes)
-    batch = collator(records)
-    layouts = {**batch, "single": single_prompts(collator, records, memory_size)}
-    optimizer = optimizer_of(model)
+    batch, optimizer = collator(records), optimizer_of(model)
+    single = [
+        {**record, "questions": [question], "answers": [answer]}
+        for record in records
+        for question, answer in zip(record["questions"], record["answers"], strict=True)
+    ]
+    layouts = {**batch, "single": collator(single)["prompts"][memory_size]}
+    slowest = "one prompt a row, padded"
 
     def of_single() -> torch.Tensor:
         return loss_of_single_prompts(model, records, layouts, memory_size)
@@ -230,7 +208,6 @@ def benchmark_targets(model: CLaRaForRAG, rows: list[dict], rounds: int, n_rows:
     def of_shared() -> torch.Tensor:
         return loss_of(model, batch, memory_size)
 
-    slowest = "one prompt a row, padded"
     ways = {
         slowest: (padded_passes, of_single),
         "shared prefix, padded": (padded_passes, of_shared),
@@ -247,15 +224,13 @@ def benchmark_targets(model: CLaRaForRAG, rows: list[dict], rounds: int, n_rows:
             with context():
                 losses[name] = float(loss().detach())
         seconds = in_turn({name: lambda way=way: step(*way) for name, way in ways.items()}, rounds)
-    targets = count_targets(batch)
+    counts = count(records, batch)
     return {
         "dtype": str(dtype).removeprefix("torch."),
-        "documents": len(records),
-        "prompts": sum(len(record["questions"]) for record in records),
-        "targets": targets,
+        **counts,
         "losses": losses,
         "seconds": seconds,
-        "targets_per_second": {name: targets / second for name, second in medians(seconds).items()},
+        "targets_per_second": {name: counts["targets"] / second for name, second in medians(seconds).items()},
         "times_faster": {name: ratio(seconds[slowest], values) for name, values in seconds.items()},
     }
 
@@ -282,20 +257,16 @@ def benchmark_joint(model: CLaRaForRAG, rows: list[dict], rounds: int, n_rows: i
     folder = tempfile.TemporaryDirectory()  # removed when this returns
     store = compress_documents(model, list(documents.values()), Path(folder.name))
     sizes, top_k = model.config.memory_sizes, model.config.retrieval_top_k
-    batches = {
-        name: SelectingCollator(model.processor, sizes, top_k=top_k, store=memories)(records)
-        for name, memories in (("stored", store), ("online", None))
-    }
+    runs = {}
+    for name, memories in (("stored", store), ("online", None)):
+        batch = SelectingCollator(model.processor, sizes, top_k=top_k, store=memories)(records)
+        runs[name] = lambda batch=batch: training_step(model, optimizer, batch, sizes[-1])
     optimizer = optimizer_of(model)
     set_dropout(model, 0.0)
     results = []
     for checkpointing in (False, True):
         if checkpointing:
             model.activation_checkpointing_enable()
-        runs = {
-            name: lambda batch=batch: training_step(model, optimizer, batch, sizes[-1])
-            for name, batch in batches.items()
-        }
         losses = {name: run() for name, run in runs.items()}
         seconds = in_turn(runs, rounds)
         peaks = medians({name: [peak_above(run) for _ in range(rounds)] for name, run in runs.items()})
@@ -350,11 +321,8 @@ def main() -> None:
     parser = shared.benchmark_parser(__doc__, rounds=2)
     parser.add_argument("--documents", type=int, default=8, help="documents of the stage-1 step (default: 8)")
     parser.add_argument("--questions", type=int, default=2, help="questions of the joint step (default: 2)")
-    arguments = parser.parse_args()
-    if arguments.data is None:
-        parser.error(
-            "--data must name passages with their questions (`qas`); the packaged ones have none in that form"
-        )
+    needed = "passages with their questions (`qas`); the packaged ones have none in that form"
+    arguments = shared.parse_with_data(parser, needed)
     rows, model, report = shared.load_subject(arguments)
     report["pretraining"] = benchmark_pretraining(model, rows, arguments.rounds, arguments.documents)
     dtype = torch.bfloat16 if "bf16" in Path("/proc/cpuinfo").read_text() else torch.float32

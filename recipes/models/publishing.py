@@ -13,13 +13,8 @@ from modeling_clara import CLaRaForRAG
 from modeling_clara.backbone_clara import backbone_digests
 
 CARDS = Path(__file__).parents[2] / "model_cards"
-DROPPED = (
-    "grad",
-    "eval_runtime",
-    "eval_samples_per_second",
-    "eval_steps_per_second",
-    "tokens_per_second",
-)  # by prefix
+# names of log entries that are dropped, by prefix
+DROPPED = ("grad", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "tokens_per_second")
 CURVES_FILE = "training_log.json"
 
 
@@ -29,16 +24,11 @@ def describe(run: Path) -> dict:
 
 
 def lineage(run: Path) -> tuple[list[Path], Path | None]:
-    """The chain of runs that a finished run stands on.
+    """The runs that a finished run stands on, the first one first, and the checkpoint that the first started from.
 
-    A run names its `checkpoint` as a path from where it was started; a run that is not there any more is looked for
-    beside the one that started from it.
-
-    Returns:
-        The runs, the first one first; and the checkpoint that the first started from, None if it had fresh adapters.
-
-    Raises:
-        FileNotFoundError: the run is not finished.
+    The checkpoint is None if it had fresh adapters. A run names its `checkpoint` as a path from where it was started;
+    one that is not there any more is looked for beside the run that started from it. A `FileNotFoundError` if the run
+    is not finished.
     """
     if not (run / "config.json").exists():
         raise FileNotFoundError(f"{run} must be a finished run, but has no config.json. Train it to its end first.")
@@ -67,11 +57,7 @@ def round_weights(model: CLaRaForRAG, dtype: torch.dtype, *, with_backbone: bool
 
 
 def read_curves(runs: Sequence[Path], every: int = 100) -> dict[str, list[dict]]:
-    """Folder name of a run -> its log entries, every `every`-th step, the last, and all evaluations.
-
-    Raises:
-        FileNotFoundError: a run has no trainer_state.json.
-    """
+    """Folder name of a run -> its log entries, every `every`-th step, the last, and all evaluations."""
     curves = {}
     for run in runs:
         history = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]

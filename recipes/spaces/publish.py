@@ -24,15 +24,11 @@ SHARED = {  # name in the Space -> file that is copied there
     "leaderboard": {name: EVALUATION / name for name in ("validation.py", "results.schema.json")},
 }
 IN_THE_CLONE, IN_A_SPACE = b"from recipes.spaces.metrics.checked_rows import", b"from .checked_rows import"
-SUFFIXES = (".py", ".md", ".txt", ".json", ".js", ".css")
+SUFFIXES = (".py", ".md", ".txt", ".json", ".js")
 
 
 def space_files(folder: Path) -> dict[str, bytes]:
-    """Path in the Space -> content of every file: those of the folder, and those that it shares with others.
-
-    Raises:
-        FileNotFoundError: the folder is no Space, because README.md or app.py is missing.
-    """
+    """Path in the Space -> content of every file: those of the folder, and those that it shares with others."""
     folder = Path(folder).resolve()
     kind = "metric" if folder.parent == METRICS else "leaderboard" if folder == LEADERBOARD else None
     paths = [path for path in folder.rglob("*") if path.suffix in SUFFIXES and "__pycache__" not in path.parts]
@@ -45,12 +41,7 @@ def space_files(folder: Path) -> dict[str, bytes]:
 
 
 def build_space(folder: Path, output: Path) -> None:
-    """Write the files of a Space into a new or empty folder.
-
-    Raises:
-        FileNotFoundError: the folder is no Space.
-        FileExistsError: the output holds files already.
-    """
+    """Write the files of a Space into a new or empty folder."""
     files = space_files(folder)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"the output must be a new or empty folder, got {output}. Choose another one.")
@@ -62,16 +53,9 @@ def build_space(folder: Path, output: Path) -> None:
 def push_space(
     folder: Path, repo_id: str, *, private: bool | None = None, variables: Mapping[str, str] | None = None
 ) -> str:
-    """Make the Space or update it, in one commit; files that the folder no longer has are removed.
+    """Make the Space or update it in one commit, whose URL is returned; files that are gone are removed.
 
-    Args:
-        folder: with README.md and app.py.
-        repo_id: of the Space.
-        private: of a new one.
-        variables: of the Space's environment.
-
-    Returns:
-        URL of the commit.
+    `private` is of a new one, `variables` are those of its environment.
     """
     files = space_files(folder)
     api = HfApi()
@@ -89,11 +73,7 @@ def push_space(
 
 
 def describe_data(paths: Sequence[str]) -> dict[str, dict]:
-    """`data_files.json` of a results repository: name -> `{sha256, questions, halves}` of each data file.
-
-    Raises:
-        FileNotFoundError, ValueError: a file cannot be read, or two have one name.
-    """
+    """`data_files.json` of a results repository: name -> `{sha256, questions, halves}` of each data file."""
     from recipes.evaluation.questions import HALVES, half_of, read_data  # with torch; the other commands need none
 
     described = {}

@@ -8,6 +8,8 @@ import json
 import multiprocessing
 import os
 import random
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +46,13 @@ def start(function, *arguments):
 def receive(connection):
     assert connection.poll(60), "the other process does not answer"
     return connection.recv()
+
+
+def limit_files(n_bytes: int) -> None:
+    """Let no file of this process grow beyond this, if it is not 0."""
+    if n_bytes:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
 
 
 # --- documents -------------------------------------------------------------------------------------------------------
@@ -145,6 +154,10 @@ def damage(path: Path, kind: str) -> None:
         path.write_bytes(contents.get(kind, kind.encode()))
 
 
+def n_shards(folder: Path) -> int:
+    return len(list((folder / "data").glob("0*.parquet")))
+
+
 # --- what a corpus holds ---------------------------------------------------------------------------------------------
 
 
@@ -179,6 +192,26 @@ def assert_holds(corpus, expected: dict[str, dict], error: float = 1e-3) -> None
         query = torch.randn(3, k, 32, generator=torch.Generator().manual_seed(k))
         assert_ranked(corpus.search(query, 7), ranking(corpus, query, 7))
     assert corpus.verify() == []
+
+
+def contents(corpus: CompressedCorpus) -> tuple:
+    """All that a corpus holds, in order, and what it left out."""
+    found = read_all(corpus)
+    memory = torch.cat([document.pop("memory") for document in found])
+    return found, memory, rejected(corpus.folder), corpus.manifest.n_rejected
+
+
+def check_same(corpus: CompressedCorpus, expected: tuple) -> None:
+    found = contents(corpus)
+    assert found[0] == expected[0] and torch.equal(found[1], expected[1]) and found[2:] == expected[2:]
+    assert corpus.verify() == []
+    assert_has_no_strays(corpus)
+
+
+def assert_takes_another(folder: Path) -> None:
+    corpus = CompressedCorpus.open(folder)
+    assert corpus.add([make("last", 5000)]).n_documents == 1 and corpus.verify() == []
+    assert_has_no_strays(corpus)
 
 
 # --- what search finds -----------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -19,13 +18,17 @@ import torch
 from corpora import (
     CODECS,
     ERRORS,
-    assert_has_no_strays,
+    assert_takes_another,
     build,
     by_id,
+    check_same,
+    contents,
     damage,
     ids,
+    limit_files,
     make,
     make_many,
+    n_shards,
     read_all,
     read_json,
     receive,
@@ -39,15 +42,7 @@ from tiny import randomize_adapters, save_backbone
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus
 
-N_ROWS = 72
 OPTIONS = {"shard_size": 8, "batch_size": 1}
-
-
-def limit_files(n_bytes: int) -> None:
-    """Let no file of this process grow beyond this, if it is not 0."""
-    if n_bytes:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
 
 
 def keep_building(connection, checkpoint, documents, path, limit):
@@ -83,7 +78,7 @@ def kill_when(checkpoint, documents, path, condition) -> bool:
 def source(tmp_path_factory) -> Path:
     """Rows with long documents, ids given twice and lines that are broken."""
     lines = []
-    for number in range(N_ROWS):
+    for number in range(72):
         row = {"id": f"d{number}", "text": f"Document number {number} is about Paris.", "year": number}
         if number % 10 == 3:
             row["text"] = " ".join(f"Part {part} of document {number} is about Rome." for part in range(9))
@@ -93,13 +88,6 @@ def source(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("source") / "rows.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path
-
-
-def contents(corpus: CompressedCorpus) -> tuple:
-    """All that a corpus holds, in order, and what it left out."""
-    found = read_all(corpus)
-    memory = torch.cat([document.pop("memory") for document in found])
-    return found, memory, rejected(corpus.folder), corpus.manifest.n_rejected
 
 
 @pytest.fixture(scope="module")
@@ -113,17 +101,6 @@ def finished(shared_model, source, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def expected(finished) -> tuple:
     return contents(CompressedCorpus.open(finished))
-
-
-def check_same(corpus: CompressedCorpus, expected: tuple) -> None:
-    found = contents(corpus)
-    assert found[0] == expected[0] and torch.equal(found[1], expected[1]) and found[2:] == expected[2:]
-    assert corpus.verify() == []
-    assert_has_no_strays(corpus)
-
-
-def n_shards(folder: Path) -> int:
-    return len(list((folder / "data").glob("0*.parquet")))
 
 
 @pytest.fixture(scope="module")
@@ -327,12 +304,6 @@ def assert_is_whole(path: Path, kind: str) -> int:
     return steps
 
 
-def assert_takes_another(folder: Path) -> None:
-    corpus = CompressedCorpus.open(folder)
-    assert corpus.add([make("last", 5000)]).n_documents == 1 and corpus.verify() == []
-    assert_has_no_strays(corpus)
-
-
 @pytest.mark.parametrize("n_runs", [1, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["add", "update", "delete", "compact", "convert"])
 def test_a_change_that_is_killed_leaves_a_whole_corpus(original, tmp_path, kind, n_runs):
@@ -363,10 +334,7 @@ CHANGES = {
 
 
 def change(connection, path, kind, number, sent, n_bytes):
-    """Make a change, and send this process a signal before its file operation of this number; sends how it ended.
-
-    No file may grow beyond `n_bytes`.
-    """
+    """Make a change, with a signal before its file operation of this number and this limit; sends how it ended."""
     torch.set_num_threads(1)
     corpus, count, root = CompressedCorpus.open(path), 0, str(path)
     if kind in ("compact", "convert"):

@@ -19,6 +19,7 @@ from corpora import (
     assert_holds,
     build,
     by_id,
+    edit_json,
     make,
     make_many,
     named_files,
@@ -178,13 +179,16 @@ def test_a_push_publishes_one_state_while_another_object_writes(corpus, repo):
         pushing.result()
 
 
-def test_a_compressor_that_others_cannot_load_is_refused(corpus, repo, checkpoint):
+def test_a_compressor_that_others_cannot_load_and_wrong_counts_are_refused(corpus, repo, checkpoint):
     before = (corpus.folder / "corpus.json").read_bytes(), (corpus.folder / "README.md").read_bytes()
     for wrong in (None, str(checkpoint), "./model", "/models/clara", "~/model", "../clara", ""):
         with pytest.raises(ValueError, match="`compressor` must name the model on the Hub.*[Pp]ublish"):
             corpus.push_to_hub(repo, compressor=wrong)
     after = (corpus.folder / "corpus.json").read_bytes(), (corpus.folder / "README.md").read_bytes()
     assert after == before  # a path was not written down on the way
+    edit_json(corpus, n_documents=9, compressor=read_json(corpus)["compressor"] | {"name_or_path": MODEL})
+    with pytest.raises(ValueError, match="corpus.json"):
+        CompressedCorpus.open(corpus.folder).push_to_hub(repo, compressor=MODEL)
     assert not HfApi().repo_exists(repo, repo_type="dataset")
 
 

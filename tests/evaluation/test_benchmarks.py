@@ -1,8 +1,10 @@
 """The sections that benchmarks write into docs/benchmarks.md, and figures of a tiny model."""
 
 import argparse
+import inspect
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +15,6 @@ from recipes.benchmarks import inference, shared
 from recipes.benchmarks.shared import show, write_section
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
-SECTIONS = ("inference", "training", "corpus", "codecs", "evaluation")
 
 
 def test_a_section_is_replaced_and_the_rest_stays(tmp_path):
@@ -23,11 +24,9 @@ def test_a_section_is_replaced_and_the_rest_stays(tmp_path):
     path.write_text(f"# Title, not `<!-- gpu -->`\n\n{path.read_text()}\nby hand\n")
     write_section(path, "training", "| a \\1 |")
     write_section(path, "gpu", "second\n")
-    text = path.read_text()
-    head = "# Title, not `<!-- gpu -->`\n\n"
-    assert "first" not in text
-    assert text.startswith(f"{head}## Gpu\n\n<!-- gpu -->\n\nsecond\n\n<!-- /gpu -->\n\nby hand")
-    assert text.endswith("## Training\n\n<!-- training -->\n\n| a \\1 |\n\n<!-- /training -->\n")
+    gpu = "## Gpu\n\n<!-- gpu -->\n\nsecond\n\n<!-- /gpu -->\n"
+    training = "## Training\n\n<!-- training -->\n\n| a \\1 |\n\n<!-- /training -->\n"
+    assert path.read_text() == f"# Title, not `<!-- gpu -->`\n\n{gpu}\nby hand\n\n{training}"
     path.write_text("<!-- gpu -->")
     with pytest.raises(ValueError, match="must have both <!-- gpu --> and <!-- /gpu -->"):
         write_section(path, "gpu", "third")
@@ -36,7 +35,7 @@ def test_a_section_is_replaced_and_the_rest_stays(tmp_path):
 
 def test_the_document_has_a_section_for_every_benchmark():
     text = DOCS.read_text(encoding="utf-8")
-    for name in SECTIONS:
+    for name in ("inference", "training", "corpus", "codecs", "evaluation"):
         (section,) = re.findall(f"<!-- {name} -->(.+?)<!-- /{name} -->", text, re.DOTALL)
         assert "| --- |" in section and re.search(r"\d{4}-\d\d-\d\d", section)
     assert max(map(len, text.splitlines())) <= 120
@@ -58,6 +57,16 @@ def test_runs_take_turns_after_a_warm_up():
     seconds = shared.in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
     assert calls == list("ababab") and [len(values) for values in seconds.values()] == [2, 2]
     assert shared.ratio([2.0, 6.0, 9.0], [1.0, 2.0, 3.0]) == 3.0
+
+
+def test_the_peak_of_a_process_is_its_own():
+    """`ru_maxrss` would be that of the process which started it."""
+    held = bytearray(3 * 10**8)
+    held[::4096] = b"x" * len(held[::4096])
+    assert shared.resident_bytes("VmHWM") >= shared.resident_bytes() > len(held)
+    code = "import re; from pathlib import Path\n" + inspect.getsource(shared.resident_bytes)
+    command = [sys.executable, "-c", f"{code}\nprint(resident_bytes('VmHWM'))"]
+    assert int(subprocess.run(command, capture_output=True, check=True).stdout) < len(held)
 
 
 def test_inference_on_a_tiny_model(backbone_folder):

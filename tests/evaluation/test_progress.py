@@ -11,15 +11,13 @@ from recipes.evaluation import progress as module
 from recipes.evaluation.progress import Progress
 
 
-@pytest.fixture
-def standard_error(monkeypatch):
-    """A function, because pytest puts its own standard error in place again before a test begins."""
-
-    def replace() -> io.StringIO:
-        monkeypatch.setattr(sys, "stderr", io.StringIO())
-        return sys.stderr
-
-    return replace
+def standard_error(monkeypatch, first: float, is_terminal: bool = False) -> io.StringIO:
+    """Another standard error, and seconds until the first line and between lines."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(module, "FIRST", first)
+    monkeypatch.setattr(module, "EVERY", first)
+    return sys.stderr
 
 
 def wait_for(stream: io.StringIO, pattern: str) -> None:
@@ -29,10 +27,8 @@ def wait_for(stream: io.StringIO, pattern: str) -> None:
         time.sleep(0.005)
 
 
-def test_lines_come_while_nothing_is_counted(standard_error, monkeypatch):
-    stream = standard_error()
-    monkeypatch.setattr(module, "FIRST", 0.01)
-    monkeypatch.setattr(module, "EVERY", 0.01)
+def test_lines_come_while_nothing_is_counted(monkeypatch):
+    stream = standard_error(monkeypatch, 0.01)
     with Progress("answering", 1200, "questions") as progress:
         wait_for(stream, r"answering: 0 of 1,200 questions, \d+:\d\d min\nanswering: 0 of")
         progress.update(7)
@@ -44,21 +40,13 @@ def test_lines_come_while_nothing_is_counted(standard_error, monkeypatch):
         wait_for(stream, r"loading the model, \d+:\d\d min")
 
 
-def test_what_is_quick_or_not_shown_writes_nothing(standard_error, monkeypatch):
-    stream = standard_error()
-    with Progress("answering", 2, "questions") as progress:
-        progress.update(2)
-    monkeypatch.setattr(module, "FIRST", 0.0)
-    with Progress("answering", 2, "questions", shown=False):
-        time.sleep(0.02)
-    assert stream.getvalue() == ""
-
-
-def test_on_a_terminal_there_are_no_lines(standard_error, monkeypatch):
-    stream = standard_error()
-    monkeypatch.setattr(module, "FIRST", 0.0)
-    monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
-    with Progress("answering", 2, "questions") as progress:
+@pytest.mark.parametrize(
+    "first, shown, is_terminal", [(module.FIRST, True, False), (0, False, False), (0, True, True)]
+)
+def test_what_is_quick_or_not_shown_or_on_a_terminal_writes_no_lines(monkeypatch, first, shown, is_terminal):
+    stream = standard_error(monkeypatch, first, is_terminal)
+    with Progress("answering", 2, "questions", shown=shown) as progress:
         progress.update(2)
         time.sleep(0.02)
     assert "min" not in stream.getvalue() and progress.done == 2
+    assert is_terminal or stream.getvalue() == ""

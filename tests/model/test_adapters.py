@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from modeling_clara import ROLES, CLaRaForRAG
 from modeling_clara.adapters_clara import add_roles
+from modeling_clara.packing_clara import can_pack
 from recipes.benchmarks.training import padded_passes
 
 IDS = torch.arange(3, 9)[None]
@@ -55,13 +56,14 @@ def gradients(model, inputs: dict) -> dict[str, torch.Tensor]:
     ids=["compressor_memory_generator", "reasoner_generator", "all"],
 )
 def test_checkpointing_gradients_equal(model, monkeypatch, roles, make_batch):
-    """Also after an evaluation between the steps."""
+    """Also after an evaluation between the steps, which recomputes nothing and so may pack."""
     model.set_trainable_roles(roles)
     inputs = make_batch(model)
     with padded_passes():  # as recomputed ones are
         plain = gradients(model, inputs)
     model.activation_checkpointing_enable()
     model.answer(["Which city?"], documents=["Paris.", "Rome."], max_new_tokens=2)
+    assert not can_pack(model.backbone, 8)
     activate, switched = model.roles._activate, []
     monkeypatch.setattr(model.roles, "_activate", lambda role: switched.append(role) or activate(role))
     recomputed = gradients(model, inputs)
@@ -72,6 +74,7 @@ def test_checkpointing_gradients_equal(model, monkeypatch, roles, make_batch):
     for role in roles:
         assert any(gradient.abs().max() > 0 for name, gradient in plain.items() if f".{role}." in name)
     assert len(switched) <= 2 * len(roles) + 4, "the backward pass switches once per role, not per layer"
+    assert can_pack(model.eval().backbone, 8)
 
 
 def test_checkpointing_without_the_context_does_not_pass_unnoticed(model):
@@ -80,9 +83,6 @@ def test_checkpointing_without_the_context_does_not_pass_unnoticed(model):
     model.backbone.activation_checkpointing_enable({"use_reentrant": False})
     with pytest.raises(CheckpointError):
         gradients(model, batch_for(model, query=False))
-
-
-def test_reentrant_checkpointing_is_refused(model):
     with pytest.raises(ValueError, match="use_reentrant.*must be False"):
         model.activation_checkpointing_enable({"use_reentrant": True})
 
@@ -99,18 +99,16 @@ def test_each_role_trains_alone(model, role):
     assert changed == wanted | ({"memory_embeddings", "separator_embedding"} if role == "compressor" else set())
 
 
-@pytest.mark.parametrize("role", ROLES)
-def test_the_switch_computes_what_set_adapter_computes(shared_model, role):
+@pytest.mark.parametrize("role", [*ROLES, None])
+def test_the_switch_computes_what_set_adapter_computes(shared_model, backbone_folder, role):
+    """And without a role what the plain backbone does."""
     reference = copy.deepcopy(shared_model.backbone)
-    set_adapter(reference, role)
+    if role is None:
+        reference = AutoModelForCausalLM.from_pretrained(backbone_folder)
+    else:
+        set_adapter(reference, role)
     with torch.no_grad(), shared_model.roles.use(role):
         assert torch.equal(shared_model.backbone(IDS).logits, reference(IDS).logits)
-
-
-def test_without_a_role_the_backbone_is_plain(shared_model, backbone_folder):
-    plain = AutoModelForCausalLM.from_pretrained(backbone_folder)
-    with torch.no_grad(), shared_model.roles.use(None):
-        assert torch.equal(shared_model.backbone(IDS).logits, plain(IDS).logits)
 
 
 def test_a_role_is_restored_after_an_exception(model):

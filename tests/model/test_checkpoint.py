@@ -1,9 +1,8 @@
-"""Checkpoints in local folders: what is written, and that it comes back bit for bit.
+"""Checkpoints in local folders: what is written, that it comes back bit for bit, and what is wrong with a damaged one.
 
-The Hub is in test_hub_loading.py, what is wrong with a folder in test_checkpoint_faults.py.
+The Hub is in test_hub_loading.py.
 """
 
-import ast
 import copy
 import json
 import re
@@ -13,48 +12,28 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
-from test_hub_loading import contents, observe, observe_clean_process
-from tiny import DOCUMENTS, QUESTIONS, randomize_adapters, save_backbone
-from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
+from safetensors.torch import load_file, save_file
+from test_hub_loading import contents, edit_json, observe
+from tiny import DOCUMENTS, QUESTIONS, build_backbone, randomize_adapters, save_backbone
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, TorchAoConfig
 
 import modeling_clara
 from modeling_clara import ROLES, CLaRaConfig, CLaRaForRAG, CLaRaProcessor
 from modeling_clara.backbone_clara import backbone_digests
 
-CODE = {
-    f"{name}_clara.py"
-    for name in "adapters backbone candidates checkpoint codecs configuration corpus files generation index lexical "
-    "manifest memory modeling packing passes processing prompting retrieval search snapshot storage text".split()
-}
+CODE = {path.name for path in Path(modeling_clara.__file__).parent.glob("*_clara.py")}
 WEIGHTS = {"clara.safetensors", *(f"{role}/adapter_model.safetensors" for role in ROLES)}
 JSON = {"config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"} | {
     f"{role}/adapter_config.json" for role in ROLES
 }
 
 
-# --- what is written -------------------------------------------------------------------------------------------------
-
-
 def test_the_folder_has_exactly_the_files_of_the_layout(checkpoint):
     assert set(contents(checkpoint)) == CODE | WEIGHTS | JSON | {"README.md", "chat_template.jinja"}
 
 
-def test_the_code_that_travels_is_the_import_closure_of_the_registered_classes():
-    package = Path(modeling_clara.__file__).parent
-    todo = [path.name for path in package.glob("*.py") if "register_for_auto_class(" in path.read_text()]
-    found = set()
-    while todo:
-        if (name := todo.pop()) not in found:
-            found.add(name)
-            nodes = ast.walk(ast.parse((package / name).read_text()))
-            todo += [f"{node.module}.py" for node in nodes if isinstance(node, ast.ImportFrom) and node.level]
-    assert found == CODE
-
-
-def test_weights_are_special_rows_and_lora_only(checkpoint, shared_model):
-    rows = load_file(checkpoint / "clara.safetensors")
-    shapes = {name: tuple(tensor.shape) for name, tensor in rows.items()}
+def test_weights_are_memory_token_embeddings_and_lora_only(checkpoint, shared_model):
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(checkpoint / "clara.safetensors").items()}
     assert shapes == {"memory_embeddings": (4, 32), "separator_embedding": (1, 32)}
     for role in ROLES:
         names = list(load_file(checkpoint / role / "adapter_model.safetensors"))
@@ -62,17 +41,11 @@ def test_weights_are_special_rows_and_lora_only(checkpoint, shared_model):
         assert all(re.fullmatch(r"base_model\.model\.model\..+\.lora_[AB]\.weight", name) for name in names)
 
 
-def test_processor_files_hold_every_template_and_no_trace_of_where_they_came_from(checkpoint, shared_model):
-    settings = json.loads((checkpoint / "processor_config.json").read_text())
-    for name in ("system_prompt", "answer_prompt", "paraphrase_prompts", "chat_template_kwargs"):
-        assert settings[name] == getattr(shared_model.processor, name)
+def test_the_chat_template_is_in_both_its_files_and_no_trace_of_where_it_came_from(checkpoint, shared_model):
     tokenizer = json.loads((checkpoint / "tokenizer_config.json").read_text())
     template = shared_model.processor.tokenizer.chat_template
     assert (checkpoint / "chat_template.jinja").read_text() == tokenizer["chat_template"] == template
     assert not {"is_local", "local_files_only", "token"} & set(tokenizer)
-
-
-# --- coming back -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -94,10 +67,15 @@ def test_saving_over_a_checkpoint_keeps_its_card_and_removes_what_is_stale(model
     assert old == new and "chat_template.jinja" not in new
 
 
-def test_everything_comes_back_equal_also_without_the_file_of_the_chat_template(checkpoint_copy, shared_model):
+@pytest.mark.parametrize("auto_class", [CLaRaForRAG, AutoModel])
+def test_everything_comes_back_equal_also_without_the_file_of_the_chat_template(
+    checkpoint_copy, shared_model, auto_class
+):
+    """The Auto classes know the package without remote code."""
     (checkpoint_copy / "chat_template.jinja").unlink()
-    loaded = CLaRaForRAG.from_pretrained(checkpoint_copy)
+    loaded = auto_class.from_pretrained(checkpoint_copy)
     assert observe(loaded) == observe(shared_model) and not loaded.training
+    assert type(loaded) is CLaRaForRAG and type(AutoProcessor.from_pretrained(checkpoint_copy)) is CLaRaProcessor
 
 
 def test_the_fingerprint_ignores_dtype_merging_and_random_state(checkpoint, shared_model):
@@ -157,31 +135,19 @@ def test_an_included_backbone_needs_no_other_folder(tmp_path, tied):
     assert observe(CLaRaForRAG.from_pretrained(tmp_path / "small", backbone=tmp_path / "whole/backbone")) == seen
 
 
-# --- keywords --------------------------------------------------------------------------------------------------------
-
-
 def test_dtype_is_float32_on_cpu_whatever_the_backbone_was_saved_in(checkpoint, backbone_folder, tmp_path):
     AutoModelForCausalLM.from_pretrained(backbone_folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
-
-    def dtypes(**keywords):
+    devices = [{"device_map": value} for value in (None, "cpu", {"": "cpu"}, torch.device("cpu"))]
+    for keywords in (*devices, {"dtype": "auto"}):
         model = CLaRaForRAG.from_pretrained(checkpoint, backbone=tmp_path, **keywords)
-        return {parameter.dtype for parameter in model.parameters()}
-
-    for device_map in (None, "cpu", {"": "cpu"}, torch.device("cpu")):
-        assert dtypes(device_map=device_map) == {torch.float32}
-    assert dtypes(dtype="auto") == {torch.bfloat16}
+        wanted = torch.bfloat16 if "dtype" in keywords else torch.float32
+        assert {parameter.dtype for parameter in model.parameters()} == {wanted}
 
 
 @pytest.mark.parametrize("auto_class", [CLaRaForRAG, AutoModel])
 @pytest.mark.parametrize(
     "keywords, tolerance",
-    [
-        ({"device_map": "cpu"}, 0.0),
-        ({"attn_implementation": "eager"}, 1e-4),
-        ({"attn_implementation": "sdpa"}, 0.0),
-        ({"dtype": "bfloat16"}, 0.2),
-        ({"torch_dtype": torch.bfloat16}, 0.2),
-    ],
+    [({"attn_implementation": "eager"}, 1e-4), ({"dtype": "bfloat16"}, 0.2), ({"torch_dtype": torch.bfloat16}, 0.2)],
 )
 def test_loader_keywords_reach_the_backbone(checkpoint, shared_model, auto_class, keywords, tolerance):
     model = auto_class.from_pretrained(checkpoint, **keywords)
@@ -195,8 +161,6 @@ def test_loader_keywords_reach_the_backbone(checkpoint, shared_model, auto_class
 @pytest.mark.parametrize("auto_class", [CLaRaForRAG, AutoModel])
 def test_a_quantised_backbone_loads_and_saves_its_adapters(checkpoint, shared_model, tmp_path, caplog, auto_class):
     torchao = pytest.importorskip("torchao.quantization")
-    from transformers import TorchAoConfig
-
     quantization = TorchAoConfig(torchao.Int8WeightOnlyConfig())
     model = auto_class.from_pretrained(checkpoint, quantization_config=quantization)
     assert backbone_digests(model.backbone)["layer_signs"] is None
@@ -228,29 +192,138 @@ def test_a_given_config_takes_the_place_of_the_file(checkpoint_copy, shared_mode
     assert config.retrieval_top_k == 1
 
 
-def test_a_deep_copy_is_independent(shared_model):
-    before, other = observe(shared_model), copy.deepcopy(shared_model)
-    assert observe(other) == before
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(0.1)
-    with other.roles.use("generator"):
-        assert observe(shared_model) == before
-    assert other.fingerprint != before["fingerprint"]
-    assert not torch.allclose(other.compress(DOCUMENTS), torch.tensor(before["memory"]), atol=1e-2)
+def edit_tensors(path: Path, change) -> None:
+    """Rewrite a safetensors file; `change` takes its tensors and the name of the first."""
+    tensors = load_file(path)
+    change(tensors, min(tensors))
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
-# --- Auto classes ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", sorted(WEIGHTS | JSON))
+def test_a_missing_or_damaged_file_is_named(checkpoint_copy, name):
+    path, rule = checkpoint_copy / name, "JSON" if name in JSON else "a complete safetensors file"
+    content = path.read_bytes()
+    damaged = [b'{"a": ', b"[1]"] if name in JSON else [b"", content[: int(len(content) * 0.9)]]
+    for text in damaged:
+        path.write_bytes(text)
+        with pytest.raises(ValueError, match=rf"`{name}` of .* must be {rule}.*copy or download it again"):
+            CLaRaForRAG.from_pretrained(checkpoint_copy)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"(?s)`{name}` must be in .*copy or save it again"):
+        CLaRaForRAG.from_pretrained(checkpoint_copy)
 
 
-def test_auto_classes_know_the_package_without_remote_code(checkpoint, shared_model):
-    model = AutoModel.from_pretrained(checkpoint)
-    assert type(model) is CLaRaForRAG and type(AutoProcessor.from_pretrained(checkpoint)) is CLaRaProcessor
-    assert observe(model) == observe(shared_model)
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda t, name: t.update({name: t[name][:, 1:].clone()}), r"must have the shape \(.*\), got \(.*\)\. Rank"),
+        (lambda t, name: t.pop(name), r"must .*; missing: \['.*'\] \(1\), unexpected: \[\] \(0\).*`save_pretrained`"),
+        (lambda t, _: t.update(x=torch.ones(1)), r"must .*; missing: \[\] \(0\), unexpected: \['x'\] \(1\).*`save_pr"),
+        (lambda t, name: t[name][0].fill_(float("nan")), r"must be finite, got NaN or infinity\. Use an earlier"),
+        (lambda t, name: t[name][-1].fill_(float("-inf")), r"must be finite, got NaN or infinity\. Use an earlier"),
+    ],
+    ids=["shape", "missing", "extra", "nan", "inf"],
+)
+@pytest.mark.parametrize("name", ["clara.safetensors", "compressor/adapter_model.safetensors"])
+def test_wrong_tensors_are_named(checkpoint_copy, name, change, match):
+    edit_tensors(checkpoint_copy / name, change)
+    with pytest.raises(ValueError, match=rf"`{name}` {match}"):
+        CLaRaForRAG.from_pretrained(checkpoint_copy)
 
 
-def test_a_clean_process_loads_a_folder_with_remote_code_and_saves_it_again(shared_windows, tmp_path, hub):
-    shared_windows.save_pretrained(tmp_path / "saved")
-    seen = observe_clean_process(tmp_path / "saved", hub.environment(tmp_path / "home"), tmp_path)
-    assert seen == json.loads(json.dumps(observe(shared_windows)))
-    assert contents(tmp_path / "again") == contents(tmp_path / "saved")
+@pytest.mark.parametrize(
+    "name, fields, match",
+    [
+        ("compressor/adapter_config", {"r": 8}, r"`r` in `compressor/.*` must be 4 as in config.json, got 8\."),
+        ("generator/adapter_config", {"lora_alpha": 64}, r"`lora_alpha` in `generator/.*` must be 8 .*got 64\. Use"),
+        ("reasoner/adapter_config", {"target_modules": ["q_proj"]}, r"`target_modules` in `reasoner/.*\['q_proj'\]\."),
+        ("config", {"format_version": 2}, r"`format_version` of config.json must be 1, got 2\. Update the package"),
+        ("config", {"model_type": "llama"}, r"`model_type` in `config.json` .* got 'llama'\. .*`from_backbone`"),
+        ("config", {"memory_sizes": [2, 4, 8]}, r"`memory_embeddings` in `clara.safetensors` must .* \(8, 32\), got"),
+        (
+            "config",
+            {"document_max_length": 96},
+            r"in `processor_config.json` must be 96 as in config.json, got 64\. Use the files",
+        ),
+        ("config", {"memory_normalization": True}, "memory_s"),
+        ("config", {"memory_layout": "windows"}, "residual_scale"),
+    ],
+)
+def test_settings_that_contradict_are_named(checkpoint_copy, name, fields, match):
+    edit_json(checkpoint_copy / f"{name}.json", **fields)
+    with pytest.raises(ValueError, match=match):
+        CLaRaForRAG.from_pretrained(checkpoint_copy)
+
+
+@pytest.mark.parametrize(
+    "field, fields",
+    [
+        ("hidden_size", {"hidden_size": 64}),
+        ("vocab_size", {"vocabulary": 400}),
+        ("num_hidden_layers", {"num_hidden_layers": 3}),
+        ("model_type", {"architecture": "mistral"}),
+    ],
+)
+def test_a_backbone_of_another_structure_is_an_error(checkpoint_copy, tmp_path, field, fields):
+    """Given by the caller, or named in config.json."""
+    other = tmp_path / "other"
+    build_backbone(**{"vocabulary": 343, **fields}).save_pretrained(other)
+    edit_json(checkpoint_copy / "config.json", backbone_name_or_path=str(other))
+    for keywords in ({"backbone": other}, {}):
+        with pytest.raises(ValueError, match=rf"`.*other` must have {field} .* as in `text_config`.*`backbone=PATH`"):
+            CLaRaForRAG.from_pretrained(checkpoint_copy, **keywords)
+
+
+def test_other_backbone_weights_are_an_error_and_a_warning_where_asked_for(checkpoint_copy, tmp_path, caplog):
+    other = save_backbone(tmp_path / "other", seed=1)
+    remedy = r"(?s)`.*other` must be those the adapters were trained on.*differ in \['embedding_signs', .*backbone="
+    model = CLaRaForRAG.from_pretrained(checkpoint_copy, backbone=other)
+    assert re.search(remedy, caplog.text)
+    embeddings = AutoModelForCausalLM.from_pretrained(other).get_input_embeddings().weight
+    assert torch.equal(model.get_input_embeddings().weight, embeddings)
+    caplog.clear()
+    CLaRaForRAG.from_pretrained(checkpoint_copy)
+    assert not caplog.text
+    edit_json(checkpoint_copy / "config.json", backbone_name_or_path=str(other))
+    with pytest.raises(ValueError, match=remedy):
+        CLaRaForRAG.from_pretrained(checkpoint_copy)
+
+
+@pytest.mark.parametrize(
+    "damage, error, match",
+    [
+        (lambda path: edit_tensors(path, lambda t, _: t.pop("model.norm.weight")), ValueError, r"missing: \['model.n"),
+        (lambda path: edit_tensors(path, lambda t, n: t.update({n: t[n][1:].clone()})), ValueError, r"shape: \['lm_h"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-5000]), OSError, "could not be loaded"),
+        (lambda path: path.unlink(), OSError, "could not be loaded"),
+    ],
+    ids=["tensor missing", "wrong shape", "truncated", "file missing"],
+)
+def test_incomplete_backbone_weights_are_an_error(backbone_folder, checkpoint, tmp_path, damage, error, match):
+    backbone = shutil.copytree(backbone_folder, tmp_path / "damaged")
+    damage(backbone / "model.safetensors")
+    with pytest.raises(error, match=rf"(?s)the backbone `.*damaged` .*{match}.*[Pp]ass `backbone=PATH`"):
+        CLaRaForRAG.from_pretrained(checkpoint, backbone=backbone)
+
+
+@pytest.mark.parametrize(
+    "prepare, match",
+    [
+        (lambda model, target: setattr(model, "processor", None), "`model.processor` must be set to save"),
+        (lambda model, target: setattr(model.config, "document_max_length", 96), r"must be 96 .* got 64\. Set both"),
+        (lambda model, target: target.write_text(""), "`save_directory` must be a folder, got the file"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(model, tmp_path, prepare, match):
+    prepare(model, tmp_path / "target")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=match):
+        model.save_pretrained(tmp_path / "target")
+    assert contents(tmp_path) == before
+
+
+def test_a_backbone_without_a_tokenizer_is_named(backbone_folder, tmp_path):
+    folder = shutil.copytree(backbone_folder, tmp_path / "backbone", ignore=shutil.ignore_patterns("*token*"))
+    match = rf"(?s)`{re.escape(str(folder))}` must have a tokenizer: .*Put a tokenizer.json"
+    with pytest.raises(OSError, match=match):
+        CLaRaForRAG.from_backbone(folder)

@@ -5,13 +5,13 @@ What a checkpoint holds and refuses is in test_checkpoint.py, which shares the h
 
 import inspect
 import json
-import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hub_server import Failure
 from huggingface_hub import HfApi
-from test_remote_code import run_clean
 from tiny import DOCUMENTS, QUESTIONS, randomize_adapters, save_backbone
 from transformers import AutoModel
 
@@ -20,7 +20,7 @@ from modeling_clara import CLaRaForRAG
 # huggingface_hub 2.4 uploads in a way that its own HTTP client calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")
 
-BACKBONE, CHECKPOINT = "loading/backbone", "loading/clara"
+BACKBONE, CHECKPOINT, VERSIONS = "loading/backbone", "loading/clara", "loading/versions"
 TEXTS = {"documents": DOCUMENTS, "questions": QUESTIONS}
 
 
@@ -35,30 +35,26 @@ def observe(model=TEXTS) -> dict:
     }
 
 
-def observe_clean_process(source, environment: dict, folder: Path, **keywords) -> dict:
-    """What a process without our package sees of a checkpoint; it saves it again in `folder/again`."""
-    script = f"""
+CLEAN_PROCESS = f"""
 import json, sys
 sys.modules["modeling_clara"] = None  # an import of the package fails
-from transformers import AutoConfig, AutoModel, AutoProcessor
-source, TEXTS, folder, keywords = map(json.loads, sys.argv[1:])
+import peft, torch, transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, GenerationConfig
+optional = {{"bm25s", "datasets", "faiss", "pyarrow", "pymilvus"}}
+before = optional & set(sys.modules)  # what transformers and peft take
+TEXTS, keywords = {TEXTS!r}, {{"trust_remote_code": True, "revision": "v1"}}
 {inspect.getsource(observe)}
-config = AutoConfig.from_pretrained(source, trust_remote_code=True, **keywords)
-processor = AutoProcessor.from_pretrained(source, trust_remote_code=True, **keywords)
-model = AutoModel.from_pretrained(source, trust_remote_code=True, **keywords)
+config, processor, model = parts = [
+    auto.from_pretrained("{VERSIONS}", **keywords) for auto in (AutoConfig, AutoProcessor, AutoModel)
+]
 seen = observe(model)
 model.processor = processor
 assert observe(model) == seen and config.to_dict() == model.config.to_dict()
-parts = (config, processor, model)
 assert all(type(part).__module__.startswith("transformers_modules.") for part in parts), parts
-model.save_pretrained(folder)
+assert optional & set(sys.modules) == before, optional & set(sys.modules)
+model.save_pretrained("again")
 print(json.dumps(seen))
 """
-    arguments = [json.dumps(value) for value in (str(source), TEXTS, str(folder / "again"), keywords)]
-    run = run_clean(script, *arguments, home=environment, folder=folder)
-    assert run.returncode == 0, run.stderr
-    assert "of type" not in run.stderr, run.stderr  # transformers' warning of a model type that it does not know
-    return json.loads(run.stdout)  # nothing else is printed, above all no question whether to run remote code
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -77,8 +73,8 @@ def upload(folder: Path, repo: str, **keywords) -> str:
     return api.upload_folder(repo_id=repo, folder_path=folder, **keywords).oid
 
 
-def new_model(backbone: str, seed: int = 1) -> CLaRaForRAG:
-    fields = {"document_max_length": 64, "retrieval_top_k": 2}
+def new_model(backbone: str, seed: int = 1, **fields) -> CLaRaForRAG:
+    fields = {"document_max_length": 64, "retrieval_top_k": 2, **fields}
     model = CLaRaForRAG.from_backbone(backbone, memory_sizes=(2, 4), lora_rank=4, config_kwargs=fields)
     randomize_adapters(model, seed)
     return model
@@ -120,66 +116,58 @@ def requests(hub):
     return lambda: hub.requests[start:]
 
 
-# --- revisions -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("revision", [None, "main", "whole commit"])
 def test_from_backbone_pins_the_commit(backbone_commit, revision, tmp_path):
     revision = backbone_commit if revision == "whole commit" else revision
-    model = CLaRaForRAG.from_backbone(BACKBONE, memory_sizes=(2, 4), revision=revision)
-    model.save_pretrained(tmp_path)
+    CLaRaForRAG.from_backbone(BACKBONE, memory_sizes=(2, 4), revision=revision).save_pretrained(tmp_path)
     for name, field in (("config.json", "backbone_revision"), ("reasoner/adapter_config.json", "revision")):
         assert json.loads((tmp_path / name).read_text())[field] == backbone_commit
     assert f"base_model: {BACKBONE}" in (tmp_path / "README.md").read_text()
 
 
-def test_loading_by_id_gives_the_same_model_and_saves_the_same_files(commit, seen, saved, tmp_path):
-    for auto_class in (CLaRaForRAG, AutoModel):
-        model = auto_class.from_pretrained(CHECKPOINT)
-        assert observe(model) == seen
-    model.save_pretrained(tmp_path)
-    assert contents(tmp_path) == contents(saved)
-
-
-class Versions:
-    """A repo with two commits on main, the first tagged v1, and a branch; each with weights and code of its own."""
-
-    repo = "loading/versions"
-
-    def __init__(self, folder: Path):
-        self.models, self.folders, self.commits = [], [], []
-        for number, branch in enumerate(("main", "next", "main")):
-            self.models.append(new_model(BACKBONE, seed=10 + number))
-            self.folders.append(folder / str(number))
-            self.models[-1].save_pretrained(self.folders[-1])
-            with open(self.folders[-1] / "memory_clara.py", "a") as code:
-                code.write(f"\nVERSION = {number}\n")
-            if branch == "next":
-                HfApi().create_branch(self.repo, branch=branch)
-            self.commits.append(upload(self.folders[-1], self.repo, revision=branch))
-            if number == 0:
-                HfApi().create_tag(self.repo, tag="v1")
-
-
 @pytest.fixture(scope="module")
-def versions(backbone_commit, tmp_path_factory) -> Versions:
-    return Versions(tmp_path_factory.mktemp("versions"))
+def versions(backbone_commit, tmp_path_factory) -> list[tuple[CLaRaForRAG, Path, str]]:
+    """Models, folders and commits of a repo: on main tagged v1, on the branch next, on main; each with own code."""
+    made = []
+    for number, (branch, layout) in enumerate((("main", "windows"), ("next", "tokens"), ("main", "tokens"))):
+        folder = tmp_path_factory.mktemp("version")
+        model = new_model(BACKBONE, seed=10 + number, memory_layout=layout)
+        model.save_pretrained(folder)
+        with open(folder / "memory_clara.py", "a") as code:
+            code.write(f"\nVERSION = {number}\n")
+        if branch == "next":
+            HfApi().create_branch(VERSIONS, branch=branch)
+        made.append((model, folder, upload(folder, VERSIONS, revision=branch)))
+        if number == 0:
+            HfApi().create_tag(VERSIONS, tag="v1")
+    return made
 
 
 def test_a_revision_picks_the_weights_of_that_commit(versions):
-    wanted = {None: 2, "main": 2, "v1": 0, "next": 1} | {sha: number for number, sha in enumerate(versions.commits)}
+    wanted = {None: 2, "v1": 0, "next": 1} | {sha: number for number, (_, _, sha) in enumerate(versions)}
     for revision, number in wanted.items():
-        model = CLaRaForRAG.from_pretrained(versions.repo, revision=revision)
-        assert model.fingerprint == versions.models[number].fingerprint
-    model = AutoModel.from_pretrained(versions.repo, revision="v1")
-    assert model.fingerprint == versions.models[0].fingerprint
+        model = CLaRaForRAG.from_pretrained(VERSIONS, revision=revision)
+        assert model.fingerprint == versions[number][0].fingerprint
+    assert AutoModel.from_pretrained(VERSIONS, revision="v1").fingerprint == versions[0][0].fingerprint
 
 
 def test_a_clean_process_loads_weights_and_code_of_a_revision_by_id(versions, hub, tmp_path):
-    seen = observe_clean_process(versions.repo, hub.environment(tmp_path / "home"), tmp_path, revision="v1")
-    assert seen == observe(versions.models[0])
+    """Without our package and optional ones, silently, and without the question whether to run remote code."""
+    environment = {"PATH": "", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", CLEAN_PROCESS],
+        env={**environment, **hub.environment(tmp_path / "home")},
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0 and not run.stderr, run.stderr
+    model, folder, _ = versions[0]
+    assert json.loads(run.stdout) == observe(model)
     assert b"VERSION = 0" in (tmp_path / "again/memory_clara.py").read_bytes()
-    assert contents(tmp_path / "again") == contents(versions.folders[0])
+    assert contents(tmp_path / "again") == contents(folder)
 
 
 @pytest.mark.parametrize("source, revision", [(CHECKPOINT, "v9"), ("loading/nothing", "main"), ("no/such/id", "main")])
@@ -192,28 +180,23 @@ def test_an_unknown_id_or_revision_is_named(commit, source, revision):
         CLaRaForRAG.from_backbone(source, revision=revision)
 
 
-def test_a_pinned_backbone_is_loaded_although_its_repo_moved_on(tmp_path):
+def test_a_pinned_backbone_is_loaded_although_its_repo_moved_on(backbone_folder, tmp_path):
+    """Without the pin the other weights are an error, and a pin that is gone is named."""
     repo = "loading/moving"
-    upload(save_backbone(tmp_path / "first"), repo)
-    model = new_model(repo)
-    model.save_pretrained(tmp_path / "saved")
+    upload(backbone_folder, repo)
+    model, saved = new_model(repo), tmp_path / "saved"
+    model.save_pretrained(saved)
     upload(save_backbone(tmp_path / "second", seed=1), repo)
-    assert observe(CLaRaForRAG.from_pretrained(tmp_path / "saved")) == observe(model)
-    edit_json(tmp_path / "saved/config.json", backbone_revision=None)
-    with pytest.raises(ValueError, match=rf"the weights of the backbone `{repo}` must be those.*Pass `backbone=PATH`"):
-        CLaRaForRAG.from_pretrained(tmp_path / "saved")
-
-
-def test_a_pinned_backbone_revision_that_is_gone_is_named(saved, backbone_folder, seen, tmp_path):
-    folder = shutil.copytree(saved, tmp_path / "copy")
-    edit_json(folder / "config.json", backbone_revision="0" * 40)
-    with pytest.raises(OSError, match=rf"(?s)`{BACKBONE}` \(revision 0{{40}}\) could not be found.*`backbone=PATH`"):
-        CLaRaForRAG.from_pretrained(folder)
-    model = CLaRaForRAG.from_pretrained(folder, backbone=backbone_folder)
-    assert observe(model) == seen
-
-
-# --- tokens and caches -----------------------------------------------------------------------------------------------
+    seen = observe(model)
+    assert observe(CLaRaForRAG.from_pretrained(saved)) == seen
+    for revision, error, match in (
+        (None, ValueError, rf"the weights of the backbone `{repo}` must be those.*Pass `backbone=PATH`"),
+        ("0" * 40, OSError, rf"(?s)`{repo}` \(revision 0{{40}}\) could not be found.*`backbone=PATH`"),
+    ):
+        edit_json(saved / "config.json", backbone_revision=revision)
+        with pytest.raises(error, match=match):
+            CLaRaForRAG.from_pretrained(saved)
+    assert observe(CLaRaForRAG.from_pretrained(saved, backbone=backbone_folder)) == seen
 
 
 def test_private_repos_need_a_token_which_is_saved_nowhere(backbone_folder, hub, tmp_path):
@@ -259,18 +242,13 @@ def test_files_are_downloaded_once_unless_forced(commit, backbone_commit, reques
         assert {request: requests().count(request) for request in weights} == dict.fromkeys(weights, total)
 
 
-# --- layouts ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("include_backbone", [False, True])
-@pytest.mark.parametrize("subfolder", ["", "runs/best"])
+@pytest.mark.parametrize(("include_backbone", "subfolder"), [(False, "runs/best"), (True, "runs/best"), (True, "")])
 def test_subfolder_and_included_backbone(hub_model, seen, tmp_path, requests, include_backbone, subfolder):
     repo = f"loading/layout-{include_backbone}-{len(subfolder)}"
     hub_model.save_pretrained(tmp_path / "saved", include_backbone=include_backbone)
     upload(tmp_path / "saved", repo, path_in_repo=subfolder)
     model = CLaRaForRAG.from_pretrained(repo, subfolder=subfolder, cache_dir=tmp_path / "cache")
-    assert observe(model) == seen
-    assert model.config.backbone_included is include_backbone
+    assert observe(model) == seen and model.config.backbone_included is include_backbone
     assert any(BACKBONE in path for _, path in requests()) is not include_backbone
 
 
@@ -286,9 +264,6 @@ def test_push_to_hub_publishes_what_loads_equal_and_keeps_a_card_that_is_there(h
     assert pushed("loading/pushed") == pushed("loading/pushed", revision="next") == "mine"
     assert "- clara\n- soft-compression\n" in (saved / "README.md").read_text()
     assert "- new\n" in pushed("loading/tagged", tags=["new"])
-
-
-# --- faults ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -309,15 +284,15 @@ def test_a_broken_download_is_repeated_or_an_error_but_never_a_wrong_model(
     commit, backbone_commit, seen, hub, tmp_path, repo, name, status, times, match
 ):
     sha = commit if repo == CHECKPOINT else backbone_commit
-    hub.failures.append(Failure(f"/{repo}/resolve/{sha}/{name}", status=status, times=times))
+    failure = Failure(f"/{repo}/resolve/{sha}/{name}", status=status, times=times)
+    hub.failures.append(failure)
     try:
         if match is not None:
             with pytest.raises(OSError, match=f"(?s){match}"):
                 CLaRaForRAG.from_pretrained(CHECKPOINT, cache_dir=tmp_path)
-        else:
-            model = CLaRaForRAG.from_pretrained(CHECKPOINT, cache_dir=tmp_path)
-            assert observe(model) == seen
-        assert hub.failures[-1].times < times
+            assert failure.times < times
+            hub.failures.clear()
+        assert observe(CLaRaForRAG.from_pretrained(CHECKPOINT, cache_dir=tmp_path)) == seen
+        assert failure.times < times
     finally:
         hub.failures.clear()
-    assert observe(CLaRaForRAG.from_pretrained(CHECKPOINT, cache_dir=tmp_path)) == seen

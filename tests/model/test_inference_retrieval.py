@@ -1,14 +1,15 @@
-"""`retrieve` and what `answer` reads of it, against cosines computed here: ties, sizes, spans, stored memories."""
+"""`retrieve` and what `answer` reads of it, as memory or as text, against cosines and readings computed here."""
 
-import json
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from readings import ExactScan, corpus_documents, cosines, greedy_reference, random_texts, read_stream, texts
 from tiny import DOCUMENTS, HIDDEN, QUESTIONS
 
-from modeling_clara import Answer, CLaRaForRAG
+from modeling_clara import Answer, CompressedCorpus
+
+ABSTAINED = Answer("", [], None, abstained=True)
 
 
 @pytest.mark.parametrize("k", [2, 4])
@@ -43,18 +44,6 @@ def test_top_k_defaults_to_the_smaller_of_config_and_candidates(shared_model):
     assert lengths([DOCUMENTS[:1], DOCUMENTS]) == [1, 2]
 
 
-def test_lists_per_question_give_what_each_question_gives_alone(shared_model):
-    lists = [DOCUMENTS[:1], random_texts(7), DOCUMENTS[1:]]
-    questions = [*QUESTIONS, "Which?"]
-    together = shared_model.answer(questions, documents=lists, max_new_tokens=6)
-    for question, documents, found in zip(questions, lists, together, strict=True):
-        (alone,) = shared_model.answer([question], documents=documents, max_new_tokens=6)
-        assert alone.text == found.text
-        assert [source.document_id for source in alone.sources] == [source.document_id for source in found.sources]
-    shared = shared_model.retrieve(questions, documents=DOCUMENTS)
-    assert shared == shared_model.retrieve(questions, documents=[DOCUMENTS] * 3)
-
-
 def test_a_document_counts_once_by_its_best_chunk_and_that_chunk_is_read(shared_model):
     """From memory, and as text."""
     long, question = {"id": "long", "title": "Cities", "text": " ".join(random_texts(20, seed=3))}, "capital of Italy"
@@ -79,72 +68,47 @@ def test_ids_are_the_index_unless_a_document_has_one(shared_model):
     assert {source.text: source.document_id for source in row} == {"a": "0", "b": "7", "c": "x", "d": "3"}
 
 
-def test_min_score_keeps_what_reaches_it(shared_model):
-    (row,) = shared_model.retrieve(QUESTIONS[:1], documents=DOCUMENTS, top_k=4)
-    for n in range(1, 5):
-        kept = shared_model.retrieve(QUESTIONS[:1], documents=DOCUMENTS, top_k=4, min_score=row[n - 1].score)
-        assert kept == [row[:n]]
-
-
 @pytest.mark.parametrize("expand", [0, 1])
 def test_below_min_score_the_model_abstains_and_does_not_generate(shared_model, expand):
     options, generated = {"documents": DOCUMENTS, "expand": expand}, []
     hook = shared_model.backbone.register_forward_pre_hook(lambda *_: generated.append(1))  # not of the base model
-    answers = shared_model.answer(QUESTIONS, min_score=1.1, **options)
-    assert answers == [Answer("", [], None, abstained=True)] * 2
-    assert read_stream(shared_model.stream(QUESTIONS[0], min_score=1.1, **options)) == ([], answers[0])
-    assert not generated
-    best = [row[0].score for row in shared_model.retrieve(QUESTIONS, documents=DOCUMENTS)]
-    one = shared_model.answer(QUESTIONS, min_score=max(best), max_new_tokens=4, **options)
+    assert shared_model.answer(QUESTIONS, min_score=1.1, **options) == [ABSTAINED] * 2
+    assert read_stream(shared_model.stream(QUESTIONS[0], min_score=1.1, **options)) == ([], ABSTAINED)
+    assert not generated and ABSTAINED.prompt_tokens == 0
+    shared_model.answer(QUESTIONS, min_score=-1, max_new_tokens=1, **options)
     hook.remove()
-    assert generated and sorted(answer.abstained for answer in one) == [False, True]
-    assert [answer.abstained for answer in one] == [score < max(best) for score in best]
-    assert [answer.prompt_tokens == 0 for answer in one] == [answer.abstained for answer in one]
+    assert generated
 
 
-def test_the_threshold_of_a_checkpoint_is_the_default_of_answering(model, checkpoint_copy):
+def test_the_threshold_of_a_checkpoint_is_the_default_of_answering(model):
     """`answer` and `stream` take it unless they are told another, -1 switches it off, `retrieve` does not know it."""
-    options = {"documents": DOCUMENTS, "max_new_tokens": 4}
-    assert model.config.min_score is None
-    before, ranked = model.answer(QUESTIONS, **options), model.retrieve(QUESTIONS, documents=DOCUMENTS)
-    best = max(row[0].score for row in ranked)
-    path = checkpoint_copy / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "min_score": best}))
-    loaded = CLaRaForRAG.from_pretrained(checkpoint_copy)
-    assert loaded.config.min_score == best and loaded.fingerprint == model.fingerprint
-    answers = loaded.answer(QUESTIONS, **options)
+    options, fingerprint = {"documents": DOCUMENTS, "max_new_tokens": 4}, model.fingerprint
+    smaller = {"retrieval_memory_size": 2, **options}  # the threshold is of other cosines
+    before, by_two = model.answer(QUESTIONS, **options), model.answer(QUESTIONS, **smaller)
+    ranked = model.retrieve(QUESTIONS, documents=DOCUMENTS)
+    model.config.min_score = best = max(row[0].score for row in ranked)
+    answers = model.answer(QUESTIONS, **options)
     kept = [row[0].score >= best for row in ranked]  # an answered question reads all of its sources
-    assert answers == [b if k else Answer("", [], None, abstained=True) for k, b in zip(kept, before, strict=True)]
-    assert loaded.answer(QUESTIONS, retrieval_memory_size=2, **options) == model.answer(
-        QUESTIONS, retrieval_memory_size=2, **options
-    )  # the threshold is of other cosines
-    assert sorted(answer.abstained for answer in answers) == [False, True]
-    for question, answer in zip(QUESTIONS, answers, strict=True):
-        assert read_stream(loaded.stream(question, **options))[1] == answer
-    assert loaded.retrieve(QUESTIONS, documents=DOCUMENTS) == ranked
-    assert loaded.answer(QUESTIONS, min_score=-1, **options) == before
-    assert read_stream(loaded.stream(QUESTIONS[0], min_score=-1, **options))[1] == before[0]
-    assert all(answer.abstained for answer in loaded.answer(QUESTIONS, min_score=1.1, **options))
+    assert answers == [b if k else ABSTAINED for k, b in zip(kept, before, strict=True)] and sorted(kept) == [0, 1]
+    assert [read_stream(model.stream(question, **options))[1] for question in QUESTIONS] == answers
+    assert model.answer(QUESTIONS, **smaller) == by_two
+    assert model.retrieve(QUESTIONS, documents=DOCUMENTS) == ranked and model.fingerprint == fingerprint
+    assert model.answer(QUESTIONS, min_score=-1, **options) == before
+    assert read_stream(model.stream(QUESTIONS[0], min_score=-1, **options))[1] == before[0]
+    assert model.answer(QUESTIONS, min_score=1.1, **options) == [ABSTAINED] * 2
 
 
-def test_min_score_of_minus_one_keeps_everything(shared_model):
+def test_min_score_keeps_what_reaches_it_and_minus_one_everything(shared_model):
     """Also a cosine that rounding has made smaller than -1."""
+    (row,) = shared_model.retrieve(QUESTIONS[:1], documents=DOCUMENTS, top_k=4)
+    for n in range(1, 5):
+        kept = shared_model.retrieve(QUESTIONS[:1], documents=DOCUMENTS, top_k=4, min_score=row[n - 1].score)
+        assert kept == [row[:n]]
     query = shared_model.encode_queries(QUESTIONS[:1], memory_size=4)[0]
     documents = [{"text": "opposite", "memory": -query}]
     (answer,) = shared_model.answer(QUESTIONS[:1], documents=documents, min_score=-1, max_new_tokens=2)
     assert not answer.abstained and answer.sources[0].score == pytest.approx(-1)
     assert shared_model.retrieve(QUESTIONS[:1], documents=documents, min_score=-0.9) == [[]]
-
-
-def test_what_is_compared_and_what_is_read_have_sizes_of_their_own(shared_model):
-    documents = random_texts(6, seed=5)
-    for k_score, k_read in ((2, 4), (4, 2)):
-        sizes = {"retrieval_memory_size": k_score, "memory_size": k_read}
-        (answer,) = shared_model.answer(["Which river?"], documents=documents, max_new_tokens=8, **sizes)
-        (row,) = shared_model.retrieve(["Which river?"], documents=documents, retrieval_memory_size=k_score)
-        assert [source.document_id for source in answer.sources] == [source.document_id for source in row]
-        memory = shared_model.compress([source.text for source in answer.sources], memory_size=k_read)
-        assert answer.text == greedy_reference(shared_model, "Which river?", memory, 8)
 
 
 def test_stored_memories_give_what_computed_ones_give(shared_model):
@@ -155,8 +119,8 @@ def test_stored_memories_give_what_computed_ones_give(shared_model):
     expected = shared_model.answer(QUESTIONS, documents=DOCUMENTS, top_k=3, max_new_tokens=8)
     for documents in (stored, [*stored[:2], *DOCUMENTS[2:]]):
         found = shared_model.answer(QUESTIONS, documents=documents, top_k=3, max_new_tokens=8)
-        assert texts(found) == texts(expected)
         for answer, wanted in zip(found, expected, strict=True):
+            assert answer.text == wanted.text
             assert [s.document_id for s in answer.sources] == [s.document_id for s in wanted.sources]
             assert [s.score for s in answer.sources] == pytest.approx([s.score for s in wanted.sources], abs=1e-5)
     assert {source.span for source in shared_model.retrieve(["q"], documents=stored, top_k=4)[0]} == {0, 1, 2, 3}
@@ -170,32 +134,61 @@ def test_a_stored_memory_serves_at_every_size_that_it_has(shared_model):
         (found,) = shared_model.answer(["q"], documents=[stored, "b"], **sizes)
         assert found.text == shared_model.answer(["q"], documents=[DOCUMENTS[0], "b"], **sizes)[0].text
     small = [{"text": "a", "memory": shared_model.compress(["a"], memory_size=2)[0]}]
-    corpus = ExactScan(shared_model, corpus_documents(), memory_size=2)
-    for place, source in (
-        (r"documents\[0\]\['memory'\]", {"documents": small}),
-        ("'doc-.*corpus", {"corpus": corpus}),
-    ):
-        assert shared_model.retrieve(["q"], retrieval_memory_size=2, **source)[0]
-        assert shared_model.answer(["q"], memory_size=2, max_new_tokens=2, retrieval_memory_size=2, **source)
-        with pytest.raises(ValueError, match=rf"{place}.*\(>= 4, 32\), got \(2, 32\)"):
-            shared_model.answer(["q"], retrieval_memory_size=2, **source)
+    options = {"documents": small, "retrieval_memory_size": 2}
+    assert shared_model.answer(["q"], memory_size=2, max_new_tokens=2, **options)
+    with pytest.raises(ValueError, match=r"documents\[0\]\['memory'\].*\(>= 4, 32\), got \(2, 32\)"):
+        shared_model.answer(["q"], **options)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_a_corpus_gives_what_its_documents_give(shared_model, dtype):
+@pytest.mark.parametrize(("expand", "memory_size"), [(0, 2), (0, 4), (1, 2), (2, 4), (3, 2), (9, 4)])
+def test_the_best_sources_are_read_as_text_and_the_rest_from_memory(shared_model, expand, memory_size):
+    options = {"documents": DOCUMENTS, "top_k": 3, "memory_size": memory_size, "max_new_tokens": 8}
+    retrieved = shared_model.retrieve(QUESTIONS, documents=DOCUMENTS, top_k=3)
+    answers = shared_model.answer(QUESTIONS, **options, **({"expand": expand} if expand else {}))
+    for question, answer, sources in zip(QUESTIONS, answers, retrieved, strict=True):
+        assert [replace(source, read_as="memory") for source in answer.sources] == sources
+        assert [source.read_as for source in answer.sources] == (["text"] * expand + ["memory"] * 3)[:3]
+        read = [{"title": source.title, "text": source.text} for source in sources]
+        memory, as_text = torch.zeros(0, memory_size, HIDDEN), read[:expand]
+        if expand < 3:
+            memory = shared_model.compress(read[expand:], memory_size=memory_size)
+        assert answer.text == greedy_reference(shared_model, question, memory, 8, as_text)
+        prompt = shared_model.processor.build_prompt(question, len(memory), memory_size, text_documents=as_text)
+        assert answer.prompt_tokens == len(prompt.input_ids)
+        assert sum(prompt.memory_mask) == max(0, 3 - expand) * (memory_size + 1)
+
+
+def test_a_corpus_gives_its_stored_text(shared_model, tmp_path):
     documents = corpus_documents()
-    corpus = ExactScan(shared_model, documents, dtype=dtype)
-    assert len(shared_model.retrieve(QUESTIONS, corpus=corpus)[0]) == shared_model.config.retrieval_top_k
-    options = {"top_k": 3, "retrieval_memory_size": 2, "max_new_tokens": 8}
-    expected = shared_model.answer(QUESTIONS, documents=documents, **options)
-    found = shared_model.answer(QUESTIONS, corpus=corpus, **options)
-    assert [[s.document_id for s in a.sources] for a in found] == [
-        [s.document_id for s in a.sources] for a in expected
-    ]
-    assert found[0].sources[0].score == pytest.approx(expected[0].sources[0].score, abs=1e-5)
-    if dtype is np.float32:
-        assert texts(found) == texts(expected)
-    limit = found[0].sources[1].score
-    kept = shared_model.retrieve(QUESTIONS[:1], corpus=corpus, top_k=9, retrieval_memory_size=2, min_score=limit)
-    assert kept == [found[0].sources[:2]]
-    assert shared_model.answer(QUESTIONS, corpus=corpus, min_score=1.1)[1] == Answer("", [], None, abstained=True)
+    corpus = CompressedCorpus.build(shared_model, documents, tmp_path / "corpus", codec="float16")
+    options = {"top_k": 3, "expand": 2, "max_new_tokens": 8}
+    by_id = {document["document_id"]: document for document in documents}
+    for question, answer in zip(QUESTIONS, shared_model.answer(QUESTIONS, corpus=corpus, **options), strict=True):
+        as_text = [by_id[source.document_id] for source in answer.sources[:2]]
+        stored = corpus.get([answer.sources[2].document_id])[0]["memory"]
+        assert answer.text == greedy_reference(shared_model, question, stored, 8, as_text)
+
+
+@pytest.mark.parametrize("text", ["", " \n", None])
+def test_a_corpus_without_text_is_an_error_that_names_the_document(shared_model, text):
+    corpus, options = ExactScan(shared_model, corpus_documents()), {"max_new_tokens": 4}
+    expected = shared_model.answer(QUESTIONS, corpus=corpus, **options)
+    corpus.documents = [{**document, "text": text} for document in corpus.documents]
+    assert texts(shared_model.answer(QUESTIONS, corpus=corpus, **options)) == texts(expected)
+    message = f"text of document {expected[0].sources[0].document_id!r} must be stored.*Pass expand=0"
+    with pytest.raises(ValueError, match=message):
+        shared_model.answer(QUESTIONS, corpus=corpus, expand=1)
+    with pytest.raises(ValueError, match=message):
+        shared_model.stream(QUESTIONS[0], corpus=corpus, expand=1)
+
+
+def test_a_prompt_beyond_the_window_names_expand_only_if_it_helps(shared_model):
+    documents = [" ".join(["Seine"] * 50)] * 12
+    options = {"documents": documents, "top_k": 12, "max_new_tokens": 4}
+    assert shared_model.answer(["q"], **options, expand=1)[0].prompt_tokens < 512
+    with pytest.raises(ValueError, match=r"`questions\[1\]` must fit .* 512 tokens.*lower `expand`, `top_k`"):
+        shared_model.answer(["q", "r"], expand=12, **{**options, "documents": [["a"] * 12, documents]})
+    with pytest.raises(ValueError, match=r"`question` must fit .*lower `expand`, `top_k`"):
+        shared_model.stream("q", expand=12, **options)
+    with pytest.raises(ValueError, match=r"window of 512.*or lower `top_k`, `memory_size` or"):
+        shared_model.answer(["q"], **{**options, "max_new_tokens": 500})

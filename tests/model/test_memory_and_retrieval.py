@@ -1,12 +1,11 @@
 """The tensor functions against plain arithmetic: memory slots, L_MSE, cosine, straight-through top-k, InfoNCE."""
 
 import doctest
-import math
 
 import pytest
 import torch
 
-from modeling_clara import retrieval_clara
+from modeling_clara import memory_clara, retrieval_clara
 from modeling_clara.memory_clara import (
     check_slots,
     memory_alignment_loss,
@@ -23,24 +22,20 @@ from modeling_clara.retrieval_clara import (
 )
 
 
-def test_memory_tokens_stand_directly_behind_each_text():
+def test_memory_tokens_stand_directly_after_each_text():
     texts = torch.tensor([[[1.0], [2.0], [3.0]], [[4.0], [0.0], [0.0]]])
     placed = place_memory_tokens(texts, torch.tensor([3, 1]), torch.tensor([[8.0], [9.0]]))
     assert placed.squeeze(-1).tolist() == [[1, 2, 3, 8, 9], [4, 8, 9, 0, 0]]
     assert read_memory(placed, torch.tensor([3, 1]), 2).squeeze(-1).tolist() == [[8, 9], [8, 9]]
 
 
-def test_rows_are_written_into_slots_in_order():
+def test_memories_are_written_into_slots_in_order_and_a_wrong_number_of_slots_names_the_row():
     mask = torch.tensor([[False, True, True], [True, False, True]])
     written = write_memory(torch.zeros(2, 3, 1), mask, torch.tensor([[1.0], [2.0], [3.0], [4.0]]))
     assert written.squeeze(-1).tolist() == [[0, 1, 2], [3, 0, 4]]
-
-
-def test_a_wrong_number_of_slots_names_the_row():
-    mask = torch.tensor([[True, True], [True, False]])
-    check_slots(mask, torch.tensor([2, 1]))
-    with pytest.raises(ValueError, match=r"memory_mask\[1\]` must mark 2 slots.*got 1"):
-        check_slots(mask, torch.tensor([2, 2]))
+    check_slots(mask, torch.tensor([2, 2]))
+    with pytest.raises(ValueError, match=r"memory_mask\[1\]` must mark 3 slots.*got 2"):
+        check_slots(mask, torch.tensor([2, 3]))
 
 
 def test_alignment_loss_is_the_mean_square_between_mean_states():
@@ -51,21 +46,26 @@ def test_alignment_loss_is_the_mean_square_between_mean_states():
 
 
 def test_scores_are_cosines_of_the_first_vectors_flattened():
-    torch.manual_seed(0)
-    query, memory = torch.randn(2, 4, 3), torch.randn(2, 5, 4, 3)
+    generator = torch.Generator().manual_seed(0)
+    query, memory = torch.randn(2, 4, 3, generator=generator), torch.randn(2, 5, 4, 3, generator=generator)
     for k in (1, 2, 4):
-        scores = cosine_scores(query, memory, k)
-        for row in range(2):
-            for candidate in range(5):
-                a, b = query[row, :k].flatten().double(), memory[row, candidate, :k].flatten().double()
-                assert math.isclose(scores[row, candidate], (a @ b / a.norm() / b.norm()).item(), abs_tol=1e-6)
+        a, b = query[:, :k].flatten(1).double()[:, None], memory[:, :, :k].flatten(2).double()
+        expected = (a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1)
+        torch.testing.assert_close(cosine_scores(query, memory, k).double(), expected, atol=1e-6, rtol=0)
 
 
-def test_topk_takes_each_candidate_once_and_ties_go_to_the_lower_index():
-    selection, selected = straight_through_topk(torch.tensor([[0.5, 0.9, 0.5, 0.9]]), 4, 0.02)
-    assert selected.tolist() == [[1, 3, 0, 2]]
-    assert selection.argmax(-1).tolist() == [[1, 3, 0, 2]]
-    assert selection.sum(-1).tolist() == [[1, 1, 1, 1]]
+@pytest.mark.parametrize(
+    ("scores", "ranking"), [([0.5, 0.9, 0.5, 0.9], [1, 3, 0, 2]), ([1.0, 0.0, -1.0], [0, 1, 2])], ids=["ties", "far"]
+)
+def test_topk_takes_each_candidate_once_and_ties_go_to_the_lower_index(scores, ranking):
+    """log(1e-8) as a mask of what is taken is beaten by a gap of 0.37 at temperature 0.02; -inf is not."""
+    selection, selected = straight_through_topk(torch.tensor([scores]), len(scores), 0.02)
+    assert selected.tolist() == selection.argmax(-1).tolist() == [ranking]
+    assert selection.sum(-1).tolist() == [[1] * len(scores)]
+    memory = torch.randn(1, len(scores), 2, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(select_memory(selection, memory)[0], memory[0, ranking])
+    with pytest.raises(ValueError, match=rf"`top_k` must be <= number of candidates \({len(scores)}\), got 5"):
+        straight_through_topk(torch.tensor([scores]), 5, 0.02)
 
 
 def test_topk_is_hard_forward_and_soft_backward():
@@ -81,12 +81,6 @@ def test_topk_is_hard_forward_and_soft_backward():
     torch.testing.assert_close(scores.grad, soft.grad)
 
 
-def test_a_taken_candidate_stays_taken_however_far_ahead_it_is():
-    """log(1e-8) as a mask is beaten by a gap of 0.37 at temperature 0.02; -inf is not."""
-    _, selected = straight_through_topk(torch.tensor([[1.0, 0.0, -1.0]]), 3, 0.02)
-    assert selected.tolist() == [[0, 1, 2]]
-
-
 def test_topk_with_missing_candidates_gives_zero_rows_and_finite_gradients():
     scores = torch.tensor([[0.9, 0.1, 0.5], [0.2, 0.3, 0.4]], requires_grad=True)
     mask = torch.tensor([[False, True, False], [True, True, True]])
@@ -96,17 +90,6 @@ def test_topk_with_missing_candidates_gives_zero_rows_and_finite_gradients():
     (selection * torch.randn(2, 2, 3)).sum().backward()
     assert scores.grad.isfinite().all()
     assert scores.grad[0, [0, 2]].tolist() == [0, 0]
-
-
-def test_more_slots_than_candidates_is_an_error():
-    with pytest.raises(ValueError, match=r"`top_k` must be <= number of candidates \(2\), got 3"):
-        straight_through_topk(torch.zeros(1, 2), 3, 0.02)
-
-
-def test_selection_picks_whole_memories():
-    memory = torch.arange(12.0).view(1, 3, 2, 2)
-    selection, _ = straight_through_topk(torch.tensor([[0.0, 0.2, 0.1]]), 2, 0.02)
-    assert torch.equal(select_memory(selection, memory)[0], memory[0, [1, 2]])
 
 
 def test_contrastive_loss_is_the_negative_log_probability_of_the_positives():
@@ -120,8 +103,9 @@ def test_contrastive_loss_is_the_negative_log_probability_of_the_positives():
     assert masked[1] == 0
 
 
-def test_docstring_examples():
-    assert doctest.testmod(retrieval_clara, extraglobs={"torch": torch}).failed == 0
+@pytest.mark.parametrize("module", [memory_clara, retrieval_clara])
+def test_docstring_examples(module):
+    assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0
 
 
 def test_scores_are_float32_under_autocast():
@@ -133,17 +117,7 @@ def test_scores_are_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         scores = cosine_scores(query, memory, 4)
         _, selected = straight_through_topk(scores, 5, 0.02)
-    assert scores.dtype == torch.float32 and torch.equal(scores, expected)
+        across = batch_scores(query, memory, 4).view(8, 8, 20)
+    assert scores.dtype == across.dtype == torch.float32 and torch.equal(scores, expected)
+    torch.testing.assert_close(across[range(8), range(8)], expected)
     assert torch.equal(selected, expected.topk(5).indices)
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_scores_across_a_batch_are_the_cosines_of_every_question_with_every_document(autocast):
-    generator = torch.Generator().manual_seed(1)
-    query, memory = torch.randn(3, 4, 8, generator=generator), torch.randn(3, 5, 4, 8, generator=generator)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        scores = batch_scores(query, memory, 2)
-    assert scores.shape == (3, 15) and scores.dtype == torch.float32
-    for row in range(3):
-        expected = cosine_scores(query, memory[row].expand(3, 5, 4, 8), 2)
-        torch.testing.assert_close(scores[:, 5 * row : 5 * row + 5], expected)

@@ -14,9 +14,8 @@ from test_hub_loading import observe
 from tiny import ARCHITECTURES, DOCUMENTS, QUESTIONS, TEMPLATES, randomize_adapters, save_backbone
 
 import modeling_clara
-from modeling_clara import ROLES, CLaRaConfig, CLaRaForRAG
+from modeling_clara import CLaRaConfig, CLaRaForRAG
 from modeling_clara.packing_clara import can_pack
-from modeling_clara.retrieval_clara import cosine_scores
 from recipes.benchmarks.training import padded_passes
 
 CASES = [
@@ -65,27 +64,26 @@ def test_answers_do_not_depend_on_the_batch(any_model):
     questions = ["Paris?", "What is the capital of Germany, and how many people live there?", "Rome"]
     together = any_model.answer(questions, documents=DOCUMENTS, max_new_tokens=6)
     for question, answer in zip(questions, together, strict=True):
-        alone = any_model.answer([question], documents=DOCUMENTS, max_new_tokens=6)[0]
+        (alone,) = any_model.answer([question], documents=DOCUMENTS, max_new_tokens=6)
         assert alone.text == answer.text
         assert [source.document_id for source in alone.sources] == [source.document_id for source in answer.sources]
 
 
 def test_training_step_reaches_every_role(any_model):
-    model = copy.deepcopy(any_model).train()
-    inputs = model.processor(
-        ["Which?", None], [["Paris.", "Rome."], ["Berlin is a city."]], ["Paris", "Berlin"], memory_size=2
-    )
-    output = model(**inputs, memory_size=2)
-    aligned = 0 if output.alignment_loss is None else 0.1 * output.alignment_loss
-    assert (output.alignment_loss is None) == (model.config.memory_layout == "windows")
-    torch.testing.assert_close(output.loss, output.lm_loss + aligned)
+    """With windows the memory tokens are of questions alone."""
+    model, documents = copy.deepcopy(any_model).train(), [["Paris.", "Rome."], ["Berlin is a city."]]
+    output = model(**model.processor(["Which?", None], documents, ["a", "b"], memory_size=2), memory_size=2)
+    is_windows = model.config.memory_layout == "windows"
+    assert (output.alignment_loss is None) == is_windows
+    torch.testing.assert_close(output.loss, output.lm_loss + (0 if is_windows else 0.1 * output.alignment_loss))
     output.loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(grads[name] is not None for name in grads if ".compressor." in name or ".generator." in name)
-    if model.config.memory_layout == "windows":  # the memory rows are of questions alone
-        assert grads["residual_scale"].abs().sum() > 0 and grads["memory_embeddings"] is None
-        return
-    assert grads["memory_embeddings"][:2].abs().sum() > 0 and grads["memory_embeddings"][2:].abs().sum() == 0
+    assert all(grads[name] is None for name in grads if ".reasoner." in name)
+    if is_windows:
+        assert (grads["residual_scale"] != 0).all() and grads["memory_embeddings"] is None
+    else:
+        assert grads["memory_embeddings"][:2].abs().sum() > 0 and grads["memory_embeddings"][2:].abs().sum() == 0
 
 
 def test_save_and_reload_is_bit_equal(any_model, tmp_path):
@@ -161,24 +159,6 @@ def test_without_a_prompt_the_loss_is_the_contrastive_one(shared_model):
     assert output.logits is None and shared_model(**inputs).loss is None
 
 
-def test_in_batch_negatives_are_the_documents_of_the_other_rows(shared_model):
-    documents = [["Paris", "Rome is old", "Oslo"], ["Bern"]]  # the second row is padded with two
-    batch = shared_model.processor(["Where is Rome?", "And Bern?"], documents, memory_size=4, top_k=1)
-    inputs = {name: value for name, value in batch.items() if name.startswith(("document_", "query_"))}
-    positive = torch.tensor([[False, True, False, False, False, False], [False, False, False, True, False, False]])
-    output = shared_model(**inputs, batch_positive_mask=positive, memory_size=4)
-    query = shared_model(**inputs, positive_mask=positive[:, :3], memory_size=4)
-    everything = output.memory.flatten(0, 1)[:4].expand(2, 4, *output.memory.shape[2:])
-    size = shared_model.config.retrieval_memory_size
-    lengths = inputs["query_attention_mask"].sum(-1)
-    question, _ = shared_model.encode("reasoner", inputs["query_input_ids"], lengths, size)
-    logits = cosine_scores(question, everything, size) / shared_model.config.retrieval_temperature
-    expected = logits.logsumexp(-1) - torch.stack([logits[0, 1], logits[1, 3]])
-    torch.testing.assert_close(output.loss, expected.mean())
-    torch.testing.assert_close(output.scores, query.scores)  # what is selected and logged stays the row's own
-    assert output.loss > query.loss
-
-
 def test_a_frozen_compressor_runs_without_dropout(model):
     batch = model.processor(["Where?"], [["Paris", "Rome is old"]], memory_size=4, top_k=2)
     model.train()
@@ -188,24 +168,6 @@ def test_a_frozen_compressor_runs_without_dropout(model):
     assert model.training and not first.memory.requires_grad
     model.set_trainable_roles(("compressor",))
     assert not torch.equal(*(model(**batch, memory_size=4).memory for _ in range(2)))
-
-
-@torch.no_grad()
-def test_micro_batches_add_up_to_the_batch(model):
-    """4 x 1 equals 1 x 4, for the mean over tokens and for the means over rows."""
-    model.config.contrastive_weight, model.config.retrieval_top_k = 0.5, 1
-    rows = [("A?", "Paris.", "a"), ("B c?", "Rome is far.", "b c d e"), ("D?", "Oslo.", "f"), ("E f?", "Bern x.", "g")]
-
-    def inputs(rows) -> dict:
-        questions, documents, answers = zip(*rows, strict=True)
-        pairs = [[document] * 2 for document in documents]
-        batch = model.processor(questions, pairs, answers, memory_size=4, top_k=1)
-        return {**batch, "positive_mask": torch.tensor([[True, False]] * len(rows))}
-
-    whole = inputs(rows)
-    counts = {"num_items_in_batch": int((whole["labels"] != -100).sum()), "num_samples_in_batch": 4}
-    parts = sum(model(**inputs([row]), **counts).loss for row in rows)
-    torch.testing.assert_close(parts, model(**whole, **counts).loss)
 
 
 def test_forward_names_contradicting_inputs(shared_model, joint_inputs):
@@ -248,24 +210,16 @@ def test_config_errors_name_the_field(fields, message):
 
 
 def test_every_config_field_is_read_by_the_package():
-    own = set(CLaRaConfig.__annotations__) - {"config"}
-    sources = {path.name: path.read_text() for path in Path(inspect.getfile(modeling_clara)).parent.glob("*.py")}
-    code = "\n".join(text for name, text in sources.items() if name != "configuration_clara.py")
-    unread = {
-        field for field in own - {"model_type", "sub_configs_defaults", "format_version"}
-        if not re.search(rf"config\.{field}\b", code)
-    }  # fmt: skip
-    assert not unread
+    own = set(CLaRaConfig.__annotations__) - {"config", "model_type", "sub_configs_defaults", "format_version"}
+    paths = Path(inspect.getfile(modeling_clara)).parent.glob("*.py")
+    code = "\n".join(path.read_text() for path in paths if path.name != "configuration_clara.py")
+    assert not {field for field in own if not re.search(rf"config\.{field}\b", code)}
 
 
-def test_a_fresh_model_is_the_identity_over_its_backbone_and_its_rows_are_like_token_embeddings(backbone_folder):
+def test_fresh_memory_tokens_are_like_token_embeddings_and_the_same_each_time(backbone_folder):
     model, again = (CLaRaForRAG.from_backbone(backbone_folder) for _ in range(2))
-    ids, logits = torch.arange(3, 9)[None], []
-    for role in (None, *ROLES):
-        with torch.no_grad(), model.roles.use(role):
-            logits.append(model.backbone(ids).logits)
-    assert all(torch.equal(logits[0], other) for other in logits[1:])
     table = model.get_input_embeddings().weight
     assert table is model.backbone.get_input_embeddings().weight
     assert 0.5 < (model.memory_embeddings.std() / table.std()).item() < 2
     assert torch.equal(model.memory_embeddings, again.memory_embeddings)
+    assert not any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name)

@@ -7,8 +7,6 @@ from tiny import CHATML, DROPS_SYSTEM, NO_SYSTEM
 
 from modeling_clara.prompting_clara import PARAPHRASE_PROMPTS
 
-# --- prompts ---------------------------------------------------------------------------------------------------------
-
 USER = "Background: <pad><pad><pad><pad><pad><pad>\nQuestion: What?"
 RENDERED = {
     "system": (
@@ -23,6 +21,10 @@ RENDERED = {
 }
 RENDERED["drops_system"] = (DROPS_SYSTEM, RENDERED["no_system"][1])
 ENDS = {"system": "<|im_end|>", "no_system": "<end_of_turn>", "drops_system": "<end_of_turn>", "none": "</s>"}
+
+
+def render(processor, question="Q", n_documents=1, memory_size=1, **options) -> str:
+    return processor.tokenizer.decode(processor.build_prompt(question, n_documents, memory_size, **options).input_ids)
 
 
 @pytest.mark.parametrize("name", RENDERED)
@@ -56,41 +58,34 @@ def test_labels_are_the_answer_and_the_end_of_the_turn(name):
 
 def test_a_paraphrase_has_no_question_and_any_prompt_can_be_drawn():
     processor = build()
-    default = processor.build_prompt(None, 1, 2)
-    assert processor.tokenizer.decode(default.input_ids).count("Restate the background in your own words.") == 1
+    assert "Restate the background in your own words." in render(processor, None)
     for text in PARAPHRASE_PROMPTS:
-        prompt = processor.build_prompt(None, 1, 2, prompt=text)
-        assert text.replace("{documents}", "<pad>" * 3) in processor.tokenizer.decode(prompt.input_ids)
+        assert text.replace("{documents}", "<pad>" * 3) in render(processor, None, 1, 2, prompt=text)
 
 
-def test_text_documents_stand_behind_the_memories():
-    processor = build()
-    prompt = processor.build_prompt("Q", 1, 1, text_documents=["one", {"title": "T", "text": "two"}])
-    assert "Background: <pad><pad>one\n\nT\ntwo\nQuestion: Q" in processor.tokenizer.decode(prompt.input_ids)
-    assert sum(prompt.memory_mask) == 2
+def test_text_documents_stand_after_the_memories():
+    shown = render(build(), text_documents=["one", {"title": "T", "text": "two"}])
+    assert "Background: <pad><pad>one\n\nT\ntwo\nQuestion: Q" in shown and shown.count("<pad>") == 2
 
 
 @pytest.mark.parametrize(("value", "shown"), [(None, True), ({"enable_thinking": False}, True), ({}, False)])
 def test_template_variables_reach_the_template(value, shown):
     processor = build(THINKING, chat_template_kwargs=value)
-    text = processor.tokenizer.decode(processor.build_prompt("Q", 1, 1).input_ids)
-    assert text.endswith("<think></think>") == shown
+    assert render(processor).endswith("<think></think>") == shown
     processor.chat_template_kwargs = {"enable_thinking": shown}  # the other way round: nothing stale is kept
-    text = processor.tokenizer.decode(processor.build_prompt("Q", 1, 1).input_ids)
-    assert text.endswith("<think></think>") != shown
+    assert render(processor).endswith("<think></think>") != shown
 
 
 def test_changed_prompts_take_effect_and_may_put_the_question_first():
     processor = build()
-    processor.build_prompt("Q", 1, 1)
+    render(processor)
     processor.answer_prompt, processor.system_prompt = "{question}\n{documents}", "Be brief."
-    text = processor.tokenizer.decode(processor.build_prompt("Q", 1, 1).input_ids)
-    assert "system\nBe brief.<|im_end|>\n<|im_start|>user\nQ\n<pad><pad><|im_end|>" in text
+    assert "system\nBe brief.<|im_end|>\n<|im_start|>user\nQ\n<pad><pad><|im_end|>" in render(processor)
     processor.chat_template = NO_SYSTEM
-    assert processor.tokenizer.decode(processor.build_prompt("Q", 1, 1).input_ids).count("Be brief.\n\nQ\n<pad>") == 1
+    assert render(processor).count("Be brief.\n\nQ\n<pad>") == 1
     processor.system_prompt = ""
-    text = processor.tokenizer.decode(processor.build_prompt("Q", 1, 1).input_ids)
-    assert text == "<s><start_of_turn>user\nQ\n<pad><pad><end_of_turn>\n<start_of_turn>assistant\n"
+    expected = "<s><start_of_turn>user\nQ\n<pad><pad><end_of_turn>\n<start_of_turn>assistant\n"
+    assert render(processor) == expected
 
 
 SHOWN = "{% for m in messages %}{{ m['role'] }}:CONTENT{% endfor %}"
@@ -126,12 +121,8 @@ def test_the_pad_id_is_the_pad_else_the_eos_else_zero(absent, pad, end):
     assert (processor.pad_token_id, processor.answer_end_id) == (pad, end)
     prompt = processor.build_prompt("Q", 1, 2)
     assert [t for t, slot in zip(prompt.input_ids, prompt.memory_mask, strict=True) if slot] == [pad] * 3
-    assert processor.pad_prompts([prompt, prompt._replace(input_ids=[9], memory_mask=[False], labels=[9])])[
-        "input_ids"
-    ][1].tolist() == [pad] * (len(prompt.input_ids) - 1) + [9]
-
-
-# --- batches ---------------------------------------------------------------------------------------------------------
+    short = prompt._replace(input_ids=[9], memory_mask=[False], labels=[9])
+    assert processor.pad_prompts([prompt, short])["input_ids"][1].tolist()[-2:] == [pad, 9]
 
 
 def test_a_batch_is_exactly_these_tensors():
@@ -161,21 +152,6 @@ def test_slots_follow_what_will_be_read(top_k, slots):
     batch = build()(["Q", None if top_k is None else "Q"], [["a", "b"], ["c"]], memory_size=2, top_k=top_k)
     assert batch["memory_mask"].sum(-1).tolist() == slots
     assert ("query_input_ids" in batch, "labels" in batch) == (top_k is not None, False)
-
-
-def test_prompts_are_padded_on_the_left():
-    processor = build()
-    prompts = [processor.build_prompt(text, 1, 2, "Rome") for text in ("Q", "a much longer question")]
-    batch = processor.pad_prompts(prompts)
-    missing = len(prompts[1].input_ids) - len(prompts[0].input_ids)
-    assert missing > 0
-    assert batch["attention_mask"].tolist() == [
-        [0] * missing + [1] * len(prompts[0].input_ids),
-        [1] * len(prompts[1].input_ids),
-    ]
-    assert batch["input_ids"][0].tolist() == [processor.pad_token_id] * missing + prompts[0].input_ids
-    assert batch["memory_mask"][0].tolist() == [False] * missing + prompts[0].memory_mask
-    assert batch["labels"][0].tolist() == [-100] * missing + prompts[0].labels
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,17 @@
 """What users send in: text is data, whatever it spells, and what cannot be used is refused by name.
 
-No id of an added token may come from a text, no text may change the shape of a prompt, no refused call may leave a
-trace.
+No text brings the id of an added token or changes the shape of a prompt; no refused call leaves a trace.
 """
 
 import copy
 import re
+from functools import partial
 
 import pytest
 import torch
-from test_inference import greedy_reference, no_trace, texts
-from tiny import ADDED, DOCUMENTS, DROPS_SYSTEM, QUESTIONS, SPECIAL, build_tokenizer
+from test_inference import no_trace
+from test_processing import build
+from tiny import ADDED, DOCUMENTS, DROPS_SYSTEM, QUESTIONS, SPECIAL
 from tiny import TEMPLATES as TINY_TEMPLATES
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -42,33 +43,19 @@ def variants(text: str) -> list[str]:
 VARIANTS = [variant for injection in INJECTIONS for variant in variants(injection)]
 
 
-def byte_level(template="system", *, bos=False, normalizer=None) -> PreTrainedTokenizerFast:
-    tokenizer = build_tokenizer("none", bos=bos)
-    tokenizer.chat_template = TEMPLATES[template]
-    if normalizer is not None:
-        tokenizer.backend_tokenizer.normalizer = normalizer
-    return tokenizer
-
-
-def holds_markup(model: str, normalizer=None, unknown: str = "<unk>") -> PreTrainedTokenizerFast:
-    """A tokenizer whose model has `</s>` and others as ordinary pieces, as SentencePiece models do."""
+def holds_markup(normalizer=None, unknown: str = "<unk>") -> CLaRaProcessor:
+    """One whose tokenizer has `</s>` and others as ordinary pieces, as SentencePiece models do."""
     marks = ["<unk>", "<s>", "</s>", "<think>"]
     pieces = [*marks, "▁", *map(chr, range(33, 127)), "\n", "capital"]
-    if model == "unigram":
-        scores = [0.0] * len(marks) + [-3.0] * (len(pieces) - len(marks))
-        backend = Tokenizer(models.Unigram(list(zip(pieces, scores, strict=True)), unk_id=pieces.index(unknown)))
-        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    else:
-        vocabulary = {piece: index for index, piece in enumerate(pieces)}
-        backend = Tokenizer(models.WordPiece(vocabulary | {f"##{p}": len(pieces) + i for i, p in enumerate(pieces)}))
-        backend.model.unk_token, backend.pre_tokenizer = unknown, pre_tokenizers.WhitespaceSplit()
+    scores = [0.0] * len(marks) + [-3.0] * (len(pieces) - len(marks))
+    backend = Tokenizer(models.Unigram(list(zip(pieces, scores, strict=True)), unk_id=pieces.index(unknown)))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     if normalizer is not None:
         backend.normalizer = normalizer
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token=unknown, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    names = {"unk_token": unknown, "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     tokenizer.add_tokens(["<think>"])
-    return tokenizer
+    return CLaRaProcessor(tokenizer)
 
 
 def added_ids(tokenizer) -> set[int]:
@@ -76,20 +63,19 @@ def added_ids(tokenizer) -> set[int]:
     return set(tokenizer.added_tokens_decoder) - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
 
 
-# --- no id of an added token comes from text -------------------------------------------------------------------------
-
-
-def test_the_injections_name_every_added_token():
-    tokenizer = build_tokenizer("system")
+def test_the_injections_name_every_added_token_and_marks_in_a_template_count():
+    processor = build(system_prompt="Be brief.<think>")
+    tokenizer = processor.tokenizer
     contents = {token.content for token in tokenizer.added_tokens_decoder.values()}
     assert contents <= set(INJECTIONS)
     ids = tokenizer("".join(contents), add_special_tokens=False)["input_ids"]
     assert set(ids) == set(tokenizer.added_tokens_decoder)  # without care they would all come
+    assert tokenizer.convert_tokens_to_ids("<think>") in processor.build_prompt("q", 1, 1).input_ids
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_documents_titles_and_questions_bring_no_markup_and_lose_nothing(bos):
-    processor = CLaRaProcessor(byte_level(bos=bos), document_max_length=32, document_overlap=8)
+    processor = build(bos=bos, document_max_length=32, document_overlap=8)
     first = [processor.tokenizer.bos_token_id] * bos
     for text in VARIANTS:
         assert processor.tokenizer.decode(processor.encode_text(text)) == text
@@ -100,42 +86,36 @@ def test_documents_titles_and_questions_bring_no_markup_and_lose_nothing(bos):
             assert added_ids(processor.tokenizer).isdisjoint(ids[len(first) :])
 
 
-@pytest.mark.parametrize("model", ["bytes", "unigram", "wordpiece"])
-def test_no_markup_comes_out_of_a_normalizer_or_out_of_the_models_own_pieces(model):
+@pytest.mark.parametrize("make", [build, holds_markup])
+def test_no_markup_comes_out_of_a_normalizer_or_out_of_the_models_own_pieces(make):
     accents = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
     texts = [*INJECTIONS, "<\u0301/s>", "</s\u0301>", "</ſ>", "</s></s></s>", "x</s>"]
     for normalizer in (normalizers.NFKC(), normalizers.Lowercase(), accents):
-        tokenizer = byte_level(normalizer=normalizer) if model == "bytes" else holds_markup(model, normalizer)
-        processor = CLaRaProcessor(tokenizer)
+        processor = make(normalizer=normalizer)
         for text in (variant for injection in texts for variant in variants(injection)):
-            assert added_ids(tokenizer).isdisjoint(processor.encode_text(text))
+            assert added_ids(processor.tokenizer).isdisjoint(processor.encode_text(text))
 
 
-@pytest.mark.parametrize("model", ["unigram", "wordpiece"])
-def test_pieces_that_spell_markup_are_cut_and_stay_readable(model):
-    processor = CLaRaProcessor(holds_markup(model))
+def test_pieces_that_spell_markup_are_cut_and_stay_readable():
+    processor = holds_markup()
     assert processor.tokenizer.eos_token_id in processor.tokenizer.backend_tokenizer.encode("</s>").ids
     tokens = processor.tokenizer.convert_ids_to_tokens(processor.encode_text("capital </s> <think>a</think>"))
-    letters = "".join(token.removeprefix("##").replace("▁", "") for token in tokens)
-    assert letters == "capital</s><think>a</think>"
+    assert "".join(tokens).replace("▁", "") == "capital</s><think>a</think>"
     ids, offsets = processor._encoder.encode("x</s>y </s>", "text")
     assert len(ids) == len(offsets) and offsets == sorted(offsets)
 
 
-def test_an_unknown_character_is_refused_where_its_id_would_end_a_turn():
-    assert CLaRaProcessor(holds_markup("unigram")).encode_text("é")  # unknown, and says so
-    processor = CLaRaProcessor(holds_markup("unigram", unknown="</s>"))
+def test_an_unknown_character_is_refused_if_its_id_would_end_a_turn():
+    assert holds_markup().encode_text("é")  # unknown, and says so
+    processor = holds_markup(unknown="</s>")
     assert processor.encode_text("ab")
     with pytest.raises(ValueError, match=r"`documents\[1\]` must not contain 'é' \(character 2\)"):
         processor.encode_documents(["ab", "abé"])
 
 
-# --- the shape of a prompt does not depend on text -------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_prompt_keeps_its_turns_slots_and_header(template):
-    processor = CLaRaProcessor(byte_level(template))
+    processor = build(TEMPLATES[template])
 
     def marks(prompt) -> list[int]:
         return [token for token in prompt.input_ids if token in processor.tokenizer.added_tokens_decoder]
@@ -156,40 +136,8 @@ def test_a_prompt_keeps_its_turns_slots_and_header(template):
         assert marks(full_text) == wanted[:-1] and full_text.input_ids[-len(tail) :] == tail
 
 
-def test_a_batch_with_injections_has_the_slots_of_one_without(shared_model):
-    processor = shared_model.processor
-    rows = [[processor.split_document(text)[0], {"title": text[:20], "text": "b"}] for text in INJECTIONS]
-    batch = processor(INJECTIONS, rows, INJECTIONS, memory_size=2)
-    assert set(batch["memory_mask"].sum(-1).tolist()) == {6}
-    marks = torch.tensor(sorted(processor.tokenizer.added_tokens_decoder))
-    assert not torch.isin(batch["document_input_ids"][batch["document_attention_mask"].bool()], marks).any()
-    with torch.no_grad():
-        assert shared_model(**batch, memory_size=2).loss.isfinite()
-
-
-def test_an_injection_changes_nothing_for_the_others_in_a_call(shared_model):
-    documents, questions = [*DOCUMENTS, *INJECTIONS[:12]], [*QUESTIONS, *INJECTIONS[:12]]
-    lists = [DOCUMENTS] * len(QUESTIONS) + [documents] * 12
-    found = shared_model.answer(questions, documents=lists, max_new_tokens=6)
-    expected = shared_model.answer(QUESTIONS, documents=DOCUMENTS, max_new_tokens=6)
-    assert texts(found[: len(QUESTIONS)]) == texts(expected)
-    for question, answer in list(zip(questions, found, strict=True))[len(QUESTIONS) :]:
-        memory = shared_model.compress([{"title": s.title, "text": s.text} for s in answer.sources])
-        assert answer.text == greedy_reference(shared_model, question, memory, 6)
-
-
-def test_marks_in_the_templates_themselves_do_count():
-    processor = CLaRaProcessor(byte_level(), system_prompt="Be brief.<think>")
-    assert processor.tokenizer.convert_tokens_to_ids("<think>") in processor.build_prompt("q", 1, 1).input_ids
-
-
-# --- odd characters and long texts -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("text", ["a\ud800", "\udfffb", "a\udcffb"])
-def test_a_lone_surrogate_is_refused_with_its_place(shared_model, text):
-    place = next(index for index, character in enumerate(text) if "\ud800" <= character <= "\udfff")
-    message = f"must be valid UTF-8, got a lone surrogate at character {place}"
+@pytest.mark.parametrize(("text", "place"), [("a\ud800", 1), ("\udfffb", 0), ("a\udcffb", 1)])
+def test_a_lone_surrogate_is_refused_with_its_place(shared_model, text, place):
     processor = shared_model.processor
     for call, name in (
         (lambda: processor.encode_documents(["a", text]), "`documents[1]`"),
@@ -198,33 +146,21 @@ def test_a_lone_surrogate_is_refused_with_its_place(shared_model, text):
         (lambda: processor.split_document(text, "documents[7]"), "`documents[7]`"),
         (lambda: processor.build_prompt("q", 1, 1, text), "`answers`"),
     ):
-        with pytest.raises(ValueError, match=re.escape(f"{name} {message}")):
+        message = f"{name} must be valid UTF-8, got a lone surrogate at character {place}"
+        with pytest.raises(ValueError, match=re.escape(message)):
             call()
 
 
 @pytest.mark.parametrize(
-    "text", ["\x00", "a\x00b", "\x00" * 40, "\x7f\x1b[31m", "\u202e\u2066", "\U0010ffff", "\ufeffa"]
+    ("make", "unit"), [(build, "日"), (build, "ab<|im_end|>"), (holds_markup, "x"), (holds_markup, "</s>")]
 )
-def test_control_characters_are_text(shared_model, text):
-    processor = shared_model.processor
-    assert processor.tokenizer.decode(processor.encode_text(text)) == text
-    (answer,) = shared_model.answer([f"q{text}"], documents=[text], max_new_tokens=2)
-    assert answer.sources[0].text == text
-
-
-@pytest.mark.parametrize(
-    ("model", "unit"), [("bytes", "日"), ("bytes", "ab<|im_end|>"), ("unigram", "x"), ("unigram", "</s>")]
-)
-def test_a_text_of_50000_characters_without_a_space_is_split(model, unit):
-    processor = CLaRaProcessor(byte_level() if model == "bytes" else holds_markup("unigram"))
-    text = unit * (50_000 // len(unit))
+def test_a_text_of_50000_characters_without_a_space_is_split(make, unit):
+    processor, text = make(), unit * (50_000 // len(unit))
     chunks = processor.split_document(text)  # quadratic work would take hours here
     assert max(chunk["n_tokens"] for chunk in chunks) <= processor.document_max_length
     step = processor.document_max_length - processor.document_overlap
     assert len(chunks) <= len(processor.encode_text(text)) / step * 1.2 + 2
 
-
-# --- errors ----------------------------------------------------------------------------------------------------------
 
 LONG = "word " * 150  # 600 tokens and more
 AB = {"documents": ["a", "b"]}
@@ -233,15 +169,14 @@ BEAMS, LONGEST = GenerationConfig(num_beams=2), GenerationConfig(max_length=99)
 TWO = GenerationConfig(num_return_sequences=2, num_beams=2)
 BAD = [  # call, error, what the message says, parts of it separated by "..."
     (lambda m: m.compress("text"), TypeError, "`documents` must be a list, got str"),
-    (lambda m: m.compress({"text": "a"}), TypeError, "`documents` must be a list, got dict"),
     (lambda m: m.compress([]), ValueError, "`documents` must have at least one"),
     (lambda m: m.encode_queries("text"), TypeError, "`questions` must be a list, got str"),
     (lambda m: m.answer([], **AB), ValueError, "`questions` must have at least one"),
-    (lambda m: m.answer(None, **AB), TypeError, "`questions` must be a list, got NoneType"),
     (lambda m: m.stream(["q"], **AB), TypeError, "`question` must be a str, got list"),
     (lambda m: m.stream(" ", **AB), ValueError, "`question` must not be empty"),
     (lambda m: m.stream("q", max_new_tokens=0, **AB), ValueError, "`max_new_tokens` must be an int >= 1, got 0"),
     (lambda m: m.stream("q", max_new_tokens=600, **AB), ValueError, "`question`...window of 512"),
+    (lambda m: m.stream("q", expand=-1, **AB), ValueError, "`expand` must be an int >= 0, got -1"),
     (lambda m: m.stream("q", generation_config=BEAMS, **AB), ValueError, "`num_beams`...got 2"),
     (lambda m: m.compress(["a", {"title": "b"}]), ValueError, "`documents[1]` must have the field 'text'"),
     (lambda m: m.compress([{"title": 3, "text": "a"}]), TypeError, "`documents[0]['title']` must be a str, got int"),
@@ -265,49 +200,59 @@ BAD = [  # call, error, what the message says, parts of it separated by "..."
     (lambda m: m.answer(["q"], generation_config=LONGEST, **AB), ValueError, "`max_length`...99"),
     (lambda m: m.answer(["q"], generation_config=TWO, **AB), ValueError, "`num_return_sequences` must be 1, got 2"),
 ]
-for _value in (0, -1, True, 1.5, "2"):
-    _rule = f"must be an int >= 1, got {_value!r}"
-    BAD += [
-        (lambda m, v=_value: m.retrieve(["q"], top_k=v, **AB), ValueError, f"`top_k` {_rule}"),
-        (lambda m, v=_value: m.answer(["q"], max_new_tokens=v, **AB), ValueError, f"`max_new_tokens` {_rule}"),
-        (lambda m, v=_value: m.compress(["a"], batch_size=v), ValueError, f"`batch_size` {_rule}"),
-        (lambda m, v=_value: m.explain_queries(["q"], top_n=v), ValueError, f"`top_n` {_rule}"),
-    ]
-for _k in (3, True, "2", -2, 16):
-    _rule = f"memory_size` must be one of `config.memory_sizes` [2, 4], got {_k!r}"
-    BAD += [
-        (lambda m, k=_k: m.compress(["a"], memory_size=k), ValueError, f"`{_rule}"),
-        (lambda m, k=_k: m.answer(["q"], memory_size=k, **AB), ValueError, f"`{_rule}"),
-        (lambda m, k=_k: m.retrieve(["q"], retrieval_memory_size=k, **AB), ValueError, f"`retrieval_{_rule}"),
-    ]
-for _value in ("0.5", float("nan"), True):
-    BAD.append((lambda m, v=_value: m.retrieve(["q"], min_score=v, **AB), ValueError, f"`min_score`...got {_value!r}"))
-for _value, _error, _rule in (
-    *((torch.zeros(shape), ValueError, f"(>= 4, 32), got {shape}") for shape in ((1, 32), (4, 31), (32,), (1, 4, 32))),
-    *((torch.full((4, 32), value), ValueError, "must be finite") for value in (float("nan"), float("inf"))),
-    ("text", TypeError, "must be numbers, got str"),
-):
-    _documents = ["a", {"text": "b", "memory": _value}]
-    _message = f"`documents[1]['memory']`...{_rule}"
-    BAD.append((lambda m, d=_documents: m.retrieve(["q"], documents=d, retrieval_memory_size=4), _error, _message))
-for _text, _error, _rule in (
-    *((text, ValueError, "must not be empty") for text in ("", " \n\t")),
-    *((text, TypeError, f"must be a str...got {type(text).__name__}") for text in (None, 7, b"bytes")),
-    ("\ud800", ValueError, "must be valid UTF-8"),
-):
-    BAD += [
-        (lambda m, t=_text: m.compress(["good", t]), _error, f"`documents[1]` {_rule}"),
-        (lambda m, t=_text: m.answer(["q"], documents=["good", {"text": t}]), _error, f"`documents[1]...{_rule}"),
-        (lambda m, t=_text: m.answer(["good", t], **AB), _error, f"`questions[1]` {_rule}"),
-    ]
+COUNTS, SIZES = (0, -1, True, 1.5, "2"), (3, True, "2", -2, 16)
+SHAPES = [torch.zeros(shape) for shape in ((1, 32), (4, 31), (32,), (1, 4, 32))]
+BROKEN = [torch.full((4, 32), value) for value in (float("nan"), float("inf"))]
+STRANGE = (None, 7, b"bytes")
+
+
+def scored(m, v):
+    return m.retrieve(["q"], documents=["a", {"text": "b", "memory": v}], retrieval_memory_size=4)
+
+
+EXPANDS, SPACES = (-1, True, 1.0, "1", None), ("", " \n\t")
+BAD_VALUES = [  # call with a value, such values, error, what the message says, {!r} for the value
+    (lambda m, v: m.retrieve(["q"], top_k=v, **AB), COUNTS, ValueError, "`top_k` must be an int >= 1, got {!r}"),
+    (lambda m, v: m.answer(["q"], max_new_tokens=v, **AB), COUNTS, ValueError, "`max_new_tokens` must...1, got {!r}"),
+    (lambda m, v: m.compress(["a"], batch_size=v), COUNTS, ValueError, "`batch_size` must be an int >= 1, got {!r}"),
+    (lambda m, v: m.explain_queries(["q"], top_n=v), COUNTS, ValueError, "`top_n` must be an int >= 1, got {!r}"),
+    (lambda m, v: m.answer(["q"], expand=v, **AB), EXPANDS, ValueError, "`expand` must...>= 0, got {!r}. Pass 0"),
+    (lambda m, v: m.compress(["a"], memory_size=v), SIZES, ValueError, "`memory_size` must be one...[2, 4], got {!r}"),
+    (lambda m, v: m.answer(["q"], memory_size=v, **AB), SIZES, ValueError, "`memory_size` must be one of...got {!r}"),
+    (
+        lambda m, v: m.retrieve(["q"], retrieval_memory_size=v, **AB),
+        SIZES,
+        ValueError,
+        "`retrieval_memory_...got {!r}",
+    ),
+    (lambda m, v: m.retrieve(["q"], min_score=v, **AB), ("0.5", float("nan"), True), ValueError, "`min_score`...{!r}"),
+    (scored, SHAPES, ValueError, "`documents[1]['memory']`...(>= 4, 32), got"),
+    (scored, BROKEN, ValueError, "`documents[1]['memory']` must be finite"),
+    (scored, ["text"], TypeError, "`documents[1]['memory']` must be numbers, got str"),
+    (lambda m, v: m.compress(["good", v]), SPACES, ValueError, "`documents[1]` must not be empty"),
+    (lambda m, v: m.compress(["good", v]), STRANGE, TypeError, "`documents[1]` must be a str"),
+    (lambda m, v: m.answer(["q"], documents=["a", {"text": v}]), STRANGE, TypeError, "`documents[1]...must be a str"),
+    (lambda m, v: m.answer(["good", v], **AB), STRANGE, TypeError, "`questions[1]` must be a str"),
+    (lambda m, v: m.answer(["good", v], **AB), SPACES, ValueError, "`questions[1]` must not be empty"),
+]
+
+
+def assert_refused(model, call, error, message) -> None:
+    with no_trace(model), pytest.raises(error) as caught:
+        call(model)
+    for part in message.split("..."):
+        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(("call", "error", "message"), BAD)
 def test_bad_input_is_refused_by_name_and_changes_nothing(shared_model, call, error, message):
-    with no_trace(shared_model), pytest.raises(error) as caught:
-        call(shared_model)
-    for part in message.split("..."):
-        assert part in str(caught.value)
+    assert_refused(shared_model, call, error, message)
+
+
+@pytest.mark.parametrize(("call", "values", "error", "message"), BAD_VALUES)
+def test_bad_values_are_refused_by_name_and_change_nothing(shared_model, call, values, error, message):
+    for value in values:
+        assert_refused(shared_model, partial(call, v=value), error, message.format(value))
 
 
 @pytest.mark.parametrize(
@@ -321,15 +266,11 @@ def test_bad_input_is_refused_by_name_and_changes_nothing(shared_model, call, er
 )
 def test_broken_weights_are_an_error_that_names_them(model, part, message):
     name = "embed_tokens" if part == "backbone" else f"down_proj.lora_B.{part}"
-    with torch.no_grad():
-        next(tensor for key, tensor in model.named_parameters() if name in key).fill_(float("nan"))
+    next(tensor for key, tensor in model.named_parameters() if name in key).data.fill_(float("nan"))
     with no_trace(model), pytest.raises(ValueError, match=re.escape(message)):
         model.answer(QUESTIONS, documents=DOCUMENTS)
-    if part == "generator":  # in the thread of a stream it reaches the reader
-        stream = model.stream("q", documents=["a"])
-        with pytest.raises(ValueError, match=message):
-            list(stream)
-        assert model.compress(["a"]).isfinite().all()
+    with pytest.raises(ValueError, match=re.escape(message)):  # out of the thread of a stream as well
+        list(model.stream("q", documents=["a"]))
 
 
 def test_a_model_without_processor_says_so(shared_model):

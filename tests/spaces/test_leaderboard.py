@@ -3,9 +3,9 @@
 It stands on results of results_factory.py in folders and on the loopback Hub; the page itself is tested in a browser.
 """
 
-import importlib.util
 import json
 import os
+import runpy
 import time
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from leaderboard_revisions import EXISTS, MAX_FAILURES, MISSING, UNCHECKED, Revi
 from leaderboard_rules import check_submission
 from leaderboard_source import Source, identity
 from leaderboard_table import columns_of, filtered, layout, make_frame, metric_names, ordered, ranked
-from leaderboard_text import escaped, link, safe_name
+from leaderboard_text import escaped, link
 from results_factory import DATA_FILES, PLACES, PROBLEMS, limited, valid_results
 
 
@@ -41,12 +41,8 @@ def load(folder: Path):
 
 def test_invalid_files_are_listed_and_hide_nothing(tmp_path):
     bad = {f"bad/{i}.json": valid_results(**changes) for i, (changes, _) in enumerate(PROBLEMS + PLACES)}
-    junk = {
-        "junk/a.json": b"{",
-        "junk/b.json": b"x" * 10_000_000,
-        "junk/c.json": b'{"a":1,"a":2}',
-        "junk/d.json": b"[]",
-    }
+    contents = {"a": b"{", "b": b"x" * 10_000_000, "c": b'{"a":1,"a":2}', "d": b"[]"}
+    junk = {f"junk/{name}.json": content for name, content in contents.items()}
     good = {f"good/{i}.json": valid_results(system__name=f"s{i}") for i in range(3)}
     loaded = load(write(tmp_path, {**bad, **junk, **good, "notes.txt": b"no results"}))
     assert [entry.path for entry in loaded.entries] == [f"results/good/{i}.json" for i in range(3)]
@@ -172,10 +168,8 @@ def test_models_that_cannot_be_looked_up_are_unchecked(hub):
 
 
 def frame_of(tmp_path, *changes):
-    named = [
-        change if "system__name" in change else {"system__name": f"s{i}", **change} for i, change in enumerate(changes)
-    ]
-    return make_frame(load(write(tmp_path, {f"{i}.json": valid_results(**c) for i, c in enumerate(named)})).entries)
+    files = {f"{i}.json": valid_results(**{"system__name": f"s{i}", **change}) for i, change in enumerate(changes)}
+    return make_frame(load(write(tmp_path, files)).entries)
 
 
 def test_rows_are_sorted_by_number(tmp_path):
@@ -190,12 +184,8 @@ def test_rows_are_sorted_by_number(tmp_path):
 
 
 def test_metrics_have_intervals_and_an_order(tmp_path):
-    frame = frame_of(
-        tmp_path,
-        {"metrics": {"f1": 0.2, "p50": 0.9, "system": 0.1}},
-        {"metrics": {"f1": 0.41234}},
-        {"metrics": {"fluency": 0.5}},
-    )
+    metrics = [{"f1": 0.2, "p50": 0.9, "system": 0.1}, {"f1": 0.41234}, {"fluency": 0.5}]
+    frame = frame_of(tmp_path, *({"metrics": scores} for scores in metrics))
     assert metric_names(frame) == ["f1"]  # no other name takes the place of a column
     assert ranked(frame, "f1")["system"].tolist() == ["s1", "s0", "s2"] and len(ranked(frame, None)) == 3
     shown = layout(ranked(frame, "f1"), columns_of(["f1"])[3:4])
@@ -204,9 +194,8 @@ def test_metrics_have_intervals_and_an_order(tmp_path):
 
 def test_filters(tmp_path):
     text = {"system__kind": "text", "system__memory_size": None, "system__codec": None}
-    frame = frame_of(
-        tmp_path, {"system__name": "Alpha"}, {"system__memory_size": 4}, text, {"model__backbone": "Qwen3"}
-    )
+    named, qwen = {"system__name": "Alpha"}, {"model__backbone": "Qwen3"}
+    frame = frame_of(tmp_path, named, {"system__memory_size": 4}, text, qwen)
     assert filtered(frame, "ALPHA musique")["system"].tolist() == ["Alpha"]
     assert filtered(frame, "qwen3")["system"].tolist() == ["s3"] and filtered(frame, "(")["system"].tolist() == []
     assert filtered(frame, None, memory_size="4", kind="all")["system"].tolist() == ["s1"]
@@ -228,19 +217,9 @@ def test_text_of_strangers_stays_text(tmp_path, text):
     assert "<img" not in figure and "${" not in figure
     for url in ("javascript:alert(1)", "data:text/html,x", "https://a.org/\"onclick='x'", "//a.org", ""):
         assert "<a" not in link(text, url)
-    assert link("x", "https://a.org/?a=1&b").startswith(
-        '<a href="https://a.org/?a=1&amp;b" target="_blank" rel="noopener'
-    )
+    address = 'href="https://a.org/?a=1&amp;b" target="_blank" rel="noopener'
+    assert link("x", "https://a.org/?a=1&b").startswith(f"<a {address}")
     assert escaped("a" * 500) == "a" * 79 + "…"
-
-
-@pytest.mark.parametrize(
-    "text", ["../../etc/passwd", "..", "", "/", "a/../b", ".hidden", "x" * 500, "名前", "a\0b\\c:d"]
-)
-def test_names_of_files_go_nowhere_else(text):
-    name = safe_name(text)
-    assert name and ".." not in name and name[0] not in ".-" and len(name) <= 60
-    assert all(letter.isascii() and (letter.isalnum() or letter in "._-") for letter in name)
 
 
 def test_plots_draw_what_is_known(tmp_path):
@@ -254,21 +233,17 @@ def test_plots_draw_what_is_known(tmp_path):
         assert "No result" in cost_figure(rows, name, "p50").layout.annotations[0].text
 
 
-def test_five_thousand_results(tmp_path):
-    base = json.dumps(valid_results())
-    (tmp_path / "results").mkdir()
-    write(tmp_path, {})
-    for i in range(5000):
-        (tmp_path / "results" / f"{i}.json").write_text(base.replace('"name": "clara"', f'"name": "clara {i}"', 1))
-    source = Source(tmp_path, check_revisions=False)
+def test_a_thousand_results(tmp_path):
+    files = {f"{i}.json": valid_results(system__name=f"clara {i}") for i in range(1000)}
+    source = Source(write(tmp_path, files), check_revisions=False)
     start = time.perf_counter()
     loaded = source.load()
     seconds = time.perf_counter() - start
-    assert len(loaded.entries) == 5000 and seconds < 60, seconds  # about 4 seconds alone on two cores
+    assert len(loaded.entries) == 1000 and seconds < 12, seconds  # about 1 second alone on two cores
     frame = make_frame(loaded.entries)
-    assert len(filtered(frame, "clara 4999")) == 1
+    assert len(filtered(frame, "clara 999")) == 1
     (points,) = cost_figure(frame, "f1", "p50").data
-    assert len(points.x) == 5000 > MAX_ERROR_BARS and points.error_y.array is None
+    assert len(points.x) == 1000 > MAX_ERROR_BARS and points.error_y.array is None
     assert source.load().entries == loaded.entries
 
 
@@ -276,11 +251,9 @@ def test_the_page_is_built_without_a_browser(tmp_path, monkeypatch):
     """Every tab is there with its number; test_leaderboard_browser.py opens and clicks them."""
     gradio = pytest.importorskip("gradio", reason="the page is made with gradio")
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-    spec = importlib.util.spec_from_file_location("leaderboard_app", board.FOLDER / "app.py")
-    app = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(app)
+    app = runpy.run_path(str(board.FOLDER / "app.py"))
     files = {"a.json": valid_results(), "b.json": valid_results(setting="oracle"), "c.json": {}}
-    page = app.build_app(Source(write(tmp_path, files), check_revisions=False))
+    page = app["build_app"](Source(write(tmp_path, files), check_revisions=False))
     labels = [block.label for block in page.blocks.values() if isinstance(block, gradio.Tab)]
     assert {"normal (1)", "oracle (1)", "Invalid (1)", "Submit"} <= set(labels)
-    assert app.LAUNCH["run_history"] is False
+    assert app["LAUNCH"]["run_history"] is False

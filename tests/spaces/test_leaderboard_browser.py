@@ -64,19 +64,10 @@ def serving(folder: Path, *options: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        str(APP),
-        "--results",
-        str(folder),
-        "--port",
-        str(port),
-        "--no-revision-check",
-        *options,
-    ]
+    command = [sys.executable, str(APP), "--results", str(folder), "--port", str(port), "--no-revision-check"]
     log = folder.parent / "app.log"
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ)
+        process = subprocess.Popen([*command, *options], stdout=file, stderr=subprocess.STDOUT, env=os.environ)
     try:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         for _ in range(600):
@@ -214,9 +205,8 @@ def test_the_page(tmp_path, hub):
         (tmp_path / "board" / "results" / "late.json").write_text(json.dumps(valid_results(system__name="late")))
         page.locator("#refresh").click()
         page.get_by_role("tab", name="normal (42)").click()
-    (path,) = [
-        path for path in HfApi().list_repo_files(repo, repo_type="dataset", revision="refs/pr/1") if "mine" in path
-    ]
+    sent_files = HfApi().list_repo_files(repo, repo_type="dataset", revision="refs/pr/1")
+    (path,) = [path for path in sent_files if "mine" in path]
     sent = HfApi().hf_hub_download(repo, path, repo_type="dataset", revision="refs/pr/1")
     assert Path(sent).read_bytes() == upload.read_bytes()
 

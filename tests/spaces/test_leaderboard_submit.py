@@ -16,6 +16,7 @@ from leaderboard_submit import Checked, check_upload, submit
 from results_factory import DATA_FILES, valid_results
 
 WRONG = "hf_wrong_secret_token"
+NAMES = ["../../../.github/x", "..", "/", "/etc/passwd", ".hidden", "a\\..\\b", "%2e%2e/x", "a\0b:d", "名"]
 
 
 @pytest.fixture
@@ -73,19 +74,15 @@ def test_the_same_file_twice_is_recognised(repo, hub):
     assert len(HfApi().list_repo_refs(repo, repo_type="dataset", include_pull_requests=True).pull_requests) == 2
 
 
-@pytest.mark.parametrize(
-    "name", ["../../../.github/x", "..", "/etc/passwd", "a\\..\\b", "%2e%2e/x", "x" * 100, "名", "`]($)|@all\n#"]
-)
+@pytest.mark.parametrize("name", [*NAMES, "x" * 100, "`]($)|@all\n#"])
 def test_no_name_leads_out_of_the_folder(name, repo, hub):
     data_files = DATA_FILES | {name: DATA_FILES["musique"]}
-    content = upload(
-        system__name=name, data__name=name, model__repo=None, system__kind="external", system__url="http://a.b"
-    )
+    external = {"model__repo": None, "system__kind": "external", "system__url": "http://a.b"}
+    content = upload(system__name=name, data__name=name, **external)
     found = check_upload(content, data_files, None)
     assert found.problems == []
-    assert re.fullmatch(
-        r"results/[\w.-]{1,60}/[\w.-]{1,60}/normal-[\w.-]{1,60}-[0-9a-f]{12}\.json", found.path, re.ASCII
-    )
+    part = r"[\w.-]{1,60}"
+    assert re.fullmatch(rf"results/{part}/{part}/normal-{part}-[0-9a-f]{{12}}\.json", found.path, re.ASCII)
     assert ".." not in found.path and "/." not in found.path and "\n" not in found.title
     assert submit(found, repo, hub.token).url and files(repo) == {"data_files.json"}
     assert not re.search(r"`[^`]*`[^`]*`[^`]*`[^`]*`", found.description.splitlines()[0])  # two code spans, no more

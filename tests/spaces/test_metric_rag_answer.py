@@ -18,9 +18,8 @@ JOINTS = [" ", " ", " ", "", ",", "  ", "\t", "\u00a0", "\n"]
 
 
 def draw_text(draw: random.Random) -> str:
-    return "x" * (draw.random() < 0.1) + "".join(
-        draw.choice(PIECES) + draw.choice(JOINTS) for _ in range(draw.randint(1, 7))
-    )
+    pieces = [draw.choice(PIECES) + draw.choice(JOINTS) for _ in range(draw.randint(1, 7))]
+    return "x" * (draw.random() < 0.1) + "".join(pieces)
 
 
 def draw_rows(seed: int, count: int = 300) -> tuple[list[str], list[list[str]]]:

@@ -10,6 +10,8 @@ from pathlib import Path
 import evaluate
 import pytest
 
+from recipes.spaces.metrics import checked_rows
+
 METRICS = Path(__file__).parents[2] / "recipes" / "spaces" / "metrics"
 DOCTESTS = {"rag_answer": 3, "retrieval": 1, "compression_fidelity": 2}
 CASES = [(name, case) for name in DOCTESTS for case in json.loads((METRICS / name / "cases.json").read_text("utf-8"))]
@@ -30,12 +32,13 @@ WRONG_TEXTS = [  # values that are no text, the kind of the error and its words
     (" \n\u00a0", ValueError, "must not be blank"),
     ("\ud800", ValueError, "must be valid Unicode"),
 ]
+NO_LISTS = ("c", None, NAN)
 TWICE = (["b", "c", "b"], ValueError, r"must have each document once, got 'b' 2 times")
 WRONG = [  # metric, column, a value that cannot be scored, the kind of the error and its words
     *(("rag_answer", "predictions", value, kind, rf"{words}.*") for value, kind, words in WRONG_TEXTS),
     ("rag_answer", "predictions", None, TypeError, ".*count it as failed"),
     *(("rag_answer", "references", ["c", value], kind, rf"\[1\] {words}") for value, kind, words in WRONG_TEXTS),
-    *(("rag_answer", "references", value, TypeError, f"{LIST} gold.*got {value!r}") for value in ("c", None, NAN)),
+    *(("rag_answer", "references", value, TypeError, f"{LIST} gold.*got {value!r}") for value in NO_LISTS),
     ("rag_answer", "references", [], ValueError, "must have a gold answer.*leave the row out"),
     *(("compression_fidelity", "predictions", value, kind, words) for value, kind, words in WRONG_TEXTS),
     *(("compression_fidelity", "references", value, kind, words) for value, kind, words in WRONG_TEXTS),
@@ -43,32 +46,24 @@ WRONG = [  # metric, column, a value that cannot be scored, the kind of the erro
     ("compression_fidelity", "references", None, TypeError, ".*leave the row"),
     *(("retrieval", column, *TWICE) for column in ("predictions", "references")),
     *(("retrieval", "predictions", ["b", value], TypeError, rf"\[1\] {STRING} {value}.*str\(") for value in (7, None)),
-    *(
-        ("retrieval", "references", value, TypeError, f"{LIST} document ids, got {value!r}")
-        for value in ("b", None, NAN)
-    ),
+    *(("retrieval", "references", value, TypeError, f"{LIST} document ids, got {value!r}") for value in NO_LISTS),
     ("retrieval", "predictions", ["\ud800"], ValueError, r"\[0\] must be valid Unicode"),
 ]
-POSITIVE, EACH_ONCE = (
-    "`k` must have positive integers only, got",
-    "`k` must have at least one depth and each once, got",
-)
+POSITIVE = "`k` must have positive integers only, got"
+EACH_ONCE = "`k` must have at least one depth and each once, got"
+EVERYWHERE = [
+    ({"references": [["b"]]}, ValueError, r"`references` must have one entry per prediction \(2\), got 1"),
+    ({"predictions": [], "references": []}, ValueError, "at least one row, got 0"),
+    ({"predictions": "ab"}, TypeError, "`predictions` must be a list .*got str"),
+    ({"predictions": None}, TypeError, "`predictions` must be a list .*got NoneType"),
+    ({"references": None}, TypeError, "`references` must be a list .*got NoneType"),
+    ({"ids": ["q", "q"]}, ValueError, "`ids` must be unique, got 'q' 2 times"),
+    ({"ids": ["q"]}, ValueError, r"`ids` must have one entry per row \(2\), got 1"),
+    ({"ids": ["q", 1.5]}, TypeError, r"`ids\[1\]` must be a string or an integer, got 1.5"),
+    ({"ids": "qr"}, TypeError, "`ids` must be a list"),
+]
 WRONG_INPUTS = [  # metrics, columns or options that do not fit, the kind of the error and its words
-    *(
-        (name, *rest)
-        for name in DOCTESTS
-        for rest in (
-            ({"references": [["b"]]}, ValueError, r"`references` must have one entry per prediction \(2\), got 1"),
-            ({"predictions": [], "references": []}, ValueError, "at least one row, got 0"),
-            ({"predictions": "ab"}, TypeError, "`predictions` must be a list .*got str"),
-            ({"predictions": None}, TypeError, "`predictions` must be a list .*got NoneType"),
-            ({"references": None}, TypeError, "`references` must be a list .*got NoneType"),
-            ({"ids": ["q", "q"]}, ValueError, "`ids` must be unique, got 'q' 2 times"),
-            ({"ids": ["q"]}, ValueError, r"`ids` must have one entry per row \(2\), got 1"),
-            ({"ids": ["q", 1.5]}, TypeError, r"`ids\[1\]` must be a string or an integer, got 1.5"),
-            ({"ids": "qr"}, TypeError, "`ids` must be a list"),
-        )
-    ),
+    *((name, *rest) for name in DOCTESTS for rest in EVERYWHERE),
     ("retrieval", {"references": [[], []]}, ValueError, "gold documents for at least one question, got none in 2"),
     *(("retrieval", {"k": [depth]}, ValueError, f"{POSITIVE} {depth}") for depth in (0, -1, 1.0, True)),
     ("retrieval", {"k": [5, 1, 5]}, ValueError, rf"{EACH_ONCE} \[5, 1, 5\]"),
@@ -93,6 +88,7 @@ def test_a_case_of_the_table(metrics, name, case):
 @pytest.mark.parametrize("name", DOCTESTS)
 def test_doctests_run(name):
     assert doctest.testmod(importlib.import_module(f"recipes.spaces.metrics.{name}.{name}")) == (0, DOCTESTS[name])
+    assert doctest.testmod(checked_rows) == (0, 1)
 
 
 def draw_rows(name: str, count: int = 60) -> tuple[list, list]:

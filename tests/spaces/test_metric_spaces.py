@@ -1,10 +1,11 @@
 """The metrics as Spaces: read by `evaluate` from a folder, a file and the Hub, with a card and a page that work."""
 
 import doctest
-import importlib.util
 import json
 import re
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import evaluate
 import pytest
@@ -36,30 +37,21 @@ def built(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def no_counting(monkeypatch):
-    """Loading from the Hub tells an address outside this machine, unless this is off."""
+@pytest.fixture(autouse=True)
+def nothing_is_told_elsewhere(monkeypatch):
+    """Loading from the Hub, and gradio, tell addresses outside this machine, unless this is off."""
     monkeypatch.setattr(evaluate.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
-
-
-@pytest.fixture
-def load_page(monkeypatch):
-    """A function from the path of an app.py to the module, which serves nothing."""
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
 
-    def load(path: Path):
-        spec = importlib.util.spec_from_file_location(f"page_of_{path.parent.name}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
 
-    return load
+def load_page(path: Path) -> SimpleNamespace:
+    """The module of an app.py, which serves nothing."""
+    return SimpleNamespace(**runpy.run_path(str(path)))
 
 
 def test_every_metric_is_a_folder_of_the_same_files():
-    assert sorted(path.name for path in METRICS.iterdir() if path.is_dir() and path.name != "__pycache__") == sorted(
-        NAMES
-    )
+    folders = {path.name for path in METRICS.iterdir() if path.is_dir()} - {"__pycache__"}
+    assert folders == set(NAMES)
     for name in NAMES:
         found = {path.name for path in (METRICS / name).iterdir() if path.name != "__pycache__"}
         assert found == {f"{name}.py", "README.md", "requirements.txt", "cases.json"}
@@ -68,34 +60,23 @@ def test_every_metric_is_a_folder_of_the_same_files():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_folder_a_file_and_a_built_folder_are_the_same_metric(name, built):
-    case = read_cases(name)[0]
-    by_folder = evaluate.load(str(METRICS / name))
-    by_file = evaluate.load(str(METRICS / name / f"{name}.py"))
-    by_itself = evaluate.load(str(built / name))
-    scores = by_folder.compute(**case["inputs"])
-    assert scores == by_file.compute(**case["inputs"]) == by_itself.compute(**case["inputs"])
-    assert "recipes." not in type(by_itself).__mro__[1].__module__  # its checks are its own copy
-    assert by_folder.module_type == "metric" and by_folder.name == name
-    assert by_folder.description and by_folder.citation and by_folder.reference_urls
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_space_of_the_hub_is_a_metric_at_every_revision(name, hub, no_counting, built):
-    repo = f"metricspaces/{name}"
-    api = HfApi()
+def test_a_folder_a_file_and_every_revision_of_a_space_are_the_same_metric(name, hub, built):
+    repo, api = f"metricspaces/{name}", HfApi()
     api.create_repo(repo, repo_type="space", space_sdk="gradio")
     first = api.upload_folder(repo_id=repo, repo_type="space", folder_path=built / name).oid
     api.create_tag(repo, tag="1.0.0", repo_type="space")
     changed = (built / name / f"{name}.py").read_text().replace('"description": """\\\n', '"description": """New. ', 1)
     api.upload_file(path_or_fileobj=changed.encode(), path_in_repo=f"{name}.py", repo_id=repo, repo_type="space")
-    local = evaluate.load(str(METRICS / name))
+    local, by_itself = evaluate.load(str(METRICS / name)), evaluate.load(str(built / name))
     pinned, newest = evaluate.load(repo, revision=first), evaluate.load(repo)
     assert pinned.description == local.description and newest.description == "New. " + local.description
+    assert ("GET", f"/spaces/{repo}/resolve/{first}/{name}.py") in hub.requests
+    assert "recipes." not in type(by_itself).__mro__[1].__module__  # its checks are its own copy
+    assert local.module_type == "metric" and local.name == name and local.citation and local.reference_urls
     for case in read_cases(name):
         found = local.compute(**case["inputs"])
-        assert found == pinned.compute(**case["inputs"]) == newest.compute(**case["inputs"])
-    assert ("GET", f"/spaces/{repo}/resolve/{first}/{name}.py") in hub.requests
+        for metric in (evaluate.load(str(METRICS / name / f"{name}.py")), by_itself, pinned, newest):
+            assert metric.compute(**case["inputs"]) == found
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -129,7 +110,7 @@ def test_the_card_tells_every_input_and_output_and_its_example_runs(name, monkey
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_page_scores_what_is_typed(name, load_page, built):
+def test_the_page_scores_what_is_typed(name, built):
     page = load_page(built / name / "app.py")
     assert page.FOLDER == built / name and page.find_module(page.FOLDER).name == f"{name}.py"
     metric = evaluate.load(str(METRICS / name))
@@ -139,14 +120,11 @@ def test_the_page_scores_what_is_typed(name, load_page, built):
     for example, case in zip(examples, cases, strict=True):
         expected = metric.compute(**case["inputs"])
         assert interface.fn(*example) == json.loads(json.dumps(expected)) == expected
-    assert interface.fn(*examples[0][:2], "") == metric.compute(
-        predictions=cases[0]["inputs"]["predictions"], references=cases[0]["inputs"]["references"]
-    )
+    rows = {key: cases[0]["inputs"][key] for key in ("predictions", "references")}
+    assert interface.fn(*examples[0][:2], "") == metric.compute(**rows)
 
 
-def test_the_page_shows_errors(load_page, built):
-    import gradio
-
+def test_the_page_shows_errors(built):
     page = load_page(built / "rag_answer" / "app.py")
     compute = page.make_compute(evaluate.load(str(METRICS / "rag_answer")))
     for inputs, message in [
@@ -157,7 +135,7 @@ def test_the_page_shows_errors(load_page, built):
         (('["a"]', "[[]]", ""), r"`references\[0\]` must have a gold answer"),
         (('["a"]', '[["b"]]', '{"colour": 1}'), "colour"),
     ]:
-        with pytest.raises(gradio.Error, match=message):
+        with pytest.raises(page.gr.Error, match=message):
             compute(*inputs)
     with pytest.raises(FileNotFoundError, match="must have one metric beside app.py"):
         page.find_module(ROOT / "recipes" / "configs")

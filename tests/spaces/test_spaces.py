@@ -32,42 +32,33 @@ def test_there_are_no_links_in_the_recipes():
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_a_built_space_stands_by_itself(tmp_path, capsys, name):
-    folder = spaces.SPACES / name
+def test_a_built_and_a_pushed_space_stand_by_themselves(hub, tmp_path, capsys, name):
+    folder, built, repo = spaces.SPACES / name, tmp_path / "out", f"spaces/{name.replace('/', '-')}"
     shared = {"app.py", "checked_rows.py"} if "metrics" in name else {"validation.py", "results.schema.json"}
-    assert spaces.main(["build", str(folder), str(tmp_path / "out")]) == 0
-    assert tracked(tmp_path / "out") == tracked(folder) | shared and not tracked(folder) & shared
-    assert {"README.md", "app.py", "requirements.txt"} <= tracked(tmp_path / "out")
-    for path in (tmp_path / "out").glob("*.py"):
+    assert spaces.main(["build", str(folder), str(built)]) == 0
+    assert tracked(built) == tracked(folder) | shared and not tracked(folder) & shared
+    assert {"README.md", "app.py", "requirements.txt"} <= tracked(built)
+    for path in built.glob("*.py"):
         assert not re.search(r"^\s*(from|import) (recipes|modeling_clara)\b", path.read_text(), re.MULTILINE), path
-    assert spaces.main(["build", str(folder), str(tmp_path / "out")]) == 1
+    assert spaces.main(["build", str(folder), str(built)]) == 1
     assert "must be a new or empty folder" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", SPACES)
-def test_a_space_has_the_files_of_its_folder_in_one_commit(hub, name):
-    repo = f"spaces/{name.replace('/', '-')}"
-    spaces.push_space(spaces.SPACES / name, repo)
     api = HfApi()
+    spaces.push_space(folder, repo)
     commits = len(api.list_repo_commits(repo, repo_type="space"))
-    files = spaces.space_files(spaces.SPACES / name)
-    assert set(api.list_repo_files(repo, repo_type="space")) - {".gitattributes"} == set(files)
+    assert set(api.list_repo_files(repo, repo_type="space")) - {".gitattributes"} == tracked(built)
     path = api.hf_hub_download(repo, "app.py", repo_type="space")
-    assert Path(path).read_bytes() == files["app.py"]
-    spaces.push_space(spaces.SPACES / name, repo)
+    assert Path(path).read_bytes() == (built / "app.py").read_bytes()
+    spaces.push_space(folder, repo)
     assert len(api.list_repo_commits(repo, repo_type="space")) <= commits + 1
 
 
 def test_files_that_are_gone_leave_the_space(hub, tmp_path):
-    folder = tmp_path / "space"
-    folder.mkdir()
     for name in ("README.md", "app.py", "old.py"):
-        (folder / name).write_text(name)
-    spaces.push_space(folder, "spaces/changing")
-    (folder / "old.py").unlink()
-    spaces.push_space(folder, "spaces/changing")
-    assert set(HfApi().list_repo_files("spaces/changing", repo_type="space")) >= {"README.md", "app.py"}
-    assert "old.py" not in HfApi().list_repo_files("spaces/changing", repo_type="space")
+        (tmp_path / name).write_text(name)
+    spaces.push_space(tmp_path, "spaces/changing")
+    (tmp_path / "old.py").unlink()
+    spaces.push_space(tmp_path, "spaces/changing")
+    assert set(HfApi().list_repo_files("spaces/changing", repo_type="space")) - {".gitattributes"} == tracked(tmp_path)
 
 
 def test_a_folder_that_is_no_space_is_refused(tmp_path, capsys):
@@ -106,16 +97,10 @@ def test_the_entry_with_the_name_of_a_library_stays_out_of_its_way():
     assert "Traceback" not in script.stderr and "ImportError" in imported.stderr
 
 
-def test_the_command_as_a_process_of_its_own():
-    command = [sys.executable, "-m", "recipes.evaluate", "--help"]
-    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    assert "--setting" in told.stdout and "wrong_memory" in told.stdout
-    assert told.stdout.startswith("usage: python -m recipes.evaluate")
-
-
 @pytest.mark.parametrize(
     "module, told",
     [
+        ("recipes.evaluate", "wrong_memory"),
         ("recipes.figures", "states"),
         ("recipes.evaluation.calibrate", "--unanswerable"),
         ("recipes.evaluation.update_card", "--dataset"),
@@ -123,8 +108,9 @@ def test_the_command_as_a_process_of_its_own():
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-def test_every_other_entry_runs_as_a_module(monkeypatch, capsys, module, told):
+def test_every_entry_runs_as_a_module(monkeypatch, capsys, module, told):
     monkeypatch.setattr(sys, "argv", [module, "--help"])
     with pytest.raises(SystemExit) as left:
         runpy.run_module(module, run_name="__main__")
-    assert left.value.code == 0 and told in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert left.value.code == 0 and told in shown and f"{module} [-h]" in shown.splitlines()[0]

@@ -1,16 +1,17 @@
-"""Recipes out of YAML files and key=value: which value wins, which is refused, and that all shipped recipes parse.
+"""Recipes from YAML files and key=value: which value wins, what is refused, and that all shipped recipes parse.
 
-The files under recipes/configs are read here as plain YAML and held against what the arguments have.
+The files under recipes/configs are read here as plain YAML and compared with what the arguments have.
 """
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
 from trl.scripts.utils import DatasetConfig
 
-from recipes.training.arguments import CLaRaTrainingArguments, DataArguments, parse_arguments, read_recipe
+from recipes.training.arguments import parse_arguments, read_recipe
 from recipes.training.stages import STAGES
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -32,121 +33,92 @@ def recipe(tmp_path):
     return write
 
 
-def parse(recipe, *overrides: str, text: str = "", stage: str = "pretrain"):
-    return parse_arguments(["--config", *recipe(text), f"stage={stage}", *NEEDED, *overrides])
-
-
 # --- which value wins ------------------------------------------------------------------------------------------------
 
-
-def test_later_files_win_and_key_value_wins_over_all(recipe):
-    files = recipe("max_steps: 1\nseed: 1\nsave_steps: 1", "seed: 2\nsave_steps: 2")
-    assert read_recipe(files) == {"max_steps": 1, "seed": 2, "save_steps": 2}
-    assert read_recipe(files, ["save_steps=3"]) == {"max_steps": 1, "seed": 2, "save_steps": 3}
-    assert read_recipe(files, ["seed=3", "seed=4"])["seed"] == 4
-    assert read_recipe(files[::-1]) == {"max_steps": 1, "seed": 1, "save_steps": 1}
-
-
-def test_a_stages_section_counts_in_that_stage_only_and_wins_over_plain_keys(recipe):
-    sections = "pretrain: {learning_rate: 1.0, seed: 5}\njoint: {learning_rate: 2.0, max_steps: 7}\nlearning_rate: 0.5"
-    files = recipe("learning_rate: 0.25\nstage: joint", sections, "joint: {max_steps: 8}")
-    assert read_recipe(files, ["stage=pretrain"]) == {"stage": "pretrain", "learning_rate": 1.0, "seed": 5}
-    assert read_recipe(files) == {"stage": "joint", "learning_rate": 2.0, "max_steps": 8}
-    assert read_recipe(files, ["stage=instruct"]) == {"stage": "instruct", "learning_rate": 0.5}
-    assert read_recipe(files, ["learning_rate=3.0"])["learning_rate"] == 3.0
+TWO = ["max_steps: 1\nseed: 1\nsave_steps: 1", "seed: 2\nsave_steps: 2"]
+SECTIONS = [
+    "learning_rate: 0.25\nstage: joint",
+    "pretrain: {learning_rate: 1.0, seed: 5}\njoint: {learning_rate: 2.0, max_steps: 7}\nlearning_rate: 0.5",
+    "joint: {max_steps: 8}",
+]
 
 
-def test_a_plain_key_of_a_later_file_wins_over_a_section_of_an_earlier_one(recipe):
-    files = recipe("joint: {max_steps: 8}", "max_steps: 3\nstage: joint")
-    assert read_recipe(files)["max_steps"] == 3
-
-
-def test_empty_files_and_empty_sections_add_nothing(recipe):
-    assert read_recipe(recipe("", "# only a comment", "joint:\nstage: joint")) == {"stage": "joint"}
+@pytest.mark.parametrize(
+    "files, overrides, expected",
+    [
+        (TWO, [], {"max_steps": 1, "seed": 2, "save_steps": 2}),
+        (TWO[::-1], [], {"max_steps": 1, "seed": 1, "save_steps": 1}),
+        (TWO, ["save_steps=3"], {"max_steps": 1, "seed": 2, "save_steps": 3}),
+        (TWO[1:], ["seed=3", "seed=4"], {"seed": 4, "save_steps": 2}),
+        (SECTIONS, [], {"stage": "joint", "learning_rate": 2.0, "max_steps": 8}),
+        (SECTIONS, ["stage=pretrain"], {"stage": "pretrain", "learning_rate": 1.0, "seed": 5}),
+        (SECTIONS, ["stage=instruct"], {"stage": "instruct", "learning_rate": 0.5}),
+        (SECTIONS, ["learning_rate=3.0"], {"stage": "joint", "learning_rate": 3.0, "max_steps": 8}),
+        (["joint: {max_steps: 8}", "max_steps: 3\nstage: joint"], [], {"stage": "joint", "max_steps": 3}),
+        (["", "# only a comment", "joint:\nstage: joint"], [], {"stage": "joint"}),
+    ],
+)
+def test_later_files_win_and_sections_count_in_their_stage_and_key_value_wins_over_all(
+    recipe, files, overrides, expected
+):
+    assert read_recipe(recipe(*files), overrides) == expected
 
 
 def test_files_and_overrides_stand_in_any_order_on_the_command_line(recipe):
-    first, second = recipe("seed: 1\nmax_steps: 1", "seed: 2")
+    """An override is one even if its value looks like a file."""
+    files = recipe("seed: 1\nmax_steps: 1", "seed: 2")
     for line in (
-        ["--config", first, second, *NEEDED, "max_steps=5"],
-        ["max_steps=5", *NEEDED, "--config", first, second],
-        ["--config", first, second, *NEEDED, "--max_steps=5"],
+        ["--config", *files, *NEEDED, "max_steps=5", "output_dir=runs/a.yaml"],
+        ["max_steps=5", *NEEDED, "output_dir=runs/a.yaml", "--config", *files],
+        ["--config", *files, *NEEDED, "--max_steps=5", "output_dir=runs/a.yaml"],
     ):
         _, data, training = parse_arguments(line)
-        assert (training.seed, training.max_steps) == (2, 5)
+        assert (training.seed, training.max_steps, training.output_dir) == (2, 5, "runs/a.yaml")
         assert data.datasets == [DatasetConfig(path="rows.jsonl")]
-
-
-def test_an_override_whose_value_looks_like_a_file_is_still_an_override(recipe):
-    _, _, training = parse_arguments(["--config", *recipe("seed: 1"), *NEEDED, "output_dir=runs/a.yaml"])
-    assert training.output_dir == "runs/a.yaml"
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_unknown_keys_are_named_all_at_once(recipe):
-    with pytest.raises(ValueError, match=r"unknown keys \['learning_rat', 'memory_size'\]. Correct or remove them"):
-        read_recipe(recipe("learning_rat: 1.0"), ["memory_size=4"])
-
-
-def test_an_unknown_key_in_the_stages_section_is_refused(recipe):
-    with pytest.raises(ValueError, match=r"unknown keys \['learning_rat'\]"):
-        read_recipe(recipe("joint: {learning_rat: 1.0}"), ["stage=joint"])
-
-
-def test_an_unknown_key_in_another_stages_section_is_refused(recipe):
-    with pytest.raises(ValueError, match="learning_rat"):
-        read_recipe(recipe("joint: {learning_rat: 1.0}"), ["stage=pretrain"])
-
-
-def test_what_is_no_recipe_is_named(recipe, tmp_path):
-    (path,) = recipe("- a\n- b")
-    with pytest.raises(ValueError, match=f"`{path}` must hold a YAML mapping, got list. Write `key: value` lines"):
-        read_recipe([path])
-    (path,) = recipe("seed: 1\nmax_steps: [1")
-    with pytest.raises(ValueError, match=f"(?s)`{path}` must be YAML: .*line 2.*Correct it"):
-        read_recipe([path])
-    with pytest.raises(FileNotFoundError, match="absent.yaml"):
-        read_recipe([tmp_path / "absent.yaml"])
-    with pytest.raises(ValueError, match=r"must look like key=value, got 'max_steps'. Write for example max_steps=10"):
-        read_recipe([], ["max_steps"])
-
-
-def test_a_section_that_is_no_mapping_is_named(recipe):
-    (path,) = recipe("joint: 5")
-    with pytest.raises(ValueError, match="`joint`.*mapping"):
-        read_recipe([path], ["stage=joint"])
+@pytest.mark.parametrize(
+    "text, overrides, message",
+    [
+        ("learning_rat: 1.0", ["memory_size=4"], r"unknown keys \['learning_rat', 'memory_size'\]. Correct or remove"),
+        ("joint: {learning_rat: 1.0}", ["stage=joint"], r"unknown keys \['learning_rat'\]"),
+        ("joint: {learning_rat: 1.0}", ["stage=pretrain"], r"unknown keys \['learning_rat'\]"),
+        ("- a\n- b", [], "0.yaml` must hold a YAML mapping, got list. Write `key: value` lines"),
+        ("seed: 1\nmax_steps: [1", [], "(?s)0.yaml` must be YAML: .*line 2.*Correct it"),
+        ("joint: 5", ["stage=joint"], "`joint`.*mapping"),
+        ("", ["max_steps"], r"must look like key=value, got 'max_steps'. Write for example max_steps=10"),
+    ],
+)
+def test_what_is_no_recipe_is_named(recipe, text, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        read_recipe(recipe(text), overrides)
 
 
 @pytest.mark.parametrize(
     "override, wanted",
     [
         ("max_steps=8.5", "int, got 8.5"),
-        ("max_steps=sixteen", "int, got 'sixteen'"),
         ("max_steps=1e3", "int, got '1e3'"),
         ("max_steps=true", "int, got True"),
         ("max_steps=null", "int, got None"),
         ("lora_rank='16'", "int, got '16'"),
         ("learning_rate=fast", "float, got 'fast'"),
         ("learning_rate=true", "float, got True"),
+        ("max_minutes=[1]", r"float, got \[1\]"),
         ("train_backbone=1", "bool, got 1"),
         ("train_backbone='yes'", "bool, got 'yes'"),
         ("memory_sizes=4", "list, got 4"),
+        ("memory_sizes=[4, 4.5]", "int, got 4.5"),
         ("processor_kwargs=[1]", r"dict, got \[1\]"),
-        ("candidates=3", "str, got 3"),
         ("output_dir=2024", "str, got 2024"),
     ],
 )
 def test_a_value_of_the_wrong_type_names_key_type_and_value(override, wanted):
     key = override.partition("=")[0]
-    with pytest.raises(ValueError, match=rf"^`{key}` must be of type {wanted}. Correct it in the recipe.$"):
-        read_recipe([], [override])
-
-
-@pytest.mark.parametrize("override", ["memory_sizes=[4, eight]", "memory_sizes=[4.5]"])
-def test_a_list_with_entries_of_the_wrong_type_is_refused(override):
-    with pytest.raises(ValueError, match=override.partition("=")[0]):
+    with pytest.raises(ValueError, match=rf"^`{key}(\[1\])?` must be of type {wanted}. Correct it in the recipe.$"):
         read_recipe([], [override])
 
 
@@ -159,11 +131,9 @@ def test_a_list_with_entries_of_the_wrong_type_is_refused(override):
         ("warmup_steps=0.03", 0.03),
         ("warmup_steps=50", 50.0),
         ("eval_strategy=no", "no"),  # False in YAML 1.1
-        ("eval_strategy=steps", "steps"),
         ("bf16=yes", True),
         ("memory_sizes=[4, 8]", [4, 8]),
         ("checkpoint=null", None),
-        ("retrieval_top_k=null", None),
         ("lr_scheduler_kwargs={min_lr_rate: 0.1}", {"min_lr_rate": 0.1}),
     ],
 )
@@ -172,6 +142,9 @@ def test_values_become_what_the_dataclasses_ask_for(override, value):
     read = read_recipe([], [override])[key]
     assert read == value
     assert type(read) is type(value)
+
+
+BEST = ["save_strategy=best", "eval_strategy=steps", "eval_steps=1", "metric_for_best_model=eval_ce"]
 
 
 @pytest.mark.parametrize(
@@ -185,32 +158,32 @@ def test_values_become_what_the_dataclasses_ask_for(override, value):
         (["eval_datasets=[{path: a, share: 1}]"], r"`eval_datasets\[0\]` must be .* got \{'path': 'a', 'share': 1\}"),
         (["targets_per_document=0"], "`targets_per_document` must be >= 1, got 0"),
         (["num_candidates=-1"], "`num_candidates` must be >= 1, got -1"),
+        (["text_share=-0.1"], "`text_share` must be between 0 and 1, got -0.1"),
+        (["text_share=1.5"], "`text_share` must be between 0 and 1, got 1.5"),
+        (["text_share=.nan"], "`text_share` must be between 0 and 1, got nan"),
         (["long_documents=cut"], r"`long_documents` must be one of \['split', 'first_span'\], got 'cut'"),
         (["candidates=all"], r"`candidates` must be one of \['given', 'corpus'\], got 'all'"),
         (["candidates=corpus", "in_batch_negatives=true"], "`in_batch_negatives` must be false with `candidates: cor"),
         (["candidates=corpus", "compress_online=true"], "`compress_online` must be false with `candidates: corpus`"),
         (["stage=warmup"], rf"`stage` must be one of {re.escape(str(list(STAGES)))}, got 'warmup'"),
         (["trainable_roles=[reader]"], "`trainable_roles` must be one of .*'generator'.*, got 'reader'"),
+        (["max_minutes=0"], r"`max_minutes` must be > 0, got 0.0. Raise it or leave it out"),
+        (["max_minutes=.nan"], r"`max_minutes` must be > 0, got nan"),
+        (["max_minutes=-.inf"], r"`max_minutes` must be > 0, got -inf"),
+        (["max_minutes=1", *BEST], "`save_strategy` must be steps, epoch or no with `max_minutes`, got best"),
     ],
 )
 def test_rules_between_arguments_name_the_rule_and_the_remedy(recipe, overrides, message):
     with pytest.raises(ValueError, match=message):
-        parse(recipe, *overrides)
+        parse_arguments(["--config", *recipe("stage: pretrain"), *NEEDED, *overrides])
 
 
-def test_a_stage_has_its_roles_unless_others_are_named(recipe):
-    for stage in STAGES:
-        _, _, training = parse(recipe, stage=stage)
-        assert training.roles == STAGES[stage].roles
-        assert training.remove_unused_columns is False
-    assert parse(recipe, "trainable_roles=[generator]")[2].roles == ("generator",)
-    assert isinstance(training, CLaRaTrainingArguments)
-
-
-def test_sources_are_read_into_trls_dataclass():
-    data = DataArguments(datasets=[{"path": "a", "name": "n", "fraction": 0.5}], eval_datasets=[{"path": "b"}])
-    assert data.datasets == [DatasetConfig(path="a", name="n", fraction=0.5)]
-    assert data.eval_datasets == [DatasetConfig(path="b", split="train")]
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_has_its_roles_unless_others_are_named(recipe, stage):
+    given = ["--config", *recipe(f"stage: {stage}"), *NEEDED]
+    training = parse_arguments(given)[2]
+    assert training.roles == STAGES[stage].roles and training.remove_unused_columns is False
+    assert parse_arguments([*given, "trainable_roles=[generator]"])[2].roles == ("generator",)
 
 
 # --- the recipes that are shipped ------------------------------------------------------------------------------------
@@ -230,11 +203,8 @@ def test_every_stage_parses_with_every_backbone_and_keeps_every_value(stage, bac
     for key in set(section) & set(last):  # see the test of a later file's plain keys
         del expected[key]
     arguments = parse_arguments(["--config", *[str(CONFIGS / name) for name in names], "use_cpu=true"])
-    assert expected.pop("stage") == stage == arguments[2].stage
     assert expected.pop("report_to") == "none" and arguments[2].report_to == []
-    assert [vars(DatasetConfig(**entry)) for entry in expected.pop("datasets")] == [
-        vars(source) for source in arguments[1].datasets
-    ]
+    assert [DatasetConfig(**entry) for entry in expected.pop("datasets")] == arguments[1].datasets
     for key, value in expected.items():
         (owner,) = (part for part in arguments if key in vars(part))
         found = getattr(owner, key)
@@ -254,37 +224,30 @@ def test_there_is_a_file_for_every_stage_and_every_stage_has_its_backbone_or_che
 
 def uncommented(text: str) -> list[str]:
     """Lines with a value and no comment; a stage's name or section and entries of lists need none."""
-    lines, found = text.splitlines(), []
-    for above, line in zip(["", *lines], lines, strict=False):
-        content, comment = re.match(r"(.*?)(\s#\s.*)?$", line).groups()
-        key, _, value = content.strip().partition(":")
-        if not content.strip() or content.strip().startswith(("#", "- ")) or comment or key == "stage":
-            continue
-        if not value.strip() and (key in STAGES or "#" in above):
-            continue
-        found.append(line)
+    found = []
+    for above, line in pairwise(["", *text.splitlines()]):
+        key, _, value = line.strip().partition(":")
+        is_named = key in ("", "stage") or key.startswith(("#", "- ")) or re.search(r"\s#\s", line)
+        if not is_named and (value.strip() or key not in STAGES and "#" not in above):
+            found.append(line)
     return found
 
 
-SHIPPED = [
-    path.relative_to(RECIPES).as_posix() for path in sorted(RECIPES.rglob("*.yaml")) if "accelerate" not in path.parts
-]
-RUNS = [name for name in SHIPPED if name.startswith("models/")]
+SHIPPED = sorted(path for path in RECIPES.rglob("*.yaml") if "accelerate" not in path.parts)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_runs_recipe_is_complete_by_itself(name):
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("models/*/*.yaml")), ids=lambda path: path.stem)
+def test_a_runs_recipe_is_complete_by_itself(path):
     """Parsed alone every key is known, and it says where it starts, what it reads and where it goes."""
-    values = yaml.safe_load((RECIPES / name).read_text(encoding="utf-8"))
-    arguments = parse_arguments(["--config", str(RECIPES / name)])
+    values, training = yaml.safe_load(path.read_text(encoding="utf-8")), parse_arguments(["--config", str(path)])[2]
     assert {"stage", "output_dir", "datasets", "seed", "learning_rate", "max_steps"} <= set(values)
     assert {"backbone", "checkpoint"} & set(values) and not set(STAGES) & set(values)
-    assert arguments[2].stage == values["stage"] and arguments[2].output_dir == values["output_dir"]
+    assert training.stage == values["stage"] and training.output_dir == values["output_dir"]
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_every_value_of_a_recipe_says_why(name):
-    assert uncommented((RECIPES / name).read_text(encoding="utf-8")) == []
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_value_of_a_recipe_says_why(path):
+    assert uncommented(path.read_text(encoding="utf-8")) == []
 
 
 def test_values_without_a_reason_are_found():

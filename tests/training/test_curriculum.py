@@ -1,11 +1,11 @@
 """`curriculum.py`: pieces of passages that grow longer, each with the questions that it answers."""
 
 import doctest
-import json
 from itertools import pairwise
 
 import pytest
 
+from modeling_clara.corpus.storage import read_lines, write_lines
 from recipes.training import curriculum
 from recipes.training.curriculum import BOUNDS, ROWS, curriculum_rows, pieces, stands_in, to_passage
 
@@ -20,14 +20,8 @@ def passage(n: int, length: int = 6) -> dict:
     return {"title": f"Town {n}", "text": " ".join(lines), "qas": pairs}
 
 
-@pytest.fixture(scope="module")
-def rows_of_files() -> list[dict]:
-    return [passage(n, 1 + n % 10) for n in range(100)]
-
-
-@pytest.fixture(scope="module")
-def passages(rows_of_files) -> list[dict]:
-    return [to_passage(row) for row in rows_of_files]
+FILE = [passage(n, 1 + n % 10) for n in range(100)]
+PASSAGES = [to_passage(row) for row in FILE]
 
 
 def level_of(row: dict) -> int:
@@ -39,25 +33,23 @@ def test_examples():
     assert doctest.testmod(curriculum).failed == 0
 
 
-def test_rows_grow_longer_and_are_whole_sentences_of_passages(passages):
-    rows = curriculum_rows(passages)
+def test_rows_grow_longer_and_are_whole_sentences_of_passages_once():
+    rows = curriculum_rows(PASSAGES)
     levels = [level_of(row) for row in rows]
     assert levels == sorted(levels) and set(levels) == {0, 2, 3, 4, 5, 6, 7}  # no piece has 13 to 18 words
     assert all(levels.count(level) <= n for level, n in enumerate(ROWS))
-    texts = {row["title"]: row["text"] for row in passages}
+    texts = {row["title"]: row["text"] for row in PASSAGES}
     for row in rows:
         assert row["text"] in texts[row["title"]] and row["text"].endswith("years.")
         assert set(row) <= {"title", "text", "qas", "paraphrase"} and {"qas", "paraphrase"} & set(row)
         assert row.get("paraphrase", row["text"]) == row["text"] and len(row.get("qas", ())) <= 4
         assert all(stands_in(pair["answers"][0], row["text"]) == 1 for pair in row.get("qas", ()))
-
-
-def test_the_longer_a_piece_the_more_rarely_it_is_said_again(passages):
-    rows = curriculum_rows(passages)
+    assert len({(row["title"], row["text"]) for row in rows}) == len(rows)
+    assert curriculum_rows([*PASSAGES, *PASSAGES]) == rows != curriculum_rows(PASSAGES, seed=1)
     shares = []
-    for level in (0, 4, 6):
-        said = ["paraphrase" in row for row in rows if level_of(row) == level]
-        shares.append(sum(said) / len(said))
+    for level in (0, 4, 6):  # the longer a piece the more rarely it is paraphrased
+        again = ["paraphrase" in row for row in rows if level_of(row) == level]
+        shares.append(sum(again) / len(again))
     assert shares[0] == 1 and shares == sorted(shares, reverse=True) and 0 < shares[2] < 0.4
 
 
@@ -80,91 +72,74 @@ def test_a_piece_is_asked_only_what_it_answers_alone():
     assert all(len(pair["answers"]) == 1 and pair["answers"][0] for row in rows for pair in row.get("qas", ()))
 
 
-def test_steps_are_of_rows_that_are_alike_in_the_whole_file(passages):
+@pytest.mark.parametrize("rows_of_step", [4, 8])
+def test_steps_are_of_rows_that_are_alike_in_the_whole_file(rows_of_step):
     """Step by step from the first row on, as the trainer reads them."""
-    for rows_of_step in (4, 8):
-        rows = curriculum_rows(passages, rows_of_step=rows_of_step)
-        kinds = [(level_of(row), "paraphrase" in row, len(row.get("qas", ()))) for row in rows]
-        steps = [kinds[start : start + rows_of_step] for start in range(0, len(kinds), rows_of_step)]
-        assert len(rows) % rows_of_step == 0 and all(len({level for level, *_ in step}) == 1 for step in steps)
-        mixed = [step for step in steps if len(set(step)) > 1]
-        assert len(mixed) < len(set(kinds))  # one at most where one kind ends and the next begins
-        assert kinds != sorted(kinds)  # but the steps are not in this order
+    rows = curriculum_rows(PASSAGES, rows_of_step=rows_of_step)
+    kinds = [(level_of(row), "paraphrase" in row, len(row.get("qas", ()))) for row in rows]
+    steps = [kinds[start : start + rows_of_step] for start in range(0, len(kinds), rows_of_step)]
+    assert len(rows) % rows_of_step == 0 and all(len({level for level, *_ in step}) == 1 for step in steps)
+    mixed = [step for step in steps if len(set(step)) > 1]
+    assert len(mixed) < len(set(kinds))  # one at most where one kind ends and the next begins
+    assert kinds != sorted(kinds)  # but the steps are not in this order
 
 
-def test_nothing_is_there_twice_and_white_space_is_one_space(passages):
-    rows = curriculum_rows(passages)
-    assert len({(row["title"], row["text"]) for row in rows}) == len(rows)
-    assert curriculum_rows([*passages, *passages]) == rows
+def test_white_space_is_one_space():
     loose = {**passage(1, 3), "text": "  " + passage(1, 3)["text"].replace(". ", ".\n\n  ") + "\n"}
     assert to_passage(loose) == to_passage(passage(1, 3))
 
 
-def test_seed_and_scale(passages):
-    assert curriculum_rows(passages) == curriculum_rows(passages) != curriculum_rows(passages, seed=1)
-    part = curriculum_rows(passages, scale=0.01)
+def test_scale_is_a_share_of_every_level():
     wanted = [level for level, n in enumerate(ROWS) if level != 1 for _ in range(max(1, round(n / 100)))]
-    assert [level_of(row) for row in part] == wanted
+    assert [level_of(row) for row in curriculum_rows(PASSAGES, scale=0.01)] == wanted
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def write(path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def test_files_to_a_file(rows_of_files, tmp_path, capsys):
+def test_files_to_a_file(tmp_path, capsys):
     """Other fields, answers as texts, and passages without a title or a question are read."""
-    mine = [{**row, "source": "x"} for row in rows_of_files[:20]]
-    mine.append({"text": "A sentence of six words only.", "qas": []})
-    mine.append(
-        {"title": None, "text": "Another sentence of six words only.", "qas": [{"question": "?", "answer": "six"}]}
-    )
-    files = [write(tmp_path / "a.jsonl", mine[:12]), write(tmp_path / "b.jsonl", mine[12:])]
-    output = tmp_path / "new" / "curriculum.jsonl"
-    assert curriculum.main([*files, "-o", str(output)]) == 0
-    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-    assert f"{len(rows):,} rows" in capsys.readouterr().out and len(rows) > 50
-    last = {row["text"]: row for row in rows if row["title"] == ""}
-    assert set(last) == {"A sentence of six words only.", "Another sentence of six words only."}
-    assert last["Another sentence of six words only."]["qas"] == [{"question": "?", "answers": ["six"]}]
+    short, asked = "A sentence of six words only.", "Another sentence of six words only."
+    rows = [{**row, "source": "x"} for row in FILE[:20]]
+    rows += [{"text": short, "qas": []}, {"title": None, "text": asked, "qas": [{"question": "?", "answer": "six"}]}]
+    files, output = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tmp_path / "new" / "curriculum.jsonl"
+    for path, part in zip(files, (rows[:12], rows[12:]), strict=True):
+        write_lines(path, part)
+    assert curriculum.main([*map(str, files), "-o", str(output)]) == 0
+    written = read_lines(output)
+    assert f"{len(written):,} rows" in capsys.readouterr().out and len(written) > 50
+    last = {row["text"]: row.get("qas") for row in written if row["title"] == ""}
+    assert last == {short: None, asked: [{"question": "?", "answers": ["six"]}]}
 
 
-BAD = {
-    "no questions": ({"text": "A sentence of six words only."}, "a.jsonl:2 must have `text` and a list `qas`"),
-    "no text": ({"qas": []}, "a.jsonl:2 must have `text` and a list `qas`"),
-    "empty text": ({"text": " ", "qas": []}, "a.jsonl:2 `docs[0]"),
-    "a title that is none": ({"text": "x", "title": 7, "qas": []}, "a.jsonl:2 `docs[0]"),
-    "no answer": ({"text": "x", "qas": [{"question": "?", "answers": []}]}, "a.jsonl:2 must have an answer"),
-    "no list": ({"text": "x", "qas": {"question": "?"}}, "a.jsonl:2 must have `text` and a list `qas`"),
+PAIR = {"question": "?", "answers": ["x"]}
+CALLS = {
+    "a.jsonl:2 must have `text` and a list `qas`": {"text": "A sentence of six words only."},
+    "a.jsonl:2 must have `text` and a list": {"qas": []},
+    "a.jsonl:2 must have `text` and": {"text": "x", "qas": PAIR},
+    "a.jsonl:2 `docs[0]['text']` must not be empty": {"text": " ", "qas": []},
+    "a.jsonl:2 `docs[0]": {"text": "x", "title": 7, "qas": []},
+    "a.jsonl:2 must have an answer": {"text": "x", "qas": [{**PAIR, "answers": []}]},
+    "must be a file": ["none.jsonl"],
+    "--scale must be above 0, got 0": ["a.jsonl", "--scale", "0"],
+    "--scale must be above 0, got inf": ["a.jsonl", "--scale", "inf"],
+    "--rows-of-step must be at least 1": ["a.jsonl", "--rows-of-step", "0"],
+    "must not be one of the files": ["a.jsonl", "-o", "a.jsonl"],
+    "must be a .jsonl file": ["a.jsonl", "-o", "out.jsonl.gz"],
+    "6 to 130 words, with a question from 13 words on": ["short.jsonl"],
 }
 
 
-@pytest.mark.parametrize(("row", "message"), BAD.values(), ids=BAD)
-def test_a_bad_row_is_named_and_nothing_is_written(row, message, tmp_path, capsys):
-    file = write(tmp_path / "a.jsonl", [passage(1), row])
-    assert curriculum.main([file, "-o", str(tmp_path / "out.jsonl")]) == 1
-    assert message in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()
-
-
-def test_what_cannot_be_made_is_said(tmp_path, capsys):
-    output = tmp_path / "out.jsonl"
-    output.write_text("kept")
-    short = write(tmp_path / "short.jsonl", [{"text": "Too short.", "qas": []}, {"text": "long " * 131, "qas": []}])
-    before = (tmp_path / "short.jsonl").read_text()
-    calls = {
-        "must be a file": [str(tmp_path / "none.jsonl")],
-        "6 to 130 words, with a question from 13 words on": [short],
-        "--scale must be above 0, got 0": [short, "--scale", "0"],
-        "--scale must be above 0, got inf": [short, "--scale", "inf"],
-        "--rows-of-step must be at least 1": [short, "--rows-of-step", "0"],
-        "must not be one of the files": [short, "-o", short],
-        "must be a .jsonl file": [short, "-o", str(tmp_path / "out.jsonl.gz")],
-    }
-    for message, arguments in calls.items():
-        assert curriculum.main(["-o", str(output), *arguments]) == 1
-        assert message in capsys.readouterr().err
-    assert output.read_text() == "kept" and (tmp_path / "short.jsonl").read_text() == before
-    assert len(list(tmp_path.iterdir())) == 2
+@pytest.mark.parametrize("message", CALLS)
+def test_what_cannot_be_made_is_said_and_nothing_is_written(tmp_path, monkeypatch, capsys, message):
+    """Bad rows and bad calls."""
+    monkeypatch.chdir(tmp_path)
+    given = CALLS[message]
+    row, arguments = (given, ["a.jsonl"]) if isinstance(given, dict) else (passage(2), given)
+    write_lines(tmp_path / "a.jsonl", [passage(1), row])
+    write_lines(tmp_path / "short.jsonl", [{"text": "Too short.", "qas": []}, {"text": "long " * 131, "qas": []}])
+    (tmp_path / "out.jsonl").write_text("kept")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert curriculum.main(["-o", "out.jsonl", *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -1,20 +1,19 @@
 """Prompts that share a row, and the contrastive term of stages that read given documents.
 
-Losses are held against separate prompts and against InfoNCE in double precision. Literal batches are in
-`test_collators.py` and `test_text_stage.py`.
+Losses are compared with separate prompts and with InfoNCE in double precision. Literal batches: `test_collators.py`.
 """
 
-import doctest
 import math
+from functools import partial
 
 import pytest
 import torch
 from test_collators import inputs, plain, record
 from test_packing import fresh
-from training_runs import state_of
+from training_runs import EMBEDDINGS, moved, state_of
 
+from modeling_clara import ROLES
 from modeling_clara.processing_clara import Prompt
-from recipes.training import collators
 from recipes.training.collators import ReadingCollator, TextCollator, shared_prompt
 from recipes.training.data import document_key
 
@@ -45,91 +44,64 @@ def alone(records: list[dict]) -> list[dict]:
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def test_examples():
-    assert doctest.testmod(collators).failed == 0
-
-
 def prompt(ids: list[int], n_answer: int) -> Prompt:
     return Prompt(ids, [False] * len(ids), [-100] * (len(ids) - n_answer) + ids[-n_answer:])
 
 
-def test_the_prefix_ends_before_the_token_that_predicts_an_answer():
-    """Prompts that differ in the answer alone keep that token to themselves; it predicts another one in each."""
-    row, positions, segments = shared_prompt([prompt([7, 8, 9, 1], 1), prompt([7, 8, 9, 2, 3], 2)])
-    assert row.input_ids == [7, 8, 9, 1, 9, 2, 3] and row.labels == [-100, -100, -100, 1, -100, 2, 3]
-    assert positions == [0, 1, 2, 3, 2, 3, 4] and segments == [0, 0, 1, 1, 2, 2, 2]
-
-
-def test_equal_prompts_are_read_as_often_as_they_come():
-    same = prompt([7, 8, 9], 1)
-    row, positions, segments = shared_prompt([same, same, same])
-    assert row.input_ids == [7, 8, 9, 8, 9, 8, 9] and row.labels.count(9) == 3
-    assert positions == [0, 1, 2, 1, 2, 1, 2] and segments == [0, 1, 1, 2, 2, 3, 3]
-
-
-def test_one_prompt_stays_as_it_is():
-    one = prompt([7, 8, 9], 1)
-    assert shared_prompt([one]) == (one, [0, 1, 2], [1, 1, 1])
-
-
-def test_prompts_without_a_common_beginning_or_without_room_for_one():
-    row, positions, segments = shared_prompt([prompt([1, 2, 3], 1), prompt([4, 5], 1)])
-    assert row.input_ids == [1, 2, 3, 4, 5] and positions == [0, 1, 2, 0, 1] and segments == [1, 1, 1, 2, 2]
-    row, positions, segments = shared_prompt([prompt([1, 2], 2), prompt([1, 2, 3], 1)])  # an answer from the start
-    assert row.input_ids == [1, 2, 1, 2, 3] and positions == [0, 1, 0, 1, 2] and segments == [1, 1, 2, 2, 2]
+@pytest.mark.parametrize(
+    "prompts, ids, positions, segments",
+    [
+        # they differ in the answer alone: the token before an answer predicts another one in each and is not shared
+        (
+            [prompt([7, 8, 9, 1], 1), prompt([7, 8, 9, 2, 3], 2)],
+            [7, 8, 9, 1, 9, 2, 3], [0, 1, 2, 3, 2, 3, 4], [0, 0, 1, 1, 2, 2, 2],
+        ),
+        ([prompt([7, 8, 9], 1)] * 3, [7, 8, 9, 8, 9, 8, 9], [0, 1, 2, 1, 2, 1, 2], [0, 1, 1, 2, 2, 3, 3]),
+        ([prompt([7, 8, 9], 1)], [7, 8, 9], [0, 1, 2], [1, 1, 1]),
+        ([prompt([1, 2, 3], 1), prompt([4, 5], 1)], [1, 2, 3, 4, 5], [0, 1, 2, 0, 1], [1, 1, 1, 2, 2]),
+        # an answer from the start
+        ([prompt([1, 2], 2), prompt([1, 2, 3], 1)], [1, 2, 1, 2, 3], [0, 1, 0, 1, 2], [1, 1, 2, 2, 2]),
+    ],
+)  # fmt: skip
+def test_the_prefix_ends_before_the_token_that_predicts_an_answer(prompts, ids, positions, segments):
+    row, *rest = shared_prompt(prompts)
+    assert row.input_ids == ids and rest == [positions, segments]
+    answers = [[label for label in one.labels if label != -100] for one in prompts]
+    assert [label for label in row.labels if label != -100] == sum(answers, [])
 
 
 @pytest.mark.parametrize("is_grad", [True, False])
-@pytest.mark.parametrize("text_share", [0.0, 1.0])
-def test_a_row_of_questions_loses_what_they_lose_alone(any_layout, text_share, is_grad):
+@pytest.mark.parametrize(
+    "make, records",
+    [
+        (ReadingCollator, RECORDS),
+        (partial(ReadingCollator, text_share=1.0), RECORDS[:2]),  # one with a paraphrase reads none of its texts
+        (partial(TextCollator, hidden_size=32), [*RECORDS[:2], record(DOCUMENTS[:1], *TARGETS[:2])]),
+    ],
+    ids=["memories", "with texts", "texts alone"],
+)
+def test_a_row_of_questions_loses_what_they_lose_alone(any_layout, make, records, is_grad):
     """Packed in training and padded in evaluation; gradients of the compressor and the generator as well."""
     model = any_layout
-    records = RECORDS[:2] if text_share else RECORDS  # a record with a paraphrase reads none of its texts
-    collator = ReadingCollator(model.processor, model.config.memory_sizes, text_share=text_share)
+    collator = make(model.processor, model.config.memory_sizes)
     batches = [collator(rows) for rows in (records, alone(records))]
     assert batches[0]["labels"].shape[0] == len(records) < batches[1]["labels"].shape[0]
     for size in model.config.memory_sizes:
-        losses, gradients = [], []
+        losses, logits, gradients = [], [], []
         for batch in batches:
             model.zero_grad()
             with torch.set_grad_enabled(is_grad):
-                loss = model(**inputs(batch, size)).lm_loss
-            losses.append(loss.detach())
+                output = model(**inputs(batch, size))
+            losses.append(output.lm_loss.detach())
+            logits.append(output.logits.detach())
             if is_grad:
-                loss.backward()
+                output.lm_loss.backward()
                 gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)  # of the targets alone
         for name, gradient in (gradients[0] if is_grad else {}).items():
             bound = 1e-4 * float(gradient.abs().max().clamp(min=1e-3))
             torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=bound)
-
-
-@torch.no_grad()
-def test_logits_of_targets_are_those_of_prompts_alone(any_layout):
-    collator = ReadingCollator(any_layout.processor, any_layout.config.memory_sizes)
-    shared, single = (any_layout(**inputs(collator(rows), 4)).logits for rows in (RECORDS, alone(RECORDS)))
-    torch.testing.assert_close(shared, single, rtol=1e-4, atol=1e-4)
-
-
-def test_a_row_of_questions_over_texts_loses_what_they_lose_alone(any_layout):
-    model = any_layout
-    collator = TextCollator(model.processor, model.config.memory_sizes, 32)
-    records = [RECORDS[0], RECORDS[1], record(DOCUMENTS[:1], *TARGETS[:2])]
-    for is_grad in (True, False):
-        with torch.set_grad_enabled(is_grad):
-            losses = [model(**inputs(collator(rows), 4)).loss for rows in (records, alone(records))]
-        torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
-
-
-def test_answers_of_one_row_do_not_see_each_other(any_layout):
-    """What the second question says changes nothing of the first's logits."""
-    collator = ReadingCollator(any_layout.processor, any_layout.config.memory_sizes)
-    found = []
-    for other in ("x", "quite another answer"):
-        batch = inputs(collator([record(DOCUMENTS, TARGETS[0], ("What flows?", other))]), 4)
-        n_first = int(((batch["labels"] != -100) & (batch["prompt_segments"] == 1)).sum())
-        found.append(any_layout(**batch).logits[:n_first])
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
 # --- the contrastive term --------------------------------------------------------------------------------------------
@@ -177,66 +149,49 @@ def test_the_term_is_infonce_by_hand(any_layout, n_queries):
         assert output.selected is None
         n_asked = {1: 3, 2: 4, 5: 5}[n_queries]
         assert output.scores.shape == (n_asked, 4 * 3) and int(output.scores.isinf().sum()) == n_asked * 5
+        half = model(**inputs(collator(GOLD), size), num_samples_in_batch=2 * len(GOLD))  # one of two micro-batches
+        torch.testing.assert_close(2 * half.contrastive_loss, output.contrastive_loss)
 
 
-def test_a_gold_document_of_two_rows_is_nobodys_negative(any_layout):
-    """Its second place takes nothing from the question: the term is that of both places as positives."""
-    twice = [record(DOCUMENTS[:1], ("Where?", "x")), record(DOCUMENTS[:1], ("Why?", "x"), source="b")]
-    collator = ReadingCollator(any_layout.processor, any_layout.config.memory_sizes, n_queries=1)
-    output = any_layout(**inputs(collator(twice), 4))
-    assert output.contrastive_loss.item() == pytest.approx(0.0, abs=1e-6)
-
-
-def test_the_term_of_micro_batches_is_a_mean_over_all_rows(any_layout):
-    collator = ReadingCollator(any_layout.processor, any_layout.config.memory_sizes, n_queries=2)
-    batch = inputs(collator(GOLD), 4)
-    half, whole = any_layout(**batch, num_samples_in_batch=8), any_layout(**batch)
-    torch.testing.assert_close(2 * half.contrastive_loss, whole.contrastive_loss)
-
-
-def test_only_a_weight_and_a_reasoner_that_trains_add_questions(build):
-    roles = ["compressor", "reasoner", "generator"]
-    for weight, trained, n_queries in ((0.5, roles, 2), (0.0, roles, 0), (0.0, roles[::2], 0)):
-        options = {"model_options": {"contrastive_weight": weight}, "trainable_roles": trained, "max_steps": 1}
-        trainer = build("pretrain", f"run{weight}{len(trained)}", **options)
-        assert trainer.data_collator.n_queries == n_queries
-        batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
-        assert ("query_rows" in batch) == ("batch_positive_mask" in batch) == bool(n_queries)
-
-
-@pytest.mark.parametrize("stage", ["pretrain", "instruct", "text"])
-def test_a_weight_that_nothing_would_use_is_refused(build, stage):
-    with pytest.raises(ValueError, match="reasoner|it has no contrastive term"):
-        build(stage, model_options={"contrastive_weight": 0.5})
+@pytest.mark.parametrize("weight, trains, n_queries", [(0.5, True, 2), (0.0, True, 0), (0.0, False, 0)])
+def test_only_a_weight_and_a_reasoner_that_trains_add_questions(build, weight, trains, n_queries):
+    roles = ROLES if trains else ["compressor", "generator"]
+    options = {"model_options": {"contrastive_weight": weight}, "data_options": {"targets_per_document": 3}}
+    trainer = build(**options, trainable_roles=list(roles))
+    batch = trainer.data_collator([trainer.train_dataset[1]])  # two questions and a paraphrase
+    assert ("query_rows" in batch) == ("batch_positive_mask" in batch) == bool(n_queries)
+    assert len(batch.get("query_rows", ())) == n_queries
 
 
 def test_the_weight_of_a_checkpoint_asks_for_nothing(build, model, tmp_path):
     """A stage without the reasoner goes on from a checkpoint that was trained with the term."""
     model.config.contrastive_weight = 0.5
     model.save_pretrained(tmp_path / "start")
-    trainer = build("instruct", model_options={"checkpoint": str(tmp_path / "start")}, max_steps=1)
-    assert trainer.data_collator.n_queries == 0 and trainer.model.config.contrastive_weight == 0.5
+    trainer = build("instruct", model_options={"checkpoint": str(tmp_path / "start")})
+    assert trainer.model.config.contrastive_weight == 0.5
+    assert "query_rows" not in trainer.data_collator([trainer.train_dataset[0]])
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "instruct"])
-def test_a_run_moves_reasoner_and_compressor(build, stage):
-    options = {"contrastive_weight": 1.0, "retrieval_temperature": 0.2}
-    data = {"targets_per_document": 2} if stage == "pretrain" else {}
-    roles = ["compressor", "reasoner", "generator"]
+@pytest.mark.parametrize(
+    "stage, message", [("pretrain", "reasoner"), ("instruct", "reasoner"), ("text", "it has no contrastive term")]
+)
+def test_a_weight_that_nothing_would_use_is_refused(build, stage, message):
+    with pytest.raises(ValueError, match=message):
+        build(stage, model_options={"contrastive_weight": 0.5})
+
+
+@pytest.mark.parametrize("stage, targets", [("pretrain", 2), ("instruct", 1)])
+def test_a_run_moves_reasoner_and_compressor(build, stage, targets):
     trainer = build(
-        stage, model_options=options, data_options=data, trainable_roles=roles, max_steps=6,
+        stage, model_options={"contrastive_weight": 1.0, "retrieval_temperature": 0.2},
+        data_options={"targets_per_document": targets}, trainable_roles=list(ROLES), max_steps=6,
         per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=3e-3,
     )  # fmt: skip
     before = state_of(trainer.model)
     trainer.train()
-    after = state_of(trainer.model)
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    for role in roles:
-        assert all(name in moved for name in before if f".{role}." in name), role
-    assert {"memory_embeddings", "separator_embedding"} <= moved
+    assert moved(before, trainer.model) >= EMBEDDINGS | {name for name in before if set(ROLES) & set(name.split("."))}
     logged = [entry for entry in trainer.state.log_history if "contrastive" in entry]
-    assert len(logged) == 6
     assert {"ce", "mse", "grad_norm/reasoner", "grad_norm/compressor"} <= set(logged[0])
     losses = [entry["contrastive"] for entry in logged]
-    assert all(math.isfinite(loss) for loss in losses) and sum(losses[-2:]) < sum(losses[:2])
+    assert len(losses) == 6 and all(map(math.isfinite, losses)) and sum(losses[-2:]) < sum(losses[:2])
     assert "eval_contrastive" in trainer.evaluate()

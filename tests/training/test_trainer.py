@@ -4,197 +4,199 @@ Every test trains a tiny real model for a few steps on rows written to disk, thr
 `train.py`.
 """
 
-import json
-import shutil
-from itertools import product
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
-from training_runs import CITIES, assert_equal, loss_curve, state_of, without_dropout
+from training_runs import CITIES, assert_equal, count_roles, loss_curve, moved, state_of
 
 from modeling_clara import CLaRaForRAG
+from modeling_clara.corpus.storage import read_lines
 from recipes.benchmarks.training import padded_passes
-from recipes.training.checkpoints import last_checkpoint
+from recipes.training.arguments import parse_arguments
+from recipes.training.preparation import prepare_model
+from recipes.training.stages import STAGES
 from recipes.training.trainer import memory_size_of_step, part_of
 
+CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 PARTS = {
     "pretrain": {"compressor", "generator", "rows"},
     "instruct": {"compressor", "generator", "rows"},
     "contrastive": {"reasoner"},
     "joint": {"reasoner", "generator"},
+    "text": {"generator"},
 }
+TRAINED_BACKBONE = {"model_options": {"train_backbone": True}}
+SGD = {"optim": "sgd", "learning_rate": 1e-1, "max_steps": 2}  # AdamW's first steps are signs, which rounding flips
 
 
-@pytest.mark.parametrize("stage", PARTS)
-def test_what_should_train_moves_and_nothing_else(build, stage):
-    trainer = build(stage, max_steps=3)
+@pytest.mark.parametrize("stage, options", [*((stage, {}) for stage in PARTS), ("pretrain", TRAINED_BACKBONE)])
+def test_what_should_train_moves_and_is_saved_and_nothing_else(build, tmp_path, stage, options):
+    trainer = build(stage, max_steps=3, **options)
     before = state_of(trainer.model)
     trainer.train()
-    after = state_of(trainer.model)
-    trainable = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-    assert {part_of(name) for name in trainable} == PARTS[stage]
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved == trainable
+    trainable = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert {part_of(name) for name in trainable} == PARTS[stage] | ({"backbone"} if options else set())
+    assert moved(before, trainer.model) == set(trainable)
     held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
-    assert held == {id(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad}
-
-
-def test_a_backbone_that_trains_is_saved_and_comes_back(build, tmp_path):
-    trainer = build(model_options={"train_backbone": True}, max_steps=2)
-    before = state_of(trainer.model)
-    trainer.train()
-    moved = {
-        part_of(name) for name, tensor in state_of(trainer.model).items() if not torch.equal(before[name], tensor)
-    }
-    assert moved == PARTS["pretrain"] | {"backbone"}
+    assert held == set(map(id, trainable.values()))
     trainer.save_model()
-    loaded = CLaRaForRAG.from_pretrained(tmp_path / "run")
-    assert_equal(state_of(trainer.model), state_of(loaded))
+    assert_equal(state_of(trainer.model), state_of(CLaRaForRAG.from_pretrained(tmp_path / "run")))
 
 
-@pytest.mark.parametrize("stage, order", [*product(PARTS, ("random", "group_by_length")), ("pretrain", "sequential")])
-def test_resuming_equals_not_stopping(build, stage, order):
-    """Bit-equal, dropout and the draw of k included, wherever in the second epoch the run was killed."""
-    options = {"save_strategy": "steps", "save_steps": 1, "train_sampling_strategy": order}
-    per_epoch = len(build(stage, "count").train_dataset) // 4
-    options |= {"max_steps": 2 * per_epoch, "gradient_accumulation_steps": 2, "dataloader_drop_last": True}
-    whole = build(stage, "whole", **options)
-    whole.train()
-    killed = build(stage, "killed", **options)
-    folder = killed.args.output_dir
-    killed.train()
-    for step in range(per_epoch + 2, 2 * per_epoch + 1):
-        shutil.rmtree(f"{folder}/checkpoint-{step}")
-    resumed = build(stage, "killed", **options)
-    resumed.train(resume_from_checkpoint=str(last_checkpoint(Path(folder))))
-    assert resumed.state.global_step == 2 * per_epoch
+@pytest.mark.parametrize(
+    "stage, order, options",
+    [
+        ("pretrain", "sequential", {}),
+        ("pretrain", "group_by_length", TRAINED_BACKBONE),
+        ("instruct", "random", {}),
+        ("contrastive", "group_by_length", {}),
+        ("joint", "random", {}),
+    ],
+)
+def test_resuming_equals_not_stopping(build, train, stage, order, options):
+    """Bit-equal, dropout and the draw of k included, in the second epoch; `test_train_script.py` stops elsewhere."""
+    options = {"save_strategy": "steps", "save_steps": 1, "train_sampling_strategy": order, **options}
+    options |= {"max_steps": -1, "num_train_epochs": 2, "dataloader_drop_last": True}
+    whole = train(stage, "whole", gradient_accumulation_steps=2, **options)
+    n_steps = whole.state.global_step
+    resumed = build(stage, "resumed", gradient_accumulation_steps=2, **options)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{n_steps // 2 + 1}")
+    assert resumed.state.global_step == n_steps > 3
     assert_equal(state_of(whole.model), state_of(resumed.model))
     assert loss_curve(whole) == loss_curve(resumed)
 
 
-def test_resuming_a_trained_backbone_equals_not_stopping(build):
-    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "model_options": {"train_backbone": True}}
-    whole = build(name="whole", **options)
-    whole.train()
-    killed = build(name="killed", **options)
-    killed.train()
-    resumed = build(name="killed", **options)
-    resumed.train(resume_from_checkpoint=f"{killed.args.output_dir}/checkpoint-1")
-    assert_equal(state_of(whole.model), state_of(resumed.model))
-
-
 @pytest.mark.parametrize("stage", PARTS)
-def test_accumulating_micro_batches_equals_one_batch(build, stage):
+def test_accumulating_micro_batches_equals_one_batch(train, stage):
     """4 x 1 == 1 x 4, with targets and candidate lists of unequal length."""
-    runs = []
-    for name, size, accumulation in (("one", 4, 1), ("four", 1, 4)):
-        trainer = build(
-            stage,
-            name,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=accumulation,
-            max_steps=2,
-            optim="sgd",  # AdamW's first steps are signs, which rounding flips
-            learning_rate=1e-1,
-        )
-        without_dropout(trainer.model)
-        trainer.train()
-        runs.append(trainer)
-    assert_equal(state_of(runs[0].model), state_of(runs[1].model), rtol=1e-4, atol=1e-6)
+    options = {"dropout": False, "data_options": {"targets_per_document": 2}, **SGD}
+    runs = [
+        train(stage, f"run{n}", per_device_train_batch_size=n, gradient_accumulation_steps=4 // n, **options)
+        for n in (1, 4)
+    ]
+    assert_equal(*(state_of(trainer.model) for trainer in runs), rtol=1e-4, atol=1e-6)
     for one, four in zip(*(trainer.state.log_history[:2] for trainer in runs), strict=True):
         for name in set(one) - {"epoch", "tokens_per_second", "step"}:
             assert one[name] == pytest.approx(four[name], rel=1e-4, abs=1e-6), name
 
 
 @pytest.mark.parametrize("stage", PARTS)
-def test_checkpointing_activations_changes_nothing(build, stage):
-    plain = build(stage, "plain", max_steps=2)
+def test_checkpointing_changes_nothing_and_bfloat16_not_what_trains(train, stage):
     with padded_passes():  # as recomputed ones are: dropout draws the same
-        plain.train()
-    checkpointed = build(stage, "checkpointed", max_steps=2, activation_checkpointing=True)
-    checkpointed.train()
-    assert_equal(state_of(plain.model), state_of(checkpointed.model), rtol=1e-5, atol=1e-6)
+        exact = train(stage, "exact", **SGD)
+    checkpointed = train(stage, "checkpointed", activation_checkpointing=True, **SGD)
+    assert_equal(state_of(exact.model), state_of(checkpointed.model), rtol=1e-5, atol=1e-6)
+    assert loss_curve(exact) == pytest.approx(loss_curve(checkpointed), rel=1e-4)
+    half = train(stage, "half", bf16=True, model_options={"dtype": "bfloat16"}, **SGD)
+    for parameter in half.model.parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+    assert loss_curve(half) == pytest.approx(loss_curve(exact), rel=0.1, abs=0.05)
 
 
-@pytest.mark.parametrize("stage", PARTS)
-def test_bfloat16_keeps_what_trains_in_float32(build, stage):
-    exact = build(stage, "exact", max_steps=2)
-    exact.train()
-    half = build(stage, "half", max_steps=2, bf16=True, model_options={"dtype": "bfloat16"})
-    half.train()
-    assert {p.dtype for p in half.model.parameters() if p.requires_grad} == {torch.float32}
-    assert {p.dtype for p in half.model.parameters() if not p.requires_grad} == {torch.bfloat16}
-    for a, b in zip(loss_curve(exact), loss_curve(half), strict=True):
-        assert b == pytest.approx(a, rel=0.1, abs=0.05)
+def test_k_is_drawn_from_seed_and_step():
+    drawn, again, other = ([memory_size_of_step([2, 4], seed, step) for step in range(200)] for seed in (7, 7, 8))
+    assert drawn == again != other and 60 < drawn.count(2) < 140
 
 
-def test_k_is_drawn_from_seed_and_step(build):
-    sizes = [2, 4]
-    drawn = [memory_size_of_step(sizes, 7, step) for step in range(200)]
-    assert drawn == [memory_size_of_step(sizes, 7, step) for step in range(200)]
-    assert drawn != [memory_size_of_step(sizes, 8, step) for step in range(200)]
-    assert 60 < drawn.count(2) < 140
-    trainer = build(max_steps=6, gradient_accumulation_steps=2)
-    read = []
-    trainer.model.register_forward_pre_hook(
-        lambda model, args, kwargs: read.append((kwargs["memory_size"], kwargs["num_samples_in_batch"])),
-        with_kwargs=True,
-    )
+@pytest.mark.parametrize("some", [None, [4]])
+def test_every_pass_of_a_step_has_its_k_and_its_count_of_rows(build, some):
+    trainer, read = build(max_steps=6, gradient_accumulation_steps=2, train_memory_sizes=some), []
+    trainer.model.register_forward_pre_hook(lambda _, arguments, inputs: read.append(inputs), with_kwargs=True)
     trainer.train()
-    wanted = [memory_size_of_step(sizes, trainer.args.seed, step) for step in range(6) for _ in range(2)]
-    assert [size for size, _ in read] == wanted
-    assert {float(samples) for _, samples in read} == {4.0}
+    drawn = [memory_size_of_step(some or [2, 4], trainer.args.seed, step) for step in range(6) for _ in range(2)]
+    assert [inputs["memory_size"] for inputs in read] == drawn and set(drawn) == set(some or [2, 4])
+    assert {float(inputs["num_samples_in_batch"]) for inputs in read} == {4.0}
 
 
-def test_k_can_be_held_to_some_sizes(build):
-    trainer = build(max_steps=6, train_memory_sizes=[4])
-    read = []
-    trainer.model.register_forward_pre_hook(
-        lambda model, args, kwargs: read.append(kwargs["memory_size"]), with_kwargs=True
-    )
-    trainer.train()
-    assert read == [4] * 6
-    for wrong in ([], [3], [4, 8], [4, 4]):
-        with pytest.raises(ValueError, match="`train_memory_sizes` must name some"):
-            build(max_steps=6, train_memory_sizes=wrong)
+@pytest.mark.parametrize("wrong", [[], [3], [4, 8], [4, 4]])
+def test_k_is_drawn_among_the_models(build, wrong):
+    with pytest.raises(ValueError, match="`train_memory_sizes` must name some"):
+        build(train_memory_sizes=wrong)
 
 
-def test_a_checkpoint_keeps_its_settings(build, shared_model):
-    """A recipe may say them again, and is refused where it says something else."""
-    config, overlap = shared_model.config, shared_model.processor.document_overlap
-    same = {"memory_sizes": config.memory_sizes, "lora_rank": config.lora["compressor"]["rank"]}
-    build(model_options={**same, "processor_kwargs": {"document_overlap": overlap}, "memory_normalization": False})
-    wrong = {"lora_dropout": 0.7, "processor_kwargs": {"document_overlap": overlap + 1}, "memory_normalization": True}
-    with pytest.raises(ValueError, match="must be what `checkpoint` has.*Leave them out") as error:
-        build(model_options={**same, **wrong})
-    for name in ("'lora_dropout': 0.7", "processor_kwargs.document_overlap", "'memory_normalization': True"):
-        assert name in str(error.value)
-    assert "lora_rank" not in str(error.value)
-
-
-def test_the_log_of_a_step(build):
-    trainer = build("joint", max_steps=2, eval_strategy="steps", eval_steps=2)
-    trainer.train()
-    step = trainer.state.log_history[0]
-    assert {"ce", "learning_rate", "tokens_per_second", "recall@1", "recall@3", "recall@5", "mrr", "margin"} <= set(
-        step
-    )
-    assert {"grad_norm/reasoner", "grad_norm/generator"} <= set(step)
+def test_the_log_of_a_step(train):
+    trainer = train("joint", max_steps=2, eval_strategy="steps", eval_steps=2)
+    step, *_, evaluation = (entry for entry in trainer.state.log_history if "train_runtime" not in entry)
+    ranking = {"recall@1", "recall@3", "recall@5", "mrr", "margin", "exact_match"}
+    assert ranking | {"learning_rate", "tokens_per_second"} <= set(step)
     assert step["loss"] == pytest.approx(step["ce"], rel=1e-5)
     assert step["grad_norm"] ** 2 == pytest.approx(step["grad_norm/reasoner"] ** 2 + step["grad_norm/generator"] ** 2)
-    evaluation = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
-    assert {"eval_ce", "eval_exact_match", "eval_recall@1", "eval_mrr"} <= set(evaluation)
-    samples = [json.loads(line) for line in open(f"{trainer.args.output_dir}/samples.jsonl")]
-    assert samples[0]["step"] == 2 and samples[0]["expected"] == CITIES[0]
-    pretraining = build("pretrain", "other", max_steps=1)
-    pretraining.train()
-    step, weight = pretraining.state.log_history[0], pretraining.model.config.alignment_weight
+    assert {f"eval_{name}" for name in ranking | {"ce", "loss"}} <= set(evaluation)
+    (sample,) = read_lines(Path(trainer.args.output_dir) / "samples.jsonl")
+    assert sample["step"] == 2 and sample["expected"] == CITIES[0]
+    other = train("pretrain", "other", max_steps=1)
+    step, weight = other.state.log_history[0], other.model.config.alignment_weight
     assert step["loss"] == pytest.approx(step["ce"] + weight * step["mse"], rel=1e-5)
 
 
 def test_evaluation_is_the_same_for_any_batch(build):
-    results = [build("joint", f"run{size}", per_device_eval_batch_size=size).evaluate() for size in (1, 3, 8)]
-    for name in ("eval_ce", "eval_recall@1", "eval_mrr", "eval_margin", "eval_exact_match"):
-        assert results[0][name] == pytest.approx(results[1][name], rel=1e-4)
-        assert results[0][name] == pytest.approx(results[2][name], rel=1e-4)
+    one, *others = (build("joint", f"run{n}", per_device_eval_batch_size=n).evaluate() for n in (1, 3, 8))
+    for other in others:
+        for name in ("eval_ce", "eval_recall@1", "eval_mrr", "eval_margin", "eval_exact_match"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4)
+
+
+# --- stages and checkpoints ------------------------------------------------------------------------------------------
+
+
+def test_a_new_stage_is_one_entry(build, tmp_path, monkeypatch):
+    """Parsed, its section of a recipe read, its rows checked, trained and logged."""
+    monkeypatch.setitem(STAGES, "reread", dataclasses.replace(STAGES["instruct"], roles=("generator",)))
+    (tmp_path / "recipe.yaml").write_text("stage: reread\nreread: {max_steps: 3}\nmax_steps: 9\nuse_cpu: true\n")
+    given = ["checkpoint=x", "datasets=[{path: y}]"]
+    _, _, training = parse_arguments(["--config", str(tmp_path / "recipe.yaml"), *given])
+    assert training.max_steps == 3 and training.roles == ("generator",)
+    trainer = build("reread", max_steps=2)
+    before, counts = state_of(trainer.model), count_roles(trainer.model)
+    trainer.train()
+    assert len(loss_curve(trainer)) == 2 and "ce" in trainer.state.log_history[0]
+    assert {part_of(name) for name in moved(before, trainer.model)} == {"generator"}
+    assert counts == {"compressor": 2, "generator": 2}
+
+
+def test_records_are_consistent():
+    for name, stage in STAGES.items():
+        assert stage.losses and set(stage.losses) <= {"lm", "alignment", "contrastive"}, name
+        assert stage.start in ("backbone", "checkpoint") and not (stage.selects and stage.reads_text), name
+        assert ("alignment" in stage.losses) == stage.reads_memories, name  # what a step compresses can be aligned
+
+
+@pytest.fixture
+def start(checkpoint):
+    """`start(stage, *overrides)`: the model of a stage's own YAML, from a checkpoint of other settings."""
+
+    def run(stage: str, *overrides: str):
+        given = [f"checkpoint={checkpoint}", "datasets=[{path: rows.jsonl}]", "use_cpu=true", "report_to=none"]
+        recipe = str(CONFIGS / "stages" / f"{stage}.yaml")
+        model_arguments, _, training = parse_arguments(["--config", recipe, *given, *overrides])
+        return prepare_model(model_arguments, training)
+
+    return run
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stages_recipe_goes_on_from_a_checkpoint_of_other_settings(start, caplog, stage):
+    model = start(stage)
+    assert model.config.memory_sizes == [2, 4] and model.config.lora["generator"]["rank"] == 4
+    told = [record.getMessage() for record in caplog.records if "keeps its own" in record.getMessage()]
+    assert len(told) == (STAGES[stage].start == "backbone")  # the recipes with keys of fresh adapters
+    assert all("lora_rank 4 (not 16)" in line and "document_max_length 64 (not 256)" in line for line in told)
+
+
+def test_the_command_line_may_say_what_the_checkpoint_has_and_nothing_else(start, shared_model):
+    overlap = shared_model.processor.document_overlap
+    same = ["lora_rank=4", "memory_sizes=[2, 4]", "memory_normalization=false"]
+    same += [f"processor_kwargs={{document_overlap: {overlap}}}"]
+    assert start("pretrain", *same).config.lora["compressor"]["rank"] == 4
+    wrong = ["memory_sizes=[4, 8]", "document_max_length=128", "lora_dropout=0.7", "memory_normalization=true"]
+    wrong += [f"processor_kwargs={{document_overlap: {overlap + 1}}}"]
+    with pytest.raises(ValueError, match="must be what `checkpoint` has.*Leave them out") as error:
+        start("pretrain", same[0], *wrong)
+    for name in ("'memory_sizes': [4, 8]", "'document_max_length': 128", "'lora_dropout': 0.7"):
+        assert name in str(error.value)
+    assert "processor_kwargs.document_overlap" in str(error.value) and "'memory_normalization': True" in str(
+        error.value
+    )
+    assert "lora_rank" not in str(error.value)

@@ -6,6 +6,7 @@ Scores are drawn from few values, so that ties are common; missing candidates sc
 import doctest
 import math
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from recipes.training import training_metrics
 from recipes.training.training_metrics import MetricSums, exact_matches, ranking_metrics
 
 INF = float("inf")
+NAMES = ["recall@1", "recall@3", "recall@5", "mrr", "margin"]
 
 
-def random_rows(seed: int, rows: int = 12, candidates: int = 7) -> tuple[list[list[float]], list[list[bool]]]:
+def random_rows(seed: int, rows: int = 30, candidates: int = 7) -> tuple[list[list[float]], list[list[bool]]]:
     """Scores with ties and missing candidates; none to several gold documents a row, always among the real ones."""
     draw = random.Random(seed)
     scores, gold = [], []
@@ -28,15 +30,15 @@ def random_rows(seed: int, rows: int = 12, candidates: int = 7) -> tuple[list[li
     return scores, gold
 
 
-def expected_metrics(scores: list[list[float]], gold: list[list[bool]]) -> dict[str, list[float]]:
-    """name -> value of every row that has it."""
-    found = {name: [] for name in ("recall@1", "recall@3", "recall@5", "mrr", "margin")}
+def expected_metrics(scores: list[list[float]], gold: list[list[bool]]) -> dict[str, float]:
+    """The mean over all rows that have the metric."""
+    found = {name: [] for name in NAMES}
     for row, marks in zip(scores, gold, strict=True):
         golds = [i for i, mark in enumerate(marks) if mark]
         others = [i for i, mark in enumerate(marks) if not mark]
         if not golds:
             continue
-        # the place of a gold document behind all that score better, and behind the others that score the same
+        # the place of a gold document after all that score better, and after the others that score the same
         places = [
             1 + sum(row[j] > row[i] for j in range(len(row))) + sum(row[j] == row[i] for j in others) for i in golds
         ]
@@ -46,23 +48,26 @@ def expected_metrics(scores: list[list[float]], gold: list[list[bool]]) -> dict[
         margin = max(row[i] for i in golds) - max((row[i] for i in others), default=-INF)
         if math.isfinite(margin):
             found["margin"].append(margin)
-    return found
+    return {name: sum(values) / max(1, len(values)) for name, values in found.items()}
 
 
 def reduce(sums: MetricSums) -> dict[str, float]:
     return sums.reduce(Accelerator())
 
 
+def test_docstring_examples():
+    assert doctest.testmod(training_metrics, extraglobs={"torch": torch}).failed == 0
+
+
 @pytest.mark.parametrize("seed", range(20))
-def test_ranking_metrics_are_those_of_a_loop(seed):
+@pytest.mark.parametrize("n_cuts", [0, 1, 5, 29])
+def test_any_grouping_of_the_rows_gives_the_means_of_a_loop(seed, n_cuts):
     scores, gold = random_rows(seed)
-    expected = expected_metrics(scores, gold)
-    found = {name: (total, count) for name, total, count in ranking_metrics(torch.tensor(scores), torch.tensor(gold))}
-    assert list(found) == list(expected)
-    for name, values in expected.items():
-        total, count = found[name]
-        assert int(count) == len(values)
-        assert float(total) == pytest.approx(sum(values), abs=1e-5), name
+    sums = MetricSums()
+    for start, end in pairwise([0, *sorted(random.Random(seed).sample(range(1, 30), n_cuts)), 30]):
+        for metric in ranking_metrics(torch.tensor(scores[start:end]), torch.tensor(gold[start:end])):
+            sums.add(*metric)
+    assert reduce(sums) == pytest.approx(expected_metrics(scores, gold), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -75,40 +80,16 @@ def test_ranking_metrics_are_those_of_a_loop(seed):
         ([0.9, 0.5, 0.4, 0.3], [1, 0, 0, 1], [1 / 2, 1 / 2, 1, 1, 0.4]),
         ([0.2, -INF], [1, 0], [1, 1, 1, 1, None]),  # nothing to lead
         ([0.2, 0.1], [1, 1], [1 / 2, 1, 1, 1, None]),
+        ([0.2, 0.1], [0, 0], [None] * 5),
     ],
 )
 def test_ranking_metrics_written_out(scores, gold, expected):
-    sums = MetricSums()
-    for metric in ranking_metrics(torch.tensor([scores]), torch.tensor([gold], dtype=torch.bool)):
-        sums.add(*metric)
-    found = reduce(sums)
-    names = ["recall@1", "recall@3", "recall@5", "mrr", "margin"]
-    # without any row a metric is left at its total, which is 0
-    assert found == pytest.approx({n: 0.0 if v is None else v for n, v in zip(names, expected, strict=True)}, abs=1e-6)
-
-
-def test_rows_without_gold_count_nowhere():
-    found = ranking_metrics(torch.rand(3, 4), torch.zeros(3, 4, dtype=torch.bool))
-    assert [(float(total), int(count)) for _, total, count in found] == [(0.0, 0)] * 5
-
-
-def test_low_precision_scores_are_compared_as_they_are():
-    scores = torch.tensor([[0.5, 0.25, -INF]], dtype=torch.bfloat16)
-    for name, total, _ in ranking_metrics(scores, torch.tensor([[True, False, False]])):
-        assert total.dtype == torch.float32 and float(total) == (0.25 if name == "margin" else 1.0)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_any_grouping_of_the_rows_gives_the_same_means(seed):
-    scores, gold = random_rows(seed, rows=30)
-    expected = {name: sum(values) / len(values) for name, values in expected_metrics(scores, gold).items()}
-    for n_cuts in (0, 1, 5, 29):
-        cuts = [0, *sorted(random.Random(seed).sample(range(1, 30), n_cuts)), 30]
-        sums = MetricSums()
-        for start, end in zip(cuts, cuts[1:], strict=False):
-            for metric in ranking_metrics(torch.tensor(scores[start:end]), torch.tensor(gold[start:end])):
-                sums.add(*metric)
-        assert reduce(sums) == pytest.approx(expected, abs=1e-6)
+    """As `(total, count)`; rows without a metric count nowhere. Scores of low precision are compared as they are."""
+    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        found = ranking_metrics(torch.tensor([scores], dtype=dtype), torch.tensor([gold], dtype=torch.bool))
+        assert [name for name, *_ in found] == NAMES and {total.dtype for _, total, _ in found} == {torch.float32}
+        assert [int(count) for *_, count in found] == [value is not None for value in expected]
+        assert [float(total) for _, total, _ in found] == pytest.approx([value or 0 for value in expected], abs=bound)
 
 
 def test_sums_are_kept_in_float64_and_without_a_graph():
@@ -133,23 +114,13 @@ def test_nothing_counted_is_a_plain_sum_and_nothing_added_is_nothing():
 @pytest.mark.parametrize("seed", range(10))
 def test_exact_matches_are_prompts_with_every_target_right(seed):
     draw = random.Random(seed)
-    rows, length, vocabulary = 6, 8, 3
-    labels = [
-        [draw.randrange(vocabulary) if draw.random() < 0.4 else -100 for _ in range(length)] for _ in range(rows)
-    ]
-    labels[0] = [1] + [-100] * (length - 1)  # a target that nothing predicts
-    logits, right, with_targets = [], 0, 0
+    labels = [[draw.randrange(3) if draw.random() < 0.4 else -100 for _ in range(8)] for _ in range(6)]
+    labels[0] = [1] + [-100] * 7  # a target that nothing predicts
+    guesses, right, n_asked = [], 0, 0
     for row in labels:
-        hits = []
-        for label in row[1:]:
-            if label != -100:
-                guess = label if draw.random() < 0.8 else (label + 1) % vocabulary
-                logits.append([float(guess == token) for token in range(vocabulary)])
-                hits.append(guess == label)
-        right, with_targets = right + (bool(hits) and all(hits)), with_targets + bool(hits)
-    found, count = exact_matches(torch.tensor(logits), torch.tensor(labels))
-    assert (int(found), count) == (right, with_targets)
-
-
-def test_docstring_examples():
-    assert doctest.testmod(training_metrics, extraglobs={"torch": torch}).failed == 0
+        targets = [label for label in row[1:] if label != -100]
+        guessed = [label if draw.random() < 0.8 else (label + 1) % 3 for label in targets]
+        guesses += guessed
+        right, n_asked = right + (bool(targets) and targets == guessed), n_asked + bool(targets)
+    found, count = exact_matches(torch.eye(3)[guesses], torch.tensor(labels))
+    assert (int(found), count) == (right, n_asked)

@@ -35,8 +35,7 @@ VARIANTS = {
 def masked_with_1e_8(scores: torch.Tensor, top_k: int, temperature: float, candidate_mask: torch.Tensor | None = None):
     """The reference's way of leaving out taken documents: log(1e-8) is added to their scores / temperature.
 
-    Arguments and returns as in `straight_through_topk`; the forward choice is the best by these logits, so a document
-    whose cosine leads by more than 18.4 * temperature is taken twice.
+    As `straight_through_topk`, but a document whose cosine leads by more than 18.4 * temperature is taken twice.
     """
     if candidate_mask is None:
         candidate_mask = torch.ones_like(scores, dtype=torch.bool)
@@ -44,10 +43,9 @@ def masked_with_1e_8(scores: torch.Tensor, top_k: int, temperature: float, candi
     slots, selected, taken = [], [], torch.zeros_like(scores)
     for _ in range(top_k):
         soft = torch.softmax(logits + torch.log(1 - taken + 1e-8), dim=-1)
-        best = soft.argmax(-1)
-        hard = torch.nn.functional.one_hot(best, scores.shape[1]).to(scores.dtype)
+        selected.append(soft.argmax(-1))
+        hard = torch.nn.functional.one_hot(selected[-1], scores.shape[1]).to(scores.dtype)
         slots.append(hard + soft - soft.detach())
-        selected.append(best)
         taken = (taken + hard).clamp(max=1)
     return torch.stack(slots, 1), torch.stack(selected, 1)
 

@@ -13,8 +13,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+from transformers import (
+    DataCollatorForSeq2Seq,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from trl.scripts.utils import DatasetConfig
 
 from modeling_clara import CLaRaProcessor
@@ -28,6 +35,7 @@ PROMPTS = {
 }
 VOCABULARY = 2048
 COPY_LENGTHS = (8, 24)  # tokens that are repeated
+BATCH = 64
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -63,45 +71,28 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-class RepeatedSequences(Dataset):
+def repeated_sequence(seed: int, vocabulary: int) -> dict[str, list[int]]:
     """Random tokens, twice: only the second half has labels, since nothing tells the first."""
-
-    def __init__(self, n_rows: int, vocabulary: int):
-        self.n_rows, self.vocabulary = n_rows, vocabulary
-
-    def __len__(self) -> int:
-        return self.n_rows
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        generator = torch.Generator().manual_seed(index)
-        length = int(torch.randint(*COPY_LENGTHS, (), generator=generator))
-        ids = torch.randint(2, self.vocabulary, (length,), generator=generator).tolist()
-        return {"input_ids": ids + ids, "labels": [-100] * length + ids}
+    generator = torch.Generator().manual_seed(seed)
+    length = int(torch.randint(*COPY_LENGTHS, (), generator=generator))
+    ids = torch.randint(2, vocabulary, (length,), generator=generator).tolist()
+    return {"input_ids": ids + ids, "labels": [-100] * length + ids}
 
 
-class SheetsInView(Dataset):
+def sheets_in_view(rows: list[dict], processor: CLaRaProcessor) -> list[dict[str, list[int]]]:
     """Questions and paraphrases after the text of their sheet; labels on the answer and the sheet, for fluency."""
-
-    def __init__(self, rows: list[dict], processor: CLaRaProcessor):
-        self.rows = [(row, pair["question"], pair["answers"][0]) for row in rows for pair in row.get("qas", [])]
-        self.rows += [(row, None, row["paraphrase"]) for row in rows if "paraphrase" in row]
-        self.processor = processor
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        row, question, answer = self.rows[index]
-        prompt = self.processor.build_prompt(question, 0, 1, answer, text_documents=[row])
-        return {"input_ids": prompt.input_ids, "labels": prompt.input_ids}
+    targets = [(row, pair["question"], pair["answers"][0]) for row in rows for pair in row.get("qas", [])]
+    targets += [(row, None, row["paraphrase"]) for row in rows if "paraphrase" in row]
+    prompts = (processor.build_prompt(asked, 0, 1, told, text_documents=[row]) for row, asked, told in targets)
+    return [{"input_ids": prompt.input_ids, "labels": prompt.input_ids} for prompt in prompts]
 
 
-def train_phase(model, processor: CLaRaProcessor, dataset: Dataset, folder: Path, n_steps: int) -> None:
+def train_phase(model: LlamaForCausalLM, tokenizer, dataset: list[dict], folder: Path, n_steps: int) -> None:
     """One phase with a checkpoint every 200 steps; run again, it resumes from the last one."""
     arguments = TrainingArguments(
         output_dir=folder,
         max_steps=n_steps,
-        per_device_train_batch_size=64,
+        per_device_train_batch_size=BATCH,
         learning_rate=2e-3,  # AdamW without weight decay at this size: what the first trials on symbolic sheets took
         warmup_steps=20,
         adam_beta2=0.95,
@@ -114,15 +105,7 @@ def train_phase(model, processor: CLaRaProcessor, dataset: Dataset, folder: Path
         seed=0,
     )
 
-    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-        """Right-padded, each (batch, length) int64."""
-        return {
-            "input_ids": processor.pad([row["input_ids"] for row in rows], processor.pad_token_id),
-            "attention_mask": processor.pad([[1] * len(row["input_ids"]) for row in rows], 0),
-            "labels": processor.pad([row["labels"] for row in rows], -100),
-        }
-
-    trainer = Trainer(model, arguments, data_collator=collate, train_dataset=dataset)
+    trainer = Trainer(model, arguments, data_collator=DataCollatorForSeq2Seq(tokenizer), train_dataset=dataset)
     trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
 
 
@@ -141,9 +124,10 @@ def main() -> None:
     texts += [f" {pair['answers'][0]}" for pair in pairs]
     tokenizer = build_tokenizer(texts)
     processor, model = CLaRaProcessor(tokenizer, **PROMPTS), build_model(tokenizer)
-    copies = RepeatedSequences(64 * arguments.copy_steps, len(tokenizer))
-    train_phase(model, processor, copies, arguments.output / "copying", arguments.copy_steps)
-    train_phase(model, processor, SheetsInView(rows, processor), arguments.output / "reading", arguments.reading_steps)
+    copies = [repeated_sequence(seed, len(tokenizer)) for seed in range(BATCH * arguments.copy_steps)]
+    train_phase(model, tokenizer, copies, arguments.output / "copying", arguments.copy_steps)
+    sheets = sheets_in_view(rows, processor)
+    train_phase(model, tokenizer, sheets, arguments.output / "reading", arguments.reading_steps)
     model.save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
 

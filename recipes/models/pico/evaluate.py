@@ -9,6 +9,7 @@ from pathlib import Path
 
 from modeling_clara import CLaRaForRAG
 from recipes.models.pico.facts import RELATIONS, FactSheets
+from recipes.spaces.metrics.retrieval.retrieval import score_ranking
 from recipes.training.data import read_documents
 
 SPLITS = {"unseen people": False, "unseen people and wordings": True}
@@ -16,8 +17,8 @@ SPLITS = {"unseen people": False, "unseen people and wordings": True}
 
 def share(answers: list, expected: list[str]) -> float:
     """Share of `Answer`s whose text is the expected value, letter case aside."""
-    same = [answer.text.strip().lower() == value.lower() for answer, value in zip(answers, expected, strict=True)]
-    return sum(same) / len(same)
+    pairs = zip(answers, expected, strict=True)
+    return sum(answer.text.strip().lower() == value.lower() for answer, value in pairs) / len(answers)
 
 
 def read_rows(n_rows: int, n_documents: int, seed: int, unseen_wordings: bool) -> tuple[list, list, list, list]:
@@ -32,14 +33,13 @@ def evaluate_split(model: CLaRaForRAG, n_rows: int, n_documents: int, seed: int,
     """Answers from the gold memory at every k, from retrieved memories, from a wrong one; and the retrieval itself."""
     questions, expected, lists, gold = read_rows(n_rows, n_documents, seed, unseen_wordings)
     memory = model.compress([document for documents in lists for document in documents], batch_size=64)
-    memory = memory.unflatten(0, (n_rows, n_documents))
     stored = [
         [{**document, "memory": rows} for document, rows in zip(documents, memories, strict=True)]
-        for documents, memories in zip(lists, memory, strict=True)
+        for documents, memories in zip(lists, memory.unflatten(0, (n_rows, n_documents)), strict=True)
     ]
     ranked = model.retrieve(questions, documents=stored, top_k=n_documents)
-    ranks = [
-        [source.document_id for source in sources].index(str(index))
+    rankings = [
+        score_ranking([source.document_id for source in sources], [str(index)], (1, 5))
         for sources, index in zip(ranked, gold, strict=True)
     ]
     given = [[documents[index]] for documents, index in zip(stored, gold, strict=True)]
@@ -53,9 +53,7 @@ def evaluate_split(model: CLaRaForRAG, n_rows: int, n_documents: int, seed: int,
         "answers_gold_given": {str(k): answered(given, memory_size=k) for k in model.config.memory_sizes},
         "answers_retrieved": answered(stored, top_k=1),
         "answers_wrong_memory": answered(wrong),
-        "recall@1": sum(rank == 0 for rank in ranks) / n_rows,
-        "recall@5": sum(rank < 5 for rank in ranks) / n_rows,
-        "mrr": sum(1 / (1 + rank) for rank in ranks) / n_rows,
+        **{name: sum(row[name] for row in rankings) / n_rows for name in ("recall@1", "recall@5", "mrr")},
     }
 
 

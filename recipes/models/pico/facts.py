@@ -8,7 +8,7 @@ models or training. Everything comes from a seed; the test split has people and 
 
 import argparse
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from modeling_clara.corpus.storage import write_lines
@@ -181,12 +181,9 @@ def is_test_person(first: str, last: str) -> bool:
 
 
 class FactSheets:
-    """Sheets of four facts about people, without end.
+    """Sheets of four facts about people, without end; everything drawn comes from the seed.
 
-    Args:
-        seed: of everything drawn.
-        test: people that training never shows.
-        unseen_wordings: write and ask in the wordings that training never shows.
+    `test`: people that training never shows; `unseen_wordings`: such wordings of statements and questions.
     """
 
     def __init__(self, seed: int, *, test: bool = False, unseen_wordings: bool = False):
@@ -208,6 +205,15 @@ class FactSheets:
         relations = self.random.sample(sorted(RELATIONS), N_FACTS)
         facts = {relation: self.random.choice(RELATIONS[relation]["values"]) for relation in relations}
         return {"title": f"{first} {last}", "text": self._write(facts, first)}, facts
+
+    @staticmethod
+    def of_different_people(n: int, draw: Callable[[], tuple[dict, dict]]) -> list[tuple[dict, dict]]:
+        """So many sheets of what `draw` gives, no person twice."""
+        sheets = {}
+        while len(sheets) < n:
+            document, facts = draw()
+            sheets.setdefault(document["title"], (document, facts))
+        return list(sheets.values())
 
     def question(self, document: dict, facts: dict[str, str]) -> tuple[str, str]:
         """A question about a sheet and its answer."""
@@ -234,22 +240,16 @@ class FactSheets:
     ) -> Iterator[dict]:
         """Rows of the other stages: `{question, answers, docs, pos_index}`, no person twice among the documents.
 
-        Args:
-            n_rows: rows.
-            n_documents: documents of each row, one of them the gold one; a pair draws from its range.
-            n_sheets: how many sheets there are in all; default: every row has its own.
+        Each has `n_documents`, or a number in that range, one of them the gold one. They are drawn from `n_sheets`; by
+        default every row has its own.
         """
         pool = [self.sheet() for _ in range(n_sheets)] if n_sheets else None
         for _ in range(n_rows):
             n = n_documents if isinstance(n_documents, int) else self.random.randint(*n_documents)
-            sheets = {}
-            while len(sheets) < n:
-                document, facts = self.random.choice(pool) if pool else self.sheet()
-                sheets.setdefault(document["title"], (document, facts))
-            documents = list(sheets.values())
+            sheets = self.of_different_people(n, lambda: self.random.choice(pool) if pool else self.sheet())
             gold = self.random.randrange(n)
-            question, answer = self.question(*documents[gold])
-            docs = [f"{document['title']}\n{document['text']}" for document, _ in documents]
+            question, answer = self.question(*sheets[gold])
+            docs = [f"{document['title']}\n{document['text']}" for document, _ in sheets]
             yield {"question": question, "answers": [answer], "docs": docs, "pos_index": [gold]}
 
 

@@ -106,22 +106,19 @@ def write_model(model: CLaRaForRAG, folder: Path, results: dict, curves: dict) -
 
 def write_corpus(model: CLaRaForRAG, folder: Path) -> None:
     """A small compressed corpus of sheets about unseen people; its card says what the codecs cost."""
-    sheets, found = FactSheets(78, test=True), {}
-    while len(found) < N_SHEETS:
-        document, facts = sheets.sheet()
-        found.setdefault(document["title"], (document, facts))
-    documents = [document for document, _ in found.values()]
-    asked = [sheets.question(*sheet) for sheet in found.values()]
-    questions, answers = [question for question, _ in asked], [[answer] for _, answer in asked]
+    sheets = FactSheets(78, test=True)
+    found = sheets.of_different_people(N_SHEETS, sheets.sheet)
+    documents = [document for document, _ in found]
+    questions, answers = zip(*(sheets.question(*sheet) for sheet in found), strict=True)
     source = {"name": "generated fact sheets of clara-pico", "license": "apache-2.0", "language": "en"}
     shutil.rmtree(folder, ignore_errors=True)
     corpus = CompressedCorpus.build(model, documents, folder, batch_size=64, source=source)
     with tempfile.TemporaryDirectory() as temporary:
         exact = Path(temporary) / "float16"
         CompressedCorpus.build(model, documents, exact, codec="float16", batch_size=64)
-        codecs = measure_codecs(model, exact, questions, answers, top_k=1)
-    measured = {"data": "the same generator, one of every sheet", "questions": len(questions), "codecs": codecs}
-    corpus.record_measurement(measured)
+        codecs = measure_codecs(model, exact, questions, [[answer] for answer in answers], top_k=1)
+    data = "the same generator, one of every sheet"
+    corpus.record_measurement({"data": data, "questions": len(questions), "codecs": codecs})
 
 
 def main() -> None:

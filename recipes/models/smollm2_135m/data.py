@@ -21,15 +21,16 @@ import hashlib
 import random
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from trl.scripts.utils import DatasetConfig
 
 from modeling_clara.corpus.storage import write_lines
 from modeling_clara.storage_clara import write_json
+from recipes.evaluation.rankers import Bm25Ranker
+from recipes.evaluation.spans import Spans
 from recipes.models.smollm2_135m.reading_rows import HARD_NUM_READ, hard_reading_rows, reading_rows
-from recipes.models.smollm2_135m.retrieval_rows import with_distractors
 from recipes.training.curriculum import curriculum_rows, sentences, to_passage
 from recipes.training.data import read_documents, read_positives, read_rows
 
@@ -58,6 +59,11 @@ def words(text: str) -> str:
     return re.sub(r"[\W_]+", "", text.casefold())
 
 
+def bare(row: Mapping) -> dict:
+    """The document `{title, text}` of a row."""
+    return {"title": row.get("title", ""), "text": row["text"]}
+
+
 def is_held_back(title: str, text: str) -> bool:
     """One title in ten, the same in every run; of untitled passages one text in ten."""
     digest = hashlib.sha256((words(title) or words(text)).encode()).digest()
@@ -65,18 +71,10 @@ def is_held_back(title: str, text: str) -> bool:
 
 
 class HeldBack:
-    """Texts and titles that no training row may have.
-
-    Args:
-        passages: rows of the passages files, by file name.
-        multihop: rows of the multihop development files.
-    """
+    """Texts and titles that no training row may have: of passages by file name, and of multihop development rows."""
 
     def __init__(self, passages: Mapping[str, Sequence[Mapping]], multihop: Sequence[Mapping]):
-        self.passages = {
-            name: [row for row in rows if is_held_back(row.get("title", ""), row["text"])]
-            for name, rows in passages.items()
-        }
+        self.passages = {name: [row for row in rows if is_held_back(**bare(row))] for name, rows in passages.items()}
         held = [row for rows in self.passages.values() for row in rows]
         self.titles = {words(row.get("title", "")) for row in held} - {""}
         self.texts = {words(row["text"]) for row in held}
@@ -127,11 +125,10 @@ def cloze(title: str, text: str, n_questions: int = 2) -> dict | None:
 def pretraining_rows(passages: Sequence[Mapping], corpora: Sequence[Mapping], held: HeldBack) -> dict[str, list[dict]]:
     """Stage 1, by file: every passage with its questions, paraphrases of every text, cloze questions on corpora."""
     passages, corpora = held.others(passages), held.others(corpora)
-    texts = [(row.get("title", ""), row["text"]) for row in [*passages, *corpora]]
     made = {
-        "questions": [{"title": row.get("title", ""), "text": row["text"], "qas": row["qas"]} for row in passages],
-        "paraphrase": [paraphrased(*text) for text in texts],
-        "cloze": [cloze(*text) for text in texts[len(passages) :]],
+        "questions": [{**bare(row), "qas": row["qas"]} for row in passages],
+        "paraphrase": [paraphrased(**bare(row)) for row in [*passages, *corpora]],
+        "cloze": [cloze(**bare(row)) for row in corpora],
     }
     return {f"pretrain_{kind}": [row for row in rows if row] for kind, rows in made.items()}
 
@@ -144,11 +141,7 @@ def piece_rows(passages: Sequence[Mapping], held: HeldBack) -> list[dict]:
 def question_rows(passages: Sequence[Mapping], held: HeldBack) -> list[dict]:
     """One row a question of a passage: `{question, answers, gold}`."""
     return [
-        {
-            "question": pair["question"],
-            "answers": pair["answers"],
-            "gold": [{"title": row.get("title", ""), "text": row["text"]}],
-        }
+        {"question": pair["question"], "answers": pair["answers"], "gold": [bare(row)]}
         for row in held.others(passages)
         for pair in row["qas"]
         if words(pair["question"]) not in held.questions and pair["answers"]
@@ -159,8 +152,7 @@ def questions_of(passages: Sequence[Mapping], held: HeldBack) -> list[dict]:
     """Passages that are not held out, with those of their questions that are not and have an answer; each once."""
     found = {}
     for row in held.others(passages):
-        empty = {"title": row.get("title", ""), "text": row["text"], "qas": []}
-        passage = found.setdefault(words(row["text"]), empty)
+        passage = found.setdefault(words(row["text"]), {**bare(row), "qas": []})
         known = {words(pair["question"]) for pair in passage["qas"]} | held.questions
         for pair in row["qas"]:
             if pair["answers"] and words(pair["question"]) not in known:
@@ -186,6 +178,32 @@ def unanswerable_rows(rows: Sequence[Mapping], held: HeldBack) -> Iterator[dict]
             yield {"question": row["question"], "answers": [NO_ANSWER], "docs": documents, "pos_index": []}
 
 
+def with_distractors(
+    rows: Sequence[Mapping], n_documents: int, generator: random.Random, others: Iterable[Mapping] = ()
+) -> Iterator[dict]:
+    """Rows `{question, answers, docs, pos_index}` of `{question, answers, gold}`, the gold ones at random places.
+
+    The other ones of `n_documents` are what BM25 takes for the best of all rows' gold documents and of `others`.
+    """
+    documents = {}
+    for document in [*(document for row in rows for document in row["gold"]), *others]:
+        documents.setdefault((document["title"], document["text"]), len(documents))
+    keys = list(documents)
+    spans = Spans([str(n) for n in range(len(keys))], [0] * len(keys), [k[0] for k in keys], [k[1] for k in keys])
+    ranked = Bm25Ranker(spans).rank([row["question"] for row in rows], [None] * len(rows), n_documents)
+    for row, hits in zip(rows, ranked, strict=True):
+        gold = list(dict.fromkeys(documents[document["title"], document["text"]] for document in row["gold"]))
+        distractors = [number for number, _ in hits if number not in gold]
+        order = [*gold, *distractors[: max(0, n_documents - len(gold))]]
+        generator.shuffle(order)
+        yield {
+            "question": row["question"],
+            "answers": row["answers"],
+            "docs": [{"title": keys[number][0], "text": keys[number][1]} for number in order],
+            "pos_index": sorted(order.index(number) for number in gold),
+        }
+
+
 def cut(row: Mapping, n_documents: int, generator: random.Random) -> dict:
     """A row with its gold documents and as many others as make `n_documents`, in their order."""
     others = [index for index in range(len(row["docs"])) if index not in row["pos_index"]]
@@ -196,13 +214,8 @@ def cut(row: Mapping, n_documents: int, generator: random.Random) -> dict:
 
 
 def searched_rows(corpus: Sequence[Mapping], development: Mapping[str, Sequence[Mapping]]) -> list[dict]:
-    """Documents of a corpus in which every development question finds its own: `{id, title, text}`, each once.
-
-    Args:
-        corpus: rows `{id, title?, text}`.
-        development: rows of the multihop development files, by file name.
-    """
-    documents = [{"id": str(row["id"]), "title": row.get("title", ""), "text": row["text"]} for row in corpus]
+    """Documents `{id, title, text}`, each once: of a corpus, and those of development rows by file name."""
+    documents = [{"id": str(row["id"]), **bare(row)} for row in corpus]
     for name, rows in development.items():
         read = (document for row in rows for document in read_documents(row))
         documents += [{"id": f"{name.split('.')[0]}-{number}", **document} for number, document in enumerate(read)]
@@ -216,16 +229,7 @@ def searched_rows(corpus: Sequence[Mapping], development: Mapping[str, Sequence[
 
 
 def write_files(source: Path, output: Path, seed: int = SEED) -> dict[str, int]:
-    """Write all files; the number of rows of each.
-
-    Args:
-        source: folder with the data.
-        output: folder of what is written.
-        seed: of the order of documents.
-
-    Raises:
-        FileNotFoundError: a kind of data is missing.
-    """
+    """Write all files; the number of rows of each. A `FileNotFoundError` if a kind of data is missing."""
     (output / COUNTS_FILE).unlink(missing_ok=True)
     groups = {}
     for kind, pattern in PATTERNS.items():
@@ -233,53 +237,34 @@ def write_files(source: Path, output: Path, seed: int = SEED) -> dict[str, int]:
         if not paths:
             raise FileNotFoundError(f"{source} must have {pattern}, found none. Name another folder.")
         groups[kind] = {path.name: [row for _, row in read_rows(DatasetConfig(str(path)))] for path in paths}
+    rows_of = {kind: [row for rows in group.values() for row in rows] for kind, group in groups.items()}
     passages, development = groups["passages"], groups["development"]
-    texts, corpora, train, unanswerable, asked = (
-        [row for rows in groups[kind].values() for row in rows]
-        for kind in ("passages", "corpora", "multihop", "unanswerable", "development")
-    )
-    held = HeldBack(passages, asked)
-    multihop = list(multihop_rows(train, held))
-    free = [row for name, rows in passages.items() if name.startswith(FREE_PASSAGES) for row in rows]
+    held, generator = HeldBack(passages, rows_of["development"]), random.Random(seed)
+    multihop = list(multihop_rows(rows_of["multihop"], held))
+    # stages 2 and 3 of the paper; neighbours share documents, so the files pack well
+    found = with_distractors(question_rows(rows_of["passages"], held), NUM_CANDIDATES, generator)
+    rows = [*found, *multihop]
+    instruct = [cut(row, NUM_READ, generator) for row in rows]
     files = {
-        "curriculum": piece_rows(texts, held),
-        **pretraining_rows(texts, corpora, held),
-        **stage_rows(texts, multihop, unanswerable, held, random.Random(seed)),
+        "curriculum": piece_rows(rows_of["passages"], held),
+        **pretraining_rows(rows_of["passages"], rows_of["corpora"], held),
+        "instruct": [*instruct, *unanswerable_rows(rows_of["unanswerable"], held)],
+        "retrieval": [row for row in rows if len(row["docs"]) >= NUM_READ],
     }
-    files |= run_rows(free, multihop, files["pretrain_cloze"], held, seed)
-    files |= {f"dev/{name.removesuffix('.jsonl.gz')}": rows for name, rows in {**held.passages, **development}.items()}
+    # what the two runs of the published model read; the passages' licence lets the model be free
+    free = [row for name, group in passages.items() if name.startswith(FREE_PASSAGES) for row in group]
+    asked = [row for row in questions_of(free, held) if row["qas"]]
+    alike = with_distractors(question_rows(asked, held), HARD_NUM_READ["candidates"], random.Random(seed))
+    texts = files["pretrain_cloze"]
+    files["reading"] = reading_rows(piece_rows(asked, held), asked, multihop, texts, seed)
+    files["reading_hard"] = hard_reading_rows(asked, multihop, list(alike), texts)
+    files |= {
+        f"dev/{name.removesuffix('.jsonl.gz')}": group for name, group in {**held.passages, **development}.items()
+    }
     files["corpus"] = searched_rows(groups["corpora"].get(SEARCHED, ()), development)
     counts = {name: write_lines(output / f"{name}.jsonl", rows) for name, rows in files.items()}
     write_json(output / COUNTS_FILE, {"rows": counts})
     return counts
-
-
-def stage_rows(
-    texts: Sequence[Mapping],
-    multihop: Sequence[Mapping],
-    unanswerable: Sequence[Mapping],
-    held: HeldBack,
-    generator: random.Random,
-) -> dict[str, list[dict]]:
-    """Stages 2 and 3 of the paper, by file; neighbours share documents, so the files pack well."""
-    rows = [*with_distractors(question_rows(texts, held), NUM_CANDIDATES, generator), *multihop]
-    instruct = [cut(row, NUM_READ, generator) for row in rows]
-    return {
-        "instruct": instruct + list(unanswerable_rows(unanswerable, held)),
-        "retrieval": [row for row in rows if len(row["docs"]) >= NUM_READ],
-    }
-
-
-def run_rows(
-    passages: Sequence[Mapping], multihop: Sequence[Mapping], cloze_rows: Sequence[Mapping], held: HeldBack, seed: int
-) -> dict[str, list[dict]]:
-    """What the two runs of the published model read, by file; the passages' licence lets the model be free."""
-    asked = [row for row in questions_of(passages, held) if row["qas"]]
-    found = with_distractors(question_rows(asked, held), HARD_NUM_READ["candidates"], random.Random(seed))
-    return {
-        "reading": reading_rows(piece_rows(asked, held), asked, multihop, cloze_rows, seed),
-        "reading_hard": hard_reading_rows(asked, multihop, list(found), cloze_rows),
-    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

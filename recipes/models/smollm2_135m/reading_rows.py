@@ -69,14 +69,9 @@ def reading_rows(
     texts: Sequence[Mapping],
     seed: int = 42,
 ) -> list[dict]:
-    """Some pieces, then all passages once in steps of `STEP`: `reading.jsonl`.
+    """`reading.jsonl`: some pieces in the order of `curriculum.py`, then all passages once in steps of `STEP`.
 
-    Args:
-        pieces: rows of `curriculum.py`, in its order.
-        passages: `{title, text, qas}`.
-        multihop: `{question, answers, docs, pos_index}`.
-        texts: `{title, text, qas}` with cloze questions.
-        seed: of every choice.
+    Passages and texts are `{title, text, qas}`, multi-hop rows `{question, answers, docs, pos_index}`.
     """
     n_pieces = min(PIECES, len(pieces))
     rows = [pieces[place * len(pieces) // n_pieces] for place in range(n_pieces)]
@@ -84,19 +79,11 @@ def reading_rows(
 
 
 def hard_reading_rows(
-    passages: Sequence[Mapping],
-    multihop: Sequence[Mapping],
-    candidates: Sequence[Mapping],
-    texts: Sequence[Mapping],
-    seed: int = 43,
+    passages: Sequence[Mapping], multihop: Sequence[Mapping], candidates: Sequence[Mapping], texts: Sequence[Mapping]
 ) -> list[dict]:
-    """All passages once in steps of `HARD_STEP`, beside questions over several documents: `reading_hard.jsonl`.
-
-    Arguments as in `reading_rows`; `candidates` are questions of passages, `{question, answers, docs, pos_index}`,
-    among what BM25 takes for the best.
-    """
+    """`reading_hard.jsonl`: all passages once in steps of `HARD_STEP`; `candidates` are rows as `multihop`."""
     kinds = {"passages": passages, "multihop": multihop, "candidates": candidates, "texts": texts}
-    return in_steps(kinds, HARD_STEP, HARD_NUM_READ, seed)
+    return in_steps(kinds, HARD_STEP, HARD_NUM_READ, seed=43)
 
 
 def in_steps(

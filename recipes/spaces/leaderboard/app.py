@@ -47,23 +47,19 @@ class Board:
         """Reads the source anew; whoever asks meanwhile sees what was there before."""
         loaded = self.source.load()
         frame = tables.make_frame(loaded.entries)
-        frames = {setting: frame[frame["setting"] == setting] for setting in tables.SETTINGS}
-        self.loaded, self.frames = loaded, frames
+        self.frames = {setting: frame[frame["setting"] == setting] for setting in tables.SETTINGS}
+        self.loaded = loaded
 
     def labels(self) -> list[str]:
         """Of the tabs of the settings, and of that of refused files."""
-        counts = {setting: len(frame) for setting, frame in self.frames.items()} | {
-            "Invalid": len(self.loaded.refused)
-        }
+        counts = {name: len(frame) for name, frame in self.frames.items()} | {"Invalid": len(self.loaded.refused)}
         return [f"{name} ({count:,})" for name, count in counts.items()]
 
 
 def build_app(source: Source, submit_to: str | None = None) -> gr.Blocks:
-    """The page on the results of `source`; launch it with `LAUNCH`.
+    """The page on the results of `source`, which is read here and at each refresh; launch it with `LAUNCH`.
 
-    Args:
-        source: where results are read; it is read once here and at each refresh.
-        submit_to: the dataset repo that gets pull requests; by default the one that results are read from.
+    `submit_to` is the dataset repo that gets pull requests, by default the one that results are read from.
     """
     board = Board(source, submit_to)
     *labels, invalid_label = board.labels()

@@ -3,8 +3,6 @@
 It draws the rows that the table shows, thousands of them if need be; all text is escaped, because plotly reads HTML.
 """
 
-import math
-
 import pandas as pd
 import plotly.graph_objects as go
 from leaderboard_text import escaped
@@ -17,6 +15,11 @@ MARKS = {  # colours told apart without red and green, on white and on black
     "external": ("#e69f00", "triangle-up"),
 }
 COSTS = {"bytes_per_span": "bytes per span", "p50": "latency p50 (ms)"}
+HOVERED = {  # numbers that are told of a point if there are any
+    "memory_size": "{:.0f} memory vectors",
+    "bytes_per_span": "{:,.9g} bytes per span",
+    "p50": "{:,.4g} ms p50",
+}
 MAX_ERROR_BARS = 300  # points; with more the bars hide each other
 AXIS = {"gridcolor": "rgba(128, 128, 128, 0.25)", "zeroline": False, "automargin": True}
 
@@ -44,7 +47,7 @@ def cost_figure(frame: pd.DataFrame, metric: str | None, cost: str) -> go.Figure
     notes = [f"{len(frame) - len(known):,} without {COSTS[cost]} not drawn"] if len(known) < len(frame) else []
     notes += [] if has_bars else [f"no error bars above {MAX_ERROR_BARS} points"]
     title = f"{COSTS[cost]}, log scale<br><span style='font-size: 11px'>{'; '.join(notes)}</span>"
-    figure.update_xaxes(type="log", title_text=title, **_ticks(known[cost]), **AXIS)
+    figure.update_xaxes(type="log", title_text=title, tickformat=",.9~g", **AXIS)
     top = known[f"{metric} high"].max() if len(known) else 1.0
     figure.update_yaxes(title_text=escaped(metric or "quality"), range=[-0.03 * top, 1.04 * top + 1e-3], **AXIS)
     if known.empty:
@@ -74,27 +77,12 @@ def _points(rows: pd.DataFrame, metric: str, cost: str, has_bars: bool) -> go.Sc
 
 def _hovers(rows: pd.DataFrame, metric: str) -> list[str]:
     """What is told of each point."""
-    names = ["system", "model", "data", "codec", "memory_size", "bytes_per_span", "p50"]
-    names += [metric, f"{metric} low", f"{metric} high"]
     texts = []
-    for row in rows[names].itertuples(index=False, name=None):
-        system, model, data, codec, size, n_bytes, p50, value, low, high = row
-        lines = [f"<b>{escaped(system)}</b>", escaped(model), f"{escaped(data)}, codec {escaped(codec)}"]
+    for row in rows.to_dict("records"):
+        system, model, data, codec = (escaped(row[name]) for name in ("system", "model", "data", "codec"))
+        value, low, high = (row[f"{metric}{end}"] for end in ("", " low", " high"))
+        lines = [f"<b>{system}</b>", model, f"{data}, codec {codec}"]
         lines += [f"{escaped(metric)} {value:.3f} [{low:.3f}, {high:.3f}]"]
-        lines += [f"{size:.0f} memory vectors"] if size == size else []
-        lines += [f"{n_bytes:,.9g} bytes per span"] if n_bytes == n_bytes else []
-        lines += [f"{p50:,.4g} ms p50"] if p50 == p50 else []
+        lines += [form.format(row[name]) for name, form in HOVERED.items() if row[name] == row[name]]
         texts.append("<br>".join(lines))
     return texts
-
-
-def _ticks(values: pd.Series) -> dict:
-    """Round numbers of a logarithmic axis around these values, and the axis' range."""
-    if values.empty:
-        return {"tickvals": [1, 10, 100, 1000], "range": [0, 3]}
-    low, high = math.log10(values.min()) - 0.1, math.log10(values.max()) + 0.1
-    steps = range(1, 10) if high - low < 1 else (1, 2, 5) if high - low < 4 else (1,)
-    ticks = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in steps]
-    inside = [tick for tick in ticks if low <= math.log10(tick) <= high]
-    texts = [f"{tick:,.12g}" if tick < 1e6 else f"{tick:.0e}" for tick in inside]
-    return {"tickvals": inside, "ticktext": texts, "range": [low, high]}

@@ -25,10 +25,7 @@ TIMEOUT = 10.0  # seconds, of one question
 
 
 class RevisionChecker:
-    """Asks without a token, as a reader of the leaderboard would, and remembers what exists.
-
-    A commit that exists is not asked for again; a missing one may be published later, so it is.
-    """
+    """Asks without a token, as a reader would, and remembers what exists; a missing commit may be published later."""
 
     def __init__(self, max_checks: int = MAX_CHECKS) -> None:
         self.max_checks = max_checks

@@ -12,12 +12,9 @@ FIXED = {"num_candidates": 20, "limit": None}  # options that make results compa
 
 
 def check_submission(content: object, data_files: dict | None) -> list[str]:
-    """What keeps a results.json off the leaderboard: all of `check_results`, and that its model can be found.
+    """What keeps a parsed file off the leaderboard: all of `check_results` and `check_place`.
 
-    Args:
-        content: the parsed file, whatever it is.
-        data_files: of the results repository, name -> {"sha256", "questions", "halves"?}; None if it has no
-            data_files.json, then any data passes.
+    `data_files` of the results repository are name -> {"sha256", "questions", "halves"?}; None lets any data pass.
     """
     problems = check_results(content)
     if problems and (not isinstance(content, dict) or schema_problems(content)):

@@ -59,12 +59,10 @@ class Loaded:
 
 
 class Source:
-    """A folder or a dataset repo of the Hub (`owner/name`), whichever `place` names; a folder wins.
+    """A folder, or a dataset repo of the Hub (`owner/name`) if there is no such folder.
 
-    Args:
-        place: the folder, with `data_files.json` and, below it, `results/`, or any folder with runs of
-            recipes.evaluate; or the id of a dataset repo laid out so.
-        check_revisions: whether the models are looked up on the Hub at their commits.
+    Both have `data_files.json` and `results/`; a folder may also be any with runs of recipes.evaluate. With
+    `check_revisions` the models are looked up on the Hub at their commits.
     """
 
     def __init__(self, place: str | Path, check_revisions: bool = True) -> None:
@@ -166,12 +164,9 @@ class Source:
 
     def _keep_newest(self, contents: dict[str, dict], loaded: Loaded) -> None:
         """Of the same system on the same data in the same setting the newest is kept."""
-
-        def age(path: str) -> tuple[float, str]:
-            return parse_time(contents[path]["created"]).timestamp(), path
-
         newest: dict[str, str] = {}
-        for path in sorted(contents, key=age, reverse=True):
+        aged = [(parse_time(content["created"]).timestamp(), path) for path, content in contents.items()]
+        for _, path in sorted(aged, reverse=True):
             kept = newest.setdefault(identity(contents[path]), path)
             if kept != path:
                 reason = f"the same system, model, data and setting are in {kept}, which is newer: that one is shown."

@@ -42,10 +42,7 @@ class Outcome:
 def check_upload(content: bytes, data_files: dict | None, checker: RevisionChecker | None) -> Checked:
     """All checks of the leaderboard on the bytes of a file.
 
-    Args:
-        content: the file.
-        data_files: of the results repository; None where it has none.
-        checker: that looks the model up on the Hub; None leaves that out.
+    Without `data_files` of the results repository any data will do; without a `checker` no model is looked up.
     """
     try:
         results = parse_results(content)
@@ -92,12 +89,9 @@ def _code(text: str) -> str:
 
 
 def submit(checked: Checked, repo: str, token: str | None) -> Outcome:
-    """Opens a pull request in the dataset `repo` that adds the file, unless it is there or asked for already.
+    """Opens a pull request in the dataset `repo` that adds a file without problems, in the name of the token's user.
 
-    Args:
-        checked: an upload without problems.
-        repo: the results repository, `owner/name`.
-        token: of the user who submits.
+    A file that is there, or asked for already, is told instead.
     """
     if checked.problems:
         raise ValueError("`checked` must have no problems. Show them instead of submitting the file.")

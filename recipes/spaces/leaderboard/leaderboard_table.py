@@ -122,12 +122,9 @@ def choices(frame: pd.DataFrame, key: str) -> list[str]:
 
 
 def filtered(frame: pd.DataFrame, text: str | None = None, **wanted: str | None) -> pd.DataFrame:
-    """The rows that contain every word of the text and have the wanted values; `all` or nothing wants anything.
+    """The rows with every word of the text, in any case, and the wanted values of columns (data, kind, codec ...).
 
-    Args:
-        frame: of `make_frame`.
-        text: words, in any order and any case.
-        **wanted: column -> its value as in `choices`, for columns such as data, kind, codec, memory_size.
+    A value is one of `choices`; `all` or nothing wants anything.
     """
     keep = pd.Series(True, index=frame.index)
     for word in (text or "").casefold().split():
@@ -190,9 +187,8 @@ def _cells(frame: pd.DataFrame, column: Column) -> tuple[list, list]:
         return [escaped(value) for value in values], [link(*pair) for pair in zip(values, urls, strict=True)]
     if column.form is None:
         return values, [None] * len(values)
-    forms = [
-        column.form if value < 1e12 else "{:.3g}" for value in values
-    ]  # an exponent where it has no end otherwise
+    # an exponent where a number has no end otherwise
+    forms = ["{:.3g}" if value >= 1e12 else column.form for value in values]
     texts = [NOTHING if value != value else form.format(value) for value, form in zip(values, forms, strict=True)]
     if f"{column.key} low" in frame:
         intervals = zip(values, texts, frame[f"{column.key} low"], frame[f"{column.key} high"], strict=True)

@@ -54,15 +54,16 @@ def check_text(text: str, where: str, remedy: str) -> None:
         raise ValueError(f"{where} must not be blank, got {text!r}. {remedy}")
 
 
-def summarize(rows: Mapping[str, list[float | None]], per_question: bool, **counts: int) -> dict:
+def summarize(rows: Sequence[Mapping[str, float | None]], per_question: bool, **counts: int) -> dict:
     """The mean of each measure over the rows that have it, None if none has, then the counts and the rows themselves.
 
-    >>> summarize({"f1": [1.0, None, 0.0], "mrr": [None]}, False, questions=3)
+    >>> summarize([{"f1": 1.0, "mrr": None}, {}, {"f1": 0.0}], False, questions=3)
     {'f1': 0.5, 'mrr': None, 'questions': 3}
     """
-    known = {name: [value for value in values if value is not None] for name, values in rows.items()}
+    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+    known = {name: [value for value in values if value is not None] for name, values in columns.items()}
     scores = {name: math.fsum(values) / len(values) if values else None for name, values in known.items()} | counts
-    return scores | {f"{name}_per_question": values for name, values in rows.items() if per_question}
+    return scores | {f"{name}_per_question": values for name, values in columns.items() if per_question}
 
 
 class CheckedRows:

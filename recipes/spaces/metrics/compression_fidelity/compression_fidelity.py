@@ -6,6 +6,7 @@ A module of Hugging Face `evaluate`, read from a folder or from a Space on the H
 import math
 import re
 from collections.abc import Sequence, Set
+from functools import partial
 
 import datasets
 import evaluate
@@ -13,7 +14,6 @@ from rouge_score import rouge_scorer
 
 from recipes.spaces.metrics.checked_rows import CheckedRows, check_text, summarize
 
-MEASURES = ("rouge1", "rougeL", "number_recall", "number_precision", "entity_recall", "entity_precision")
 # 1,200.50, 3.5, .5 and the 90 of 90s, but no digits that follow a letter, as in H2O
 NUMBER = re.compile(
     r"(?<![A-Za-z0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![A-Za-z0-9.])\.[0-9]+"
@@ -158,11 +158,8 @@ class CompressionFidelity(CheckedRows, evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(**INFO)
 
-    def check_prediction(self, prediction: str, where: str) -> None:
-        check_text(prediction, where, NO_PREDICTION)
-
-    def check_reference(self, document: str, where: str) -> None:
-        check_text(document, where, NO_DOCUMENT)
+    check_prediction = staticmethod(partial(check_text, remedy=NO_PREDICTION))
+    check_reference = staticmethod(partial(check_text, remedy=NO_DOCUMENT))
 
     def _compute(
         self,
@@ -173,12 +170,13 @@ class CompressionFidelity(CheckedRows, evaluate.Metric):
         ids: Sequence | None = None,
     ) -> dict:
         self.check_rows(predictions, references, ids)
-        bert = {"bertscore": bertscore(predictions, references, bertscore_model)} if bertscore_model else {}
         rows = [score_paraphrase(*row) for row in zip(predictions, references, strict=True)]
-        lists = {name: [row[name] for row in rows] for name in MEASURES} | bert
         counts = {
-            f"{kind}_without_{things}": lists[f"{thing}_{measure}"].count(None)
+            f"{kind}_without_{things}": [row[f"{thing}_{measure}"] for row in rows].count(None)
             for thing, things in (("number", "numbers"), ("entity", "entities"))
             for kind, measure in (("rows", "recall"), ("predictions", "precision"))
         }
-        return summarize(lists, per_question, **counts)
+        if bertscore_model:
+            for row, value in zip(rows, bertscore(predictions, references, bertscore_model), strict=True):
+                row["bertscore"] = value
+        return summarize(rows, per_question, **counts)

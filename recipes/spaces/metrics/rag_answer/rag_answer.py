@@ -7,6 +7,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 import datasets
 import evaluate
@@ -109,8 +110,7 @@ class RagAnswer(CheckedRows, evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(**INFO)
 
-    def check_prediction(self, prediction: str, where: str) -> None:
-        check_text(prediction, where, NO_PREDICTION)
+    check_prediction = staticmethod(partial(check_text, remedy=NO_PREDICTION))
 
     def check_reference(self, answers: Sequence[str], where: str) -> None:
         check_list(answers, where, "gold answers", f"Write ['Paris'] for a single answer. {NO_GOLD}")
@@ -121,5 +121,4 @@ class RagAnswer(CheckedRows, evaluate.Metric):
 
     def _compute(self, predictions, references, per_question: bool = False, ids: Sequence | None = None) -> dict:
         self.check_rows(predictions, references, ids)
-        rows = [score_answer(*row) for row in zip(predictions, references, strict=True)]
-        return summarize({name: [row[name] for row in rows] for name in MEASURES}, per_question)
+        return summarize([score_answer(*row) for row in zip(predictions, references, strict=True)], per_question)

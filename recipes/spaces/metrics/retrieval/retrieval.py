@@ -55,16 +55,11 @@ def sum_gains(ranks: Iterable[int]) -> float:
 
 
 def score_ranking(ranking: Sequence[str], gold: Sequence[str], k: Sequence[int] = DEFAULT_K) -> dict[str, float]:
-    """The measures of one ranking: recall@k, precision@k, hit@k and ndcg@k of each k, then mrr; each from 0 to 1.
+    """The measures of one ranking of different ids: recall@k, precision@k, hit@k, ndcg@k of each k, then mrr; 0 to 1.
 
     recall@k is the share of the gold documents among the first k, precision@k the share of gold among k places (also
     if fewer were returned), hit@k whether there is any, mrr 1 / rank of the first gold document at any depth,
     ndcg@k the sum of 1 / log2(rank + 1) over the gold documents among the first k, divided by the best possible one.
-
-    Args:
-        ranking: Document ids, the best first, each once.
-        gold: Gold document ids, at least one, each once.
-        k: Depths, positive.
 
     >>> score_ranking(["d7", "d2"], ["d2"], k=[2])
     {'recall@2': 1.0, 'precision@2': 0.5, 'hit@2': 1.0, 'ndcg@2': 0.6309297535714575, 'mrr': 0.5}
@@ -128,7 +123,6 @@ class Retrieval(CheckedRows, evaluate.Metric):
                 "Check that the ids of the gold documents were read."
             )
         rows = [score_ranking(*row, k) if row[1] else {} for row in zip(predictions, references, strict=True)]
-        names = next(filter(None, rows))
         without_gold = rows.count({})
         counts = {"questions": len(rows) - without_gold, "without_gold": without_gold}
-        return summarize({name: [row.get(name) for row in rows] for name in names}, per_question, **counts)
+        return summarize(rows, per_question, **counts)
