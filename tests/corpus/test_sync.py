@@ -1,0 +1,264 @@
+"""`sync` and `upsert`: a corpus follows a folder that changes, whatever happens meanwhile."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from corpora import read_all, receive, rejected, stamps, start, texts
+
+from modeling_clara import CLaRaForRAG, CompressedCorpus
+from modeling_clara.corpus import pipeline
+from modeling_clara.corpus.filelog import FILES_FILE, read_log
+from modeling_clara.corpus.sync import plan_sync
+
+SMALL = {"shard_size": 4, "batch_size": 2}
+
+
+def write(path: Path, content: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+
+
+def jsonl(path: Path, rows: dict[str, str]) -> None:
+    write(path, "".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in rows.items()))
+
+
+def expected(folder: Path) -> dict[str, str]:
+    """Every document that the folder holds, by id."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix == ".txt" and path.read_text(encoding="utf-8").strip():
+            found[name] = path.read_text(encoding="utf-8").strip()
+        elif path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            found |= {row["id"]: row["text"] for row in rows if row["id"] not in found}
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    root = tmp_path / "in"
+    for number in range(9):
+        write(root / f"sub{number % 3}" / f"{number}.txt", f"Text of file {number}.")
+    jsonl(root / "rows.jsonl", {f"r{number}": f"Row {number}." for number in range(5)})
+    write(root / "empty.txt", "")
+    write(root / "tool.exe", "MZ")
+    return root
+
+
+@pytest.fixture
+def corpus(shared_model, folder, tmp_path) -> CompressedCorpus:
+    return CompressedCorpus.build(shared_model, folder, tmp_path / "corpus", codec="float16", shard_size=4)
+
+
+def test_a_corpus_follows_its_folder(corpus, folder):
+    assert texts(corpus) == expected(folder) and plan_sync(corpus.folder, folder).is_empty
+    write(folder / "sub0" / "0.txt", "Another text.")
+    write(folder / "new.txt", "A new file.")
+    (folder / "sub1" / "1.txt").unlink()
+    jsonl(folder / "rows.jsonl", {"r0": "Row 0.", "r1": "Changed.", "r3": "Row 3.", "r9": "New."})
+    plan = plan_sync(corpus.folder, folder)
+    assert [file.name for file in plan.new] == ["new.txt"] and plan.gone == ["sub1/1.txt"]
+    assert [file.name for file in plan.changed] == ["rows.jsonl", "sub0/0.txt"] and len(plan.left_out) == 1
+    changes = corpus.sync(folder, **SMALL)
+    assert (changes.n_documents, changes.n_deleted, changes.n_unchanged) == (4, 3, 2)
+    assert texts(corpus) == expected(folder) and corpus.verify() == []
+    assert plan_sync(corpus.folder, folder).is_empty
+    assert texts(CompressedCorpus.open(corpus.folder)) == expected(folder)
+
+
+def test_nothing_is_written_if_nothing_has_changed(corpus, folder):
+    before = stamps(corpus.folder)
+    assert corpus.sync(folder).n_documents == 0
+    os.utime(folder / "sub0" / "0.txt")
+    corpus.sync(folder)  # its bytes are read, and with them all that was not known of the file
+    assert corpus.sync(folder).n_unchanged == 0
+    os.utime(folder / "sub0" / "0.txt")
+    after = stamps(corpus.folder)
+    assert plan_sync(corpus.folder, folder).is_empty and corpus.sync(folder).n_documents == 0
+    assert stamps(corpus.folder) == after
+    same = {name: stamp for name, stamp in before.items() if name.startswith("data/")}
+    assert {name: after[name] for name in same} == same
+
+
+def test_reasons_of_files_that_are_well_again_go(corpus, folder):
+    assert {row["file"]: row["status"] for row in rejected(corpus.folder)} == {
+        "empty.txt": "empty",
+        "tool.exe": "unsupported",
+    }
+    write(folder / "empty.txt", "Not empty any more.")
+    write(folder / "broken.json", "{")
+    corpus.sync(folder)
+    assert {row["file"] for row in rejected(corpus.folder)} == {"tool.exe", "broken.json"}
+    assert corpus.manifest.n_rejected == 2 and texts(corpus) == expected(folder)
+
+
+def test_an_id_has_one_file(corpus, folder):
+    jsonl(folder / "other.jsonl", {"r1": "Taken.", "mine": "Mine."})
+    (row,) = corpus.sync(folder).rejected
+    assert row["id"] == "r1" and "rows.jsonl has it too" in row["reason"]
+    jsonl(folder / "rows.jsonl", {"r0": "Row 0."})  # gives the others up
+    corpus.sync(folder)
+    os.utime(folder / "other.jsonl", (1, 1))
+    write(folder / "other.jsonl", (folder / "other.jsonl").read_text() + "\n")
+    corpus.sync(folder)
+    assert texts(corpus)["r1"] == "Taken." and "r2" not in corpus and corpus.verify() == []
+    corpus.add([{"id": "h", "text": "h"}])
+    corpus.sync(folder)
+    assert "h" in corpus  # what was added without a file stays
+
+
+def test_documents_move_between_files(corpus, folder):
+    jsonl(folder / "a.jsonl", {"r0": "Row 0.", "r1": "Row 1, changed."})  # before rows.jsonl in the order
+    jsonl(folder / "rows.jsonl", {"r2": "Row 2."})
+    corpus.sync(folder, **SMALL)
+    assert texts(corpus) == expected(folder) and corpus.verify() == []
+    assert set(read_log(corpus.folder)["a.jsonl"].ids) == {"r0", "r1"}
+
+
+def test_a_folder_that_is_empty_or_gone_deletes_nothing(corpus, folder, tmp_path):
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match=r"found none in .*nothing: all \d+ files of the corpus would be deleted"):
+        corpus.sync(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="Check the path"):
+        corpus.sync(tmp_path / "unmounted")
+    assert texts(corpus) == expected(folder)
+
+
+def test_a_corpus_without_a_log_is_taken_over(corpus, folder):
+    (corpus.folder / FILES_FILE).unlink()
+    changes = corpus.sync(folder)
+    assert changes.n_unchanged == len(expected(folder)) and changes.n_documents == changes.n_deleted == 0
+    (folder / "sub1" / "1.txt").unlink()
+    assert corpus.sync(folder).n_deleted == 1 and texts(corpus) == expected(folder)
+
+
+def test_a_build_of_two_ranks_knows_its_files(shared_model, folder, tmp_path):
+    for rank in (1, 0):
+        CompressedCorpus.build(shared_model, folder, tmp_path / "c", rank=rank, world_size=2, shard_size=4)
+    corpus = CompressedCorpus.open(tmp_path / "c", model=shared_model)
+    assert plan_sync(corpus.folder, folder).is_empty and texts(corpus) == expected(folder)
+    (folder / "rows.jsonl").unlink()
+    assert corpus.sync(folder).n_deleted == 5 and texts(corpus) == expected(folder)
+
+
+def test_upsert_adds_replaces_and_leaves_equal_documents(corpus):
+    rows = [{"id": "r0", "text": "Row 0."}, {"id": "r1", "text": "Other."}, {"id": "x", "text": "New."}, "no id"]
+    changes = corpus.upsert(rows)
+    assert (changes.n_documents, changes.n_unchanged) == (3, 1) and corpus.verify() == []
+    assert texts(corpus)["r1"] == "Other." and texts(corpus)["x"] == "New."
+
+
+# --- writers that are killed -----------------------------------------------------------------------------------------
+
+
+def keep_syncing(connection, checkpoint, folder, path):
+    torch.set_num_threads(1)
+    corpus = CompressedCorpus.open(path, model=CLaRaForRAG.from_pretrained(checkpoint))
+    connection.send("begun")
+    while True:
+        corpus.sync(folder, shard_size=2, batch_size=1)
+        connection.send("done")
+        if connection.recv() == "end":
+            return
+
+
+def change(folder: Path, seed: int) -> None:
+    """Change, add and remove some files."""
+    chance = random.Random(seed)
+    for number in range(12):
+        path = folder / f"sub{number % 3}" / f"{number}.txt"
+        if chance.random() < 0.3:
+            path.unlink(missing_ok=True)
+        elif chance.random() < 0.5:
+            write(path, f"Text {chance.random()} of file {number}. " * chance.randint(1, 40))
+    names = chance.sample(range(20), 8)
+    jsonl(folder / "rows.jsonl", {f"r{name}": f"Row {name} {chance.randint(0, 2)}." for name in names})
+
+
+def kill_while_syncing(checkpoint, folder: Path, path: Path, seeds: range) -> int:
+    """Kill a writer at a random moment for every seed; the number of those that were not done yet."""
+    n_killed = 0
+    for seed in seeds:
+        change(folder, seed)
+        process, connection = start(keep_syncing, checkpoint, folder, path)
+        receive(connection)
+        time.sleep(random.Random(seed).random() * 0.25)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        try:
+            connection.recv()
+        except EOFError:
+            n_killed += 1
+        reader = CompressedCorpus.open(path)
+        assert reader.verify() == []
+    return n_killed
+
+
+@pytest.mark.parametrize("seeds", [range(3), pytest.param(range(3, 23), marks=pytest.mark.slow)], ids=["3", "20"])
+def test_kills_lose_and_double_nothing(seeds, corpus, checkpoint, shared_model, folder):
+    assert kill_while_syncing(checkpoint, folder, corpus.folder, seeds) > len(seeds) // 3
+    again = CompressedCorpus.open(corpus.folder, model=shared_model)
+    again.sync(folder)
+    assert {name: text.strip() for name, text in read_texts(again).items()} == expected(folder)
+    assert again.verify() == [] and plan_sync(corpus.folder, folder).is_empty
+    assert set(again.document_ids()) == {name for known in read_log(corpus.folder).values() for name in known.ids}
+
+
+def read_texts(corpus) -> dict[str, str]:
+    """Texts without the overlap of chunks, by the longest beginning that their chunks share."""
+    found = {}
+    for document in read_all(corpus):
+        whole = ""
+        for span in document["spans"]:
+            size = next((n for n in range(len(span["text"]), 0, -1) if whole.endswith(span["text"][:n])), 0)
+            whole += span["text"][size:] if size or not whole else " " + span["text"]
+        found[document["document_id"]] = whole
+    return found
+
+
+def test_an_interrupted_long_document_goes_on_inside(shared_model, tmp_path, monkeypatch):
+    """Ctrl-C while one document of many chunks is compressed: what was compressed is not compressed again."""
+    write(tmp_path / "in" / "long.txt", " ".join(f"Sentence {number} of a long document." for number in range(1500)))
+    done, compress = [], type(shared_model).compress
+
+    def interrupted(model, documents, **options):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(len(documents))
+        return compress(model, documents, **options)
+
+    monkeypatch.setattr(type(shared_model), "compress", interrupted)
+    monkeypatch.setattr(pipeline, "PASS_SPANS", 64)
+    with pytest.raises(KeyboardInterrupt):
+        CompressedCorpus.build(shared_model, tmp_path / "in", tmp_path / "c")
+    done.clear()
+
+    def counting(model, documents, **options):
+        done.append(len(documents))
+        return compress(model, documents, **options)
+
+    monkeypatch.setattr(type(shared_model), "compress", counting)
+    corpus = CompressedCorpus.build(shared_model, tmp_path / "in", tmp_path / "c")
+    monkeypatch.undo()
+    n_spans = corpus.manifest.n_spans
+    assert sum(done) == n_spans - 3 * 64 > 0 and corpus.verify() == []
+    fresh = CompressedCorpus.build(shared_model, tmp_path / "in", tmp_path / "fresh")
+    assert torch.allclose(fresh.get(["long.txt"])[0]["memory"], corpus.get(["long.txt"])[0]["memory"], atol=1e-4)
+    assert {path.name for path in corpus.folder.rglob("*.npy")} == {"ids.npy"}
+
+
+def test_a_corpus_remembers_its_model_from_anywhere(checkpoint, backbone_folder, folder, tmp_path, monkeypatch):
+    moved = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    monkeypatch.chdir(tmp_path)
+    model = CLaRaForRAG.from_pretrained("model", backbone=backbone_folder)
+    corpus = CompressedCorpus.build(model, folder, "c")
+    assert corpus.manifest.compressor["name_or_path"] == str(moved)
+    assert corpus.manifest.compressor["backbone"] == str(backbone_folder)
