@@ -1,4 +1,4 @@
-"""Filters on columns that Milvus does not hold, or holds otherwise: the same rows with and without it, and by `clara`."""
+"""Filters on columns that Milvus does not hold as they are: the same rows with and without it, and by `clara`."""
 
 import datetime as dt
 import json
