@@ -166,6 +166,7 @@ def run_probe(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
+    sys.stdout.reconfigure(errors="replace")  # any console; the probe runs without `modeling_clara`
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="{model}")
     model = commands.add_parser("model", help="a checkpoint")

@@ -3,8 +3,11 @@
 The hybrid search of a corpus and the BM25 baseline of the evaluation are both this `Bm25`.
 """
 
+import functools
 import hashlib
+import re
 import shutil
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from .snapshot_clara import Snapshot
 try:
     import bm25s
     import Stemmer
+    from bm25s.stopwords import STOPWORDS_EN
 except ImportError:  # `require_bm25` names the remedy
     bm25s = Stemmer = None
 
@@ -24,7 +28,17 @@ FUSIONS = ("ranks", "scores")
 FUSION_CONSTANT = 60  # k of reciprocal rank fusion (Cormack et al. 2009)
 WORDS_WEIGHT = 0.7  # of BM25 if scores are fused; the cosine has the rest (docs/experiments.md)
 SMALLEST_DEVIATION = 1e-6  # of scores in float32; what differs by less is rounding
-WORDS = "english words, stemmed"  # part of an index's name: one of other words is made again
+WORDS = "stemmed words, pairs of characters"  # part of an index's name: one of other words is made again
+WORD = "(?:(?<!{letter}['’])|(?={letter}{{2}})){letter}+{marks}"  # no s of "it's", no t of "don't"
+ASCII_WORD = re.compile(WORD.format(letter="[a-z0-9]", marks=""))
+# Scripts written without spaces: Thai, Lao, Burmese, Khmer, kana, Chinese characters with their extensions.
+NO_SPACES = (
+    "\u0e01-\u0eff\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\U0001b000-\U0001b16f\U00020000-\U0003ffff"
+)
+SPACELESS = re.compile(f"[{NO_SPACES}]")
+# Soft hyphens, joiners and variation selectors stand inside words and say nothing.
+IGNORED = re.compile("[\u00ad\u200c\u200d\u2060\ufe00-\ufe0f\ufeff\U000e0100-\U000e01ef]")
 
 
 def require_bm25() -> None:
@@ -37,7 +51,7 @@ def require_bm25() -> None:
 
 
 class Bm25:
-    """BM25 scores of rows: bm25s with its default k1 and b, English stop words left out, words stemmed.
+    """BM25 scores of rows: bm25s with its default k1 and b over the words of `split_words`.
 
     `index` is a `bm25s.BM25`, or None if no row has a word.
     """
@@ -46,38 +60,78 @@ class Bm25:
         self.index, self.n_rows = index, n_rows
 
     @classmethod
-    def of_texts(cls, texts: Sequence[str]) -> "Bm25":
-        """An index of texts."""
-        tokens = _tokens(texts, return_ids=True)
-        return cls(_index(tokens) if any(tokens.vocab) else None, len(texts))
-
-    @classmethod
     def of_words(cls, words: Sequence[list[str]]) -> "Bm25":
         """An index of the words of some rows, see `split_words`: rarity is counted among these rows."""
-        return cls(_index(list(words)) if any(map(any, words)) else None, len(words))
+        require_bm25()
+        numbers, index = {}, bm25s.BM25()
+        rows = [[numbers.setdefault(word, len(numbers)) for word in row] for row in words]
+        if numbers:
+            index.index((rows, numbers), show_progress=False)
+        return cls(index if numbers else None, len(words))
 
     def scores(self, words: Sequence[str]) -> np.ndarray:
         """(rows,) float32 for the words of one question."""
-        known = [word for word in words if word and self.index is not None and word in self.index.vocab_dict]
+        known = [word for word in words if self.index is not None and word in self.index.vocab_dict]
         return self.index.get_scores(known) if known else np.zeros(self.n_rows, np.float32)
 
 
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
 def split_words(texts: Sequence[str]) -> list[list[str]]:
-    """The words of every text, as `Bm25` compares them."""
-    return _tokens(texts, return_ids=False)
+    """The words of every text, as `Bm25` compares them.
 
+    Letters, digits and combining marks make words. They are compared in NFKC without case; English stop words are left
+    out, and words are stemmed by the English Snowball stemmer. Of scripts that are written without spaces each two
+    neighbouring characters are a word.
 
-def _tokens(texts: Sequence[str], return_ids: bool):
+    >>> split_words(["The rivers of Vitamin C", "東京都 in 2024", "हिन्दी"])
+    [['river', 'vitamin', 'c'], ['東京', '京都', '2024'], ['हिन्दी']]
+    """
     require_bm25()
-    stemmer = Stemmer.Stemmer("english")  # one for each call: threads cannot share it
-    options = {"stopwords": "en", "stemmer": stemmer, "show_progress": False, "allow_empty": True}
-    return bm25s.tokenize(list(texts), return_ids=return_ids, **options)
+    stems = _Stems(dict.fromkeys(STOPWORDS_EN, ""))
+    return [list(filter(None, map(stems.__getitem__, _raw_words(text)))) for text in texts]
 
 
-def _index(tokens) -> "bm25s.BM25":
-    index = bm25s.BM25()
-    index.index(tokens, show_progress=False)
-    return index
+class _Stems(dict):
+    """Stems of the words that were asked for; one for each call, because threads cannot share a stemmer."""
+
+    def __init__(self, known: Mapping[str, str]):
+        super().__init__(known)
+        self.stem = Stemmer.Stemmer("english").stemWord
+
+    def __missing__(self, word: str) -> str:
+        stem = self[word] = self.stem(word)
+        return stem
+
+
+def _raw_words(text: str) -> list[str]:
+    if text.isascii():
+        return ASCII_WORD.findall(text.lower())
+    text = unicodedata.normalize("NFKC", IGNORED.sub("", text)).casefold()
+    marks, find_words, find_runs = _patterns()
+    words = find_words(text)
+    if not SPACELESS.search(text):
+        return words
+    pairs = []
+    for run in (run for word in words for run in find_runs(word)):
+        characters = []  # each with its marks
+        for character in run if SPACELESS.match(run) else [run]:
+            if characters and character in marks:
+                characters[-1] += character
+            else:
+                characters.append(character)
+        pairs += map(str.__add__, characters, characters[1:]) if len(characters) > 1 else characters
+    return pairs
+
+
+@functools.cache
+def _patterns() -> tuple:
+    """The combining marks; what finds words; what finds the parts of a word with and without spaces."""
+    marks = "".join(chr(code) for code in range(0x300, 0x10000) if unicodedata.category(chr(code))[0] == "M")
+    words = WORD.format(letter=r"[^\W_]", marks=f"(?:[{marks}]+[^\\W_]*)*")
+    runs = f"[{NO_SPACES}][{NO_SPACES}{marks}]*|[^{NO_SPACES}]+"
+    return frozenset(marks), re.compile(words).findall, re.compile(runs).findall
 
 
 class LexicalIndex:
@@ -98,7 +152,7 @@ class LexicalIndex:
         for old in snapshot.index_folder.glob("bm25-*"):
             shutil.rmtree(old, ignore_errors=True)
         rows = (row for segment in snapshot.segments for row in segment.table.select(["title", "text"]).to_pylist())
-        bm25 = Bm25.of_texts(["{title} {text}".format(**row) for row in rows])
+        bm25 = Bm25.of_words(split_words(["{title} {text}".format(**row) for row in rows]))
         folder.mkdir(parents=True)
         if bm25.index is None:
             (folder / "empty").touch()
@@ -111,7 +165,7 @@ class LexicalIndex:
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each question the rows with the largest scores above zero, best first, at most n; and these scores."""
         found = []
-        for words in split_words(questions) if questions else []:
+        for words in split_words(questions):
             scores = self.bm25.scores(words)
             if allowed is not None:
                 scores = np.where(allowed, scores, 0.0)

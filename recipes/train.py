@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL sends it otherwise
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers that make batches are processes already
 
+from modeling_clara.cli.console import allow_any_console  # noqa: E402
 from recipes.training.arguments import parse_arguments  # noqa: E402
 from recipes.training.checkpoints import check_folder, claim_folder, describe_run, is_at_its_end  # noqa: E402
 from recipes.training.preparation import prepare_trainer  # noqa: E402
@@ -50,6 +51,7 @@ def train(trainer: CLaRaTrainer, checkpoint: Path | None) -> None:
 
 
 if __name__ == "__main__":
+    allow_any_console()
     try:
         prepared = prepare()
     except (OSError, ValueError) as error:

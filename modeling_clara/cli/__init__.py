@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from . import add, ask, compress, convert, delete, demo, info, sync, update
 from .compress import DTYPES, add_build_options, build_options
+from .console import allow_any_console
 from .models import silence_libraries
 
 __all__ = ["DTYPES", "add_build_options", "build_options", "build_parser", "main"]
@@ -31,8 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    if hasattr(sys.stdout, "reconfigure"):  # a console without a letter prints "?" for it
-        sys.stdout.reconfigure(errors="replace")
+    allow_any_console()
     arguments = build_parser().parse_args(argv)
     silence_libraries()
     try:

@@ -11,7 +11,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import torch
@@ -27,6 +28,21 @@ INSERT_ROWS = 1000
 MAX_LIMIT = 16_384  # rows that Milvus returns at most
 TITLE_LENGTH = 1024
 SIGNS = {"$eq": "==", "$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<=", "$in": "in"}
+# Arrow types of columns that mean the same there; other columns are compared here
+HELD_TYPES = (
+    "bool",
+    "double",
+    "string",
+    "large_string",
+    "uint8",
+    "uint16",
+    "uint32",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+)
+EXACT = 2**53  # up to here Milvus compares whole numbers and floats exactly
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 MILVUS_WORDS = {"and", "or", "not", "in", "like", "true", "false", "is", "null", "exists"}
 
@@ -75,6 +91,8 @@ class MilvusIndex:
     ):
         self.memory_size = memory_size
         self.components = self._components(snapshot)
+        metadata = snapshot.manifest.metadata.items()
+        self.columns = ["document_id", "title", "span", *(name for name, kind in metadata if kind in HELD_TYPES)]
         digest = hashlib.sha256(self.components.numpy().tobytes()).hexdigest()[:12]
         place = hashlib.sha256(str(snapshot.folder.resolve()).encode()).hexdigest()[:8]
         # The directions are part of the name: vectors of others could not be compared.
@@ -132,12 +150,12 @@ class MilvusIndex:
 
     def _rows(self, snapshot: Snapshot, key: str, places: np.ndarray) -> list[dict]:
         """What Milvus stores of these rows of a shard."""
-        columns, rows = ["document_id", "title", "span", *snapshot.manifest.metadata], []
+        rows = []
         numbers = places + self.firsts[key]
         vectors = self.project(snapshot.decode(numbers, self.memory_size))
         for place, number, vector in zip(places.tolist(), numbers.tolist(), vectors.tolist(), strict=True):
-            record = snapshot.record(number, columns)
-            record = {name: value for name, value in record.items() if isinstance(value, str | int | float | bool)}
+            record = {name: _held(value) for name, value in snapshot.record(number, self.columns).items()}
+            record = {name: value for name, value in record.items() if value is not None}
             record["title"] = record["title"][:TITLE_LENGTH]
             rows.append({**record, "clara_row": f"{key}:{place}", "clara_shard": key, "clara_vector": vector})
         return rows
@@ -151,7 +169,11 @@ class MilvusIndex:
     ) -> np.ndarray:
         """As `VectorIndex.shortlist`; Milvus filters by itself if its rules on missing values are ours."""
         n = min(n, MAX_LIMIT)
-        options = {"limit": n, "filter": milvus_expression(where or {}) or "", "anns_field": "clara_vector"}
+        options = {
+            "limit": n,
+            "filter": milvus_expression(where or {}, self.columns) or "",
+            "anns_field": "clara_vector",
+        }
         found = self.client.search(self.collection, data=self.project(query_memory).tolist(), **options)
         rows = np.full((len(query_memory), n), -1, dtype=np.int64)
         for question, hits in enumerate(found):
@@ -182,33 +204,42 @@ def _shard_key(shard: Shard) -> str:
 # --- filters ---------------------------------------------------------------------------------------------------------
 
 
-def milvus_expression(where: Mapping) -> str | None:
+def milvus_expression(where: Mapping, columns: Collection[str] | None = None) -> str | None:
     """A checked filter in the language of Milvus; None if Milvus would not say the same.
 
-    That is: a negation, about which missing values disagree, a column that is no identifier, a number that is not
-    finite, and text with control characters.
+    That is: a negation, about which missing values disagree, a column that is no identifier or not among `columns`,
+    those that Milvus holds (default: any), an order of bools, a number that is not finite or too large to be exact, a
+    date, and text with control characters or as long as a title that was cut.
     """
     parts = []
     for key, value in where.items():
         if key in JUNCTIONS:
-            inner = [milvus_expression(part) for part in value]
+            inner = [milvus_expression(part, columns) for part in value]
             if None in inner:
                 return None
             parts.append((" and " if key == "$and" else " or ").join(f"({part})" for part in inner))
             continue
-        if not IDENTIFIER.fullmatch(key) or key.lower() in MILVUS_WORDS or key.startswith("clara_"):
+        is_name = IDENTIFIER.fullmatch(key) and key.lower() not in MILVUS_WORDS and not key.startswith("clara_")
+        if not is_name or (columns is not None and key not in columns):
             return None
         for operator, operand in conditions(value):
-            if operator not in SIGNS or not _is_plain(operand):
+            if operator not in SIGNS or not _is_plain(operand) or (isinstance(operand, bool) and operator != "$eq"):
                 return None
             parts.append(f"{key} {SIGNS[operator]} {json.dumps(operand, ensure_ascii=False)}")
     return " and ".join(f"({part})" for part in parts)
 
 
 def _is_plain(operand) -> bool:
-    """Whether a value is written in Milvus as in JSON."""
+    """Whether a value is written in Milvus as in JSON and means the same."""
     if isinstance(operand, list | tuple):
         return all(map(_is_plain, operand))
     if isinstance(operand, str):
-        return operand.isprintable()
-    return not isinstance(operand, float) or math.isfinite(operand)
+        return operand.isprintable() and len(operand) < TITLE_LENGTH
+    return isinstance(operand, int | float) and -EXACT <= operand <= EXACT
+
+
+def _held(value):
+    """A value as Milvus stores it: NaN, which no comparison meets, is missing there; infinity is the largest float."""
+    if isinstance(value, float):
+        return None if math.isnan(value) else max(-sys.float_info.max, min(value, sys.float_info.max))
+    return value

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from trl.scripts.utils import DatasetConfig
 
 from modeling_clara import CLaRaForRAG
+from modeling_clara.cli.console import allow_any_console
 from modeling_clara.cli.demo import PASSAGES
 from modeling_clara.smollm2 import fetch_backbone
 from recipes.evaluation.report import table
@@ -154,6 +155,7 @@ def figures(head: str, cells: str, rows: Iterable[Mapping]) -> str:
 
 def show(name: str, report: dict, text: str, arguments: argparse.Namespace) -> None:
     """Print the tables; on demand write the report as JSON, and the tables into the section `name` of a document."""
+    allow_any_console()
     print(text)
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

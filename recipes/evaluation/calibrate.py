@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from modeling_clara import CLaRaForRAG
+from modeling_clara.cli.console import allow_any_console
 from modeling_clara.storage_clara import replacing, write_json
 from recipes.evaluation.abstention import LOSSES, area_under_curve, signals, trade_off
 from recipes.evaluation.formats import Question
@@ -130,6 +131,7 @@ def write(folder: Path, chosen: Mapping) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; the exit status."""
+    allow_any_console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="checkpoint folder or Hub id")
     parser.add_argument("--data", nargs="+", required=True, help="files of answerable questions with gold documents")

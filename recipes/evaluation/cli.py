@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 from transformers.utils import logging as transformers_logging
 
+from modeling_clara.cli.console import allow_any_console
 from modeling_clara.codecs_clara import CODECS
 from modeling_clara.corpus.storage import writer_lock
 from recipes.evaluation.evaluation import Evaluation
@@ -164,6 +165,7 @@ def shown_command(argv: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; the exit status."""
+    allow_any_console()
     argv = sys.argv[1:] if argv is None else argv
     arguments = build_parser().parse_args(argv)
     arguments.command = shown_command(argv)

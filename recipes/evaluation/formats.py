@@ -46,7 +46,6 @@ class Reader:
             self.digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
         except UnicodeEncodeError as error:
             raise BadRow("must be text in Unicode, but has half of a surrogate pair") from error
-        row = without_nulls(row)
         kind = "beir" if self.format == "beir" else row_format(row)
         if self.format and kind != self.format:
             if not {kind, self.format} <= ALIKE:
@@ -187,14 +186,3 @@ def _answers(row: Mapping) -> tuple[str, ...]:
             raise BadRow(f"answers must be texts that are not empty, got {answer!r}")
         answers.append(text.strip())
     return tuple(dict.fromkeys(answers))
-
-
-def without_nulls(value):
-    """A row without the keys whose value is null, at any depth: Parquet has every key in every row and fills in nulls.
-
-    >>> without_nulls({"qas": [{"id": "a", "question": "Q"}, {"id": None, "question": "R"}], "title": None})
-    {'qas': [{'id': 'a', 'question': 'Q'}, {'question': 'R'}]}
-    """
-    if isinstance(value, Mapping):
-        return {name: without_nulls(entry) for name, entry in value.items() if entry is not None}
-    return [without_nulls(entry) for entry in value] if isinstance(value, list) else value

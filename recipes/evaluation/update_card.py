@@ -9,10 +9,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from modeling_clara.cli.console import allow_any_console
 from recipes.evaluation.report import read_results, update_card
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    allow_any_console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of the model")
     parser.add_argument("results", nargs="+", type=Path, help="results.json files, or folders of runs")

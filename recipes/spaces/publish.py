@@ -104,6 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
+    sys.stdout.reconfigure(errors="replace")  # any console; `modeling_clara` is not imported for this
     parser = argparse.ArgumentParser(
         "python -m recipes.spaces.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from modeling_clara.cli.console import allow_any_console
 from modeling_clara.corpus.storage import write_lines
 from recipes.training.data import BadRow, convert_rows, in_steps, read_documents, read_targets
 
@@ -125,6 +126,7 @@ def to_row(title: str, piece: str, pairs: Sequence[tuple[str, str]], generator: 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write; the exit status."""
+    allow_any_console()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, help="rows {title?, text, qas: [{question, answers}]}")
     parser.add_argument("-o", "--output", type=Path, required=True, help="a .jsonl file")

@@ -55,7 +55,7 @@ class BadRow(ValueError):
 
 
 def read_rows(source: DatasetConfig, on_bad_row: Callable[[BadRow], None] | None = None) -> Iterator[tuple[str, dict]]:
-    """(place, row) of every row of a source; the place is "file:line", or the row's number.
+    """(place, row) of every row of a source, without nulls; the place is "file:line", or the row's number.
 
     Args:
         source: file or data set.
@@ -64,6 +64,11 @@ def read_rows(source: DatasetConfig, on_bad_row: Callable[[BadRow], None] | None
     Raises:
         FileNotFoundError, ValueError: naming file and line.
     """
+    for place, row in _read_source(source, on_bad_row):
+        yield place, without_nulls(row)
+
+
+def _read_source(source: DatasetConfig, on_bad_row: Callable[[BadRow], None] | None) -> Iterator[tuple[str, dict]]:
     path = Path(source.path)
     is_jsonl, is_parquet = path.suffix in (".jsonl", ".gz", ".json"), path.suffix == ".parquet" and not path.is_dir()
     if is_jsonl or is_parquet:
@@ -100,11 +105,25 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
     """The rows of this very file; `load_dataset` would take its name for a pattern."""
     try:
         with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"it has two columns {twice[0]!r}, one of which must be renamed")
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
             for number, row in enumerate(rows, 1):
                 yield f"{path}:{number}", row
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}. Copy the file again.") from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}. Copy the file again, or write it anew.") from error
+
+
+def without_nulls(value):
+    """A row without the keys whose value is null, at any depth: Parquet has every key in every row and fills in nulls.
+
+    >>> without_nulls({"qas": [{"id": "a", "question": "Q"}, {"id": None, "question": "R"}], "title": None})
+    {'qas': [{'id': 'a', 'question': 'Q'}, {'question': 'R'}]}
+    """
+    if isinstance(value, Mapping):
+        return {name: without_nulls(entry) for name, entry in value.items() if entry is not None}
+    return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _exact(files, source: DatasetConfig):

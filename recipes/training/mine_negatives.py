@@ -17,6 +17,7 @@ import torch
 
 from modeling_clara import CLaRaForRAG
 from modeling_clara.cli import DTYPES
+from modeling_clara.cli.console import allow_any_console
 from modeling_clara.corpus.storage import write_lines
 from recipes.spaces.metrics.rag_answer.rag_answer import answer_words, contains_run
 from recipes.training.data import BadRow, convert_rows, document_key, in_steps, read_documents, read_positives
@@ -124,6 +125,7 @@ def has_answer(document: Mapping, answers: Sequence[str]) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Mine; the exit status."""
+    allow_any_console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="+", help="files or data sets with gold documents")
     parser.add_argument("--model", required=True, help="checkpoint with a trained reasoner")

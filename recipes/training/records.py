@@ -34,7 +34,6 @@ class RecordReader:
 
     def __call__(self, place: str, row: dict) -> list[dict]:
         """The records of a row, or a `BadRow` with file, line and rule."""
-        row = {name: value for name, value in row.items() if value is not None}  # Parquet fills what is missing
         try:
             documents = read_documents(row)
             targets = read_targets(row, gold_first=self.rules.learns_gold_answers)

@@ -195,7 +195,7 @@ WRONG = [
     ({"$not": [{"year": 1}]}, r"`where\['\$not'\]` must be a dict, got list"),
     ({"$not": {}}, r"`where\['\$not'\]` must have a condition"),
     ({"$or": [{"$not": {"a": 1}}]}, r"`where\['\$or'\]\[0\]\['\$not'\]` must name columns"),
-    ({"year": None}, r"`where\['year'\]\['\$eq'\]` must be text, a number or a bool, got NoneType"),
+    ({"year": None}, r"`where\['year'\]\['\$eq'\]` must be text, a number, a bool, a date or a time, got NoneType"),
     ({"year": [2000]}, r"`where\['year'\]\['\$eq'\]` .* got list"),
     ({"year": torch.tensor(3)}, "got Tensor"),
     ({"lang": 1j}, "got complex"),
@@ -212,10 +212,15 @@ WRONG = [
     ({"lang": {"$in": [["en"]]}}, r"`where\['lang'\]\['\$in'\]` .* got list"),
 ]
 OTHER_TYPES = {
-    "int64": [{"year": "2000"}, {"year": True}, {"year": {"$nin": ["x"]}}, {"year": 10**30}],
-    "string": [{"lang": {"$in": ["en", 5]}}, {"$not": {"$or": [{"lang": {"$lte": 1.5}}]}}, {"title": "\ud800"}],
+    "int64": [{"year": "2000"}, {"year": True}, {"year": {"$nin": ["x"]}}],
+    "string": [
+        {"lang": 10**30},
+        {"lang": {"$in": ["en", 5]}},
+        {"$not": {"$or": [{"lang": {"$lte": 1.5}}]}},
+        {"title": "\ud800"},
+    ],
     "bool": [{"is_new": "true"}],
-    "list": [{"tags": "a"}],
+    "list": [{"tags": 5}],
 }
 WRONG += [
     (where, rf"`where\['\w+'\]` must be comparable with the column, which is {kind}")

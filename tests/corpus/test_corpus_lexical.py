@@ -12,10 +12,9 @@ import torch
 from corpora import assert_ranked, ids, make_documents, make_memory, ranking
 
 from modeling_clara import CompressedCorpus, lexical_clara
-from modeling_clara.lexical_clara import fuse, fuse_ranks, fuse_scores
+from modeling_clara.lexical_clara import fuse, fuse_ranks, fuse_scores, split_words
 
 bm25s = pytest.importorskip("bm25s")
-Stemmer = pytest.importorskip("Stemmer")
 
 WORDS = "river city capital bridge museum harbour tower market opera park über 東京都".split()
 QUESTIONS = ["Which river flows under the bridge?", "opera OPERA über", "number17 東京都", "museum"]
@@ -33,11 +32,11 @@ def make_texts(n: int, seed: int = 0) -> list[dict]:
 
 def words_scores(documents: list[dict], question: str) -> dict[str, float]:
     """Ids of the documents that have a word of the question, the best by BM25 first, with their scores."""
-    index, options = bm25s.BM25(), {"stopwords": "en", "stemmer": Stemmer.Stemmer("english"), "show_progress": False}
+    index = bm25s.BM25()
     texts = [f"{document['title']} {document['text']}" for document in documents]
-    index.index(bm25s.tokenize(texts, **options), show_progress=False)
-    (words,) = bm25s.tokenize([question], return_ids=False, allow_empty=False, **options)
-    scores = index.get_scores(words) if words else np.zeros(len(documents))
+    index.index(split_words(texts), show_progress=False)
+    (words,) = split_words([question])
+    scores = index.get_scores([word for word in words if word in index.vocab_dict])
     order = np.argsort(-scores, kind="stable")
     return {documents[row]["id"]: float(scores[row]) for row in order if scores[row] > 0}
 

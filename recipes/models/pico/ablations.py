@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 
 from modeling_clara import retrieval_clara
+from modeling_clara.cli.console import allow_any_console
 from recipes import train
 from recipes.evaluation.report import table
 
@@ -84,6 +85,7 @@ def curve(run: Path) -> str:
 
 
 def main() -> None:
+    allow_any_console()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help=", ".join(VARIANTS))
     parser.add_argument("--run", type=Path, default=Path("runs/pico"), help="folder of recipes/models/pico/run.sh")

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from trl.scripts.utils import DatasetConfig
 
+from modeling_clara.cli.console import allow_any_console
 from modeling_clara.corpus.storage import write_lines
 from modeling_clara.storage_clara import write_json
 from recipes.evaluation.rankers import Bm25Ranker
@@ -269,6 +270,7 @@ def write_files(source: Path, output: Path, seed: int = SEED) -> dict[str, int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write; the exit status."""
+    allow_any_console()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="folder with the data")
     parser.add_argument("--output", type=Path, default=Path("data/smollm2"))

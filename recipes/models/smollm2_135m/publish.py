@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from modeling_clara import CLaRaForRAG
+from modeling_clara.cli.console import allow_any_console
 from modeling_clara.smollm2 import HUB_ID, WHEEL
 from recipes.models.publishing import CURVES_FILE, describe, lineage, read_curves, round_weights, write_folder
 from recipes.training.preparation import initialise_reasoner, is_untrained
@@ -176,6 +177,7 @@ def write(run: Path, folder: Path, backbone: str | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write; the exit status."""
+    allow_any_console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of the last run, such as runs/smollm2/reading_hard")
     parser.add_argument("folder", type=Path, help="of the checkpoint; new")

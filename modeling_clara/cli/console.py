@@ -1,0 +1,12 @@
+"""Printing in consoles that are not UTF-8, for the commands of the package and of the recipes.
+
+Stderr needs nothing: Python escapes there what the console lacks.
+"""
+
+import sys
+
+
+def allow_any_console() -> None:
+    """Print "?" for a letter that the console lacks instead of raising a UnicodeEncodeError."""
+    if hasattr(sys.stdout, "reconfigure"):  # a test or a notebook may have put something else there
+        sys.stdout.reconfigure(errors="replace")
