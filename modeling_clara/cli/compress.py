@@ -6,9 +6,7 @@ recipes/compress.py has the same options, without `--rank` and `--world-size`: i
 import argparse
 import json
 
-from transformers.utils import logging as transformers_logging
-
-from .models import load_model
+from .models import load_model, show_progress
 
 DTYPES = ("float32", "bfloat16")
 
@@ -88,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .. import CompressedCorpus
 
     model = load_model(arguments.model, backbone=arguments.backbone, dtype=arguments.dtype)
-    transformers_logging.enable_progress_bar()
+    show_progress()
     options = build_options(arguments) | {"rank": rank, "world_size": world_size}
     corpus = CompressedCorpus.build(model, arguments.input, arguments.output, **options)
     report = {"path": arguments.output, "complete": corpus is not None}

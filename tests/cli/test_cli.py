@@ -9,7 +9,7 @@ from huggingface_hub import constants
 from modeling_clara import cli, smollm2
 from modeling_clara.cli.demo import PASSAGES, read_passages
 
-DEMO_THEN_COMPRESS = ("demo", "demo", "compress")
+NEXT_STEPS = ["clara demo", "clara demo", "clara compress", "--model", "clara ask"]
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_demo_on_the_packaged_passages(tiny_backbone, capsys):
     assert printed.count("  from memory  ") == printed.count("  from text  ") == 3
     assert len(re.findall(r"prompt tokens: \d+ from memory, \d+ from text", printed)) == 3
     assert "Of 3 questions with a known answer" in printed and "refused" not in printed
-    assert [line.split()[:2] for line in printed.splitlines()[-3:]] == [["clara", name] for name in DEMO_THEN_COMPRESS]
+    assert all(map(str.startswith, map(str.strip, printed.splitlines()[-5:]), NEXT_STEPS))
 
 
 def test_demo_as_json_on_a_folder_reports_what_it_skipped(tiny_backbone, tmp_path, capsys):
@@ -59,10 +59,10 @@ def test_demo_uses_a_checkpoint_when_given(checkpoint, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["{tmp}/nowhere"], "must be a folder"),
-        (["{tmp}", "--all"], "`ask_all` needs the packaged passages"),
+        (["{tmp}", "--all"], "`--all` needs the packaged passages"),
         (["{tmp}"], "found none"),
-        (["--memory-size", "3"], "`memory_size` must be one of"),
-        (["--top-k", "9999"], "`top_k` must be <= number of documents"),
+        (["--memory-size", "3"], "`--memory-size` must be one of"),
+        (["--top-k", "9999"], "`--top-k` must be <= number of documents"),
         (["--backbone", "{tmp}/nowhere"], "be loaded"),
         (["--model", "{tmp}"], "`config.json` must be in"),
         (["--model", "{tmp}/nowhere"], "nowhere"),
@@ -133,7 +133,7 @@ def test_a_wrong_call_is_status_2(capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "status"),
-    [(["--help"], 0), (["compress", "--help"], 0), (["ask", "corpus"], 2), (["ask", "c", "q", "--where", "{1"], 2)],
+    [(["--help"], 0), (["compress", "--help"], 0), (["ask"], 2), (["ask", "c", "q", "--where", "{1"], 2)],
 )
 def test_help_and_wrong_calls(arguments, status, capsys):
     with pytest.raises(SystemExit) as stop:
