@@ -107,6 +107,8 @@ def chat(model, corpus, options: dict, arguments: argparse.Namespace) -> int:
     if is_keyboard:
         print(f"{len(corpus):,} documents. An empty line ends the chat.", file=sys.stderr)
     for question in read_questions(is_keyboard):
+        if not (is_keyboard or arguments.json):  # nobody has seen it typed
+            Screen()(f"{question}\n")
         try:
             _answer_in_chat(model, corpus.refresh(), question, options, arguments.json)
         except KeyboardInterrupt:

@@ -92,17 +92,15 @@ def summarize_corpus(report: Mapping) -> dict:
     summary |= {"rejected rows": f"{rejected:,}, see rejected.jsonl"} if rejected else {}
     summary["chunks"] = n_chunks = rest.pop("spans")
     memory, codec = rest.pop("memory"), rest.pop("codec")
-    per_chunk = f" of {n_chunks:,} x {memory} numbers as {codec}"
+    n_vectors, hidden_size = map(int, memory.split(" x "))
+    summary["memories"] = f"{n_vectors:,} vectors of {hidden_size:,} numbers a chunk, as {codec}"
     if "tokens" in rest:
         tokens, text_bytes, memory_bytes = (rest.pop(name) for name in ("tokens", "text_bytes", "memory_bytes"))
-        n_vectors = n_chunks * int(memory.split(" x ")[0])
         summary["text"] = f"{tokens:,} tokens, {readable_bytes(text_bytes)}"
-        summary["memories"] = readable_bytes(memory_bytes) + per_chunk
+        summary["memories"] = f"{readable_bytes(memory_bytes)}, {summary.pop('memories')}"
         if tokens and text_bytes:
             share = f"{memory_bytes / text_bytes:.1f} bytes for a byte of text"
-            summary["memories to text"] = f"a vector for {tokens / n_vectors:.1f} tokens, {share}"
-    else:
-        summary["memories"] = per_chunk.removeprefix(" of ")
+            summary["memories to text"] = f"a vector for {tokens / (n_chunks * n_vectors):.1f} tokens, {share}"
     size, n_files = readable_bytes(rest.pop("bytes")), rest.pop("shards")
     summary["files"] = f"{n_files:,} shard{'s' * (n_files != 1)}, {size}, {rest.pop('bytes_per_span'):,} bytes a chunk"
     return summary | {name: value for name, value in rest.items() if value not in (None, {}, [])}
