@@ -24,7 +24,7 @@ class Screen:
         self.word, self.gap, self.column, self.indent = "", 0, 0, 0  # gap: spaces that the next word has before it
 
     def __call__(self, text: str) -> None:
-        text = "".join(" " if c != "\n" and unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
+        text = without_controls(text)
         if self.width is None:
             _write(text)
             return
@@ -66,8 +66,13 @@ class Screen:
 
 
 def one_line(text) -> str:
-    """The text without line breaks and runs of spaces."""
-    return " ".join(str(text).split())
+    """The text without line breaks, control characters and runs of spaces."""
+    return " ".join(without_controls(str(text)).split())
+
+
+def without_controls(text: str) -> str:
+    """The text with a space for every control character but the line feed."""
+    return "".join(" " if c != "\n" and unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
 
 
 def columns(text: str) -> int:

@@ -54,7 +54,10 @@ def test_help_imports_no_library(arguments, status, start, tmp_path):
     [
         ("first.py", "import modeling_clara\nfrom transformers import AutoModel\n"),
         ("second.py", "from transformers import AutoModel\nimport modeling_clara\n"),
-        ("clara", "from modeling_clara import CLaRaConfig\nfrom transformers import AutoModel\nimport modeling_clara\n"),
+        (
+            "clara",
+            "from modeling_clara import CLaRaConfig\nfrom transformers import AutoModel\nimport modeling_clara\n",
+        ),
     ],
 )
 def test_auto_classes_know_the_model_in_any_order_of_imports(name, imports, checkpoint, tmp_path):
