@@ -5,8 +5,10 @@ The functions take a model with its processor. Nothing here reads prompts or fil
 
 import math
 import numbers
+import os
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -23,7 +25,8 @@ from .text_clara import check_count, check_list, given_id, read_document
 class Source:
     """A chunk that was retrieved. `score` is the cosine of eq. 3.1, in [-1, 1].
 
-    `read_as` is "text" if `answer` or `stream` read the title and the text, else "memory".
+    `read_as` is "text" if `answer` or `stream` read the title and the text, else "memory". `metadata` has the other
+    columns of a corpus, such as `page`; it is empty for documents of a call.
     """
 
     document_id: str
@@ -32,7 +35,10 @@ class Source:
     title: str
     text: str
     read_as: str = "memory"
+    metadata: dict = field(default_factory=dict, hash=False)
 
+
+_OPENED = weakref.WeakKeyDictionary()  # of each model the corpora that its calls have named, by folder or id
 
 Hits = list[list[tuple[Source, torch.Tensor]]]  # of each question (source, memory (n, hidden)), best first
 
@@ -111,6 +117,7 @@ def search(
     if min_score is not None and not (is_number and math.isfinite(min_score)):
         raise ValueError(f"`min_score` must be a finite number, got {min_score!r}. Pass a cosine between -1 and 1.")
     if corpus is not None:
+        corpus = _open_corpus(model, corpus)
         queries = encode_questions(model, questions, k_score)
         options = {}
         if hasattr(corpus, "check_model"):  # a `CompressedCorpus`, also of another copy of this code
@@ -129,8 +136,25 @@ def search(
     return hits, queries
 
 
+def _open_corpus(model: CLaRaPasses, corpus):
+    """The corpus of a folder or an id, opened once for a model, as it is now; any other object is returned."""
+    if isinstance(corpus, str | os.PathLike):
+        name = os.path.abspath(corpus) if os.path.isdir(corpus) else str(corpus)
+        opened = _OPENED.setdefault(model, {})
+        if name not in opened:  # without the model, which would be kept alive by what it has opened
+            opened[name] = model.corpus_class().open(name)
+        return opened[name].refresh()
+    if not hasattr(corpus, "search"):
+        raise TypeError(
+            f"`corpus` must be a CompressedCorpus, its folder or its id on the Hub, got {type(corpus).__name__}. Pass "
+            "one of them."
+        )
+    return corpus
+
+
 def _read_hit(model: CLaRaPasses, hit: Mapping, memory_size: int) -> tuple[Source, torch.Tensor]:
-    source = Source(**{name: hit[name] for name in ("document_id", "span", "score", "title", "text")})
+    fields = {name: hit[name] for name in ("document_id", "span", "score", "title", "text")}
+    source = Source(**fields, metadata=dict(hit.get("metadata") or {}))
     name = f"memory of {source.document_id!r} in the corpus"
     return source, read_stored_memory(model, hit["memory"], memory_size, name)
 

@@ -172,7 +172,7 @@ class CompressedCorpus:
         `fingerprint` is the model's, if it was just taken: that takes some tenths of a second.
         """
         if fingerprint == self.manifest.fingerprint:
-            self._state.checked = (id(model), model.compressor_versions())
+            self._state.checked = (fingerprint, id(model), model.compressor_versions())
         self.check_model(model)
         self.model = model
         return self
@@ -180,10 +180,10 @@ class CompressedCorpus:
     def check_model(self, model) -> None:
         """Raise a ValueError unless a model's compressor made the memories.
 
-        The hash is taken again only when a weight that it covers has changed.
+        The hash is taken again only when a weight that it covers has changed, or the corpus is another.
         """
-        versions = model.compressor_versions()
-        if self._state.checked != (id(model), versions):
+        checked = (self.manifest.fingerprint, id(model), model.compressor_versions())
+        if self._state.checked != checked:
             if model.fingerprint != self.manifest.fingerprint:
                 name = self.manifest.compressor.get("name_or_path") or "an unnamed model"
                 raise ValueError(
@@ -191,7 +191,7 @@ class CompressedCorpus:
                     f"{self.manifest.fingerprint[:12]}, got {model.name_or_path or 'a model'} with "
                     f"{model.fingerprint[:12]}. Load that model, or build the corpus again with this one."
                 )
-            self._state.checked = (id(model), versions)
+            self._state.checked = checked
 
     @property
     def manifest(self) -> Manifest:

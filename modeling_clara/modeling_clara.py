@@ -111,7 +111,8 @@ class CLaRaForRAG(CLaRaCheckpoint):
                 (n, hidden) that is then not computed again. Long documents are split into chunks.
             corpus: instead of `documents`, a `CompressedCorpus` (filters and more: `corpus.with_options`), or any
                 object with `search(query_memory, top_k)` that returns for each question a list of dicts, best first:
-                `{document_id, span, score, title, text, memory}`.
+                `{document_id, span, score, title, text, memory}`, and `metadata` if it has some. The folder or the Hub
+                id of a corpus does as well: it is opened once, and refreshed at every call.
             top_k: documents per question, each by its best chunk; default min(`config.retrieval_top_k`, candidates).
             retrieval_memory_size: k that is compared; default `config.retrieval_memory_size`.
             min_score: sources with a lower cosine are left out.

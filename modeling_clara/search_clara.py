@@ -314,7 +314,7 @@ class SearchState:
         self.snapshot: Snapshot | None = None
         self.indexes: dict = {}  # by k
         self.lexical: LexicalIndex | None = None
-        self.checked: tuple | None = None  # the model whose fingerprint was compared, and its weights' versions
+        self.checked: tuple | None = None  # a fingerprint, the model that has it, its weights' versions
 
     def show(self, snapshot: Snapshot) -> None:
         """Make a snapshot the newest, with the indexes that the last one had; to be called with the lock held."""

