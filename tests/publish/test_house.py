@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 CODE = [*(ROOT / "modeling_clara").rglob("*.py"), *(ROOT / "recipes").rglob("*.py"), ROOT / "upload.py"]
 FILES = [*CODE, *(ROOT / "tests").rglob("*.py")]
-TRAVELLING_FILES, TRAVELLING_LINES = 24, 5_690
+TRAVELLING_FILES, TRAVELLING_LINES = 24, 5_670
 FILE_LINES, FUNCTION_LINES = 400, 60
 
 
