@@ -8,7 +8,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     """The options of the command."""
     parser = commands.add_parser("delete", help="delete documents of a corpus by their ids")
     parser.add_argument("corpus", help="folder of the corpus")
-    parser.add_argument("ids", nargs="*", metavar="ID", help="of a document, as `clara ask` prints it")
+    parser.add_argument("ids", nargs="*", help="of documents, as `clara ask` prints them")
     parser.add_argument("--compact", action="store_true", help="also take their text out of the files, for good")
     parser.set_defaults(run=run)
     return parser
@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .. import CompressedCorpus
 
     if not arguments.ids and not arguments.compact:
-        raise ValueError("`ID` must be given, or `--compact` to take earlier ones out of the files. Add one.")
+        raise ValueError("`ids` must be given, or `--compact` to take earlier ones out of the files. Add one.")
     corpus = CompressedCorpus.open(arguments.corpus)
     number = corpus.delete(arguments.ids) if arguments.ids else 0
     if arguments.compact:

@@ -238,8 +238,8 @@ def test_demo_as_json_on_a_folder_reports_what_it_skipped(tiny_backbone, tmp_pat
     arguments = ["demo", str(tmp_path), "--backbone", str(tiny_backbone), "-q", "Which river?", "--top-k", "2"]
     assert cli.main([*arguments, "--memory-size", "4", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["passages"] == 2 and report["spans"] > 2 and report["memory_size"] == 4
-    assert {row["id"] for row in report["rejected"]} == {"empty.txt", "latin.txt"}
+    assert report["passages"] == 3 and report["spans"] > 3 and report["memory_size"] == 4
+    assert {row["id"] for row in report["rejected"]} == {"empty.txt", "picture.png"}
     (result,) = report["results"]
     first, second = result["sources"]
     assert result["question"] == "Which river?" and first["score"] >= second["score"]
@@ -251,7 +251,7 @@ def test_demo_as_json_on_a_folder_reports_what_it_skipped(tiny_backbone, tmp_pat
     [
         (["{tmp}/nowhere"], "must be a folder"),
         (["{tmp}", "--all"], "`--all` needs the packaged passages"),
-        (["{tmp}"], "found none"),
+        (["{tmp}"], "got no file in"),
         (["--memory-size", "3"], "`--memory-size` must be one of"),
         (["--top-k", "9999"], "`--top-k` must be <= number of documents"),
         (["--backbone", "{tmp}/nowhere"], "be loaded"),
