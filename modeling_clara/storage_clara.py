@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import tempfile
 import uuid
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def replacing(path: Path):
     partial = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
     try:
         yield partial
-        with open(partial, "rb") as file:
+        with open(partial, "r+b") as file:  # Windows syncs only what may be written
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
@@ -74,8 +75,10 @@ def cached_index_folder(folder: Path) -> Path:
     """A folder in the Hugging Face cache for what is derived from the corpus at this path."""
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     path = Path(constants.HF_HOME) / "clara" / "index" / name
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    with contextlib.suppress(OSError):
+        path.mkdir(parents=True, exist_ok=True)
+    # without any place that can be written it is made again by every process
+    return path if os.access(path, os.W_OK) else Path(tempfile.mkdtemp(prefix="clara-index-"))
 
 
 def download_corpus(repo_id: str, revision, token, cache_dir, local_files_only: bool) -> Path:

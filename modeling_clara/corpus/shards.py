@@ -125,7 +125,7 @@ class ShardWriter:
     def close(self) -> Shard:
         """Finish the file and put it in place."""
         self.writer.close()
-        with open(self.partial, "rb") as file:
+        with open(self.partial, "r+b") as file:
             os.fsync(file.fileno())
         sha256, n_bytes = file_sha256(self.partial), self.partial.stat().st_size
         file = f"{DATA_FOLDER}/{self.name}-{sha256[:12]}.parquet"

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus
@@ -174,7 +175,7 @@ def _describe_hardware(device: torch.device | None, processes: int) -> dict:
     return {
         "cpu": models[0] if models else platform.processor() or platform.machine(),
         "cores": os.cpu_count() or 1,
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "accelerator": torch.cuda.get_device_name(device) if on_gpu else None,
         "processes": processes,
     }
