@@ -92,7 +92,11 @@ def _sync_once(arguments: argparse.Namespace, corpus, is_quiet: bool = False) ->
     plan = plan_sync(Path(arguments.corpus), arguments.input)
     if plan.is_empty:
         if not is_quiet:
-            print(json.dumps({"added": 0, "deleted": 0}) if arguments.json else "nothing has changed")
+            left_out = f"; {len(plan.left_out):,} files are left out" if plan.left_out else ""
+            print(
+                json.dumps({"added": 0, "deleted": 0}) if arguments.json else f"nothing has changed{left_out}",
+                flush=True,
+            )
         return 0, corpus
     needs_model = bool(plan.new or plan.changed)
     if corpus is None or (needs_model and corpus.model is None):

@@ -153,7 +153,7 @@ class _Sync:
         self._forget_rejected()
         for name, file in self.files.items():  # before it is read: what changes meanwhile has another hash next time
             self.plan.sha256.setdefault(name, _sha256(file))
-        source = DocumentSource(list(self.files.values()), **columns) if self.files else None
+        source = DocumentSource([*self.files.values(), *self.plan.left_out], **columns) if self.files else None
         if self.files:
             pipeline = changing(
                 self.corpus,
@@ -179,7 +179,7 @@ class _Sync:
     def _forget_rejected(self) -> None:
         """What is read again has its reasons again."""
         path = self.corpus.folder / REJECTED_FILE
-        again = {*self.files, *self.plan.gone}
+        again = {*self.files, *self.plan.gone, *(file.name for file in self.plan.left_out if self.files)}
         lines = [line for line in read_lines(path) if line.get("file") not in again]
         if len(lines) < self.manifest.n_rejected:
             write_lines(path, lines)

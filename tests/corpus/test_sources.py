@@ -321,3 +321,43 @@ def test_files_of_other_kinds_alone_are_an_error_that_lists_ours(tmp_path):
     for documents in (write(tmp_path / "in" / "program.exe", b"MZ"), tmp_path / "in"):
         with pytest.raises(ValueError, match=r"`documents` must be .*\.pdf.*got program\.exe in .*Convert them"):
             DocumentSource(documents)
+
+
+# --- types over all files --------------------------------------------------------------------------------------------
+
+
+def test_types_are_united_over_files_before_the_first_row(tmp_path):
+    parquet(tmp_path / "a.parquet", pa.table({"text": ["a"], "year": pa.nulls(1), "size": pa.array([1], pa.int32())}))
+    parquet(tmp_path / "b.parquet", pa.table({"text": ["b"], "year": [2020], "size": [1.5], "more": ["x"]}))
+    write(
+        tmp_path / "c.jsonl", lines({"text": "c", "size": 2, "tags": []}, {"text": "d", "tags": ["t"], "flag": True})
+    )
+    write(tmp_path / "d.csv", b"text,year,day,code,flag\nd,1999,2020-02-01,007,true\ne,,2021-03-04,11,\n")
+    types = DocumentSource(tmp_path).scan().stored()
+    assert {name: str(kind) for name, kind in types.items() if name != "tags"} == {
+        **{"year": "int64", "size": "double", "more": "string", "flag": "bool", "day": "date32[day]"},
+        **{"code": "string", "path": "string", "page": "int32", "section": "string", "sheet": "string"},
+    }
+    assert types["tags"].value_type == pa.string()
+
+
+def test_schemas_that_cannot_be_united_are_an_error_and_values_are_counted(tmp_path):
+    parquet(tmp_path / "a.parquet", pa.table({"text": ["a"], "year": [1]}))
+    parquet(tmp_path / "b.parquet", pa.table({"text": ["b"], "year": ["old"]}))
+    source = DocumentSource(tmp_path)
+    with pytest.raises(ValueError, match=r"'year' must have one type .* string in b\.parquet and int64"):
+        source.scan()
+    assert "year" not in source.scan({"year"}).types
+    write(tmp_path / "rows.jsonl", lines(*({"text": "a", "n": n if n % 10 else "none"} for n in range(1, 41))))
+    columns = DocumentSource(tmp_path / "rows.jsonl").scan()
+    assert columns.types["n"] == pa.int64() and columns.misfits["n"].number == 4
+    assert columns.misfits["n"].place == "rows.jsonl:10" and columns.misfits["n"].value == "none"
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.csv"])
+def test_two_columns_of_one_name_are_refused(name, tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    content = b"text,text\na,b\n" if name.endswith("csv") else None
+    path = parquet(tmp_path / name, table) if content is None else write(tmp_path / name, content)
+    with pytest.raises(ValueError, match=f"{name}.*different names, got 'text' twice"):
+        list(DocumentSource(path))
