@@ -38,9 +38,10 @@ class InputFile:
 
     Attributes:
         name: its path below the input's folder, with slashes.
-        size: in bytes.
+        size: in bytes; -1 if its file system does not tell.
         skipped: why it is no document, None if it may be one.
-        modified: time of its last change in nanoseconds, None if its file system does not tell.
+        modified: time of its last change in nanoseconds, of a remote file any text that changes with it; None if its
+            file system does not tell.
         path: on the file system.
         fs: the fsspec file system, None for the local disk.
     """
@@ -48,7 +49,7 @@ class InputFile:
     name: str
     size: int
     skipped: str | None = None
-    modified: int | None = None
+    modified: int | str | None = None
     path: str = field(default="", repr=False)
     fs: object = field(default=None, repr=False, compare=False)
 
@@ -164,11 +165,29 @@ def _find_remote(location: str) -> tuple[bool, list[InputFile]]:
         parts = name.split("/")
         hidden = next((n for n, part in enumerate(parts) if skip_reason(part)), None)
         if hidden is None or hidden == len(parts) - 1:
-            files.append(InputFile(name, info.get("size") or 0, skip_reason(parts[-1]), None, path, fs))
+            size = -1 if info.get("size") is None else info["size"]
+            files.append(InputFile(name, size, skip_reason(parts[-1]), _version(info), path, fs))
         else:
             name = "/".join(parts[: hidden + 1]) + "/"
             folders[name] = InputFile(name, 0, skip_reason(parts[hidden]))
     return is_folder, [*files, *folders.values()]
+
+
+def _version(info: dict) -> str | None:
+    """What a remote file system tells about the state of a file; None if it tells nothing."""
+    names = (
+        "ETag",
+        "etag",
+        "md5Hash",
+        "md5",
+        "sha256",
+        "mtime",
+        "LastModified",
+        "last_modified",
+        "updated",
+        "created",
+    )
+    return next((f"{name}={info[name]}" for name in names if info.get(name)), None)
 
 
 def skip_reason(name: str) -> str | None:

@@ -77,7 +77,7 @@ def read_file(file: InputFile, text_column: str = "text") -> Iterator[Item]:
         reason = f"needs {' and '.join(packages)}: {REMEDY.format(' '.join(packages))}."
         yield Item(file.name, None, f"`{file.name}` {reason}", "unsupported")
         return
-    if not file.size:
+    if file.size == 0:
         yield Item(file.name, None, f"`{file.name}` is empty", "empty")
         return
     n_items = 0

@@ -125,7 +125,7 @@ class DocumentSource:
         """About how many rows one of several processes has; None if nothing tells."""
         length = self.length
         if length is None and self.bytes_read:
-            n_bytes = sum(file.size for file in self.files if file.skipped is None and format_of(file))
+            n_bytes = sum(max(file.size, 0) for file in self.files if file.skipped is None and format_of(file))
             length = round(self.rows_read * n_bytes / self.bytes_read)
         return None if length is None else -(-length // world_size)
 
@@ -152,7 +152,7 @@ class DocumentSource:
                     raise ValueError(f"{item.problem} Correct it or name another file.")
                 yield self._row(rows, item, file.name)
                 rows += 1
-            self.bytes_read += file.size if file.skipped is None and format_of(file) else 0
+            self.bytes_read += max(file.size, 0) if file.skipped is None and format_of(file) else 0
             self.rows_read = rows
 
     def _row(self, index: int, item: Item, file: str | None = None) -> InputRow:
