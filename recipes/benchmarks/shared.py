@@ -11,6 +11,7 @@ import platform
 import re
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -164,6 +165,7 @@ def show(name: str, report: dict, text: str, arguments: argparse.Namespace) -> N
         source = f", data {report['data']}" if "data" in report else ""
         day = datetime.date.today().isoformat()
         head = f"Measured on {day} by `{shown_command()}`: {report['machine']}, {versions}{source}."
+        head = textwrap.fill(head, 119, break_long_words=False, break_on_hyphens=False)
         write_section(arguments.write, name, f"{head}\n\n{text}")
 
 
