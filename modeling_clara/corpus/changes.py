@@ -106,7 +106,8 @@ def _append(corpus, rows: DocumentSource, shard_size: int, batch_size: int, mode
         numbers = map(str, itertools.count(sum(shard.n_documents for shard in manifest.shards)))
 
         def new_id(row: InputRow) -> str:
-            return next(name for name in numbers if name not in given and snapshot.find(name) is None)
+            free = (name for name in numbers if name not in given and name not in rows.given_ids)
+            return next(name for name in free if snapshot.find(name) is None)
 
         pipeline = changing(
             corpus,

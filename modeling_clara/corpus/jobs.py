@@ -85,7 +85,7 @@ class Build:
                 types=types,
                 refusal=lambda document_id, _: None if seen.add(document_id) else "it is there already. Rename it.",
                 forget=seen.remove,
-                new_id=lambda row: str(row.index),
+                new_id=lambda row: source.free_id(row.index),
                 shard_size=self.options["shard_size"],
                 batch_size=batch_size,
                 prefix=f"{self.rank:05d}",

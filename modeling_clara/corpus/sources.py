@@ -3,6 +3,7 @@
 A row that cannot be read is a row with a problem, not an exception: streams go on.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -129,6 +130,21 @@ class DocumentSource:
             length = round(self.rows_read * n_bytes / self.bytes_read)
         return None if length is None else -(-length // world_size)
 
+    @functools.cached_property
+    def given_ids(self) -> frozenset[str]:
+        """The ids that the rows of a list bring, which no row without one may take; of what comes once none."""
+        if self.files or self.length is None:
+            return frozenset()
+        ids = (row.document.get("id") for row in self if row.document is not None)
+        return frozenset(str(name) for name in ids if name is not None)
+
+    def free_id(self, index: int) -> str:
+        """An id for a row without one: its number, unless a row brings that."""
+        name = str(index)
+        while name in self.given_ids:
+            name = f"#{name}"
+        return name
+
     def peek(self) -> list[InputRow]:
         """The first rows, at most `PEEKED_ROWS`; the next iteration begins with them all the same."""
         if self._peeked is None:
@@ -180,6 +196,8 @@ class DocumentSource:
         renamed = {name: value for name, value in document.items() if name not in self.columns}
         renamed |= {self.columns[name]: document[name] for name in document if name in self.columns}
         document_id = given_id(renamed)
+        if document_id is None:  # as BEIR and MongoDB call it
+            document_id = renamed.pop("_id", None)
         renamed.pop("document_id", None)
         renamed.pop("id", None)
         if document_id is not None:

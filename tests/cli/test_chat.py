@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,8 @@ class Terminal:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "80", "TERM": "dumb"}
         command = [sys.executable, "-m", "modeling_clara.cli", *arguments]
         streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+        # whoever runs the tests in the background ignores Ctrl-C, and so would the command
+        streams["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         self.process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
         os.close(theirs)
 

@@ -99,12 +99,12 @@ def test_a_row_that_cannot_be_used_is_left_out_and_listed(shared_model, tmp_path
     rows = [GOOD, *BAD, *late, {"id": "last", "text": "The last one."}, "no id"]
     for options in ({"shard_size": 2}, {"shard_size": 1024}):
         corpus = CompressedCorpus.build(shared_model, rows, tmp_path / f"c{options['shard_size']}", **options)
-        assert [*corpus.document_ids()] == ["good", str(n + 2), "last", str(n + 4)]
+        assert [*corpus.document_ids()] == ["good", str(n + 2), f"#{n + 2}", "last", str(n + 4)]
         found = rejected(corpus.folder)
-        assert [row["row"] for row in found] == [*range(1, n + 1), n + 2]
+        assert [row["row"] for row in found] == [*range(1, n + 1)]
         assert all(row["place"] == f"documents[{row['row']}]" and row["reason"] for row in found)
         assert corpus.manifest.n_rejected == len(found) and corpus.verify() == []
-        assert len(CompressedCorpus.build(shared_model, rows, corpus.folder, **options)) == 4
+        assert len(CompressedCorpus.build(shared_model, rows, corpus.folder, **options)) == 5
 
 
 def test_what_only_a_later_row_has_is_listed(shared_model, tmp_path):
@@ -159,3 +159,39 @@ def test_one_absurd_memory_does_not_spoil_the_others(shared_model, tmp_path, cod
     hits = corpus.search(given[[0, 10, 39]], 5)
     assert [row[0]["document_id"] for row in hits] == ["d0", "d10", "d39"]
     assert all(-1.001 <= hit["score"] <= 1.001 for row in hits for hit in row)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_row_without_an_id_never_takes_that_of_another(shared_model, tmp_path, order):
+    ids = [None, None, "0", 1, None, "#0"][::order]
+    rows = [f"row {n}" if name is None else {"id": name, "text": f"of {name}"} for n, name in enumerate(ids)]
+    corpus = CompressedCorpus.build(shared_model, rows, tmp_path / "c", codec="float16")
+    assert len(corpus) == 6 and corpus.manifest.n_rejected == 0
+    assert [texts(corpus)[name] for name in ("0", "1", "#0")] == ["of 0", "of 1", "of #0"]
+    assert corpus.add(["x", {"id": "6", "text": "six"}]).n_documents == 2 and texts(corpus)["6"] == "six"
+
+
+def test_the_queries_of_a_beir_folder_are_no_documents(shared_model, tmp_path):
+    (tmp_path / "in" / "qrels").mkdir(parents=True)
+    (tmp_path / "in" / "corpus.jsonl").write_text(json.dumps({"_id": "d1", "title": "A", "text": "Alpha."}))
+    (tmp_path / "in" / "queries.jsonl").write_text(json.dumps({"_id": "q1", "text": "What?"}))
+    (tmp_path / "in" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
+    corpus = CompressedCorpus.build(shared_model, tmp_path / "in", tmp_path / "c")
+    assert texts(corpus) == {"d1": "Alpha."}
+    assert {row["file"]: row["status"] for row in rejected(tmp_path / "c")} == {
+        "queries.jsonl": "skipped",
+        "qrels/test.tsv": "skipped",
+    }
+
+
+def test_numbers_in_a_column_that_is_declared_as_text_are_kept(shared_model, tmp_path):
+    rows = [{"text": f"text {number}", "code": code} for number, code in enumerate((7, "x", 2**70, 0.5))]
+    corpus = CompressedCorpus.build(shared_model, rows, tmp_path / "c", metadata={"code": "string"})
+    assert [document["metadata"]["code"] for document in read_all(corpus)] == ["7", "x", str(2**70), "0.5"]
+
+
+def test_a_number_that_a_float_cannot_hold_is_left_out(shared_model, tmp_path, caplog):
+    rows = [{"text": "a", "n": 0.5}, {"text": "b", "n": 2**60 + 1}, {"text": "c", "n": 3}, {"text": "d", "n": "x"}]
+    corpus = CompressedCorpus.build(shared_model, rows, tmp_path / "c")
+    assert [document["metadata"]["n"] for document in read_all(corpus)] == [0.5, 3.0]
+    assert "1 of the values of `n` are not double (the first: 'x' in documents[3])" in caplog.text
