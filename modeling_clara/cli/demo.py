@@ -34,7 +34,7 @@ UNTRAINED = (
 def add_parser(commands) -> argparse.ArgumentParser:
     """The options of the command."""
     parser = commands.add_parser("demo", help="compress passages, ask, and compare with reading the full text")
-    parser.add_argument("folder", nargs="?", help="folder of .txt and .md files (default: packaged passages)")
+    parser.add_argument("folder", nargs="?", help="folder of documents (default: packaged passages)")
     parser.add_argument("-q", "--question", action="append", default=[], help="a question; may be given several times")
     parser.add_argument(
         "--model", help="checkpoint folder or Hub id (default: clara-smollm2-135m if this is a clone, else untrained)"
@@ -265,7 +265,7 @@ def _next_steps(model: str | None) -> str:
     missing = [name for module, name in (("pyarrow", "pyarrow"), ("faiss", "faiss-cpu")) if find_spec(module) is None]
     needs = f"    # first: pip install {' '.join(missing)}" if missing else ""
     return (
-        "\nWhat to try next, with a folder of .txt or .md files:\n"
+        "\nWhat to try next, with a folder of documents:\n"
         f'  {clara} demo -q "YOUR QUESTION"    # these passages, your question\n'
         f'  {clara} demo FOLDER -q "YOUR QUESTION"    # your files\n'
         f"  {clara} compress FOLDER -o my-corpus \\\n      --model {model or 'MODEL'}{needs}\n"
