@@ -89,6 +89,7 @@ def build_corpus(arguments: argparse.Namespace, documents: str, folder: str, opt
     """Build a corpus and say what it is; returns the exit status."""
     from .. import CompressedCorpus
     from ..corpus.storage import read_lines
+    from .info import measure_text, readable_bytes
 
     model = load_model(arguments.model, backbone=arguments.backbone, dtype=arguments.dtype)
     show_progress()
@@ -106,14 +107,17 @@ def build_corpus(arguments: argparse.Namespace, documents: str, folder: str, opt
     report = {"path": folder, "complete": True}
     report |= {"documents": len(corpus), "spans": manifest.n_spans, "rejected": manifest.n_rejected}
     report |= {"codec": manifest.codec, "bytes": sum(shard.n_bytes for shard in manifest.shards)}
+    report |= measure_text(corpus.folder, manifest)
     if arguments.json:
         print(json.dumps(report, indent=2))
         return strict_status(arguments, rejected)
     n_files = manifest.build.get("input", {}).get("files")
-    print(
-        f"{report['documents']:,} documents{f' of {n_files:,} files' if n_files else ''}, {report['spans']:,} chunks, "
-        f"{report['bytes'] / 1e6:,.1f} MB as {report['codec']} in {folder}"
-    )
+    of_files = f" of {n_files:,} files" if n_files else ""
+    text, memories = report["text_bytes"], report["memory_bytes"]
+    times = f", {memories / text:.1f} times the text" if text else ""
+    print(f"{report['documents']:,} documents{of_files}, {report['spans']:,} chunks in {folder}")
+    print(f"{report['tokens']:,} tokens, {readable_bytes(text)} of text")
+    print(f"memories {readable_bytes(memories)} as {report['codec']}{times}")
     if rejected:
         print(f"left out: {describe_rejected(rejected)}; see {folder}/rejected.jsonl")
     return strict_status(arguments, rejected)
