@@ -87,9 +87,12 @@ def _sync_once(arguments: argparse.Namespace, corpus, is_quiet: bool = False) ->
     """Returns the exit status and the corpus, which is opened when it is first needed."""
     from pathlib import Path
 
+    from ..corpus.formats import describe_missing
     from ..corpus.sync import plan_sync
 
     plan = plan_sync(Path(arguments.corpus), arguments.input)
+    if not is_quiet and (missing := describe_missing(plan.left_out)):
+        print(missing, file=sys.stderr)
     if plan.is_empty:
         if not is_quiet:
             left_out = f"; {len(plan.left_out):,} files are left out" if plan.left_out else ""
