@@ -104,6 +104,6 @@ def _sync_once(arguments: argparse.Namespace, corpus, is_quiet: bool = False) ->
     needs_model = bool(plan.new or plan.changed)
     if corpus is None or (needs_model and corpus.model is None):
         corpus = open_for_change(arguments, needs_model=needs_model)
-    changes = corpus.sync(arguments.input, plan=plan, **change_options(arguments))
+    changes = corpus.sync(arguments.input, **change_options(arguments))
     print_changes(corpus, changes, arguments.json)
     return strict_status(arguments, changes.rejected), corpus

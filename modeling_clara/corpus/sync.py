@@ -20,6 +20,8 @@ from .pipeline import ShardDraft
 from .sources import DocumentSource, InputRow
 from .storage import append_lines, read_lines, write_lines
 
+SUSPICIOUS = 10  # files, all of which are gone: more likely it is another folder
+
 
 @dataclass
 class Plan:
@@ -58,7 +60,7 @@ def plan_sync(folder: Path, location) -> Plan:
         FileNotFoundError: there is no such location.
         ValueError: it holds no file at all, but the corpus was made of some.
     """
-    _, files = find_files(location, exclude=folder)
+    is_folder, files = find_files(location, exclude=folder)
     plan = Plan(known=read_log(folder))
     for file in files:
         known = plan.known.get(file.name)
@@ -70,11 +72,13 @@ def plan_sync(folder: Path, location) -> Plan:
             plan.unchanged.append(file)
         else:
             plan.changed.append(file)
-    plan.gone = sorted(set(plan.known) - {file.name for file in files})
-    if plan.gone and not plan.new and not plan.changed and not plan.unchanged:
+    if is_folder:  # a single file tells of itself alone
+        plan.gone = sorted(set(plan.known) - {file.name for file in files})
+    is_other = len(plan.gone) == len(plan.known) and (len(plan.gone) >= SUSPICIOUS or not plan.new)
+    if plan.gone and is_other:
         raise ValueError(
-            f"the folder must have files, found none in {location}: all {len(plan.gone)} files of the corpus would be "
-            "deleted. Check the path, or delete the corpus."
+            f"{location} must have files that the corpus was made of, found none of all {len(plan.gone)}, which would "
+            "be deleted. Check the path, or choose another folder for the corpus."
         )
     return plan
 
@@ -105,7 +109,7 @@ def _sha256(file: InputFile) -> str | None:
         return None
 
 
-def sync(corpus, location, *, shard_size: int = 1024, batch_size: int = 16, plan: Plan | None = None, **columns):
+def sync(corpus, location, *, shard_size: int = 1024, batch_size: int = 16, **columns) -> Changes:
     """Make the corpus agree with a folder of files, see `plan_sync`.
 
     Documents that were added by other calls stay. Nothing is written if nothing has changed.
@@ -115,22 +119,21 @@ def sync(corpus, location, *, shard_size: int = 1024, batch_size: int = 16, plan
         location: path or fsspec address of a file or folder.
         shard_size: chunks of a shard.
         batch_size: documents per pass.
-        plan: made just now by `plan_sync`; default: it is made here.
         columns: of `DocumentSource`.
 
     Returns:
-        `Changes`: what was added, replaced and deleted, and what was left out.
+        What was added, replaced and deleted, and what was left out.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: the location is wrong, or there is no model.
         RuntimeError: another process writes to the corpus; it is named.
     """
-    plan = plan_sync(corpus.folder, location) if plan is None else plan
-    if plan.is_empty:
+    if plan_sync(corpus.folder, location).is_empty:
         return Changes()
     if corpus.model is not None:
         corpus.check_model(corpus.model)
     with writing(corpus) as manifest:
+        plan = plan_sync(corpus.folder, location)  # again: another writer may have been at work until now
         changes = _Sync(corpus, manifest, plan).run(shard_size, batch_size, columns)
         compact_log(corpus.folder)
     return changes
@@ -145,6 +148,7 @@ class _Sync:
         self.given: dict[str, str] = {}  # id -> file, of this call
         self.ids: dict[str, list[str]] = {name: [] for name in self.files}  # of documents, once they are in the corpus
         self.ends: dict[str, int] = {}  # of files that were read: number of the row after their last one
+        self.failed: set[str] = set()  # files and parts of files that cannot be read now: what they held stays
         kept = {file.name for file in plan.unchanged} | {file.name for file in plan.left_out}
         self.owners = {name: file for file in kept & set(plan.known) for name in plan.known[file].ids}
         self.replaceable = {name for file, known in plan.known.items() if file not in kept for name in known.ids}
@@ -203,6 +207,8 @@ class _Sync:
             if last is not None and row.file != last:
                 self.ends[last] = row.index
             last = row.file
+            if row.status == "failed":
+                self.failed.add(row.place)
             yield row
         for name in self.files:
             self.ends.setdefault(name, 0)
@@ -218,18 +224,21 @@ class _Sync:
         append_lines(self.corpus.folder / REJECTED_FILE, draft.rejected)
         replace_ids(self.corpus, self.manifest, draft, codec_states)
         done = [name for name, end in self.ends.items() if name in self.ids and end <= draft.next_row]
-        obsolete = [
-            name
-            for file in done
-            for name in self.plan.known.get(file, KnownFile()).ids
-            if name not in self.given and name not in self.owners
-        ]
+        obsolete = []
+        for file in done:
+            left = [name for name in self._known_ids(file) if name not in self.given and name not in self.owners]
+            kept = left if file in self.failed else [name for name in left if name in self.failed]
+            self.ids[file] += kept
+            obsolete += [name for name in left if name not in kept]
         self.changes.n_deleted += delete_ids(self.corpus, self.manifest, obsolete)
         count_changes(self.changes, draft)
         commit(self.corpus, self.manifest)
         append_log(self.corpus.folder, [self._line(name) for name in done])
         for name in done:
             del self.ids[name]
+
+    def _known_ids(self, file: str) -> list[str]:
+        return self.plan.known[file].ids if file in self.plan.known else []
 
     def _line(self, name: str) -> dict:
         return read_line(self.files[name], self.ids[name], self.plan.sha256[name])

@@ -123,13 +123,43 @@ def test_documents_move_between_files(corpus, folder):
     assert set(read_log(corpus.folder)["a.jsonl"].ids) == {"r0", "r1"}
 
 
-def test_a_folder_that_is_empty_or_gone_deletes_nothing(corpus, folder, tmp_path):
+def test_another_folder_deletes_nothing_and_a_single_file_tells_of_itself(corpus, folder, tmp_path):
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(ValueError, match=r"found none in .*nothing: all \d+ files of the corpus would be deleted"):
-        corpus.sync(tmp_path / "nothing")
+    for number in range(3):
+        write(tmp_path / "other" / f"other{number}.txt", "Of another folder.")
+    for name in ("nothing", "other"):
+        with pytest.raises(ValueError, match=rf"{name} must have files that .* was made of, found none of all 11"):
+            corpus.sync(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="Check the path"):
         corpus.sync(tmp_path / "unmounted")
     assert texts(corpus) == expected(folder)
+    write(folder / "rows.jsonl", json.dumps({"id": "r0", "text": "Row 0."}))
+    write(folder / "sub0" / "0.txt", "Changed as well.")
+    assert corpus.sync(folder / "rows.jsonl").n_deleted == 4
+    assert corpus.sync(folder).n_documents == 1 and texts(corpus) == expected(folder)
+
+
+def test_what_cannot_be_read_for_a_moment_stays(corpus, folder):
+    """A file that is half copied, and one page of a file."""
+    rows = (folder / "rows.jsonl").read_bytes()
+    write(folder / "rows.csv", "id,text\nc1,First.\nc2,Second.\nc3,Third.\n")
+    corpus.sync(folder)
+    (folder / "rows.csv").write_bytes(b"id,text\nc1,Changed.\nc2," + bytes(range(128, 256)) * 20)
+    (folder / "rows.jsonl").write_bytes(rows[:30])
+    corpus.sync(folder)
+    assert texts(corpus)["c3"] == "Third." and texts(corpus)["r0"] == "Row 0." and corpus.verify() == []
+    write(folder / "rows.csv", "id,text\nc1,First.\n")
+    (folder / "rows.jsonl").write_bytes(rows)
+    corpus.sync(folder)
+    assert texts(corpus) == {**expected(folder), "c1": "First."} and corpus.verify() == []
+
+
+def test_a_writer_that_waited_sees_what_another_did(corpus, shared_model, folder):
+    other = CompressedCorpus.open(corpus.folder, model=shared_model)
+    write(folder / "new.txt", "New.")
+    corpus.sync(folder)
+    write(folder / "new.txt", "Newer.")
+    assert other.sync(folder).rejected[1:] == [] and texts(other) == expected(folder)
 
 
 def test_a_corpus_without_a_log_is_taken_over(corpus, folder):
