@@ -30,7 +30,9 @@ def add_column_options(parser: argparse.ArgumentParser) -> None:
 
 def change_options(arguments: argparse.Namespace) -> dict:
     """Keywords of `CompressedCorpus.add`."""
-    return {name: getattr(arguments, name) for name in ("batch_size", "shard_size", *COLUMNS)}
+    options = {name: getattr(arguments, name) for name in ("batch_size", "shard_size")}
+    given = {name: getattr(arguments, name) for name in COLUMNS}
+    return options | {name: value for name, value in given.items() if value != arguments.parser.get_default(name)}
 
 
 def open_for_change(arguments: argparse.Namespace, *, needs_model: bool = True):

@@ -8,7 +8,18 @@ import re
 
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, KeyError, ImportError)
 # Libraries that read files and networks; their own exception classes are not all OSErrors.
-READERS = ("httpx", "huggingface_hub", "pyarrow", "pymilvus", "safetensors", "subprocess", "zipfile")
+READERS = (
+    "aiohttp",
+    "botocore",
+    "fsspec",
+    "httpx",
+    "huggingface_hub",
+    "pyarrow",
+    "pymilvus",
+    "safetensors",
+    "subprocess",
+    "zipfile",
+)
 # Arguments of Python calls that commands take under another name, which is used if the command has one of these.
 OTHER_NAMES = {"documents": ("input",), "questions": ("question",), "path": ("output",), "ask_all": ("all",)}
 

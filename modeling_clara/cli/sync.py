@@ -5,8 +5,10 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
-from .changes import add_change_options, change_options, open_for_change, print_changes, strict_status
+from .changes import add_change_options, change_options, count_statuses, open_for_change, print_changes, strict_status
+from .terminal import one_line
 
 SHOWN = 10  # files that a dry run names of each kind
 
@@ -40,8 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
         time.sleep(max(arguments.watch, 0.1))
         try:
             status, corpus = _sync_once(arguments, corpus, is_quiet=True)
-        except (OSError, ValueError) as error:  # a folder that is out of reach for a moment does not end it
-            print(f"clara sync: {error}", file=sys.stderr)
+        except Exception as error:  # a folder that is out of reach, another writer: the next look may be better
+            print(f"clara sync: {one_line(error)}", file=sys.stderr)
     return status
 
 
@@ -55,8 +57,6 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _print_plan(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from ..corpus.sync import plan_sync
 
     plan = plan_sync(Path(arguments.corpus), arguments.input)
@@ -78,32 +78,35 @@ def _print_plan(arguments: argparse.Namespace) -> int:
 
 def _print_names(names: Sequence[str]) -> None:
     for name in names[:SHOWN]:
-        print(f"    {name}")
+        print(f"    {one_line(name)}")
     if len(names) > SHOWN:
         print(f"    ... and {len(names) - SHOWN:,} more")
 
 
 def _sync_once(arguments: argparse.Namespace, corpus, is_quiet: bool = False) -> tuple[int, object]:
     """Returns the exit status and the corpus, which is opened when it is first needed."""
-    from pathlib import Path
-
     from ..corpus.formats import describe_missing
+    from ..corpus.jobs import REJECTED_FILE
+    from ..corpus.storage import read_lines
     from ..corpus.sync import plan_sync
+    from ..manifest_clara import Manifest
 
-    plan = plan_sync(Path(arguments.corpus), arguments.input)
+    folder = Path(arguments.corpus)
+    plan = plan_sync(folder, arguments.input)
     if not is_quiet and (missing := describe_missing(plan.left_out)):
         print(missing, file=sys.stderr)
     if plan.is_empty:
-        if not is_quiet:
+        manifest, rejected = Manifest.read(folder), read_lines(folder / REJECTED_FILE)
+        if arguments.json and not is_quiet:
+            report = {"added": 0, "deleted": 0, "unchanged": 0, "left_out": dict(count_statuses(rejected))}
+            print(json.dumps({**report, "documents": manifest.n_documents}, indent=2), flush=True)
+        elif not is_quiet:
             left_out = f"; {len(plan.left_out):,} files are left out" if plan.left_out else ""
-            print(
-                json.dumps({"added": 0, "deleted": 0}) if arguments.json else f"nothing has changed{left_out}",
-                flush=True,
-            )
-        return 0, corpus
+            print(f"nothing has changed{left_out}", flush=True)
+        return strict_status(arguments, rejected), corpus
     needs_model = bool(plan.new or plan.changed)
     if corpus is None or (needs_model and corpus.model is None):
         corpus = open_for_change(arguments, needs_model=needs_model)
     changes = corpus.sync(arguments.input, **change_options(arguments))
     print_changes(corpus, changes, arguments.json)
-    return strict_status(arguments, changes.rejected), corpus
+    return strict_status(arguments, read_lines(folder / REJECTED_FILE)), corpus

@@ -22,6 +22,8 @@ from .shards import count_live, delete_rows, remove_unreferenced, write_manifest
 from .sources import DocumentSource, InputRow
 from .storage import append_lines, corpus_lock, read_lines, write_lines
 
+UNFINISHED = "unfinished"  # memories of a call that was killed, in the index folder
+
 
 @dataclass
 class Changes:
@@ -228,7 +230,7 @@ def changing(corpus, manifest: Manifest, **options) -> ShardPipeline:
         hidden_size=manifest.hidden_size,
         types={column.name: column.type for column in schema},
         prefix=f"{manifest.generation + 1:05d}",
-        kept=corpus.index_folder / "unfinished",
+        kept=corpus.index_folder / UNFINISHED,
         as_text=text_columns(manifest.build.get("metadata", {})),
         **options,
     )
@@ -239,9 +241,14 @@ def is_stored(corpus, spans: Sequence[Mapping]) -> bool:
     rows = corpus.snapshot.find(spans[0]["document_id"])
     if rows is None or len(rows) != len(spans) or "memory" in spans[0]:
         return False
-    names = ["title", "text", "n_tokens", *corpus.metadata_columns]
-    pairs = zip(rows, spans, strict=True)
-    return all(corpus.snapshot.record(row, names) == {name: span[name] for name in names} for row, span in pairs)
+    for row, span in zip(rows, spans, strict=True):
+        segment, place = corpus.snapshot.locate(row)
+        for name in ("title", "text", "n_tokens", *corpus.metadata_columns):
+            kind = segment.table.schema.field(name).type
+            stored, given = segment.table[name][place].as_py(), pa.scalar(span[name], kind).as_py()
+            if stored != given and (stored == stored or given == given):  # NaN is as it was
+                return False
+    return True
 
 
 def replace_ids(corpus, manifest: Manifest, draft: ShardDraft, codec_states: Mapping[str, str]) -> None:

@@ -4,6 +4,7 @@ Memories keep their bytes unless the codec changes.
 """
 
 import itertools
+import shutil
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,7 +14,7 @@ from ..codecs_clara import Codec, check_codec
 from ..manifest_clara import Manifest, Shard, check_shard, live_mask, load_codecs, memory_rows, pa, read_batches
 from ..snapshot_clara import WHEN_OPENED
 from ..text_clara import check_count
-from .changes import commit, writing
+from .changes import UNFINISHED, commit, writing
 from .encode import encode, fit_codec
 from .pipeline import COMPRESSED_SPANS
 from .shards import ShardWriter, binary_array, write_state
@@ -27,6 +28,8 @@ def compact(corpus, *, shard_size: int = 1024) -> None:
     check_count(shard_size, "shard_size", "Default: 1024.")
     with writing(corpus) as manifest:
         rewrite(corpus, manifest, shard_size)
+        for path in [*corpus.index_folder.glob("bm25-*"), corpus.index_folder / UNFINISHED]:  # they hold old text too
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def convert(corpus, codec: str, *, shard_size: int = 1024) -> None:

@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
-from .encodings import decode
+from .encodings import MARKS, decode
 from .files import InputFile
 
 MAX_TEXT = 512 * 2**20  # bytes of one text that is read whole; of rows each has this room
@@ -103,8 +103,11 @@ def html_text(data: bytes) -> tuple[str, str]:
     from bs4.dammit import EncodingDetector
 
     declared = EncodingDetector.find_declared_encoding(data, is_html=True, search_entire_document=False)
+    if declared in ("iso-8859-1", "latin-1", "latin1", "ascii", "us-ascii"):  # as browsers read them
+        declared = "cp1252"
+    has_mark = any(data.startswith(mark) for mark, _ in MARKS)
     try:
-        text = decode(data) if declared is None else data.decode(declared)
+        text = decode(data) if declared is None or has_mark else data.decode(declared)
     except (LookupError, UnicodeDecodeError):
         text = decode(data)
     soup = BeautifulSoup(re.sub(r"^\s*<\?xml[^>]*\?>", "", text), "lxml")
@@ -112,7 +115,10 @@ def html_text(data: bytes) -> tuple[str, str]:
     for tag in soup(UNSEEN):
         tag.decompose()
     parts: list[str] = []
-    _collect_html(soup, parts)
+    try:
+        _collect_html(soup, parts)
+    except RecursionError:  # of thousands of tags that nobody closed
+        parts = [soup.get_text("\n")]
     lines = [line.strip() for line in "".join(parts).splitlines()]
     return title, re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
@@ -207,7 +213,7 @@ def _word_lines(element) -> Iterator[tuple[str | None, str]]:
                 if not any(parent.tag == FALLBACK for parent in box.iterancestors()):
                     yield from _word_lines(box)
         elif child.tag == f"{WORD}tr":
-            cells = [" ".join(line for _, line in _word_lines(cell)) for cell in child.iter(f"{WORD}tc")]
+            cells = [" ".join(line for _, line in _word_lines(cell)) for cell in child if cell.tag == f"{WORD}tc"]
             yield None, " | ".join(cells)
         elif isinstance(child.tag, str):
             yield from _word_lines(child)
@@ -218,7 +224,7 @@ def _word_text(element) -> Iterator[str]:
         if child.tag in (f"{WORD}t", f"{WORD}tab", f"{WORD}br", f"{WORD}cr", f"{WORD}noBreakHyphen"):
             marks = {f"{WORD}t": child.text or "", f"{WORD}tab": "\t", f"{WORD}noBreakHyphen": "-"}
             yield marks.get(child.tag, "\n")
-        elif child.tag not in (f"{WORD}txbxContent", FALLBACK, f"{WORD}pPr"):
+        elif child.tag not in (f"{WORD}txbxContent", FALLBACK, f"{WORD}pPr", f"{WORD}moveFrom"):
             yield from _word_text(child)
 
 

@@ -32,12 +32,13 @@ def find_encoding(sample: bytes) -> str:
             return name
     if b"\0" not in sample:
         try:
-            codecs.getincrementaldecoder("utf-8")().decode(sample)  # the last character may be cut
+            # the last character of a longer text may be cut
+            codecs.getincrementaldecoder("utf-8")().decode(sample, final=len(sample) < SAMPLE)
             return "utf-8"
         except UnicodeDecodeError:
             return _legacy_encoding(sample)
     even, odd = sample[::2].count(0), sample[1::2].count(0)
-    if max(even, odd) > 10 * min(even, odd):
+    if max(even, odd) > max(10 * min(even, odd), len(sample) // 20):
         return "utf-16-le" if odd > even else "utf-16-be"
     raise ValueError("is no text: it has bytes of value zero. Convert it.")
 

@@ -25,6 +25,8 @@ class KnownFile:
         sha256: of its bytes, None if it was never needed.
         ids: of its documents.
         is_complete: False if a writer was killed while it read the file.
+        retry: generation of the corpus after which the file is read again though it did not change: another file
+            had one of its ids, or it could not be opened (-1).
     """
 
     size: int = -1
@@ -32,6 +34,7 @@ class KnownFile:
     sha256: str | None = None
     ids: list[str] = field(default_factory=list)
     is_complete: bool = False
+    retry: int | None = None
 
 
 def read_log(folder: Path) -> dict[str, KnownFile]:
@@ -40,7 +43,7 @@ def read_log(folder: Path) -> dict[str, KnownFile]:
     for line in read_lines(folder / FILES_FILE):
         name = line["name"]
         if "ids" in line:
-            values = (line["size"], line["modified"], line["sha256"], line["ids"], True)
+            values = (line["size"], line["modified"], line["sha256"], line["ids"], True, line.get("retry"))
             known[name] = KnownFile(*values)
         elif "pending" in line:
             file = known.setdefault(name, KnownFile())
@@ -50,9 +53,10 @@ def read_log(folder: Path) -> dict[str, KnownFile]:
     return known
 
 
-def read_line(file: InputFile, ids: Iterable[str], sha256: str | None = None) -> dict:
+def read_line(file: InputFile, ids: Iterable[str], sha256: str | None = None, retry: int | None = None) -> dict:
     """The line of a file that was read to its end."""
-    return {"name": file.name, "size": file.size, "modified": file.modified, "sha256": sha256, "ids": list(ids)}
+    line = {"name": file.name, "size": file.size, "modified": file.modified, "sha256": sha256, "ids": list(ids)}
+    return line if retry is None else {**line, "retry": retry}
 
 
 def append_log(folder: Path, lines: Iterable[dict]) -> None:
@@ -68,6 +72,7 @@ def compact_log(folder: Path) -> None:
             folder / FILES_FILE,
             (
                 {"name": name, "size": k.size, "modified": k.modified, "sha256": k.sha256, "ids": k.ids}
+                | ({} if k.retry is None else {"retry": k.retry})
                 for name, k in known.items()
             ),
         )

@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 SYSTEM_FOLDERS = {"__MACOSX", "__pycache__", "node_modules", "$RECYCLE.BIN", "System Volume Information"}
 SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
+CLOSED = "cannot be opened"
 BEIR_FILES = {"corpus.jsonl", "queries.jsonl"}  # a folder with both is a retrieval benchmark
 
 
@@ -70,6 +71,11 @@ class InputFile:
         """Whether its last ending is that of a compressed file."""
         return PurePosixPath(self.name.lower()).suffix in DECOMPRESSORS
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it may be a document, or a folder of them, but cannot be opened."""
+        return self.skipped is not None and self.skipped.startswith(CLOSED)
+
     @contextlib.contextmanager
     def open_raw(self) -> Iterator[BinaryIO]:
         """The file's bytes as they are stored."""
@@ -123,7 +129,7 @@ def _local(path: Path, root: Path, skipped: str | None = None) -> InputFile:
     try:
         status = path.stat()
     except OSError as error:  # a link to nothing
-        return InputFile(name, 0, skipped or f"cannot be opened: {error.strerror}")
+        return InputFile(name, 0, skipped or f"{CLOSED}: {error.strerror}")
     if not path.is_file():
         return InputFile(name, 0, skipped or "is no regular file")
     return InputFile(name, status.st_size, skipped, status.st_mtime_ns, str(path))
@@ -144,7 +150,7 @@ def _walk(folder: Path, root: Path, exclude: Path | None) -> Iterator[InputFile]
                 try:
                     yield from _walk(path, root, exclude)
                 except PermissionError as error:
-                    yield InputFile(path.relative_to(root).as_posix() + "/", 0, f"cannot be opened: {error.strerror}")
+                    yield InputFile(path.relative_to(root).as_posix() + "/", 0, f"{CLOSED}: {error.strerror}")
 
 
 def _find_remote(location: str) -> tuple[bool, list[InputFile]]:

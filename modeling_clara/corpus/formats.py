@@ -65,7 +65,7 @@ def missing_packages(file: InputFile) -> list[str]:
 def read_file(file: InputFile, text_column: str = "text") -> Iterator[Item]:
     """Everything that a file holds; what it cannot give is an item with a problem, whatever goes wrong."""
     if file.skipped is not None:
-        yield Item(file.name, None, f"`{file.name}` {file.skipped}", "skipped")
+        yield Item(file.name, None, f"`{file.name}` {file.skipped}", "failed" if file.is_closed else "skipped")
         return
     known = format_of(file)
     if known is None:

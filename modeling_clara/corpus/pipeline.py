@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,8 @@ from .formats import COLUMNS
 from .shards import ShardWriter, shard_schema, write_state
 from .sources import InputRow, is_utf8
 from .tables import Cell, cell_value
+
+logger = logging.getLogger(__name__)
 
 COMPRESSED_SPANS = 1024  # encoded together, and the sample that a codec is fitted on
 PASS_SPANS = 128  # compressed in one call
@@ -91,6 +94,7 @@ class ShardPipeline:
         as_text: columns in which numbers are kept as text.
         progress: called with numbers of documents that were compressed or rejected.
         codec_states: files of states that were fitted here.
+        dropped: columns of files that the corpus does not have.
     """
 
     folder: Path
@@ -111,6 +115,7 @@ class ShardPipeline:
     as_text: frozenset[str] = frozenset()
     progress: Callable[[int], object] = int
     codec_states: dict[str, str] = field(default_factory=dict)
+    dropped: set[str] = field(default_factory=set)
 
     def run(self, rows: Iterator[InputRow], first_shard: int = 0) -> Iterator[ShardDraft]:
         """Write shards of these rows; each result comes when its shard is on disk."""
@@ -192,8 +197,11 @@ class ShardPipeline:
 
     def _metadata(self, row: InputRow) -> dict:
         values = {name: value for name, value in row.document.items() if name not in RESERVED_COLUMNS}
-        if row.file is not None:  # what the file's reader has added, in a corpus that began without files
-            values = {name: value for name, value in values.items() if name in self.types or name not in COLUMNS}
+        if row.file is not None:  # a corpus has the columns of its first files; a later one may have more
+            for name in values.keys() - self.types.keys() - set(COLUMNS) - self.dropped - set(OURS):
+                self.dropped.add(name)
+                logger.warning("The corpus has no column `%s`; %s and other files lose it.", name, row.file)
+            values = {name: value for name, value in values.items() if name in self.types or name in OURS}
         values = {name: self._stored_value(name, value) for name, value in values.items()}
         taken = [name for name in OURS if name in row.document]
         if taken:
@@ -212,7 +220,9 @@ class ShardPipeline:
         """A value as its column has it: of a table's cell a number or a time, of an empty object nothing."""
         if isinstance(value, Cell) and name in self.types:
             return cell_value(value, self.types[name])
-        if name in self.as_text and isinstance(value, bool | int | float):
+        if (name in self.as_text or name in COLUMNS) and isinstance(value, bool | int | float):
+            if not pa.types.is_string(self.types.get(name, pa.string())):
+                return value
             return json.dumps(value)
         return None if value == {} else value
 

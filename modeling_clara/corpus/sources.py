@@ -19,7 +19,7 @@ from .converters import Item
 from .files import InputFile, find_files, is_remote
 from .formats import BY_ENDING, describe_missing, file_columns, format_of, read_file
 from .tables import parquet_schema
-from .types import ColumnTypes
+from .types import ColumnTypes, unite
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class DocumentSource:
         if missing := describe_missing(self.files):
             logger.warning(missing)
         name = os.fspath(location).rstrip("/").rpartition("/")[2].encode("utf-8", "replace").decode()
-        sizes = [[file.name, file.size] for file in self.files]
+        sizes = [[file.name, file.size] for file in readable]
         digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
         self.description = {"kind": "files", "name": name, "files": len(sizes), "sizes": digest}
 
@@ -235,7 +235,8 @@ class DocumentSource:
             if tables:
                 scanned = DocumentSource(tables, **self._options())
                 self._add_rows(columns, scanned, declared)
-            columns.add_schema(file_columns(self.files, self.is_folder), "every file")
+            for name, kind in file_columns(self.files, self.is_folder).items():
+                columns.types[name] = unite(columns.types.get(name, kind), kind) or pa.string()
         return columns
 
     def _options(self) -> dict:

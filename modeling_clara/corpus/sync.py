@@ -62,18 +62,21 @@ def plan_sync(folder: Path, location) -> Plan:
     """
     is_folder, files = find_files(location, exclude=folder)
     plan = Plan(known=read_log(folder))
+    generation = Manifest.read(folder).generation if plan.known else 0
+    closed = tuple(file.name for file in files if file.is_closed)
     for file in files:
         known = plan.known.get(file.name)
         if file.skipped is not None or format_of(file) is None or missing_packages(file):
             plan.left_out.append(file)
         elif known is None:
             plan.new.append(file)
-        elif _is_unchanged(file, known, plan):
+        elif _is_unchanged(file, known, plan, generation):
             plan.unchanged.append(file)
         else:
             plan.changed.append(file)
     if is_folder:  # a single file tells of itself alone
-        plan.gone = sorted(set(plan.known) - {file.name for file in files})
+        gone = set(plan.known) - {file.name for file in files}
+        plan.gone = sorted(name for name in gone if not name.startswith(closed))
     is_other = len(plan.gone) == len(plan.known) and (len(plan.gone) >= SUSPICIOUS or not plan.new)
     if plan.gone and is_other:
         raise ValueError(
@@ -83,8 +86,8 @@ def plan_sync(folder: Path, location) -> Plan:
     return plan
 
 
-def _is_unchanged(file: InputFile, known: KnownFile, plan: Plan) -> bool:
-    if not known.is_complete or file.size != known.size:
+def _is_unchanged(file: InputFile, known: KnownFile, plan: Plan, generation: int) -> bool:
+    if not known.is_complete or file.size != known.size or known.retry not in (None, generation):
         return False
     if file.modified is not None and file.modified == known.modified:
         return True
@@ -105,7 +108,7 @@ def _sha256(file: InputFile) -> str | None:
             while block := stream.read(2**20):
                 digest.update(block)
         return digest.hexdigest()
-    except OSError:
+    except Exception:  # of the disk, or of any remote file system: reading it will say why
         return None
 
 
@@ -119,7 +122,7 @@ def sync(corpus, location, *, shard_size: int = 1024, batch_size: int = 16, **co
         location: path or fsspec address of a file or folder.
         shard_size: chunks of a shard.
         batch_size: documents per pass.
-        columns: of `DocumentSource`.
+        columns: of `DocumentSource`; default those of the build.
 
     Returns:
         What was added, replaced and deleted, and what was left out.
@@ -132,6 +135,7 @@ def sync(corpus, location, *, shard_size: int = 1024, batch_size: int = 16, **co
         return Changes()
     if corpus.model is not None:
         corpus.check_model(corpus.model)
+    columns = {**corpus.manifest.build.get("columns", {}), **columns}
     with writing(corpus) as manifest:
         plan = plan_sync(corpus.folder, location)  # again: another writer may have been at work until now
         changes = _Sync(corpus, manifest, plan).run(shard_size, batch_size, columns)
@@ -148,7 +152,9 @@ class _Sync:
         self.given: dict[str, str] = {}  # id -> file, of this call
         self.ids: dict[str, list[str]] = {name: [] for name in self.files}  # of documents, once they are in the corpus
         self.ends: dict[str, int] = {}  # of files that were read: number of the row after their last one
+        self.done: set[str] = set()  # files of which all rows are in the corpus
         self.failed: set[str] = set()  # files and parts of files that cannot be read now: what they held stays
+        self.refused: set[str] = set()  # files with an id that another one has: read again after the next change
         kept = {file.name for file in plan.unchanged} | {file.name for file in plan.left_out}
         self.owners = {name: file for file in kept & set(plan.known) for name in plan.known[file].ids}
         self.replaceable = {name for file, known in plan.known.items() if file not in kept for name in known.ids}
@@ -190,6 +196,14 @@ class _Sync:
             self.manifest.n_rejected = len(lines)
 
     def _refusal(self, document_id: str, row: InputRow) -> str | None:
+        reason = self._conflict(document_id)
+        if reason is None:
+            self.given[document_id] = row.file
+        else:
+            self.refused.add(row.file)
+        return reason
+
+    def _conflict(self, document_id: str) -> str | None:
         if document_id in self.given:
             return f"{self.given[document_id]} has it too. Rename one."
         if document_id in self.owners:
@@ -197,21 +211,20 @@ class _Sync:
         is_there = self.corpus.snapshot.find(document_id) is not None
         if is_there and self.plan.known and document_id not in self.replaceable:
             return "it was added without a file. Delete that one, or rename this one."
-        self.given[document_id] = row.file
         return None
 
     def _watched(self, rows: Iterable[InputRow]) -> Iterator[InputRow]:
         """The rows; notes where files end."""
-        last = None
+        last, number = None, 0
         for row in rows:
             if last is not None and row.file != last:
                 self.ends[last] = row.index
-            last = row.file
+            last, number = row.file, row.index + 1
             if row.status == "failed":
                 self.failed.add(row.place)
             yield row
-        for name in self.files:
-            self.ends.setdefault(name, 0)
+        if last is not None:
+            self.ends[last] = number
 
     def _commit(self, draft: ShardDraft, codec_states: dict) -> None:
         """Make one shard part of the corpus, and what it replaces no part of it, at once."""
@@ -223,7 +236,8 @@ class _Sync:
             self.ids[file] += names
         append_lines(self.corpus.folder / REJECTED_FILE, draft.rejected)
         replace_ids(self.corpus, self.manifest, draft, codec_states)
-        done = [name for name, end in self.ends.items() if name in self.ids and end <= draft.next_row]
+        done = [name for name, end in self.ends.items() if end <= draft.next_row and name not in self.done]
+        done = [name for name in done if name in self.ids]
         obsolete = []
         for file in done:
             left = [name for name in self._known_ids(file) if name not in self.given and name not in self.owners]
@@ -233,12 +247,17 @@ class _Sync:
         self.changes.n_deleted += delete_ids(self.corpus, self.manifest, obsolete)
         count_changes(self.changes, draft)
         commit(self.corpus, self.manifest)
-        append_log(self.corpus.folder, [self._line(name) for name in done])
-        for name in done:
+        noted = [name for name in done if name not in self.refused]  # of these the last commit must be known
+        append_log(self.corpus.folder, [self._line(name) for name in noted])
+        for name in noted:
             del self.ids[name]
+        self.done.update(done)
 
     def _known_ids(self, file: str) -> list[str]:
         return self.plan.known[file].ids if file in self.plan.known else []
 
     def _line(self, name: str) -> dict:
-        return read_line(self.files[name], self.ids[name], self.plan.sha256[name])
+        retry = self.manifest.generation if name in self.refused else None
+        if name in self.failed and self.plan.sha256[name] is None:  # it could not be opened
+            retry = -1
+        return read_line(self.files[name], self.ids[name], self.plan.sha256[name], retry)

@@ -64,6 +64,7 @@ def read_xlsx(file: InputFile, text_column: str) -> Iterator[Item]:
     with zipped(file) as stream:
         book = openpyxl.load_workbook(stream, read_only=True, data_only=True)
         for sheet in book.worksheets:
+            sheet.reset_dimensions()  # which some exporters write wrong
             rows = ((number, list(cells)) for number, cells in enumerate(sheet.iter_rows(values_only=True), 1))
             yield from _table(file, rows, text_column, sheet.title)
 
@@ -94,6 +95,7 @@ def _table(
             yield Item(row_place, None, problem, "failed")
             continue
         values = {name: cell for name, cell in zip(names, cells, strict=False) if name and cell is not None}
+        values |= {name: str(values[name]) for name in (text_column, "title") if name in values}
         yield Item(row_place, {"text": "", **values, **sheet_columns})
 
 

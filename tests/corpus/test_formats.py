@@ -282,3 +282,41 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path):
     )
     output = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True).stdout
     assert int(output.split()[-1]) < 30_000, "KiB, of 75 MB that were read"
+
+
+def document_of(path: Path, content: bytes) -> dict:
+    write(path, content)
+    (document,) = [row.document for row in DocumentSource(path) if row.document is not None]
+    return document
+
+
+def test_pages_say_their_encoding_as_browsers_read_it(tmp_path):
+    page = '<html><head><meta charset="iso-8859-1"></head><body>{}</body></html>'
+    quoted = page.format("“café”").encode("cp1252")
+    assert document_of(tmp_path / "a.html", quoted)["text"] == "“café”"
+    assert (
+        document_of(tmp_path / "b.html", page.format("“café”").encode("utf-8-sig"))["text"] == "“café”"
+    )  # the mark wins
+    assert "deep" in document_of(tmp_path / "c.html", b"<p>" + b"<font>" * 5000 + b"deep")["text"]
+    assert decode("Le café".encode("cp1252")) == "Le café"
+    with pytest.raises(ValueError, match="is no text"):
+        decode(b"one stray \x00 zero in ASCII text that is long enough to tell")
+
+
+def test_cells_and_paragraphs_as_they_are_written(tmp_path):
+    book = openpyxl.Workbook()
+    book.active.append(["title", "text", "year"])
+    book.active.append([1984, 2024, 7])
+    document = document_of(tmp_path / "a.xlsx", saved(book))
+    assert (document["title"], document["text"], document["year"]) == ("1984", "2024", 7)
+    paper = docx.Document()
+    paper.add_table(1, 1).cell(0, 0).add_table(1, 1).cell(0, 0).text = "nested"
+    assert document_of(tmp_path / "a.docx", saved(paper))["text"].count("nested") == 1
+
+
+def test_columns_of_rows_may_have_the_names_of_ours(shared_model, tmp_path):
+    write(tmp_path / "in" / "rows.csv", b"id,section,page,text\nr,1,iv,hi\n")
+    write(tmp_path / "in" / "paper.pdf", pdf(["A page."]))
+    corpus = CompressedCorpus.build(shared_model, tmp_path / "in", tmp_path / "c")
+    found = {document["document_id"]: document["metadata"] for document in read_all(corpus)}
+    assert (found["r"]["section"], found["r"]["page"], found["paper.pdf#page=1"]["page"]) == ("1", "iv", "1")

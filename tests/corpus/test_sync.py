@@ -13,8 +13,9 @@ import torch
 from corpora import read_all, receive, rejected, stamps, start, texts
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus
-from modeling_clara.corpus import pipeline
+from modeling_clara.corpus import files, pipeline
 from modeling_clara.corpus.filelog import FILES_FILE, read_log
+from modeling_clara.corpus.files import InputFile
 from modeling_clara.corpus.sync import plan_sync
 
 SMALL = {"shard_size": 4, "batch_size": 2}
@@ -282,3 +283,85 @@ def test_a_corpus_remembers_its_model_from_anywhere(checkpoint, backbone_folder,
     corpus = CompressedCorpus.build(model, folder, "c")
     assert corpus.manifest.compressor["name_or_path"] == str(moved)
     assert corpus.manifest.compressor["backbone"] == str(backbone_folder)
+
+
+def test_many_shards_and_a_last_file_of_several(corpus, folder):
+    """The last file lies in several shards; nothing of it is lost, also not for the log."""
+    jsonl(folder / "z.jsonl", {f"z{number}": f"Row {number}." for number in range(23)})
+    for number in range(30):
+        write(folder / f"n{number}.txt", f"New {number}.")
+    corpus.sync(folder, **SMALL)
+    assert texts(corpus) == expected(folder) and plan_sync(corpus.folder, folder).is_empty
+    assert len(read_log(corpus.folder)["z.jsonl"].ids) == 23
+    jsonl(folder / "z.jsonl", {"z3": "Row 3."})
+    assert corpus.sync(folder, **SMALL).n_deleted == 22
+
+
+def test_what_was_refused_is_read_again_after_the_next_change(corpus, folder):
+    jsonl(folder / "z.jsonl", {"r1": "Of z.", "z": "Own."})
+    corpus.add([{"id": "hand.txt", "text": "By hand."}])
+    write(folder / "hand.txt", "By file.")
+    assert {row["id"] for row in corpus.sync(folder).rejected if row["id"]} == {"r1", "hand.txt"}
+    assert plan_sync(corpus.folder, folder).is_empty  # until something changes
+    corpus.delete(["hand.txt"])
+    (folder / "rows.jsonl").unlink()
+    corpus.sync(folder)
+    corpus.sync(folder)
+    assert texts(corpus) == expected(folder) and texts(corpus)["r1"] == "Of z."
+    assert plan_sync(corpus.folder, folder).is_empty and corpus.verify() == []
+
+
+def test_a_file_and_a_folder_that_cannot_be_opened_keep_their_documents(corpus, folder, monkeypatch):
+    """As for a user without the rights, which the tests may have."""
+    scandir, opened = os.scandir, InputFile.open_raw
+
+    def closed(path):
+        if str(path).endswith("sub0"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    def locked(file):
+        if file.name == "rows.jsonl":
+            raise PermissionError(13, "Permission denied")
+        return opened(file)
+
+    before = expected(folder)
+    write(folder / "rows.jsonl", (folder / "rows.jsonl").read_text() + "\n")
+    with monkeypatch.context() as without:
+        without.setattr(files.os, "scandir", closed)
+        without.setattr(InputFile, "open_raw", locked)
+        changes = corpus.sync(folder)
+        assert {row["status"] for row in changes.rejected if row["place"] in ("sub0/", "rows.jsonl")} == {"failed"}
+        assert changes.n_deleted == 0 and texts(corpus) == before
+    jsonl(folder / "rows.jsonl", {"r0": "Row 0."})
+    corpus.sync(folder)
+    assert texts(corpus) == expected(folder)
+
+
+def test_equal_documents_of_every_type_are_not_compressed_again(shared_model, tmp_path):
+    rows = [{"text": "a", "m": {"a": 1}, "x": 0.1, "tags": ["t"]}, {"text": "b", "m": {"b": 2}, "x": float("nan")}]
+    write(tmp_path / "in" / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    corpus = CompressedCorpus.build(shared_model, tmp_path / "in", tmp_path / "c")
+    write(tmp_path / "in" / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in [*rows, {"text": "c"}]))
+    changes = corpus.sync(tmp_path / "in")
+    assert (changes.n_documents, changes.n_unchanged) == (1, 2)
+
+
+def test_columns_of_the_build_are_remembered_and_later_ones_are_dropped(shared_model, tmp_path, caplog):
+    write(tmp_path / "in" / "rows.jsonl", json.dumps({"body": "First."}) + "\n")
+    corpus = CompressedCorpus.build(shared_model, tmp_path / "in", tmp_path / "c", text_column="body")
+    write(tmp_path / "in" / "more.csv", "body,author\nSecond.,me\n")
+    assert corpus.sync(tmp_path / "in").n_documents == 1
+    assert texts(corpus) == {"rows.jsonl:1": "First.", "more.csv:2": "Second."}
+    assert "no column `author`; more.csv" in caplog.text
+
+
+def test_compacting_leaves_no_deleted_text(corpus, folder, shared_model):
+    write(folder / "secret.txt", "zebrasecret stands here")
+    corpus.sync(folder)
+    shared_model.retrieve(["zebrasecret"], corpus=corpus.with_options(hybrid=True))
+    (folder / "secret.txt").unlink()
+    corpus.sync(folder)
+    corpus.compact()
+    found = [path for path in corpus.folder.rglob("*") if path.is_file() and b"zebrasecret" in path.read_bytes()]
+    assert found == []
