@@ -46,7 +46,7 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="documents per pass (default: 16)")
     add_column_options(parser)
     parser.add_argument(
-        "--metadata", type=_parse_metadata, default={}, metavar="NAME=TYPE,...", help="Arrow types of metadata columns"
+        "--metadata", type=parse_metadata, default={}, metavar="NAME=TYPE,...", help="Arrow types of metadata columns"
     )
     parser.add_argument("--source", help="name or address of the text, for the card")
     parser.add_argument("--license", help="of the text, for the card, such as cc-by-sa-4.0")
@@ -61,7 +61,7 @@ def build_options(arguments: argparse.Namespace) -> dict:
     return options | {"source": {name: value for name, value in source.items() if value}}
 
 
-def _parse_metadata(text: str) -> dict[str, str]:
+def parse_metadata(text: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(name and mark and kind for name, mark, kind in pairs):
         raise argparse.ArgumentTypeError(f"must be NAME=TYPE,..., such as year=int64, got {text!r}")

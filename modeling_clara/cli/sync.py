@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .changes import add_change_options, change_options, count_statuses, open_for_change, print_changes, strict_status
+from .compress import parse_metadata
 from .terminal import one_line
 
 SHOWN = 10  # files that a dry run names of each kind
@@ -20,6 +21,9 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument("corpus", help="folder of the corpus, which is built if it is not there")
     add_change_options(parser)
     parser.add_argument("--codec", default="int8", help="of a new corpus: float16, int8 or int4 (default: int8)")
+    parser.add_argument(
+        "--metadata", type=parse_metadata, default={}, metavar="NAME=TYPE,...", help="of a new corpus: Arrow types"
+    )
     parser.add_argument("-n", "--dry-run", action="store_true", help="say what would be done, and do nothing")
     parser.add_argument(
         "--watch", type=float, nargs="?", const=1.0, metavar="SECONDS", help="go on, looking so often (default: 1)"
@@ -52,7 +56,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
     if arguments.model is None:
         raise ValueError(f"`--model` must be given, because there is no corpus in {arguments.corpus} yet. Add it.")
-    options = {**change_options(arguments), "codec": arguments.codec}
+    options = {**change_options(arguments), "codec": arguments.codec, "metadata": arguments.metadata}
     return build_corpus(arguments, arguments.input, arguments.corpus, options)
 
 

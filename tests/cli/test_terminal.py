@@ -21,26 +21,26 @@ WORDS = ["a", "the", "memory", "東京都", "e\u0301te\u0301", "x" * 130, "12,34
 
 
 def at_terminal(monkeypatch, function, n_columns: int = 80) -> str:
-    """What a function prints to a pseudo-terminal."""
+    """What a function prints to a pseudo-terminal; read to a mark, because closing may drop what was not read."""
     ours, theirs = pty.openpty()
-    received = []
+    received, end = bytearray(), b"<end of the test>"
 
     def read():
-        while True:
-            try:
-                received.append(os.read(ours, 1024))
-            except OSError:
-                return
+        while not received.endswith(end):
+            received.extend(os.read(ours, 1024))
 
     reader = threading.Thread(target=read)
     reader.start()
     with monkeypatch.context() as patch, os.fdopen(theirs, "w", encoding="utf-8") as stream:
         patch.setenv("COLUMNS", str(n_columns))
         patch.setattr(sys, "stdout", stream)
-        function()
-    reader.join()
+        try:
+            function()
+        finally:
+            print(end.decode(), end="", file=stream, flush=True)
+            reader.join()
     os.close(ours)
-    return b"".join(received).decode().replace("\r\n", "\n")
+    return received.removesuffix(end).decode().replace("\r\n", "\n")
 
 
 def in_pieces(text: str, generator: random.Random) -> list[str]:
