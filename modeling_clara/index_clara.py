@@ -5,6 +5,7 @@ are not centred: all memories share most of their direction, and so do questions
 left out would otherwise decide the order (docs/experiments.md has the figures).
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -155,7 +156,8 @@ class VectorIndex:
         except (OSError, ValueError, EOFError):
             blocks = snapshot.blocks(self.memory_size, [number])
             vectors = np.concatenate([self.project(memory) for _, memory in blocks])
-            with replacing(path) as partial, open(partial, "wb") as file:
+            # another process that makes the index of a newer base removes what is not its own
+            with contextlib.suppress(OSError), replacing(path) as partial, open(partial, "wb") as file:
                 np.save(file, vectors)
             return vectors
 

