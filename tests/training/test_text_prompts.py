@@ -154,7 +154,8 @@ def test_the_loss_is_that_of_prompts_built_by_hand(shared_model, share):
 def test_a_run_learns_from_both_kinds_of_records(build, stage):
     trainer = build(stage, data_options={"text_share": 0.5}, max_steps=3)
     before, records = state_of(trainer.model), list(trainer.train_dataset)
-    assert 0 < sum(len(text_places(one, 0.5)) for one in records) < len(records)
+    kinds = {len(text_places({**records[0], "source": f"rows.jsonl:{number}"}, 0.5)) for number in range(64)}
+    assert kinds == {0, 1}  # of the records here by chance all may be of one kind: their file has a name of its own
     trainer.train()
     assert {"backbone", *EMBEDDINGS} <= {name.split(".")[0] for name in moved(before, trainer.model)}
     assert math.isfinite(trainer.evaluate()["eval_loss"])
