@@ -126,9 +126,13 @@ class DocumentSource:
         """About how many rows one of several processes has; None if nothing tells."""
         length = self.length
         if length is None and self.bytes_read:
-            n_bytes = sum(max(file.size, 0) for file in self.files if file.skipped is None and format_of(file))
-            length = round(self.rows_read * n_bytes / self.bytes_read)
+            length = round(self.rows_read * self.n_bytes / self.bytes_read)
         return None if length is None else -(-length // world_size)
+
+    @functools.cached_property
+    def n_bytes(self) -> int:
+        """Bytes of all files that are read, as far as their sizes are known; asked for once for every document."""
+        return sum(max(file.size, 0) for file in self.files if file.skipped is None and format_of(file))
 
     @functools.cached_property
     def given_ids(self) -> frozenset[str]:

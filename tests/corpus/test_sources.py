@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
 
+from modeling_clara.corpus import sources
+from modeling_clara.corpus.formats import format_of
 from modeling_clara.corpus.sources import DocumentSource
 from modeling_clara.corpus.types import infer_types, type_from_name
 
@@ -361,3 +363,13 @@ def test_two_columns_of_one_name_are_refused(name, tmp_path):
     path = parquet(tmp_path / name, table) if content is None else write(tmp_path / name, content)
     with pytest.raises(ValueError, match=f"{name}.*different names, got 'text' twice"):
         list(DocumentSource(path))
+
+
+def test_the_size_of_an_input_is_counted_once_and_not_for_every_document(tmp_path, monkeypatch):
+    for number in range(20):
+        write(tmp_path / f"{number}.pdf.txt", b"text")
+    source, calls = DocumentSource(tmp_path), []
+    monkeypatch.setattr(sources, "format_of", lambda file: calls.append(file.name) or format_of(file))
+    shares = [source.share() for _ in source]
+    assert shares[-1] == 20 and source.n_bytes == 80
+    assert len(calls) <= 2 * len(source.files)  # where a file ends, and for the sum
