@@ -8,30 +8,31 @@ from collections.abc import Sequence
 COLUMNS = ("text_column", "title_column", "id_column", "split", "config_name")
 
 
-def add_change_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `add`, `update` and `sync`."""
+def add_change_options(parser: argparse.ArgumentParser, *, has_datasets: bool = True) -> None:
+    """The options of `add`, `update` and `sync`, which does not read data sets of the Hub."""
     parser.add_argument("--model", help="checkpoint folder or Hub id (default: the one that made the corpus)")
     parser.add_argument("--backbone", help="backbone folder or Hub id (default: the corpus's)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="to compute in, see `clara compress`")
     parser.add_argument("--batch-size", type=int, default=16, help="documents per pass (default: 16)")
     parser.add_argument("--shard-size", type=int, default=1024, help="chunks of a shard (default: 1024)")
-    add_column_options(parser)
+    add_column_options(parser, has_datasets=has_datasets)
     parser.add_argument("--strict", action="store_true", help="status 1 if anything could not be read")
 
 
-def add_column_options(parser: argparse.ArgumentParser) -> None:
+def add_column_options(parser: argparse.ArgumentParser, *, has_datasets: bool = True) -> None:
     """The options that say where the text stands in rows."""
     parser.add_argument("--text-column", default="text", help="column of the text (default: text)")
     parser.add_argument("--title-column", default="title", help="column of the title (default: title)")
     parser.add_argument("--id-column", help="column of the id (default: id or document_id)")
-    parser.add_argument("--split", default="train", help="of a data set on the Hub (default: train)")
-    parser.add_argument("--config-name", help="of a data set on the Hub")
+    if has_datasets:
+        parser.add_argument("--split", default="train", help="of a data set on the Hub (default: train)")
+        parser.add_argument("--config-name", help="of a data set on the Hub")
 
 
 def change_options(arguments: argparse.Namespace) -> dict:
     """Keywords of `CompressedCorpus.add`."""
     options = {name: getattr(arguments, name) for name in ("batch_size", "shard_size")}
-    given = {name: getattr(arguments, name) for name in COLUMNS}
+    given = {name: getattr(arguments, name) for name in COLUMNS if name in arguments}
     return options | {name: value for name, value in given.items() if value != arguments.parser.get_default(name)}
 
 

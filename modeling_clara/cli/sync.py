@@ -19,7 +19,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser = commands.add_parser("sync", help="make a corpus agree with a folder; killed, it goes on")
     parser.add_argument("input", help="folder, file or address of documents")
     parser.add_argument("corpus", help="folder of the corpus, which is built if it is not there")
-    add_change_options(parser)
+    add_change_options(parser, has_datasets=False)
     parser.add_argument("--codec", default="int8", help="of a new corpus: float16, int8 or int4 (default: int8)")
     parser.add_argument(
         "--metadata", type=parse_metadata, default={}, metavar="NAME=TYPE,...", help="of a new corpus: Arrow types"
