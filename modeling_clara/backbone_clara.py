@@ -173,6 +173,8 @@ def compressor_fingerprint(tensors: Mapping[str, torch.Tensor], processor, confi
         "backbone": {name: value for name, value in (config.backbone_digests or {}).items() if "signs" in name},
         "scaling": config.lora["compressor"]["alpha"] / config.lora["compressor"]["rank"],
     }
+    if processor.encode_in_place or processor.add_eos_token:  # others stay what they were without these
+        text_to_ids["text"] = [processor.encode_in_place, processor.eos_ids]
     if config.memory_layout != "tokens":  # fingerprints from before there were layouts stay what they are
         text_to_ids["memory_layout"] = [config.memory_layout, config.memory_sizes[0]]
     digest.update(json.dumps(text_to_ids, sort_keys=True).encode())

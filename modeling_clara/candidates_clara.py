@@ -69,7 +69,8 @@ def encode_questions(model: CLaRaPasses, questions: Sequence, memory_size: int, 
         )
     ids = text_processor(model).encode_questions(questions)
     for index, question_ids in enumerate(ids):
-        model.config.check_window(len(question_ids) + memory_size, f"questions[{index}]")
+        n_rows = memory_size + model.config.start_embedding
+        model.config.check_window(len(question_ids) + n_rows, f"questions[{index}]")
     return _encode_ids(model, "reasoner", ids, memory_size, batch_size, "questions")
 
 

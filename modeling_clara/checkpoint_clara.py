@@ -306,10 +306,11 @@ def sample_embeddings(model: CLaRaPasses) -> tuple[torch.Tensor, float]:
 
 
 def _start_like_tokens(model: CLaRaPasses) -> None:
-    """Start memory tokens and separator at the mean of the token embeddings with their spread, on their device."""
+    """Start the new rows of a prompt at the mean of the token embeddings with their spread, on their device."""
     table, (sample, scale) = model.get_input_embeddings().weight, sample_embeddings(model)
     generator = torch.Generator().manual_seed(0)  # leaves the user's random state alone
-    for rows in (model.memory_embeddings, model.separator_embedding):
+    starts = [model.start_embedding] if model.config.start_embedding else []
+    for rows in (model.memory_embeddings, model.separator_embedding, *starts):
         noise = torch.randn(rows.shape, generator=generator).to(table.device)
         rows.data = ((sample.mean(0) + noise * sample.std(0)) * scale).to(table.dtype)
     if model.config.memory_layout == "windows":

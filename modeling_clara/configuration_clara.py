@@ -13,7 +13,8 @@ FORMAT_VERSION = 1
 MEMORY_LAYOUTS = ("tokens", "windows")
 ROLES = ("compressor", "reasoner", "generator")
 MEMORY_STATISTICS = ("memory_shift", "memory_scale")  # (hidden,) each, where `memory_normalization` is set
-TRAINED_ROWS = ("memory_embeddings", "separator_embedding", "residual_scale")  # the last with windows only
+# The last two only with the layout "windows" and with `start_embedding`.
+TRAINED_ROWS = ("memory_embeddings", "separator_embedding", "residual_scale", "start_embedding")
 LORA_SETTINGS = ("rank", "alpha", "dropout", "target_modules")
 
 
@@ -36,7 +37,8 @@ class CLaRaConfig(PreTrainedConfig):
         retrieval_memory_size: memory vectors compared by `retrieve`; None means `max(memory_sizes)`.
         memory_normalization: memories are final-layer states with every channel shifted and scaled to the spread of
             the token embeddings, by rows that `normalize_memories` measured once; False is the paper.
-        document_max_length: tokens of one chunk, title and BOS included (paper: 256).
+        start_embedding: whether compressor and reasoner read a row of its own before each text; False is the paper.
+        document_max_length: tokens of one chunk with its title, as `CLaRaProcessor` counts them (paper: 256).
         retrieval_top_k: documents that are read by default (paper: 5).
         min_score: cosine of `retrieval_memory_size` vectors, -1 to 1; `answer` and `stream` abstain by default if no
             document reaches it. None never abstains. `recipes/evaluation/calibrate.py` chooses it.
@@ -59,6 +61,7 @@ class CLaRaConfig(PreTrainedConfig):
     memory_layout: str = "tokens"
     retrieval_memory_size: int | None = None
     memory_normalization: bool = False
+    start_embedding: bool = False
     document_max_length: int = 256
     retrieval_top_k: int = 5
     min_score: float | None = None

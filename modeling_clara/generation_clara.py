@@ -207,10 +207,11 @@ def generate_texts(
 
 
 def decode_answer(model: CLaRaPasses, ids: list[int], ends: int | list[int]) -> str:
-    """Text of generated ids up to the first of the end tokens."""
+    """Text of generated ids up to the first of the end tokens, without blanks around it if texts are encoded apart."""
     ends = ends if isinstance(ends, list) else [ends]
     stop = next((index for index, token in enumerate(ids) if token in ends), len(ids))
-    return model.processor.tokenizer.decode(ids[:stop], skip_special_tokens=True).strip()
+    text = model.processor.tokenizer.decode(ids[:stop], skip_special_tokens=True)
+    return text if model.processor.encode_in_place else text.strip()
 
 
 def stream_text(

@@ -81,6 +81,8 @@ class CLaRaPasses(PreTrainedModel):
         self.separator_embedding = nn.Parameter(torch.empty(1, hidden_size))
         if config.memory_layout == "windows":
             self.residual_scale = nn.Parameter(torch.empty(hidden_size))
+        if config.start_embedding:
+            self.start_embedding = nn.Parameter(torch.empty(1, hidden_size))
         for name in MEMORY_STATISTICS:  # fixed numbers: they never train
             row = nn.Parameter(torch.empty(hidden_size), requires_grad=False) if config.memory_normalization else None
             self.register_parameter(name, row)
@@ -100,6 +102,8 @@ class CLaRaPasses(PreTrainedModel):
             init.normal_(self.separator_embedding, mean=0.0, std=std)
             if self.config.memory_layout == "windows":
                 init.ones_(self.residual_scale)
+            if self.config.start_embedding:
+                init.normal_(self.start_embedding, mean=0.0, std=std)
             if self.config.memory_normalization:
                 init.zeros_(self.memory_shift)
                 init.ones_(self.memory_scale)
@@ -177,8 +181,11 @@ class CLaRaPasses(PreTrainedModel):
         return memory, hidden_states
 
     def _states(self, role: str, inputs_embeds: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Final-layer states (batch, length, hidden) of right-padded texts."""
-        length = inputs_embeds.shape[1]
+        """Final-layer states (batch, length, hidden) of right-padded texts, without that of the start embedding."""
+        if self.config.start_embedding:
+            start = self.start_embedding.to(inputs_embeds.dtype).expand(len(lengths), -1, -1)
+            inputs_embeds, lengths = torch.cat([start, inputs_embeds], dim=1), lengths + 1
+        n_start, length = int(self.config.start_embedding), inputs_embeds.shape[1]
         if can_pack(self.backbone, length, len(lengths)):
             rows = PackedRows(torch.arange(length) < lengths[:, None])
             with self.roles.use(role), self.roles.fused(), packed(self.backbone):
@@ -188,10 +195,11 @@ class CLaRaPasses(PreTrainedModel):
                     packed_rows=rows,
                     use_cache=False,
                 ).last_hidden_state
-            return rows.unpack(states)
+            return rows.unpack(states)[:, n_start:]
         with self.roles.use(role):
             # Right padding after causal attention needs no mask, which leaves the fast attention kernels open.
-            return self.backbone.base_model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
+            states = self.backbone.base_model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
+        return states[:, n_start:]
 
     def prompt_embeddings(
         self, input_ids: torch.Tensor, memory_mask: torch.Tensor, memory: torch.Tensor, memory_is_real: torch.Tensor

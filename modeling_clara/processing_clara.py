@@ -1,7 +1,6 @@
 """CLaRaProcessor: text to tensors, with chunks, prompts and padding.
 
-Text is data: documents and questions are encoded by themselves, without added tokens, and spliced as ids into the
-rendered template.
+Text is data: documents and questions are encoded without added tokens and spliced as ids into the rendered template.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,17 @@ from typing import NamedTuple
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from .prompting_clara import ANSWER_PROMPT, DOCUMENTS, PARAPHRASE_PROMPTS, SYSTEM_PROMPT, check_prompt, render_prompt
+from .prompting_clara import (
+    ANSWER_PROMPT,
+    DOCUMENTS,
+    PARAPHRASE_PROMPTS,
+    QUESTION,
+    SYSTEM_PROMPT,
+    EncodedPrompt,
+    check_prompt,
+    encode_prompt,
+    render_prompt,
+)
 from .text_clara import PlainEncoder, check_count, check_list, check_text, overlap_start, read_document, word_start
 
 IGNORE_INDEX = -100
@@ -32,7 +41,7 @@ class CLaRaProcessor(ProcessorMixin):
 
     Args:
         tokenizer: a fast tokenizer, with or without chat template and BOS.
-        document_max_length: tokens of one chunk, BOS and title included (paper: 256).
+        document_max_length: tokens of one chunk with its title, and BOS unless `add_bos_token` is set (paper: 256).
         document_overlap: tokens that two neighbouring chunks of a document share.
         system_prompt: the generator's instruction.
         answer_prompt: the user turn, with `{documents}` and `{question}`.
@@ -40,6 +49,12 @@ class CLaRaProcessor(ProcessorMixin):
         chat_template_kwargs: variables for the chat template; by default `{"enable_thinking": False}`, which templates
             without such a switch ignore: answers here are short.
         chat_template: replaces the tokenizer's.
+        encode_in_place: every text is encoded as it stands in its input, after a special token, a question together
+            with the template's text around it, and nothing is stripped; False encodes it by itself.
+        add_bos_token: BOS before each text of compressor and reasoner; None as the tokenizer does by itself.
+        add_eos_token: EOS after each text of compressor and reasoner.
+        system_joiner: between instruction and user turn where the chat template has no system role.
+        paraphrase_system_prompt: the instruction of paraphrases; None is `system_prompt`.
     """
 
     attributes = ["tokenizer"]
@@ -54,6 +69,11 @@ class CLaRaProcessor(ProcessorMixin):
         paraphrase_prompts: Sequence[str] = PARAPHRASE_PROMPTS,
         chat_template_kwargs: dict | None = None,
         chat_template: str | None = None,
+        encode_in_place: bool = False,
+        add_bos_token: bool | None = None,
+        add_eos_token: bool = False,
+        system_joiner: str = "\n\n",
+        paraphrase_system_prompt: str | None = None,
     ):
         super().__init__(tokenizer, chat_template=chat_template)
         if not tokenizer.is_fast:
@@ -66,18 +86,25 @@ class CLaRaProcessor(ProcessorMixin):
                 f"`document_overlap` must be between 0 and half of `document_max_length` ({document_max_length}), got "
                 f"{document_overlap}. Lower it."
             )
+        for name, is_added in (("bos_token", add_bos_token), ("eos_token", add_eos_token)):
+            if is_added and getattr(tokenizer, name) is None:
+                raise ValueError(
+                    f"`tokenizer` must have a {name} for `add_{name}`, found none. Set one, or leave it out."
+                )
         check_prompt(answer_prompt, name="answer_prompt", has_question=True)
         for prompt in paraphrase_prompts:
             check_prompt(prompt, name="paraphrase_prompts", has_question=False)
         self.document_max_length, self.document_overlap = document_max_length, document_overlap
         self.system_prompt, self.answer_prompt = system_prompt, answer_prompt
+        self.encode_in_place, self.add_bos_token, self.add_eos_token = encode_in_place, add_bos_token, add_eos_token
+        self.system_joiner, self.paraphrase_system_prompt = system_joiner, paraphrase_system_prompt
         self.paraphrase_prompts = list(paraphrase_prompts)
         is_default = chat_template_kwargs is None
         self.chat_template_kwargs = {"enable_thinking": False} if is_default else chat_template_kwargs
 
     def __setattr__(self, name: str, value):
         super().__setattr__(name, value)
-        if name == "tokenizer":  # what follows from it is made when it is first needed
+        if name in ("tokenizer", "encode_in_place"):  # what follows from it is made when it is first needed
             self._bos = None  # (its BOS, `bos_ids`): asking costs more than encoding a short text
             self._prompts, self._plain = {}, None
 
@@ -91,12 +118,24 @@ class CLaRaProcessor(ProcessorMixin):
 
     @property
     def bos_ids(self) -> list[int]:
-        """`[bos]` if the tokenizer puts one before a text by itself, else `[]`."""
+        """`[bos]` if `add_bos_token` is set, or for None the tokenizer puts one before a text by itself; else `[]`."""
         bos = self.tokenizer.bos_token_id
+        if self.add_bos_token is not None:
+            return [bos] if self.add_bos_token else []
         if self._bos is None or self._bos[0] != bos:
             puts_one = bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
             self._bos = (bos, [bos] if puts_one else [])
         return list(self._bos[1])
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """`[eos]` with `add_eos_token`, else `[]`."""
+        return [self.tokenizer.eos_token_id] if self.add_eos_token else []
+
+    @property
+    def _input_limit(self) -> int:
+        """Ids of a compressor input at most; BOS and EOS that were asked for do not count."""
+        return self.document_max_length + bool(self.add_bos_token) + self.add_eos_token
 
     def encode_text(self, text: str, name: str = "text") -> list[int]:
         """Ids of a user's text, whose markup is plain characters: no BOS and no added token, special or not."""
@@ -104,31 +143,36 @@ class CLaRaProcessor(ProcessorMixin):
 
     @property
     def _encoder(self) -> PlainEncoder:
-        self._plain = self._plain or PlainEncoder(self.tokenizer)
+        self._plain = self._plain or PlainEncoder(self.tokenizer, is_first=not self.encode_in_place)
         return self._plain
 
     def encode_questions(self, questions: Sequence[str], name: str = "questions") -> list[list[int]]:
-        """Reasoner input of each question: `[BOS?] question`, without the memory tokens; errors name the index."""
+        """Reasoner input of each question: `[BOS?] question [EOS?]`, without memory tokens; errors name the index."""
         encoded = []
         for index, question in enumerate(check_list(questions, name)):
             check_text(question, f"{name}[{index}]")
-            encoded.append(self.bos_ids + self.encode_text(question.strip(), f"{name}[{index}]"))
+            ids = self.encode_text(self._stripped(question), f"{name}[{index}]")
+            encoded.append(self.bos_ids + ids + self.eos_ids)
         return encoded
 
     def encode_documents(self, documents: Sequence[str | Mapping], name: str = "documents") -> list[list[int]]:
-        """Compressor input of each document: `[BOS?] title "\\n" text`, without the memory tokens.
+        """Compressor input of each document: `[BOS?] title "\\n" text [EOS?]`, without the memory tokens.
 
         A TypeError or ValueError names the index of one that is malformed, empty, or longer than one chunk.
         """
         documents = check_list(documents, name)
         names = [f"{name}[{index}]" for index in range(len(documents))]
         read = [read_document(document, name) for document, name in zip(documents, names, strict=True)]
-        titles = self._encoder.encode_many([title + "\n" if title else "" for title, _ in read], names)
-        texts = self._encoder.encode_many([text for _, text in read], names)
+        headers, texts = [title + "\n" if title else "" for title, _ in read], [text for _, text in read]
+        if self.encode_in_place:
+            ids_of = self._encoder.encode_many(list(map(str.__add__, headers, texts)), names)
+        else:
+            pairs = (self._encoder.encode_many(part, names) for part in (headers, texts))
+            ids_of = map(list.__add__, *pairs)
         encoded = []
-        for index, (title_ids, text_ids) in enumerate(zip(titles, texts, strict=True)):
-            ids = self.bos_ids + title_ids + text_ids
-            if len(ids) > self.document_max_length:
+        for index, text_ids in enumerate(ids_of):
+            ids = self.bos_ids + text_ids + self.eos_ids
+            if len(ids) > self._input_limit:
                 spans = self._spans(*read[index], names[index])
                 if len(spans) > 1:
                     raise ValueError(
@@ -154,21 +198,20 @@ class CLaRaProcessor(ProcessorMixin):
         ]
 
     def _spans(self, title: str, text: str, name: str) -> list[tuple[str, str, list[int]]]:
-        """(title, text, ids) of each chunk, every one at most `document_max_length` ids long."""
-        header = self.bos_ids + (self.encode_text(title + "\n", name) if title else [])
-        ids, offsets = self._encoder.encode(text, name)
-        if len(header) + len(ids) <= self.document_max_length:
-            return [(title, text, header + ids)]
-        if len(header) > self.document_max_length // 4:  # too long to stand on every chunk: read once, as text
+        """(title, text, ids) of each chunk, every one at most `_input_limit` ids long."""
+        header, offsets = self._input_ids(title, "", name), self._encoder.encode(text, name)[1]
+        if len(offsets) <= (limit := self._input_limit) and len(ids := self._input_ids(title, text, name)) <= limit:
+            return [(title, text, ids)]
+        if title and len(header) > limit // 4:  # too long to stand on every chunk: read once, as text
             return self._spans("", f"{title}\n{text}", name)
-        budget = self.document_max_length - len(header)
+        budget = limit - len(header)
         spans, first, covered = [], 0, 0  # the token at which the next chunk begins, the characters that chunks have
         while first < len(offsets):
             start, last = offsets[first][0], min(first + budget, len(offsets))
             end = len(text) if last == len(offsets) else word_start(text, start, offsets[last][0])
             part = text[start:end].strip()
-            while len(part_ids := self.encode_text(part, name)) > budget:  # out of its context a text can take more
-                last -= len(part_ids) - budget
+            while (excess := len(ids := self._input_ids(title, part, name)) - limit) > 0:
+                last -= excess  # out of its context a text can take more
                 end = word_start(text, start, offsets[last][0])
                 part = text[start:end].strip()
             if end <= start:
@@ -177,7 +220,7 @@ class CLaRaProcessor(ProcessorMixin):
                     f"{text[start]!r} in `{name}`. Raise it, or remove the character."
                 )
             if text[covered:end].strip():
-                spans.append((title, part, header + part_ids))
+                spans.append((title, part, ids))
             covered = max(covered, end)
             following = next((index for index in range(first, len(offsets)) if offsets[index][1] > end), len(offsets))
             if following == len(offsets):
@@ -185,6 +228,15 @@ class CLaRaProcessor(ProcessorMixin):
             overlap = min(self.document_overlap, (following - first) // 2)  # a short chunk is not repeated whole
             first = overlap_start(text, offsets, max(first + 1, following - overlap), following)
         return spans
+
+    def _input_ids(self, title: str, text: str, name: str) -> list[int]:
+        """Ids of one chunk, as `encode_documents` makes them."""
+        header = title + "\n" if title else ""
+        parts = [header + text] if self.encode_in_place else [header, text]
+        return self.bos_ids + [token for part in parts for token in self.encode_text(part, name)] + self.eos_ids
+
+    def _stripped(self, text: str) -> str:
+        return text if self.encode_in_place else text.strip()
 
     # --- prompts -----------------------------------------------------------------------------------------------------
 
@@ -212,23 +264,24 @@ class CLaRaProcessor(ProcessorMixin):
         """
         if prompt is None:
             prompt = self.paraphrase_prompts[0] if question is None else self.answer_prompt
-        segments, slots, answer_prefix, end_id = self._encoded_prompt(prompt)
+        template = self._encoded_prompt(prompt)
         n_slots = n_documents * (memory_size + 1)
-        input_ids, memory_mask = list(segments[0]), [False] * len(segments[0])
-        for slot, segment in zip(slots, segments[1:], strict=True):
+        input_ids, memory_mask = list(template.segments[0]), [False] * len(template.segments[0])
+        for slot, segment in zip(template.slots, template.segments[1:], strict=True):
             if slot == DOCUMENTS:
                 input_ids += [self.pad_token_id] * n_slots
                 memory_mask += [True] * n_slots
                 ids = self._text_ids(text_documents)
             else:
-                check_text(question, name)
-                ids = self.encode_text(question.strip(), name)
+                text = self._stripped(check_text(question, name))
+                text = text.rstrip() if template.trims and prompt.endswith(QUESTION) else text
+                ids = self.encode_text(text.join(template.around), name)
             input_ids += ids + segment
             memory_mask += [False] * (len(ids) + len(segment))
         labels = [IGNORE_INDEX] * len(input_ids)
         if answer is not None:
-            text = answer_prefix + answer if isinstance(answer, str) else answer  # else the next line raises
-            answer_ids = [*self.encode_text(text, name.replace("question", "answer")), end_id]
+            text = template.answer_prefix + answer if isinstance(answer, str) else answer  # else the next line raises
+            answer_ids = [*self.encode_text(text, name.replace("question", "answer")), template.end_id]
             input_ids, labels = input_ids + answer_ids, labels + answer_ids
             memory_mask += [False] * len(answer_ids)
         return Prompt(input_ids, memory_mask, labels)
@@ -241,23 +294,23 @@ class CLaRaProcessor(ProcessorMixin):
     @property
     def answer_end_id(self) -> int:
         """Id that ends an answer: the first token the chat template puts after one, else EOS."""
-        return self._encoded_prompt(self.answer_prompt)[-1]
+        return self._encoded_prompt(self.answer_prompt).end_id
 
-    def _encoded_prompt(self, prompt: str) -> tuple[list[list[int]], list[str], str, int]:
-        """Segments, slots, answer prefix and end id of a prompt; only here, in the template, markup counts. Cached."""
+    def _encoded_prompt(self, prompt: str) -> EncodedPrompt:
+        """A prompt as ids; only here, in the template, markup counts. Cached."""
         template = self.chat_template or self.tokenizer.chat_template
-        key = (prompt, self.system_prompt, str(template), str(self.chat_template_kwargs))
+        is_paraphrase = QUESTION not in prompt and self.paraphrase_system_prompt is not None
+        instruction = self.paraphrase_system_prompt if is_paraphrase else self.system_prompt
+        settings = (self.system_joiner, self.encode_in_place, str(template), str(self.chat_template_kwargs))
+        key = (prompt, instruction, *settings)
         if key not in self._prompts:
             options = {"chat_template": self.chat_template, "tokenize": False, **self.chat_template_kwargs}
             render_chat = partial(self.tokenizer.apply_chat_template, **options) if template else None
-            rendered = render_prompt(prompt, self.system_prompt, render_chat)
-            segments = [self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in rendered.segments]
+            rendered = render_prompt(prompt, instruction, render_chat, self.system_joiner)
+            encoded = encode_prompt(self.tokenizer, rendered, self.pad_token_id, in_place=self.encode_in_place)
             if not template:
-                segments[0] = self.bos_ids + segments[0]
-            end_ids = self.tokenizer(rendered.answer_end.lstrip(), add_special_tokens=False)["input_ids"]
-            eos = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.pad_token_id
-            end_id = end_ids[0] if end_ids and end_ids[0] in self.tokenizer.added_tokens_decoder else eos
-            self._prompts[key] = (segments, rendered.slots, rendered.answer_prefix, end_id)
+                encoded.segments[0][:0] = self.bos_ids
+            self._prompts[key] = encoded
         return self._prompts[key]
 
     # --- ids -> tensors ----------------------------------------------------------------------------------------------

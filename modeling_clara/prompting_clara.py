@@ -1,4 +1,4 @@
-"""Prompts as text: the default instructions and the one renderer that training and inference share.
+"""Prompts: the default instructions and the one renderer that training and inference share, to text and to ids.
 
 It never sees a user's text: documents and questions are spliced in later as token ids, so nothing in them can act as
 markup.
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
 DOCUMENTS = "{documents}"
 QUESTION = "{question}"
@@ -32,6 +33,7 @@ class RenderedPrompt(NamedTuple):
     slots: list[str]  # `"{documents}"` or `"{question}"`, one fewer than `segments`
     answer_prefix: str  # text before an answer, a space in the plain format
     answer_end: str  # template text after an answer, empty if the tokenizer's EOS ends it
+    trims: bool = False  # whether the template strips the end of the user's text
 
 
 def check_prompt(prompt: str, *, name: str, has_question: bool) -> None:
@@ -44,7 +46,9 @@ def check_prompt(prompt: str, *, name: str, has_question: bool) -> None:
             )
 
 
-def render_prompt(prompt: str, system_prompt: str, render_chat: Callable[..., str] | None) -> RenderedPrompt:
+def render_prompt(
+    prompt: str, system_prompt: str, render_chat: Callable[..., str] | None, joiner: str = "\n\n"
+) -> RenderedPrompt:
     """Put the user's `prompt` and the instruction into the chat template.
 
     A template that drops or repeats the instruction or the user's text is a ValueError.
@@ -55,6 +59,7 @@ def render_prompt(prompt: str, system_prompt: str, render_chat: Callable[..., st
             has no system role, which is found out by rendering.
         render_chat: `(messages, add_generation_prompt) -> text`, or None for the plain format
             `{system_prompt}\\n\\n{prompt}\\nAnswer:` with a space before the answer and EOS after it.
+        joiner: between the instruction and the user's text where there is no system role.
     """
     user = prompt.replace(DOCUMENTS, _DOCUMENTS).replace(QUESTION, _QUESTION)
     marks = [mark for mark in (_DOCUMENTS, _QUESTION) if mark in user]
@@ -66,15 +71,18 @@ def render_prompt(prompt: str, system_prompt: str, render_chat: Callable[..., st
     except TemplateError:
         text = ""
     if text.count(_SYSTEM) != 1:
-        messages = [{"role": "user", "content": f"{_SYSTEM}\n\n{user}" if system_prompt else user}]
+        messages = [{"role": "user", "content": f"{_SYSTEM}{joiner}{user}" if system_prompt else user}]
         text = render_chat(messages, add_generation_prompt=True)
     if text.count(_SYSTEM) != bool(system_prompt or messages[0]["role"] == "system"):
         raise ValueError(
             "the chat template must show the instruction exactly once. Give the processor another `chat_template`."
         )
+    longer = [*messages[:-1], {"role": "user", "content": messages[-1]["content"] + " "}]
+    trims = render_chat(longer, add_generation_prompt=True) == text
     closed = render_chat([*messages, {"role": "assistant", "content": _ANSWER}], add_generation_prompt=False)
     answer_end = closed.rpartition(_ANSWER)[2] if _ANSWER in closed else ""
-    return _cut(text.replace(_SYSTEM, system_prompt), marks, answer_prefix="", answer_end=answer_end)
+    cut = _cut(text.replace(_SYSTEM, system_prompt), marks, answer_prefix="", answer_end=answer_end)
+    return cut._replace(trims=trims)
 
 
 def _cut(text: str, marks: list[str], *, answer_prefix: str, answer_end: str) -> RenderedPrompt:
@@ -86,3 +94,50 @@ def _cut(text: str, marks: list[str], *, answer_prefix: str, answer_end: str) ->
             "the chat template must show the user's text exactly once. Give the processor another `chat_template`."
         )
     return RenderedPrompt(pieces[::2], [names[mark] for mark in pieces[1::2]], answer_prefix, answer_end)
+
+
+class EncodedPrompt(NamedTuple):
+    """A rendered prompt as ids, cut where the ids of documents and question are spliced in."""
+
+    segments: list[list[int]]  # between them the entries of `slots`
+    slots: list[str]
+    around: tuple[str, str]  # text of the template that is encoded together with the question, before and after it
+    answer_prefix: str
+    end_id: int  # ends an answer: the first token of the template's text after one if it is an added token, else EOS
+    trims: bool  # whether the end of the user's text is stripped
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, rendered: RenderedPrompt, pad_token_id: int, *, in_place: bool
+) -> EncodedPrompt:
+    """Ids of the template's text, each piece by itself, or `in_place` as the tokenizer would cut the whole prompt.
+
+    In place a slot counts as a special token, and the text between the question and the next special token on either
+    side becomes `around`. `pad_token_id` ends answers if the tokenizer has no EOS.
+    """
+    segments, around, added = rendered.segments, ("", ""), tokenizer.added_tokens_decoder
+    if in_place and QUESTION in rendered.slots:
+        place = rendered.slots.index(QUESTION)
+        before, after = segments[place : place + 2]
+        first = max((end for _, end in _marks(tokenizer, before)), default=0)
+        last = min((start for start, _ in _marks(tokenizer, after)), default=len(after))
+        around = before[first:], after[:last]
+        segments = [*segments[:place], before[:first], after[last:], *segments[place + 2 :]]
+    ids = [tokenizer(segments[0], add_special_tokens=False)["input_ids"]]
+    # Any special token, whose one id is left out again.
+    special = (token.content for token in added.values() if token.special and not (token.lstrip or token.rstrip))
+    mark = next(special, "") if in_place else ""
+    for segment in segments[1:]:
+        encoded = tokenizer(mark + segment, add_special_tokens=False)["input_ids"]
+        ids.append(encoded[1:] if mark else encoded)
+    end_ids = tokenizer(rendered.answer_end.lstrip(), add_special_tokens=False)["input_ids"]
+    eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else pad_token_id
+    end_id = end_ids[0] if end_ids and end_ids[0] in added else eos
+    return EncodedPrompt(ids, rendered.slots, around, rendered.answer_prefix, end_id, in_place and rendered.trims)
+
+
+def _marks(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
+    """(start, end) in characters of the added tokens in a piece of the template."""
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    pairs = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+    return [span for token, span in pairs if token in tokenizer.added_tokens_decoder]

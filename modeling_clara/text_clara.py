@@ -3,7 +3,9 @@
 An error calls a value by the name that it is given, for example `documents[3]`.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -67,13 +69,32 @@ def read_document(document: str | Mapping, name: str) -> tuple[str, str]:
     return (title or "").strip(), check_text(document["text"], f"{name}['text']")
 
 
-class PlainEncoder:
-    """Encodes text as data: a fast tokenizer without its added tokens."""
+def _not_first(part):
+    """A component of a tokenizer, as JSON, with everything left out that it does at the start of its input only."""
+    if isinstance(part, list):
+        return [_not_first(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    is_first = part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first"
+    return {name: _not_first(item) for name, item in part.items()} | ({"prepend_scheme": "never"} if is_first else {})
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+
+class PlainEncoder:
+    """Encodes text as data: a fast tokenizer without its added tokens.
+
+    Text is encoded as the start of an input, or with `is_first=False` as what follows a special token: the two differ
+    if the tokenizer puts a blank in front of its input.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, is_first: bool = True):
         backend = tokenizer.backend_tokenizer
         self.tokenizer = Tokenizer(backend.model)
         self.tokenizer.normalizer, self.tokenizer.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+        if not is_first and backend.pre_tokenizer is not None:
+            pre_tokenizer = deepcopy(backend.pre_tokenizer)
+            state = _not_first(json.loads(pre_tokenizer.__getstate__()))
+            pre_tokenizer.__setstate__(json.dumps(state).encode())
+            self.tokenizer.pre_tokenizer = pre_tokenizer
         self.added_ids = set(tokenizer.added_tokens_decoder)
         # From a text the unknown token says only that a character was not known, unless it doubles as a turn's mark.
         if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
