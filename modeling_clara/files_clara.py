@@ -206,10 +206,15 @@ def model_card(config: CLaRaConfig, include_backbone: bool) -> str:
 
 
 def complete_tokenizer_config(folder: Path) -> None:
-    """Take out where the tokenizer was loaded from; repeat the chat template, so that no prompt hangs on one file."""
+    """Take out where the tokenizer was loaded from; repeat the chat template, so that no prompt hangs on one file.
+
+    The class becomes the general one, which reads tokenizer.json as it is: those of Llama and others build parts of it
+    anew from settings that they do not save.
+    """
     path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings = {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if template.exists():
         settings["chat_template"] = template.read_text(encoding="utf-8")
     text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

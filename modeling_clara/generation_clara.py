@@ -112,9 +112,10 @@ def build_generation_config(
         )
     if config.eos_token_id is None:
         own = model.backbone.generation_config.eos_token_id
-        ends = {model.processor.answer_end_id, model.processor.tokenizer.eos_token_id}
-        ends |= set(own if isinstance(own, list) else [own])
-        config.eos_token_id = sorted(ends - {None})
+        ends = set(own if isinstance(own, list) else [own])
+        if model.processor.stop_at_answer_end:
+            ends |= {model.processor.answer_end_id, model.processor.tokenizer.eos_token_id}
+        config.eos_token_id = sorted(ends - {None}) or None
     config.pad_token_id = model.processor.pad_token_id
     config.return_dict_in_generate = False
     return config
@@ -207,11 +208,15 @@ def generate_texts(
 
 
 def decode_answer(model: CLaRaPasses, ids: list[int], ends: int | list[int]) -> str:
-    """Text of generated ids up to the first of the end tokens, without blanks around it if texts are encoded apart."""
+    """Text of generated ids up to the first of the end tokens, without blanks around it if texts are encoded apart.
+
+    Special tokens are left out. An end token that is none ends the text, unless it ends at `answer_end_id` anyway.
+    """
     ends = ends if isinstance(ends, list) else [ends]
     stop = next((index for index, token in enumerate(ids) if token in ends), len(ids))
-    text = model.processor.tokenizer.decode(ids[:stop], skip_special_tokens=True)
-    return text if model.processor.encode_in_place else text.strip()
+    processor = model.processor
+    text = processor.tokenizer.decode(ids[: stop + (not processor.stop_at_answer_end)], skip_special_tokens=True)
+    return text if processor.encode_in_place else text.strip()
 
 
 def stream_text(

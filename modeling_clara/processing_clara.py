@@ -55,6 +55,8 @@ class CLaRaProcessor(ProcessorMixin):
         add_eos_token: EOS after each text of compressor and reasoner.
         system_joiner: between instruction and user turn where the chat template has no system role.
         paraphrase_system_prompt: the instruction of paraphrases; None is `system_prompt`.
+        stop_at_answer_end: an answer ends at `answer_end_id`, at the tokenizer's EOS, and at what the backbone's
+            generation config names; False leaves the last alone.
     """
 
     attributes = ["tokenizer"]
@@ -74,12 +76,12 @@ class CLaRaProcessor(ProcessorMixin):
         add_eos_token: bool = False,
         system_joiner: str = "\n\n",
         paraphrase_system_prompt: str | None = None,
+        stop_at_answer_end: bool = True,
     ):
         super().__init__(tokenizer, chat_template=chat_template)
         if not tokenizer.is_fast:
             raise ValueError(
-                f"`tokenizer` must be a fast tokenizer, got {type(tokenizer).__name__}. Load it with AutoTokenizer or "
-                "convert it to tokenizer.json."
+                f"`tokenizer` must be fast, got {type(tokenizer).__name__}. Convert it to tokenizer.json."
             )
         if not 0 <= document_overlap <= document_max_length // 2:
             raise ValueError(
@@ -98,7 +100,7 @@ class CLaRaProcessor(ProcessorMixin):
         self.system_prompt, self.answer_prompt = system_prompt, answer_prompt
         self.encode_in_place, self.add_bos_token, self.add_eos_token = encode_in_place, add_bos_token, add_eos_token
         self.system_joiner, self.paraphrase_system_prompt = system_joiner, paraphrase_system_prompt
-        self.paraphrase_prompts = list(paraphrase_prompts)
+        self.stop_at_answer_end, self.paraphrase_prompts = stop_at_answer_end, list(paraphrase_prompts)
         is_default = chat_template_kwargs is None
         self.chat_template_kwargs = {"enable_thinking": False} if is_default else chat_template_kwargs
 

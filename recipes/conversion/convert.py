@@ -1,0 +1,264 @@
+"""A checkpoint of the reference as one of ours, without ever loading the backbone.
+
+The facts of its format: docs/migration.md. Everything is read and checked before the first file is written.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from modeling_clara import CLaRaConfig, CLaRaForRAG, CLaRaProcessor
+from modeling_clara.backbone_clara import backbone_digests
+from modeling_clara.configuration_clara import ROLES
+from modeling_clara.files_clara import PEFT_PREFIX, live_tensors, model_card
+
+from .prompts import read_prompts
+from .weights import BackboneFiles, check_rows, check_tensor, load_torch_file
+
+ADAPTERS_FILE, TABLES_FILE = "adapters.pth", "decoder_first_last_layers.pth"
+ADAPTERS = {"compressor": "encoder_adapter", "generator": "decoder_adapter", "reasoner": "query_reasoner_adapter"}
+NUMBERS = ("doc_max_length", "compr_rate", "lora_r")
+# Fixed in the code of the reference (docs/migration.md).
+LORA_DROPOUT, TEMPERATURE, ALIGNMENT_WEIGHT = 0.1, 0.02, 0.1
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was converted: the model without weights, and the roles that the checkpoint had no adapter of."""
+
+    model: CLaRaForRAG
+    missing: list[str]
+    n_parameters: int  # of the backbone
+
+    def footprint(self) -> dict[str, float]:
+        """GB of weights at float16, int8 and 4 bits: adapters and embeddings at 16 bits, the other layers rounded."""
+        backbone, model = self.model.backbone, self.model
+        tables = {
+            id(t): t.numel() for t in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+        }
+        n_kept = sum(tables.values()) + sum(p.numel() for n, p in backbone.named_parameters() if ".lora_" in n)
+        n_rounded = self.n_parameters - sum(tables.values())
+        return {name: (2 * n_kept + n_rounded * size) / 1e9 for name, size in SIZES.items()}
+
+
+SIZES = {"float16": 2, "int8": 1, "4-bit": 0.5 + 4 / 64}  # bytes a weight; 4-bit with a scale for every 64
+
+
+def convert(source: Path, target: Path, backbone: str | None = None, prompts: Path | None = None) -> Conversion:
+    """Write a checkpoint of the reference as one of ours.
+
+    Args:
+        source: folder with config.json, adapters.pth and decoder_first_last_layers.pth.
+        target: new or empty folder.
+        backbone: folder or Hub id of the backbone; default what config.json names, if it is there.
+        prompts: JSON file with the prompts, instead of those in the checkpoint's Python file.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ValueError, OSError: a file is missing, damaged or does not fit. Nothing
+            is written then.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"DST must be a new or empty folder, got {target}. Name another one.")
+    settings = read_settings(source)
+    texts = read_prompts(source, settings.get("auto_map"), prompts)
+    tables, adapters = load_torch_file(source / TABLES_FILE), load_torch_file(source / ADAPTERS_FILE)
+    files = find_backbone(settings, backbone)
+    tokenizer = read_tokenizer(files, settings["decoder_model_name"])
+    processor = CLaRaProcessor(
+        tokenizer,
+        settings["doc_max_length"],
+        document_overlap=min(32, settings["doc_max_length"] // 2),
+        encode_in_place=True,
+        add_bos_token=True,
+        add_eos_token=True,
+        system_joiner="\n",
+        stop_at_answer_end=False,
+        **texts,
+    )
+    model = build_model(settings, files)
+    model.processor = processor
+    weights = {**read_rows(tables, settings, model, files, len(tokenizer)), **read_adapters(adapters, settings, model)}
+    missing = [role for role, name in ADAPTERS.items() if name not in adapters]
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "README.md").write_text(card(model.config, source), encoding="utf-8")
+    try:
+        model.save_pretrained(target, state_dict=weights)
+    except BaseException:
+        (target / "README.md").unlink()
+        raise
+    n_parameters = sum(p.numel() for name, p in model.backbone.named_parameters() if ".lora_" not in name)
+    return Conversion(model, missing, n_parameters)
+
+
+def read_settings(source: Path) -> dict:
+    """config.json of the checkpoint, its numbers checked."""
+    path = source / "config.json"
+    if not path.is_file():
+        inside = sorted(p.parent.name for p in source.glob("*/config.json")) if source.is_dir() else []
+        rule = f"Name one of its checkpoints: {', '.join(inside)}." if inside else "Name the folder of a checkpoint."
+        raise FileNotFoundError(f"SRC must be a folder with config.json, found none in {source}. {rule}")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON: {error}. Get it again.") from error
+    if not isinstance(settings, dict) or settings.get("model_type") != "CLaRa":
+        found = settings.get("model_type") if isinstance(settings, dict) else type(settings).__name__
+        raise ValueError(f"`model_type` in {path} must be 'CLaRa', got {found!r}. Name a checkpoint of the reference.")
+    for name in NUMBERS:
+        value = settings.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` in {path} must be an int >= 1, got {value!r}. Get the file again.")
+    if settings["doc_max_length"] < settings["compr_rate"]:
+        raise ValueError(f"`compr_rate` in {path} must leave a memory token of `doc_max_length`. Get the file again.")
+    for name in ("lora", "sep"):
+        if settings.get(name, True) is not True:
+            raise ValueError(f"`{name}` in {path} must be true, got {settings[name]!r}. Others cannot be converted.")
+    if not isinstance(settings.get("decoder_model_name"), str):
+        raise ValueError(f"`decoder_model_name` in {path} must be text, got none. Get the file again.")
+    return settings
+
+
+def find_backbone(settings: Mapping, given: str | None) -> BackboneFiles:
+    """The files of the backbone; an OSError that names `--backbone` if there are none at hand."""
+    name = given or settings["decoder_model_name"]
+    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
+    if not Path(name).is_dir() and not is_id:
+        raise FileNotFoundError(
+            f"the backbone `{name}` must be at hand, but there is no such folder. Name one with `--backbone`."
+        )
+    try:
+        return BackboneFiles(name)
+    except (OSError, ValueError) as error:
+        if given:
+            raise
+        raise FileNotFoundError(
+            f"the backbone `{name}` must be at hand, but: {error} Name it with `--backbone PATH_OR_ID`."
+        ) from error
+
+
+def read_tokenizer(files: BackboneFiles, name: str) -> PreTrainedTokenizerFast:
+    """The backbone's tokenizer, with the BOS and EOS that the reference gives to those that lack them."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(files.folder)  # tokenizer.json as it is, as the reference does
+    extra = list(tokenizer.extra_special_tokens)
+    for number, role in enumerate(("bos_token", "eos_token")):
+        if getattr(tokenizer, role) is None and "qwen" in name.lower() and len(extra) > number:
+            setattr(tokenizer, role, extra[number])
+        if getattr(tokenizer, role) is None:
+            raise ValueError(
+                f"the tokenizer of {files.source} must have a {role}, which stands beside every text, found none. "
+                "Name the backbone that the checkpoint was trained on with `--backbone`."
+            )
+    return tokenizer
+
+
+def build_model(settings: Mapping, files: BackboneFiles) -> CLaRaForRAG:
+    """Our model of a checkpoint with all of its shapes and none of its weights (on the device "meta")."""
+    text_config = AutoConfig.from_pretrained(files.folder)
+    text_config._name_or_path, text_config.dtype = "", None
+    n = settings["doc_max_length"] // settings["compr_rate"]
+    lora = {"rank": settings["lora_r"], "alpha": 2 * settings["lora_r"], "dropout": LORA_DROPOUT}
+    with torch.device("meta"):
+        backbone = AutoModelForCausalLM.from_config(deepcopy(text_config), dtype=torch.float32)
+    digests = read_digests(backbone, files)
+    config = CLaRaConfig(
+        text_config=text_config,
+        backbone_name_or_path=files.source,
+        backbone_revision=files.commit,
+        backbone_digests=digests,
+        memory_sizes=[n],
+        start_embedding=True,
+        document_max_length=settings["doc_max_length"],
+        retrieval_top_k=settings.get("generation_top_k") or 1,
+        retrieval_temperature=TEMPERATURE,
+        alignment_weight=ALIGNMENT_WEIGHT,
+        lora={role: {**lora, "target_modules": None} for role in ROLES},
+    )
+    with torch.device("meta"):
+        return CLaRaForRAG(config, backbone)
+
+
+def read_digests(backbone: nn.Module, files: BackboneFiles) -> dict:
+    """`backbone_digests` of a backbone without weights: what they cover is read, hashed and let go again."""
+    lists = (module for module in backbone.base_model.modules() if isinstance(module, nn.ModuleList))
+    last = max(lists, key=len)[-1]
+    names = {id(parameter): name for name, parameter in backbone.named_parameters()}
+    read = []
+    for module in [backbone.get_input_embeddings(), *last.modules()]:
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            tensor = check_tensor(files.tensor(names[id(parameter)]), parameter.shape, names[id(parameter)])
+            read.append((module, key, parameter))
+            setattr(module, key, nn.Parameter(tensor.float(), requires_grad=False))
+    digests = backbone_digests(backbone)
+    for module, key, parameter in read:
+        setattr(module, key, parameter)
+    return digests
+
+
+def read_rows(tables: Mapping, settings: Mapping, model: CLaRaForRAG, files: BackboneFiles, n_tokens: int) -> dict:
+    """Memory tokens, start (`<ENC>`) and separator (`<SEP>`) out of the rows that stand after the backbone's."""
+    place = next(name for name, p in model.named_parameters() if p is model.get_input_embeddings().weight)
+    name, hidden = place.removeprefix("backbone."), model.config.text_config.hidden_size
+    if name not in tables:
+        raise ValueError(f"{TABLES_FILE} must hold {name}, found {sorted(map(str, tables))}. Get the file again.")
+    n, is_one = model.config.max_memory_size, settings.get("different_mem_tokens", True) is False
+    n_rows = n_tokens + (1 if is_one else n) + 3 + bool(settings.get("kbtc_training"))
+    for key in tables:
+        check_tensor(tables[key], (n_rows, hidden), f"{key} in {TABLES_FILE}")
+        head = next((k for k, p in model.named_parameters() if p is model.get_output_embeddings().weight), place)
+        if key in (name, head.removeprefix("backbone.")) and key in files.places:
+            check_rows(tables[key], files, key, n_tokens, TABLES_FILE)
+    table, first = tables[name], n_tokens + (1 if is_one else n)
+    return {
+        "memory_embeddings": (
+            table[n_tokens : n_tokens + 1].repeat(n, 1) if is_one else table[n_tokens:first]
+        ).clone(),
+        "start_embedding": table[first + 1 : first + 2].clone(),
+        "separator_embedding": table[first + 2 : first + 3].clone(),
+    }
+
+
+def read_adapters(adapters: Mapping, settings: Mapping, model: CLaRaForRAG) -> dict:
+    """Weights of the three roles under the names of the model; the reasoner is the compressor's if there is none."""
+    weights = {}
+    for role in ROLES:
+        name = ADAPTERS[role]
+        if role == "reasoner" and name not in adapters:
+            name = ADAPTERS["compressor"]
+        found = adapters.get(name)
+        if not isinstance(found, Mapping):
+            raise ValueError(
+                f"{ADAPTERS_FILE} must hold {name}, found {sorted(map(str, adapters))}. Get the file again."
+            )
+        for key, parameter in live_tensors(model, role).items():
+            key = key.removeprefix(PEFT_PREFIX)
+            if key not in found:
+                raise ValueError(
+                    f"{name} in {ADAPTERS_FILE} must hold {key}, found none. The file is incomplete or of another "
+                    "backbone: get it again."
+                )
+            tensor = check_tensor(found[key], parameter.shape, f"{key} of {name}")
+            weights["backbone." + re.sub(r"(lora_[AB])\.weight$", rf"\1.{role}.weight", key)] = tensor
+        unknown = sorted(k for k in found if ".lora_" in k and PEFT_PREFIX + k not in live_tensors(model, role))
+        if unknown:
+            raise ValueError(
+                f"{name} in {ADAPTERS_FILE} must fit the backbone, but has {unknown[0]} ({len(unknown)} such). Name "
+                "the backbone that it was trained on with `--backbone`."
+            )
+    return weights
+
+
+def card(config: CLaRaConfig, source: Path) -> str:
+    """The README.md of the result."""
+    note = (
+        f"Converted from the checkpoint `{source.resolve().parent.name}/{source.resolve().name}` of the reference "
+        "implementation (apple/ml-clara) by `recipes/convert_reference.py`. The licence of that checkpoint applies: "
+        "write it into this card before you publish it.\n"
+    )
+    return f"{model_card(config, include_backbone=False).rstrip()}\n\n{note}"
