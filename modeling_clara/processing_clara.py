@@ -90,9 +90,7 @@ class CLaRaProcessor(ProcessorMixin):
             )
         for name, is_added in (("bos_token", add_bos_token), ("eos_token", add_eos_token)):
             if is_added and getattr(tokenizer, name) is None:
-                raise ValueError(
-                    f"`tokenizer` must have a {name} for `add_{name}`, found none. Set one, or leave it out."
-                )
+                raise ValueError(f"`tokenizer` must have a {name} for `add_{name}`, found none. Set one.")
         check_prompt(answer_prompt, name="answer_prompt", has_question=True)
         for prompt in paraphrase_prompts:
             check_prompt(prompt, name="paraphrase_prompts", has_question=False)
