@@ -68,10 +68,10 @@ def convert(source: Path, target: Path, backbone: str | None = None, prompts: Pa
         raise FileExistsError(f"DST must be a new or empty folder, got {target}. Name another one.")
     settings = read_settings(source)
     texts = read_prompts(source, settings.get("auto_map"), prompts)
-    tables, adapters = load_torch_file(source / TABLES_FILE), load_torch_file(source / ADAPTERS_FILE)
     files = find_backbone(settings, backbone)
     tokenizer = read_tokenizer(files, settings["decoder_model_name"])
-    processor = CLaRaProcessor(
+    model = build_model(settings, files)
+    model.processor = CLaRaProcessor(
         tokenizer,
         settings["doc_max_length"],
         document_overlap=min(32, settings["doc_max_length"] // 2),
@@ -82,9 +82,9 @@ def convert(source: Path, target: Path, backbone: str | None = None, prompts: Pa
         stop_at_answer_end=False,
         **texts,
     )
-    model = build_model(settings, files)
-    model.processor = processor
-    weights = {**read_rows(tables, settings, model, files, len(tokenizer)), **read_adapters(adapters, settings, model)}
+    weights = read_rows(load_torch_file(source / TABLES_FILE), settings, model, files, len(tokenizer))
+    adapters = load_torch_file(source / ADAPTERS_FILE)
+    weights |= read_adapters(adapters, settings, model)
     missing = [role for role, name in ADAPTERS.items() if name not in adapters]
     target.mkdir(parents=True, exist_ok=True)
     (target / "README.md").write_text(card(model.config, source), encoding="utf-8")
@@ -194,7 +194,8 @@ def read_digests(backbone: nn.Module, files: BackboneFiles) -> dict:
         for key, parameter in list(module.named_parameters(recurse=False)):
             tensor = check_tensor(files.tensor(names[id(parameter)]), parameter.shape, names[id(parameter)])
             read.append((module, key, parameter))
-            setattr(module, key, nn.Parameter(tensor.float(), requires_grad=False))
+            tensor = tensor.float() if tensor.dtype == torch.float16 else tensor  # as the backbone is loaded on a CPU
+            setattr(module, key, nn.Parameter(tensor, requires_grad=False))
     digests = backbone_digests(backbone)
     for module, key, parameter in read:
         setattr(module, key, parameter)
@@ -236,8 +237,8 @@ def read_adapters(adapters: Mapping, settings: Mapping, model: CLaRaForRAG) -> d
             raise ValueError(
                 f"{ADAPTERS_FILE} must hold {name}, found {sorted(map(str, adapters))}. Get the file again."
             )
-        for key, parameter in live_tensors(model, role).items():
-            key = key.removeprefix(PEFT_PREFIX)
+        expected = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in live_tensors(model, role).items()}
+        for key, parameter in expected.items():
             if key not in found:
                 raise ValueError(
                     f"{name} in {ADAPTERS_FILE} must hold {key}, found none. The file is incomplete or of another "
@@ -245,7 +246,7 @@ def read_adapters(adapters: Mapping, settings: Mapping, model: CLaRaForRAG) -> d
                 )
             tensor = check_tensor(found[key], parameter.shape, f"{key} of {name}")
             weights["backbone." + re.sub(r"(lora_[AB])\.weight$", rf"\1.{role}.weight", key)] = tensor
-        unknown = sorted(k for k in found if ".lora_" in k and PEFT_PREFIX + k not in live_tensors(model, role))
+        unknown = sorted(key for key in found if ".lora_" in key and key not in expected)
         if unknown:
             raise ValueError(
                 f"{name} in {ADAPTERS_FILE} must fit the backbone, but has {unknown[0]} ({len(unknown)} such). Name "
