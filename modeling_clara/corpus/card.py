@@ -4,10 +4,12 @@ What lies between the two marks is rendered anew after every change. What a user
 does metadata that is not ours.
 """
 
+import json
 from pathlib import Path
 
 import yaml
 
+from ..checksums import insert_checksums, remove_checksums
 from ..manifest_clara import Manifest
 from ..storage_clara import replacing
 
@@ -52,10 +54,10 @@ checksum.
 
 FROM_HUB = """from transformers import AutoModel
 
-model = AutoModel.from_pretrained({name!r}, revision={revision!r}, trust_remote_code=True)"""
+model = AutoModel.from_pretrained({name}, revision="{revision}", trust_remote_code=True)"""
 FROM_FOLDER = """from modeling_clara import CLaRaForRAG
 
-model = CLaRaForRAG.from_pretrained({name!r})"""
+model = CLaRaForRAG.from_pretrained({name})"""
 
 
 def write_card(folder: Path, manifest: Manifest) -> None:
@@ -63,7 +65,7 @@ def write_card(folder: Path, manifest: Manifest) -> None:
     path = Path(folder) / CARD_FILE
     data, before, after = {}, "", ""
     if path.exists():
-        data, body = _split(path.read_text(encoding="utf-8", errors="replace"))
+        data, body = _split(remove_checksums(path.read_text(encoding="utf-8", errors="replace")))
         before, after = _own_text(body)
     data = {"task_categories": TASKS} | data | _ours(manifest)
     tags = data.get("tags") or []
@@ -72,6 +74,12 @@ def write_card(folder: Path, manifest: Manifest) -> None:
     head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
     with replacing(path) as partial:
         partial.write_text(f"---\n{head}---\n\n{before}{render(manifest)}{after}", encoding="utf-8")
+
+
+def filled_card(folder: Path, repo_id: str) -> str:
+    """The card for a push in one commit, which its own snippet cannot name."""
+    card = (Path(folder) / CARD_FILE).read_text(encoding="utf-8").replace(', revision="COMMIT"', "")
+    return insert_checksums(card.replace("ORG/NAME", repo_id), Path(folder))
 
 
 def _split(text: str) -> tuple[dict, str]:
@@ -129,7 +137,9 @@ def render(manifest: Manifest) -> str:
         begin=BEGIN,
         end=END,
         name=source.get("name") or "A compressed corpus",
-        load=(FROM_HUB if revision else FROM_FOLDER).format(name=name or "the model that made it", revision=revision),
+        load=(FROM_HUB if revision else FROM_FOLDER).format(
+            name=json.dumps(name or "the model that made it", ensure_ascii=False), revision=revision
+        ),
         compressor=compressor,
         memory_sizes=" or ".join(map(str, manifest.memory_sizes)),
         bytes_per_span=n_bytes / spans if spans else 0,

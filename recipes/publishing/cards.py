@@ -149,7 +149,7 @@ def _code(value) -> str:
     """A value of YAML as Python, with the quotes of the house."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_code(key)}: {_code(entry)}" for key, entry in value.items()) + "}"
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' if isinstance(value, str) else repr(value)
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' if isinstance(value, str) else str(value)
 
 
 def write_card(folder: Path, source: Path) -> Path:
