@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
-# torchao stands apart, for the tests alone: wherever it is installed, transformers imports it and it prints warnings.
+# Quantisation stands apart, for the tests alone: wherever it is installed, transformers and PEFT import it.
 QUANTIZATION := $(VENV)/quantization
 MINIMUM := $(shell sed -n 's/^requires-python = ">=\([0-9.]*\)"/\1/p' pyproject.toml)
 
@@ -46,7 +46,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constr
 $(STAMP): pyproject.toml constraints.txt
 	$(MAKE_VENV)
 	$(PIP_INSTALL) -e ".[corpus,documents,milvus,cluster,demo,dev,train,eval,leaderboard]"
-	$(PIP_INSTALL) --quiet --upgrade --no-deps --target $(QUANTIZATION) torchao
+	$(PIP_INSTALL) --quiet --upgrade --no-deps --target $(QUANTIZATION) torchao bitsandbytes
 	@touch $(DEMO_STAMP) $@
 
 $(DEMO_STAMP): pyproject.toml constraints.txt

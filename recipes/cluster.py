@@ -11,7 +11,7 @@ from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus
-from modeling_clara.cli import build_options
+from modeling_clara.cli import build_options, weight_options
 
 
 class CompressDocuments(PipelineStep):
@@ -29,9 +29,9 @@ class CompressDocuments(PipelineStep):
         given = self.arguments
         if given.threads:
             torch.set_num_threads(given.threads)
-        model = CLaRaForRAG.from_pretrained(given.model, backbone=given.backbone, dtype=given.dtype)
-        if torch.cuda.is_available():
-            model = model.to(f"cuda:{rank % torch.cuda.device_count()}")
+        device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else None
+        weights = {"device_map": device, **weight_options(given.dtype)}
+        model = CLaRaForRAG.from_pretrained(given.model, backbone=given.backbone, **weights)
         options = {"rank": rank, "world_size": world_size, **build_options(given)}
         with self.track_time("job"):
             CompressedCorpus.build(model, given.input, given.output, **options)

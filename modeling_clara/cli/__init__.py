@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 from ..version import __version__
 from . import add, ask, compress, convert, delete, demo, info, sync, update
-from .compress import DTYPES, add_build_options, build_options
+from .compress import add_build_options, build_options
 from .console import allow_any_console
 from .errors import describe_error
-from .models import silence_libraries
+from .models import DTYPES, silence_libraries, weight_options
 
-__all__ = ["DTYPES", "add_build_options", "build_options", "build_parser", "main"]
+__all__ = ["DTYPES", "add_build_options", "build_options", "build_parser", "main", "weight_options"]
 
 COMMANDS = (demo, compress, ask, sync, add, update, delete, convert, info)
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from .errors import describe_error
-from .models import load_model_of
+from .models import add_model_options, load_model_of
 from .terminal import Screen, one_line
 
 if TYPE_CHECKING:
@@ -37,8 +37,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         help="one or several questions, each in quotes; without one, every line of the input is a question, until an "
         f"empty line, {QUIT} or Ctrl-D",
     )
-    parser.add_argument("--model", help="checkpoint folder or Hub id (default: the one that made the corpus)")
-    parser.add_argument("--backbone", help="backbone folder or Hub id (default: the checkpoint's)")
+    add_model_options(parser, model=" (default: the one that made the corpus)")
     parser.add_argument("--revision", help="branch, tag or commit of the corpus on the Hub")
     parser.add_argument("--top-k", type=int, help="documents that are read (default: the model's)")
     parser.add_argument(
@@ -73,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .. import CompressedCorpus
 
     corpus = CompressedCorpus.open(arguments.corpus, arguments.revision)
-    model = load_model_of(corpus, arguments.model, arguments.backbone)
+    model = load_model_of(corpus, arguments.model, arguments.backbone, dtype=arguments.dtype)
     corpus = corpus.attach(model).with_options(where=arguments.where, hybrid=arguments.hybrid)
     options = {name: getattr(arguments, name) for name in CALL_OPTIONS}
     if not arguments.question:

