@@ -1,7 +1,8 @@
-"""Measures the conversion of a reference checkpoint of 7 B parameters: `python -m recipes.benchmarks.conversion`.
+"""Measures conversion and use of a reference checkpoint of 7 B parameters: `python -m recipes.benchmarks.conversion`.
 
 The checkpoint has the shapes of CLaRa-7B-E2E/compression-16 and weights that are zero, so that the 14 GB of its
-backbone are holes in files and take no disk. The memory is that of a process of its own.
+backbone are holes in files and take no disk. The memory is that of a process of its own. `--dtypes bfloat16 int8 int4`
+also loads what was converted on this CPU, compresses one document and answers one question.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
 
+from modeling_clara.cli import DTYPES
 from recipes.benchmarks.shared import add_outputs, describe_machine, figures, seconds_of, show
 from recipes.conversion.convert import ADAPTERS
 
@@ -32,6 +34,25 @@ from recipes.convert_reference import main
 assert main() == 0
 from recipes.benchmarks.shared import resident_bytes
 print(resident_bytes("VmHWM"))
+"""
+USE = """
+import json, sys
+from modeling_clara import CLaRaForRAG
+from modeling_clara.cli import weight_options
+from recipes.benchmarks.shared import resident_bytes, seconds_of
+found, document = {}, {"text": " ".join(f"w{number}" for number in range(10, 200))}
+def load():
+    found["model"] = CLaRaForRAG.from_pretrained(sys.argv[1], **weight_options(sys.argv[2]))
+def compress():
+    document["memory"] = model.compress([document])[0]
+def answer():
+    model.answer(["w5 w6 w7"], documents=[document], max_new_tokens=8)
+row = {"load": seconds_of(load)}
+model = found["model"]
+row["weights"] = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+compress()
+row |= {"compress": seconds_of(compress), "answer": seconds_of(answer), "memory": resident_bytes("RssAnon") / 1e9}
+print(json.dumps(row))
 """
 
 
@@ -85,8 +106,8 @@ def write_checkpoint(folder: Path, linear: dict[str, list[int]]) -> None:
     (folder / "prompts.json").write_text(json.dumps(PROMPTS))
 
 
-def measure() -> dict:
-    """Seconds and GB of the conversion; the process itself says how much memory it had at most."""
+def measure(dtypes: list[str]) -> tuple[dict, list[dict]]:
+    """Seconds and GB of the conversion and of a use in each dtype; the processes say what memory they had."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_checkpoint(folder / "src", write_backbone(folder / "backbone"))
@@ -99,19 +120,33 @@ def measure() -> dict:
 
         took = seconds_of(run)
         written = sum(path.stat().st_size for path in (folder / "ours").rglob("*") if path.is_file())
+        uses = []
+        for dtype in dtypes:
+            command = [sys.executable, "-c", USE, str(folder / "ours"), dtype]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            uses.append({"dtype": dtype, **json.loads(output.splitlines()[-1])})
     peak = int(found["output"].splitlines()[-1])
-    return {"seconds": took, "peak": peak / 1e9, "tensor": 2 * VOCABULARY * 4096 / 1e9, "written": written / 1e6}
+    tensor = 2 * VOCABULARY * 4096 / 1e9
+    return {"seconds": took, "peak": peak / 1e9, "tensor": tensor, "written": written / 1e6}, uses
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", nargs="*", default=[], choices=DTYPES, help="to use the converted checkpoint in")
     arguments = add_outputs(parser).parse_args()
-    report = describe_machine() | {"conversion": measure()}
+    report = describe_machine()
+    report["conversion"], report["use"] = measure(arguments.dtypes)
     text = figures(
         "checkpoint | seconds | peak memory | largest tensor | written",
         "7 B parameters, three roles | {seconds:.0f} | {peak:.2f} GB | {tensor:.2f} GB | {written:.0f} MB",
         [report["conversion"]],
     )
+    if report["use"]:
+        text += "\n\n" + figures(
+            "weights in | GB | memory but for mapped files | load | compress 190 tokens | 8 tokens of an answer",
+            "{dtype} | {weights:.1f} | {memory:.1f} GB | {load:.0f} s | {compress:.1f} s | {answer:.1f} s",
+            report["use"],
+        )
     show("conversion", report, text, arguments)
 
 

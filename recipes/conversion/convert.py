@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import HTTPError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -135,8 +136,8 @@ def find_backbone(settings: Mapping, given: str | None) -> BackboneFiles:
         )
     try:
         return BackboneFiles(name)
-    except (OSError, ValueError) as error:
-        if given:
+    except (OSError, ValueError, HTTPError) as error:
+        if given and Path(name).is_dir():
             raise
         raise FileNotFoundError(
             f"the backbone `{name}` must be at hand, but: {error} Name it with `--backbone PATH_OR_ID`."

@@ -168,6 +168,8 @@ def code_in_a_pickle(path: Path, marker: Path) -> None:
 
 FAULTS = {
     "no backbone": "--backbone",
+    "a backbone that the Hub has not": "--backbone",
+    "a backbone on the Hub of its config only": "--backbone",
     "another backbone": "must",
     "another vocabulary": "must",
     "no adapters": "adapters.pth must be in",
@@ -201,6 +203,10 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(fault, tmp_path):
     settings, marker = {}, tmp_path / "marker"
     if fault == "no backbone":
         options = {}
+    elif fault == "a backbone that the Hub has not":
+        options["backbone"] = "org/nowhere"
+    elif fault == "a backbone on the Hub of its config only":
+        options, settings = {}, {"decoder_model_name": "org/nowhere"}
     elif fault == "another backbone":
         options["backbone"] = str(save_backbone(tmp_path / "other", "llama"))
     elif fault == "another vocabulary":
