@@ -209,8 +209,9 @@ def test_private_repos_need_a_token_which_is_saved_nowhere(backbone_folder, hub,
     loaded.save_pretrained(tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "saved")
     assert not any(hub.token.encode() in content for content in contents(tmp_path).values())
-    for token in (False, "hf_wrong"):
-        with pytest.raises(OSError, match=r"(?s)`loading/private-backbone` could not be loaded.*token"):
+    told = {False: "private repository.*token", hub.add_token("stranger"): "token", "hf_wrong": "Invalid credentials"}
+    for token, reason in told.items():
+        with pytest.raises(OSError, match=rf"(?s)`loading/private-backbone` could not be loaded.*{reason}"):
             CLaRaForRAG.from_backbone("loading/private-backbone", token=token, cache_dir=tmp_path / "cache")
         with pytest.raises(FileNotFoundError, match=r"(?s)`config.json` must be in loading/private .*and token"):
             CLaRaForRAG.from_pretrained("loading/private", token=token, cache_dir=tmp_path / "cache")

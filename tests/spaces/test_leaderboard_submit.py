@@ -125,7 +125,7 @@ def test_the_model_must_be_there(hub):
 def test_failures_are_told_without_the_token(repo, hub):
     found = checked()
     assert "Sign in" in submit(found, repo, None).message and "Sign in" in submit(found, repo, "").message
-    cases = [(WRONG, repo, "(403)"), (hub.token, "submissions/nowhere", "was not found"), (f"{WRONG}\n", repo, "")]
+    cases = [(WRONG, repo, "(401)"), (hub.token, "submissions/nowhere", "was not found"), (f"{WRONG}\n", repo, "")]
     outcomes = [(submit(found, place, token), told) for token, place, told in cases]
     for status, told in ((401, "(401)"), (403, "write-discussions"), (429, "(429)"), (500, "(500)")):
         hub.failures.append(Failure(f"/api/datasets/{repo}/commit", status=status, times=20))
