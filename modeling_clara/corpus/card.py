@@ -16,6 +16,8 @@ BEGIN, END = "<!-- clara: begin -->", "<!-- clara: end -->"
 TAGS = ["clara", "compressed-corpus", "soft-compression", "retrieval-augmented-generation"]
 SIZES = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10**7, "1M<n<10M")]
 
+THIS_CORPUS = '"path or id of this corpus"'
+
 BODY = """{begin}
 
 # {name}
@@ -27,7 +29,7 @@ compared with the memories and answered from them; the text is for people.
 
 ```python
 {load}
-corpus = model.load_corpus("path or id of this corpus")
+corpus = model.load_corpus({this})
 model.answer(["..."], corpus=corpus)
 ```
 
@@ -51,7 +53,7 @@ checksum.
 
 FROM_HUB = """from transformers import AutoModel
 
-model = AutoModel.from_pretrained({name!r}, trust_remote_code=True)"""
+model = AutoModel.from_pretrained({name!r}, trust_remote_code=True, revision={revision!r})"""
 FROM_FOLDER = """from modeling_clara import CLaRaForRAG
 
 model = CLaRaForRAG.from_pretrained({name!r})"""
@@ -124,7 +126,8 @@ def render(manifest: Manifest) -> str:
         begin=BEGIN,
         end=END,
         name=source.get("name") or "A compressed corpus",
-        load=(FROM_HUB if revision else FROM_FOLDER).format(name=name or "the model that made it"),
+        load=(FROM_HUB if revision else FROM_FOLDER).format(name=name or "the model that made it", revision=revision),
+        this=THIS_CORPUS,
         compressor=compressor,
         memory_sizes=" or ".join(map(str, manifest.memory_sizes)),
         bytes_per_span=n_bytes / spans if spans else 0,

@@ -1,0 +1,81 @@
+"""The kinds of what is published: a record each of how it is built, checked, loaded and kept on the Hub.
+
+A new kind is a new record here, with its functions in `assemble.py`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import assemble
+from .assemble import Assembled
+from .checks import DATA_SUFFIXES, EVERYWHERE, OF_MODELS, Check
+from .files import find
+
+Options = Mapping[str, str | None]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind.
+
+    Attributes:
+        name: as the command has it; `what` in words.
+        repo_type: of the Hub.
+        inputs: files of the source that a build reads.
+        assemble: writes a new folder from a source and options; says what a clean process must find.
+        checks: of the built folder.
+        marks: a repo that is not empty must have one of these files to be of this kind.
+        is_pinned: whether the card names the commit of its files.
+    """
+
+    name: str
+    what: str
+    repo_type: str
+    inputs: Callable[[Path], list[Path]]
+    assemble: Callable[[Path, Path, Options], Assembled]
+    checks: tuple[Check, ...] = EVERYWHERE
+    marks: tuple[str, ...] = ()
+    is_pinned: bool = True
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind(
+            "model",
+            "a CLaRa checkpoint",
+            "model",
+            assemble.model_inputs,
+            assemble.assemble_model,
+            OF_MODELS,
+            marks=("clara.safetensors",),
+        ),
+        Kind(
+            "corpus",
+            "a compressed corpus",
+            "dataset",
+            assemble.corpus_inputs,
+            assemble.assemble_corpus,
+            marks=("corpus.json",),
+        ),
+        Kind("metric", "a metric", "space", find, assemble.assemble_metric, marks=("cases.json",), is_pinned=False),
+        Kind(
+            "leaderboard",
+            "the leaderboard",
+            "space",
+            find,
+            assemble.assemble_space,
+            marks=("leaderboard_rules.py",),
+            is_pinned=False,
+        ),
+        Kind(
+            "data",
+            "data",
+            "dataset",
+            assemble.data_inputs,
+            assemble.assemble_data,
+            marks=tuple(f"*{s}" for s in DATA_SUFFIXES),
+        ),
+    )
+}
