@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 from .checks import CARD_FILE, DATA_SUFFIXES
 from .files import find, is_published
@@ -111,8 +113,6 @@ def corpus_inputs(source: Path) -> list[Path]:
 
 def assemble_corpus(source: Path, folder: Path, options: Mapping[str, str | None]) -> Assembled:
     """The corpus without deleted documents, its compressor named by id and commit; the source stays as it is."""
-    from huggingface_hub import HfApi
-
     from modeling_clara import CLaRaForRAG, CompressedCorpus
     from modeling_clara.corpus.card import THIS_CORPUS, write_card
     from modeling_clara.corpus.changes import writing
@@ -123,7 +123,13 @@ def assemble_corpus(source: Path, folder: Path, options: Mapping[str, str | None
     revision = options.get("compressor_revision") or (
         stored.get("revision") if name == stored["name_or_path"] else None
     )
-    revision = HfApi().model_info(name, revision=revision).sha
+    try:
+        revision = HfApi().model_info(name, revision=revision).sha
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise ValueError(
+            f"`--compressor` must name the model on the Hub that made the memories, but the Hub has no {name}"
+            f"{f' at {revision}' if revision else ''}. Publish the model first, and pass its id."
+        ) from error
     work = folder.with_name(f"{folder.name}-work")
     _copy(source, corpus_inputs(source), work)
     corpus = CompressedCorpus.open(work)

@@ -52,6 +52,8 @@ def check_links(source: Path) -> list[str]:
     for path in find(source) if source.is_dir() else ():
         if path.is_symlink() and not path.exists():
             problems.append(f"{path} must lead to a file, but is a broken link. Remove it.")
+        elif path.is_symlink() and path.is_dir():
+            problems.append(f"{path} must be a folder, but is a link to one. Copy the folder there.")
         elif path.is_symlink() and not path.resolve().is_relative_to(root):
             problems.append(f"{path} must lie inside the folder, but links to {path.resolve()}. Copy the file there.")
     return problems

@@ -4,6 +4,7 @@ All files go to a branch of their own, are downloaded and compared there, and be
 with the card that names the commit they were compared at. Whatever breaks, the same command finishes it.
 """
 
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -185,9 +186,16 @@ class Repo:
         return not compare({name: file for name, file in tree.items() if name != CARD_FILE}, self.built.files)
 
     def find_pinned(self) -> str | None:
-        """The commit of an earlier run that has these files."""
-        commit = self.tags.get(self.files_tag)
-        return commit if commit and self.has_files(self.list(commit)) else None
+        """A commit that has these files: of an earlier run, or the one that the card there names."""
+        commits = [self.tags[self.files_tag]] if self.files_tag in self.tags else []
+        if not commits and CARD_FILE in self.tree and self.has_files(self.tree):
+            card = self.api.hf_hub_download(**self.place, filename=CARD_FILE, revision=self.head)
+            commits = re.findall(r"\b[0-9a-f]{40}\b", Path(card).read_text(encoding="utf-8"))
+        for commit in dict.fromkeys(commits):
+            with suppress(RevisionNotFoundError):
+                if self.has_files(self.list(commit)):
+                    return commit
+        return None
 
     def wanted(self, pinned: str | None) -> dict[str, File]:
         """All files, with the card for a commit of the others."""
