@@ -232,13 +232,17 @@ class Repo:
         conflicts = self.conflicts(ref) if pull["status"] == "open" else []
         return about | author | {"events": commits, "changes": changes, "filesWithConflicts": conflicts, "diff": ""}
 
+    def listed(self, ref: str) -> list[dict[str, str]]:
+        """The branches, tags or pull requests as items of a listing."""
+        folder = {"branch": "refs/heads/", "tag": "refs/tags/", "pr": ""}[ref]
+        return [{"name": n, "ref": f"{folder}{n}", "targetCommit": sha} for n, sha in self.refs[ref].items()]
+
     def add_ref(self, ref: str, name: str, start: str) -> None:
         """A branch or a tag; a branch may have the name of a tag."""
-        full = f"refs/{'heads' if ref == 'branch' else 'tags'}/{name}"
         if name.startswith("refs/") or not re.fullmatch(r"[^\s~^:?*\[\\]+", name):
             raise Refusal(400, f"Invalid reference for a {ref}: {name}")
         if name in self.refs[ref]:
-            raise Refusal(409, f"Reference {full} already exists")
+            raise Refusal(409, f"Reference refs/{'heads' if ref == 'branch' else 'tags'}/{name} already exists")
         self.refs[ref][name] = self.resolve(start)
 
     def delete_ref(self, ref: str, name: str) -> None:
@@ -248,6 +252,14 @@ class Repo:
         if name not in self.refs[ref]:
             raise Refusal(404, f"Invalid rev id: {name}", "RevisionNotFound")
         del self.refs[ref][name]
+
+    def info(self, revision: str, blobs: bool) -> dict[str, Any]:
+        """The repo at a revision, with ids and sizes of the files if `blobs`."""
+        sha = self.resolve(revision)
+        files = sorted(self.commits[sha].items())
+        siblings = [{"rfilename": path} | ({"blobId": file["oid"], **file} if blobs else {}) for path, file in files]
+        facts = {"id": self.name, "author": self.name.split("/")[0], "sha": sha, "tags": [], **self.settings}
+        return facts | {"lastModified": self.history[sha][0]["date"], "downloads": 0, "likes": 0, "siblings": siblings}
 
     def items(self, revision: str, expand: bool) -> Files:
         """Every file and folder of a revision by its path, as an item of a listing; `expand` adds its last commit."""

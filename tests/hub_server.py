@@ -34,9 +34,9 @@ ROUTES = (  # method, path before percent-decoding, the Handler's method, the ri
     ("POST", rf"{API_REPO}/paths-info{REVISION}", "paths_info", ""),
     ("GET", rf"{PLAIN_REPO}/resolve{REVISION}/(?P<path>.+)", "download", ""),
     ("POST", rf"{API_REPO}/preupload{REVISION}", "preupload", "propose"),
-    ("POST", rf"{PLAIN_REPO}\.git/info/lfs/objects/batch", "lfs_batch", "write"),
+    ("POST", rf"{PLAIN_REPO}\.git/info/lfs/objects/batch", "lfs_batch", "upload"),
     ("PUT", r"/lfs/(?P<kind>model|dataset|space)/(?P<repo>.+)/(?P<sha256>[0-9a-f]{64})", "put_lfs", "signed"),
-    ("POST", rf"{PLAIN_REPO}\.git/info/lfs/objects/verify", "lfs_verify", "write"),
+    ("POST", rf"{PLAIN_REPO}\.git/info/lfs/objects/verify", "lfs_verify", "login"),
     ("POST", rf"{API_REPO}/commit{REVISION}", "commit", "propose"),
     ("GET", rf"{API_REPO}/commits{REVISION}", "commits", ""),
     ("GET", rf"{API_REPO}/variables", "variables", "write"),
@@ -128,11 +128,17 @@ class Handler(BaseHTTPRequestHandler):
             return
         if not self.user:
             raise Refusal(401, "Invalid username or password.")
-        if right != "login" and not self.may_write:
+        if right == "login":
+            return
+        if not self.may_write:
             raise Refusal(403, "Forbidden: you must use a write token to upload to a repository.")
-        pull = parts["repo"].pulls.get(parts.get("revision"), {}) if right == "propose" else {}
-        proposes = right == "propose" and (self.query.get("create_pr") == ["1"] or pull.get("author") == self.user)
-        if right != "login" and not proposes and not self.owns(parts["repo"].name.split("/")[0]):
+        repo, revision = parts["repo"], parts.get("revision")
+        proposes = right == "propose" and self.query.get("create_pr") == ["1"]
+        if right == "upload":  # the client names no branch if a pull request is to come
+            revision = json.loads(self.body).get("ref", {}).get("name")
+            proposes = revision is None
+        own_pull = right in ("propose", "upload") and repo.pulls.get(revision, {}).get("author") == self.user
+        if not (proposes or own_pull or self.owns(repo.name.split("/")[0])):
             raise Refusal(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request.")
 
     def find_repo(self, kind: str, name: str, anyone: bool = False) -> Repo:
@@ -182,11 +188,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def info(self, repo: Repo, revision: str) -> Any:
         """What the client's `model_info`, `dataset_info` and `space_info` read."""
-        sha = repo.resolve(revision)
-        blobs, files = self.query.get("blobs") == ["true"], sorted(repo.commits[sha].items())
-        siblings = [{"rfilename": path} | ({"blobId": file["oid"], **file} if blobs else {}) for path, file in files]
-        facts = {"id": repo.name, "author": repo.name.split("/")[0], "sha": sha, "tags": [], **repo.settings}
-        return facts | {"lastModified": repo.history[sha][0]["date"], "downloads": 0, "likes": 0, "siblings": siblings}
+        return repo.info(revision, blobs=self.query.get("blobs") == ["true"])
 
     def tree(self, repo: Repo, revision: str, path: str) -> Any:
         """What is in a folder and, with `recursive=true`, below it."""
@@ -309,12 +311,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def list_refs(self, repo: Repo) -> Any:
         """All branches, tags and pull requests."""
-
-        def listed(ref: str, folder: str) -> list[dict[str, str]]:
-            return [{"name": n, "ref": f"{folder}{n}", "targetCommit": sha} for n, sha in repo.refs[ref].items()]
-
-        heads, tags = listed("branch", "refs/heads/"), listed("tag", "refs/tags/")
-        return {"branches": heads, "tags": tags, "converts": [], "pullRequests": listed("pr", "")}
+        branches, tags, pulls = map(repo.listed, ("branch", "tag", "pr"))
+        return {"branches": branches, "tags": tags, "converts": [], "pullRequests": pulls}
 
     def add_ref(self, repo: Repo, ref: str, name: str) -> Any:
         """A branch of this name; or a tag, then `name` is the revision to be tagged."""
