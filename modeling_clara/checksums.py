@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from .storage_clara import file_sha256
 
 BEGIN, END = "<!-- clara checksums: begin -->", "<!-- clara checksums: end -->"
-MANIFEST = "corpus.json"  # has the digests of a corpus's shards, which can be thousands
+MANIFEST = "corpus.json"  # has the digests of a corpus's shards and codecs
 WEIGHTS = {".safetensors", ".parquet", ".jsonl", ".csv", ".gz"}
 CODE = {".py", ".js", ".jinja", ".bin", ".pt", ".pth", ".pkl", ".ckpt"}  # a pickle can run anything as well
 SECTION = re.compile(rf"\s*{BEGIN}(?:(?!{BEGIN}).)*?{END}", re.DOTALL)
@@ -84,6 +84,7 @@ def compare_checksums(card: str, folder: Path, *, complete: bool = True) -> list
 
 def _listed(folder: Path) -> list[str]:
     """Names of the files that belong in the list, with forward slashes."""
-    kinds = CODE | ({".safetensors"} if (folder / MANIFEST).is_file() else WEIGHTS)
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in names if name == MANIFEST or PurePosixPath(name).suffix in kinds)
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    if (folder / MANIFEST).is_file():  # index/ can be made again; no code is loaded from there
+        return sorted(p.as_posix() for p in paths if p.name == MANIFEST or p.suffix in CODE and p.parts[0] != "index")
+    return sorted(path.as_posix() for path in paths if path.suffix in WEIGHTS | CODE)

@@ -45,7 +45,7 @@ memories (CLaRa, arXiv 2511.18659).
 ```python
 from transformers import AutoModel
 
-model = AutoModel.from_pretrained("path/or/id", trust_remote_code=True)
+model = AutoModel.from_pretrained("ORG/NAME", revision="COMMIT", trust_remote_code=True)
 model.answer(["..."], documents=["...", "..."])
 ```
 

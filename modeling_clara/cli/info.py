@@ -1,4 +1,4 @@
-"""`clara info`: what a checkpoint or a corpus is, and whether every file of it is there and fits the others.
+"""`clara info`: what a checkpoint or a corpus is, and whether its files are there, fit, and are those of its card.
 
 Uses the checks of the loaders. A checkpoint is checked on a model without storage, so no backbone weights are read.
 """
@@ -40,13 +40,15 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         report = describe_checkpoint(arguments.path, arguments.revision)
         problems = [report["problem"]] if report["problem"] else []
+    report["checksums"], report["differs"] = describe_checksums(corpus or arguments.path, arguments.revision)
+    problems = [*problems, *report["differs"]]
     if arguments.json:
         print(json.dumps(report, indent=2))
         return 1 if problems else 0
     shown = report if corpus is None or "codec" not in report else summarize_corpus(report)
     screen = Screen(hanging=COLUMN)
     for name, value in shown.items():
-        if name not in ("problem", "problems"):
+        if name not in ("problem", "problems", "differs"):
             screen(f"{name:<{COLUMN}}{one_line(readable(name, value))}\n")
     for problem in problems:
         screen(f"{'problem':<{COLUMN}}{one_line(problem)}\n")
@@ -152,6 +154,30 @@ def describe_checkpoint(path: str, revision: str | None = None) -> dict:
     except (OSError, ValueError, KeyError) as error:
         report["problem"] = str(error) or type(error).__name__
     return report
+
+
+def describe_checksums(path: str | Path, revision: str | None = None) -> tuple[str, list[str]]:
+    """How much of a copy was held against the list in its card, and a sentence for each file that differs.
+
+    Of a checkpoint on the Hub the files in the cache are compared, with the card of their commit.
+    """
+    from ..checksums import compare_checksums, read_checksums
+    from ..files_clara import CheckpointFiles
+
+    try:
+        files = CheckpointFiles(path, revision=revision)
+        card = files.path("README.md")
+    except (OSError, ValueError):
+        return "none: there is no card", []
+    text = card.read_text(encoding="utf-8", errors="replace")
+    folder = card.parent if not files.is_local else Path(path)
+    if not (listed := read_checksums(text)):
+        return "none: the card has no list", []
+    there = sum((folder / name).is_file() for name in listed)
+    hint = ", among them the list of shards, which --verify reads" if "corpus.json" in listed else ""
+    return f"{there} of {len(listed)} listed files compared{hint}", compare_checksums(
+        text, folder, complete=files.is_local
+    )
 
 
 def check_code(files: "CheckpointFiles") -> None:

@@ -4,19 +4,20 @@ What lies between the two marks is rendered anew after every change. What a user
 does metadata that is not ours.
 """
 
+import json
 from pathlib import Path
 
 import yaml
 
+from ..checksums import insert_checksums, remove_checksums
 from ..manifest_clara import Manifest
 from ..storage_clara import replacing
 
 CARD_FILE = "README.md"
 BEGIN, END = "<!-- clara: begin -->", "<!-- clara: end -->"
 TAGS = ["clara", "compressed-corpus", "soft-compression", "retrieval-augmented-generation"]
-SIZES = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10**7, "1M<n<10M")]
-
-THIS_CORPUS = '"path or id of this corpus"'
+TASKS = ["question-answering", "text-retrieval"]
+SIZES = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B"]
 
 BODY = """{begin}
 
@@ -29,7 +30,7 @@ compared with the memories and answered from them; the text is for people.
 
 ```python
 {load}
-corpus = model.load_corpus({this})
+corpus = model.load_corpus("ORG/NAME", revision="COMMIT")
 model.answer(["..."], corpus=corpus)
 ```
 
@@ -53,10 +54,10 @@ checksum.
 
 FROM_HUB = """from transformers import AutoModel
 
-model = AutoModel.from_pretrained({name!r}, trust_remote_code=True, revision={revision!r})"""
+model = AutoModel.from_pretrained({name}, revision="{revision}", trust_remote_code=True)"""
 FROM_FOLDER = """from modeling_clara import CLaRaForRAG
 
-model = CLaRaForRAG.from_pretrained({name!r})"""
+model = CLaRaForRAG.from_pretrained({name})"""
 
 
 def write_card(folder: Path, manifest: Manifest) -> None:
@@ -64,15 +65,21 @@ def write_card(folder: Path, manifest: Manifest) -> None:
     path = Path(folder) / CARD_FILE
     data, before, after = {}, "", ""
     if path.exists():
-        data, body = _split(path.read_text(encoding="utf-8", errors="replace"))
+        data, body = _split(remove_checksums(path.read_text(encoding="utf-8", errors="replace")))
         before, after = _own_text(body)
-    data |= _ours(manifest)
+    data = {"task_categories": TASKS} | data | _ours(manifest)
     tags = data.get("tags") or []
     tags = [tags] if isinstance(tags, str) else tags
     data["tags"] = [*tags, *(tag for tag in TAGS if tag not in tags)]
     head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
     with replacing(path) as partial:
         partial.write_text(f"---\n{head}---\n\n{before}{render(manifest)}{after}", encoding="utf-8")
+
+
+def filled_card(folder: Path, repo_id: str) -> str:
+    """The card for a push in one commit, which its own snippet cannot name."""
+    card = (Path(folder) / CARD_FILE).read_text(encoding="utf-8").replace(', revision="COMMIT"', "")
+    return insert_checksums(card.replace("ORG/NAME", repo_id), Path(folder))
 
 
 def _split(text: str) -> tuple[dict, str]:
@@ -98,10 +105,9 @@ def _own_text(text: str) -> tuple[str, str]:
 
 def _ours(manifest: Manifest) -> dict:
     """The metadata that follows from the manifest."""
-    size = next((name for limit, name in SIZES if manifest.n_spans < limit), "n>10M")
     metadata = {
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}],
-        "size_categories": [size],
+        "size_categories": [size_category(manifest.n_spans)],
         "clara": {
             "format_version": manifest.format_version,
             "compressor": manifest.compressor,
@@ -110,6 +116,11 @@ def _ours(manifest: Manifest) -> dict:
         },
     }
     return metadata | {name: manifest.source[name] for name in ("license", "language") if manifest.source.get(name)}
+
+
+def size_category(n_rows: int) -> str:
+    """The Hub's category of a data set's size."""
+    return SIZES[min(max(len(str(n_rows)) - 3, 0), len(SIZES) - 1)]
 
 
 def render(manifest: Manifest) -> str:
@@ -126,8 +137,9 @@ def render(manifest: Manifest) -> str:
         begin=BEGIN,
         end=END,
         name=source.get("name") or "A compressed corpus",
-        load=(FROM_HUB if revision else FROM_FOLDER).format(name=name or "the model that made it", revision=revision),
-        this=THIS_CORPUS,
+        load=(FROM_HUB if revision else FROM_FOLDER).format(
+            name=json.dumps(name or "the model that made it", ensure_ascii=False), revision=revision
+        ),
         compressor=compressor,
         memory_sizes=" or ".join(map(str, manifest.memory_sizes)),
         bytes_per_span=n_bytes / spans if spans else 0,

@@ -5,7 +5,7 @@ import os
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from ..manifest_clara import MANIFEST_FILE, Manifest, state_file
-from .card import CARD_FILE
+from .card import CARD_FILE, filled_card
 from .changes import commit, writing
 from .compact import rewrite
 from .jobs import REJECTED_FILE
@@ -56,6 +56,7 @@ def push_to_hub(
         stale = {name for name in there if name.startswith(("data/", "codec/")) or name == REJECTED_FILE}
         operations = [CommitOperationAdd(name, str(corpus.folder / name)) for name in names]
         operations += [CommitOperationDelete(name) for name in sorted(stale - set(names))]
+        operations.append(CommitOperationAdd(CARD_FILE, filled_card(corpus.folder, repo_id).encode()))
         options = {"commit_message": commit_message, "revision": revision, "parent_commit": info.sha}
         return api.create_commit(**repo, operations=operations, **options).commit_url
 
@@ -80,7 +81,7 @@ def prepare(corpus, manifest: Manifest, compressor: str, compressor_revision: st
         compressor_revision: its commit.
 
     Returns:
-        Names of the files to publish.
+        Names of the files to publish beside the card.
 
     Raises:
         ValueError: a file is damaged.
@@ -94,6 +95,6 @@ def prepare(corpus, manifest: Manifest, compressor: str, compressor_revision: st
         rewrite(corpus, manifest)
     if problems := verify_files(corpus.folder):
         raise ValueError(f"the corpus must be whole to be published: {problems[0]}")
-    names = [MANIFEST_FILE, CARD_FILE, *(shard.file for shard in manifest.shards)]
+    names = [MANIFEST_FILE, *(shard.file for shard in manifest.shards)]
     names += [state_file(key) for key in manifest.codec_states]
     return names + ([REJECTED_FILE] if (corpus.folder / REJECTED_FILE).exists() else [])

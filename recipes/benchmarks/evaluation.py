@@ -23,7 +23,7 @@ from recipes.evaluation.run import prediction_row
 from recipes.evaluation.scores import CUTOFFS, compare, score_questions, with_intervals
 from recipes.evaluation.tasks import Task
 from recipes.models.pico.facts import FactSheets
-from recipes.models.publishing import CARDS
+from recipes.publishing.runs import CARDS
 from recipes.spaces.publish import LEADERBOARD, build_space
 
 METRICS = Path(__file__).resolve().parents[1] / "spaces" / "metrics"

@@ -18,6 +18,7 @@ CARD_METRICS = ("f1", "em", "containment", "recall@1", "recall@5")
 TABLE_COMPARISONS = ("f1", "containment", "recall@1")  # results.json has more
 CALIBRATION_FILE = "calibration.json"  # of calibrate.py, in the folder of a model
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
+COMPRESSION = "<!-- compression: begin -->", "<!-- compression: end -->"
 
 
 def read_results(paths: Iterable[Path], *, with_baselines: bool = True) -> list[dict]:
@@ -166,9 +167,36 @@ def calibration_text(calibration: Mapping) -> str:
     )
 
 
-def insert_section(card: str, section: str) -> str:
+def compression_section(config: Mapping, entries: Iterable[EvalResult]) -> str:
+    """What a memory of each size costs and keeps, between two marks of its own.
+
+    Args:
+        config: content of the model's config.json.
+        entries: of the card's `model-index`; F1 with float16 memories is shown, a column for each data and setting.
+    """
+    from modeling_clara.codecs_clara import CODECS, Codec
+
+    sizes, f1 = config["memory_sizes"], {}
+    for entry in entries:
+        found = re.fullmatch(r"(\w+), clara k=(\d+) float16", entry.dataset_config or "")
+        if found and entry.metric_type == "f1":
+            half = f", {entry.dataset_split}" if entry.dataset_split != "all" else ""
+            column = f1.setdefault(_escape(f"F1, {entry.dataset_name}{half}, {found[1]}"), {})
+            column[int(found[2])] = f"{entry.metric_value:.3f}"
+    rows = []
+    for size in sizes:
+        codecs = [Codec(name, size, config["text_config"]["hidden_size"]).row_bytes for name in CODECS]
+        cells = [size, _number(config["document_max_length"] / size), *(f"{n_bytes:,}" for n_bytes in codecs)]
+        rows.append(cells + [column.get(size, "") for column in f1.values()])
+    header = ["vectors", "tokens a vector", *(f"{name}, bytes" for name in CODECS), *f1]
+    text = f"A document of {config['document_max_length']} tokens, the most that one memory holds; "
+    text += "longer ones become several." + (" F1 is with float16 memories." if f1 else "")
+    return "\n\n".join([COMPRESSION[0], text, table(header, rows), COMPRESSION[1]])
+
+
+def insert_section(card: str, section: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """Put the section in the place of an earlier one, or at the end."""
-    earlier = re.search(f"{BEGIN}(?:(?!{BEGIN}).)*?{END}", card, re.DOTALL)
+    earlier = re.search(f"{marks[0]}(?:(?!{marks[0]}).)*?{marks[1]}", card, re.DOTALL)
     if earlier:
         return card[: earlier.start()] + section + card[earlier.end() :]
     return f"{card.rstrip()}\n\n{section}\n"
@@ -264,6 +292,10 @@ def update_card(folder: Path, results: Sequence[Mapping], dataset: str | None = 
         kept = [entry for entry in card.data.get("eval_results") or [] if _identity(entry) not in new]
         card.data.model_name = card.data.get("model_name") or folder.resolve().name
         card.data.eval_results = kept + entries
+    if COMPRESSION[0] in card.text and (config := folder / "config.json").exists():
+        found = json.loads(config.read_text(encoding="utf-8"))
+        section = compression_section(found, card.data.get("eval_results") or [])
+        card.text = insert_section(card.text, section, COMPRESSION)
     path.write_text(str(card), encoding="utf-8")
     written = [path]
     for name, content in eval_result_files(results, dataset).items():

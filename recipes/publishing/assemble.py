@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -19,22 +18,6 @@ from .probe import describe_corpus, describe_model
 
 # What a training run leaves beside a checkpoint: folders, and pickles of torch that nobody else needs.
 OF_A_RUN = {"memories", "optimizer.pt", "scheduler.pt", "scaler.pt", "training_args.bin"}
-
-DATA_CARD = """---
-{metadata}---
-
-# {name}
-
-```python
-from datasets import load_dataset
-
-data = load_dataset("ORG/NAME", revision="COMMIT")
-```
-
-| file | bytes |
-| --- | --- |
-{rows}
-"""
 
 
 @dataclass
@@ -114,15 +97,16 @@ def corpus_inputs(source: Path) -> list[Path]:
 def assemble_corpus(source: Path, folder: Path, options: Mapping[str, str | None]) -> Assembled:
     """The corpus without deleted documents, its compressor named by id and commit; the source stays as it is."""
     from modeling_clara import CLaRaForRAG, CompressedCorpus
-    from modeling_clara.corpus.card import THIS_CORPUS, write_card
+    from modeling_clara.corpus.card import write_card
     from modeling_clara.corpus.changes import writing
     from modeling_clara.corpus.publish import check_compressor, prepare
 
-    stored = CompressedCorpus.open(source).manifest.compressor
+    work = folder.with_name(f"{folder.name}-work")
+    _copy(source, corpus_inputs(source), work)
+    corpus = CompressedCorpus.open(work)
+    stored = corpus.manifest.compressor
     name = check_compressor(options.get("compressor") or stored.get("name_or_path"))
-    revision = options.get("compressor_revision") or (
-        stored.get("revision") if name == stored["name_or_path"] else None
-    )
+    revision = options.get("compressor_revision") or (stored["revision"] if name == stored["name_or_path"] else None)
     try:
         revision = HfApi().model_info(name, revision=revision).sha
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
@@ -130,19 +114,12 @@ def assemble_corpus(source: Path, folder: Path, options: Mapping[str, str | None
             f"`--compressor` must name the model on the Hub that made the memories, but the Hub has no {name}"
             f"{f' at {revision}' if revision else ''}. Publish the model first, and pass its id."
         ) from error
-    work = folder.with_name(f"{folder.name}-work")
-    _copy(source, corpus_inputs(source), work)
-    corpus = CompressedCorpus.open(work)
+    expected = describe_corpus(model := CLaRaForRAG.from_pretrained(name, revision=revision), corpus.attach(model))
     with writing(corpus) as manifest:
         names = prepare(corpus, manifest, name, revision)
         write_card(work, manifest)
-    _copy(work, [work / name for name in names], folder)
+    _copy(work, [work / name for name in (CARD_FILE, *names)], folder)
     shutil.rmtree(work)
-    card = folder / CARD_FILE
-    text = card.read_text(encoding="utf-8").replace(THIS_CORPUS, '"ORG/NAME", revision="COMMIT"')
-    card.write_text(text, encoding="utf-8")
-    model = CLaRaForRAG.from_pretrained(name, revision=revision)
-    expected = describe_corpus(model, model.load_corpus(source))
     return Assembled({"compressor": name, "revision": revision}, expected)
 
 
@@ -185,15 +162,14 @@ def data_inputs(source: Path) -> list[Path]:
 
 def assemble_data(source: Path, folder: Path, options: Mapping[str, str | None]) -> Assembled:
     """The files and a card, which is written if there is none."""
+    from recipes.publishing.cards import data_card
+
     paths = data_inputs(source)
     _copy(source if source.is_dir() else source.parent, paths, folder)
     card = folder / CARD_FILE
     if not card.exists():
         name = source.name.partition(".")[0] if source.is_file() else source.resolve().name
-        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in find(folder)}
-        rows = "\n".join(f"| `{name}` | {size:,} |" for name, size in sizes.items())
-        metadata = yaml.safe_dump({"pretty_name": name})
-        card.write_text(DATA_CARD.format(metadata=metadata, name=name, rows=rows), encoding="utf-8")
+        card.write_text(data_card(folder, None, name), encoding="utf-8")
     return Assembled({})
 
 

@@ -32,6 +32,7 @@ from hub_server import Failure
 from huggingface_hub import DatasetCard, HfApi, snapshot_download
 
 from modeling_clara import CompressedCorpus
+from modeling_clara.checksums import read_checksums, remove_checksums
 
 MODEL = "hubcorpus/model"
 SECRET = "zebra-quagga-secret"
@@ -95,9 +96,15 @@ def test_the_card_of_a_user_goes_along(corpus, repo, tags, expected):
     corpus.add([make("new", 20)])
     corpus.push_to_hub(repo, compressor=MODEL)
     card = DatasetCard.load(repo)
-    assert str(card) == readme.read_text() and card.data.pretty_name == "Mine" and "My own words." in card.text
+    mine = readme.read_text().replace('"ORG/NAME", revision="COMMIT"', f'"{repo}"')
+    assert (
+        remove_checksums(str(card)) == mine
+        and set(read_checksums(str(card))) == {"corpus.json"}
+        and card.data.pretty_name == "Mine"
+        and "My own words." in card.text
+    )
     assert card.data.tags[: len(expected)] == expected and len(card.data.tags) == len(expected) + 4
-    assert "11 documents in 11 spans" in card.text and f"from_pretrained('{MODEL}'" in card.text
+    assert "11 documents in 11 spans" in card.text and f'from_pretrained("{MODEL}"' in card.text
 
 
 def test_a_revision_is_opened_and_a_private_corpus_needs_the_token(corpus, repo):

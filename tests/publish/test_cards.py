@@ -1,11 +1,53 @@
-"""Cards: rendered from templates and measured numbers, published with real ids, commits and checksums."""
+"""Cards: rendered from templates and what a folder tells, published with real ids, commits and checksums.
 
+The snippets of the published cards run against the loopback Hub, one of them in a process without this package.
+"""
+
+import gzip
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
+from huggingface_hub import DatasetCard, HfApi, ModelCard
+from results_factory import valid_results
+from test_hub_loading import upload
 
+from modeling_clara import CLaRaForRAG, CompressedCorpus
 from modeling_clara.checksums import compare_checksums, read_checksums
-from recipes.publishing.cards import published_card
+from modeling_clara.corpus.card import render as render_corpus
+from modeling_clara.manifest_clara import Manifest
+from recipes.evaluation.report import update_card
+from recipes.models import pico, smollm2_135m
+from recipes.publishing.cards import data_card, main, model_card, published_card, write_card
 
+ROOT = Path(__file__).parents[2]
+CARDS = ROOT / "model_cards"
+SOURCES = {name: Path(package.__file__).with_name("card.yaml") for name, package in
+           (("clara-pico", pico), ("clara-smollm2-135m", smollm2_135m))}  # fmt: skip
 CARD = '---\nlicense: mit\n---\n\nload("ORG/NAME", revision="COMMIT") of https://huggingface.co/ORG/NAME, COMMITTED\n'
+HIDDEN = 'import sys\nsys.modules["modeling_clara"] = None  # an import of the package fails\n'
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")
+
+
+def snippets(card: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", card, re.M | re.S)
+
+
+def execute(code: str) -> str:
+    command = [sys.executable, "-c", f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
+
+
+# --- as it is published ----------------------------------------------------------------------------------------------
 
 
 def test_a_published_card_has_ids_commit_and_checksums(tmp_path):
@@ -22,3 +64,180 @@ def test_a_published_card_has_ids_commit_and_checksums(tmp_path):
 def test_a_folder_without_a_card_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"README.md must be the card"):
         published_card(tmp_path, "me/model", None)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> tuple[str, str, str]:
+    """clara-pico on the Hub: repo, commit of its files, and its card."""
+    folder = shutil.copytree(CARDS / "clara-pico", tmp_path_factory.mktemp("built") / "clara-pico")
+    CLaRaForRAG.from_pretrained(folder).save_pretrained(folder)  # adds the code
+    commit = upload(folder, "cards/clara-pico")
+    return "cards/clara-pico", commit, published_card(folder, "cards/clara-pico", commit)
+
+
+def test_the_snippets_of_a_published_model_run(published):
+    repo, commit, card = published
+    first, second = snippets(card)
+    assert f'"{repo}", revision="{commit}"' in first and f'"{repo}", revision="{commit}"' in second
+    assert execute(first) == "Lima | Otto Garner"
+    _, _, rest = first.partition("\nmodel = ")  # the same questions to the model of the second
+    again = HIDDEN + second + rest[rest.index("\n") :]
+    assert execute(again) == "Lima | Otto Garner"
+
+
+def test_the_snippet_of_a_published_corpus_runs(published, tmp_path):
+    repo, commit, _ = published
+    corpus = CompressedCorpus.open(shutil.copytree(CARDS / "clara-pico-corpus", tmp_path / "corpus"))
+    corpus.push_to_hub("cards/pico-corpus", compressor=repo, compressor_revision=commit)
+    folder = Path(HfApi().snapshot_download("cards/pico-corpus", repo_type="dataset"))
+    card = (folder / "README.md").read_text()
+    assert "ORG/NAME" not in card and "COMMIT" not in card and not compare_checksums(card, folder)
+    assert set(read_checksums(card)) == {"corpus.json"}
+    (code,) = snippets(card)
+    assert f'from_pretrained("{repo}", revision="{commit}", trust' in code
+    assert execute(HIDDEN + code + "print(len(corpus), len(model.answer(['Where?'], corpus=corpus)))") == "200 1"
+
+
+def test_a_corpus_that_changes_loses_its_checksums(tmp_path):
+    model = CLaRaForRAG.from_pretrained(CARDS / "clara-pico")
+    folder = shutil.copytree(CARDS / "clara-pico-corpus", tmp_path / "corpus")
+    (folder / "README.md").write_text(published_card(folder, "me/corpus", "0" * 40))
+    corpus = CompressedCorpus.open(folder, model=model)
+    assert read_checksums((folder / "README.md").read_text())
+    corpus.delete([next(iter(corpus.document_ids()))])
+    assert not read_checksums((folder / "README.md").read_text())
+
+
+# --- as it is rendered -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_shipped_cards_are_what_their_templates_give(name):
+    assert model_card(CARDS / name, SOURCES[name]) == (CARDS / name / "README.md").read_text()
+
+
+def test_the_shipped_corpus_card_is_what_its_template_gives():
+    folder = CARDS / "clara-pico-corpus"
+    card = DatasetCard.load(folder / "README.md")
+    assert render_corpus(Manifest.read(folder)) in card.text
+    assert card.data.task_categories == ["question-answering", "text-retrieval"] and card.data.license == "apache-2.0"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_metadata_and_files_of_shipped_cards_are_true(name):
+    card, config = ModelCard.load(CARDS / name / "README.md"), json.loads((CARDS / name / "config.json").read_text())
+    data = card.data.to_dict()
+    assert (data["library_name"], data["license"]) == ("transformers", "apache-2.0") and data["model-index"]
+    assert {"clara", "soft-compression"} <= set(data["tags"])
+    assert data.get("base_model") == (None if config["backbone_included"] else config["backbone_name_or_path"])
+    assert all((CARDS / name / image).is_file() for image in re.findall(r"!\[[^]]*\]\(([^)]+)\)", card.text))
+    paths = re.findall(r"`(recipes/[\w./]+)`", card.text)
+    assert paths and all((ROOT / path).exists() for path in paths)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A copy of clara-pico to change."""
+    return shutil.copytree(CARDS / "clara-pico", tmp_path / "clara-pico")
+
+
+def fields(tmp_path: Path, **changes) -> Path:
+    content = yaml.safe_load(SOURCES["clara-pico"].read_text()) | changes
+    content = {name: value for name, value in content.items() if value != "left out"}
+    path = tmp_path / "card.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"limits": "left out"}, "'limits' is undefined"),
+        ({"limits": None}, "'limits' is undefined"),
+        ({"example": {"documents": []}}, "has no attribute 'question'"),
+        ({"metadata": {"language": "en"}}, "`metadata.license`"),
+        ({"metadata": "left out"}, "`metadata`"),
+        ({"licences": "{{ config.nothing }}"}, "has no attribute 'nothing'"),
+        ({"use": "{% if %}"}, "Expected an expression"),
+    ],
+)
+def test_a_missing_field_is_named_and_nothing_is_written(folder, tmp_path, capsys, changes, name):
+    before = (folder / "README.md").read_bytes()
+    assert main([str(folder), str(fields(tmp_path, **changes))]) == 1
+    error = capsys.readouterr().err
+    assert name in error and str(tmp_path / "card.yaml") in error and error.startswith("error: ")
+    assert (folder / "README.md").read_bytes() == before and not list(folder.glob(".README*"))
+
+
+def test_a_new_evaluation_moves_the_compression_table_and_stays_when_rendered_again(folder, tmp_path):
+    content = valid_results(system__memory_size=4, system__codec="float16", metrics={"f1": 0.125})
+    update_card(folder, [content])
+    card = (folder / "README.md").read_text()
+    assert re.search(r"^\| 4 \| 24.0 \| 1,024 \| 520 \| 288 \| 0.918 \| 0.125 \|$", card, re.M)
+    (folder / "README.md").write_text(card + "\n## Mine\n\nWords.\n")
+    assert write_card(folder, fields(tmp_path)) == folder / "README.md"
+    assert (folder / "README.md").read_text() == card + "\n## Mine\n\nWords.\n"
+
+
+def test_a_checkpoint_without_log_and_card_can_have_one(folder, tmp_path):
+    for name in ("training_log.json", "results.json", "README.md"):
+        (folder / name).unlink()
+    card = ModelCard(model_card(folder, fields(tmp_path, results="left out", limits="Many: {{ parameters }}.")))
+    assert "The runs were not recorded." in card.text and "Many: 1476096." in card.text and "F1" not in card.text
+    assert card.data.eval_results is None and card.data.model_name is None
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+DATA = {"name": "Rows", "metadata": {"license": "cc0-1.0", "tags": ["clara"]}, "description": "Questions.",
+        "source": "Made up.", "licences": "CC0.", "columns": {"question": "what is asked"}}  # fmt: skip
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    folder = tmp_path / "rows"
+    (folder / "data").mkdir(parents=True)
+    table = pa.table({"question": ["a", "b"], "pos_index": [[0], [1]]})
+    for number in range(2):
+        pq.write_table(table, folder / "data" / f"train-0000{number}-of-00002.parquet")
+    with gzip.open(folder / "dev.set.jsonl.gz", "wt") as file:
+        file.write('{"question": "c", "pos_index": null}\n\n{"question": "d", "pos_index": [2]}\n')
+    return folder
+
+
+def test_a_data_card_has_rows_columns_and_splits(rows, tmp_path):
+    source = tmp_path / "card.yaml"
+    source.write_text(yaml.safe_dump(DATA))
+    card = DatasetCard(data_card(rows, source))
+    assert "| train | 4 | 0.0 | 2 |" in card.text and "| dev_set | 2 | 0.0 | 1 |" in card.text
+    assert re.search(r"^\| `question` \| string \| what is asked \|$", card.text, re.M)
+    assert "| `pos_index` | list<" in card.text and "or null or list" in card.text.replace(
+        "null or list or", "null or"
+    )
+    assert card.data.license == "cc0-1.0" and card.data.size_categories == ["n<1K"]
+    (config,) = card.data.to_dict()["configs"]
+    assert {"split": "dev_set", "path": ["dev.set.jsonl.gz"]} in config["data_files"]
+    assert {"split": "train", "path": [f"data/train-0000{n}-of-00002.parquet" for n in range(2)]} in config[
+        "data_files"
+    ]
+    assert main([str(rows), str(source)]) == 0 and (rows / "README.md").read_text() == data_card(rows, source)
+
+
+@pytest.mark.parametrize("name", ["description", "source", "licences", "metadata", "name"])
+def test_a_data_card_needs_its_fields(rows, tmp_path, capsys, name):
+    (tmp_path / "card.yaml").write_text(yaml.safe_dump({key: value for key, value in DATA.items() if key != name}))
+    assert main([str(rows), str(tmp_path / "card.yaml")]) == 1
+    assert name in (error := capsys.readouterr().err) and "data.md" in error
+    assert not (rows / "README.md").exists()
+
+
+def test_a_folder_without_data_and_rows_that_are_none(rows, tmp_path, capsys):
+    (tmp_path / "card.yaml").write_text(yaml.safe_dump(DATA))
+    (rows / "bad.jsonl").write_text("{}\n[1]\n")
+    assert main([str(rows), str(tmp_path / "card.yaml")]) == 1
+    assert "row 2 of" in capsys.readouterr().err
+    shutil.rmtree(rows)
+    rows.mkdir()
+    assert main([str(rows), str(tmp_path / "card.yaml")]) == 1
+    assert "must have files of" in capsys.readouterr().err

