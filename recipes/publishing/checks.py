@@ -6,6 +6,7 @@ Nothing is loaded or run here; a file is judged by its name and its bytes.
 import json
 import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -194,10 +195,11 @@ def _is_pickle(head: bytes) -> bool:
     """Whether bytes are a program of pickle: its mark and three steps of it, or all of one that names a function."""
     steps = []
     try:
-        for step, _, _ in pickletools.genops(head):
-            steps.append(step.name)
-            if steps[0] == "PROTO" and len(steps) > 3:
-                return True
+        with warnings.catch_warnings(action="ignore"):  # of escapes in what is text
+            for step, _, _ in pickletools.genops(head):
+                steps.append(step.name)
+                if steps[0] == "PROTO" and len(steps) > 3:
+                    return True
     except (ValueError, UnicodeDecodeError, IndexError, OverflowError):
         return False
     return steps[0] == "PROTO" or bool({"GLOBAL", "INST"} & set(steps))
