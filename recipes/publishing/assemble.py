@@ -18,6 +18,7 @@ from .probe import describe_corpus, describe_model
 
 # What a training run leaves beside a checkpoint: folders, and pickles of torch that nobody else needs.
 OF_A_RUN = {"memories", "optimizer.pt", "scheduler.pt", "scaler.pt", "training_args.bin"}
+BESIDE_A_METRIC = ("app.py", "checked_rows.py")
 
 
 @dataclass
@@ -139,7 +140,7 @@ def assemble_metric(source: Path, folder: Path, options: Mapping[str, str | None
     import evaluate
 
     built = assemble_space(source, folder, options)
-    modules = [path.name for path in folder.glob("*.py") if path.name not in ("app.py", "checked_rows.py")]
+    modules = [path.name for path in folder.glob("*.py") if path.name not in BESIDE_A_METRIC]
     if len(modules) != 1 or not (folder / "cases.json").is_file():
         raise ValueError(
             f"{source} must have cases.json and the module of one metric, found {modules}. Name a metric."

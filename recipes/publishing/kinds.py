@@ -27,6 +27,7 @@ class Kind:
         checks: of the built folder.
         marks: a repo that is not empty must have one of these files to be of this kind.
         is_pinned: whether the card names the commit of its files.
+        is_named: whether the repo must have the name of a Python file, by which `evaluate` finds the metric.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Kind:
     checks: tuple[Check, ...] = EVERYWHERE
     marks: tuple[str, ...] = ()
     is_pinned: bool = True
+    is_named: bool = False
 
 
 KINDS = {
@@ -59,7 +61,16 @@ KINDS = {
             assemble.assemble_corpus,
             marks=("corpus.json",),
         ),
-        Kind("metric", "a metric", "space", find, assemble.assemble_metric, marks=("cases.json",), is_pinned=False),
+        Kind(
+            "metric",
+            "a metric",
+            "space",
+            find,
+            assemble.assemble_metric,
+            marks=("cases.json",),
+            is_pinned=False,
+            is_named=True,
+        ),
         Kind(
             "leaderboard",
             "the leaderboard",

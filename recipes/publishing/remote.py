@@ -16,6 +16,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, constants
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+from .assemble import BESIDE_A_METRIC
 from .build import Built
 from .checks import CARD_FILE
 from .errors import PublishError, explained
@@ -99,6 +100,13 @@ def publish(built: Built, target: Target, *, dry_run: bool = False) -> tuple[Cha
     """
     if target.create_pr and (target.tag or target.branch != "main"):
         raise PublishError("`--create-pr` must go without `--tag` and `--revision`. Tag the commit after the merge.")
+    owner, _, name = target.repo_id.partition("/")
+    if built.kind.is_named and f"{name}.py" not in built.files:
+        module = next(one for one in built.files if one.endswith(".py") and one not in BESIDE_A_METRIC)
+        raise PublishError(
+            f"`--repo-id` must be {owner}/{module.removesuffix('.py')} for `evaluate` to find the metric, got "
+            f"{target.repo_id}. Use that name."
+        )
     with explained(target.repo_id):
         repo = Repo(built, target)
         if not repo.open(make=not dry_run):
