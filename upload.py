@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import disable_progress_bars
 
 from recipes.publishing.build import Built, building
@@ -135,9 +136,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         disable_progress_bars()
     try:
         run(arguments)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, HTTPError) as error:
         print(f"upload: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("upload: interrupted. Run the same command again: it finishes what is left.", file=sys.stderr)
+        return 130
     return 0
 
 

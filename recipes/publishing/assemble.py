@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from .checks import CARD_FILE, DATA_SUFFIXES
+from .errors import PublishError, explain
 from .files import find, is_published
 from .probe import describe_corpus, describe_model
 
@@ -115,6 +116,8 @@ def assemble_corpus(source: Path, folder: Path, options: Mapping[str, str | None
             f"`--compressor` must name the model on the Hub that made the memories, but the Hub has no {name}"
             f"{f' at {revision}' if revision else ''}. Publish the model first, and pass its id."
         ) from error
+    except HTTPError as error:
+        raise PublishError(explain(error, name)) from error
     expected = describe_corpus(model := CLaRaForRAG.from_pretrained(name, revision=revision), corpus.attach(model))
     with writing(corpus) as manifest:
         names = prepare(corpus, manifest, name, revision)

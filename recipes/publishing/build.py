@@ -99,6 +99,8 @@ def building(kind: Kind, source: Path, output: Path | None, options: Options) ->
 
 
 def _build(kind: Kind, source: Path, output: Path, options: dict, place: Path) -> Built:
+    for left in [*place.glob(".building-*"), *place.glob("verify-*")]:  # by a process that was killed
+        shutil.rmtree(left)
     record_path, cards = place / "record.json", place / "cards"
     record = json.loads(record_path.read_text(encoding="utf-8")) if record_path.exists() else {}
     key = {"output": str(output), "options": options, "libraries": {name: _version(name) for name in LIBRARIES}}

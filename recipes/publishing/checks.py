@@ -35,7 +35,7 @@ DATA_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
 SECRETS = {
     "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{30,}\b",
     "a GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})",
-    "an API key": rb"\bsk-(?:[A-Za-z0-9]+-)*[A-Za-z0-9_-]{20,}",
+    "an API key": rb"\bsk-(?:[A-Za-z0-9]+-){0,3}(?:(?=[A-Za-z_]*\d)\w{20,}|\w{32,})",
     "an AWS key": rb"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }

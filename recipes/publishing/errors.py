@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
@@ -52,11 +51,9 @@ def explain(error: Exception, repo_id: str) -> str:
     if isinstance(error, GatedRepoError):
         return f"{repo_id} must be open to the token, but is gated. Ask its owners for access, or use another id."
     if isinstance(error, LocalTokenNotFoundError) or (status == 401 and not _has_token()):
-        return f"publishing to {repo_id} needs a token of the Hub, found none. {LOG_IN}."
+        return f"{repo_id} needs a token of the Hub, found none. {LOG_IN}."
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
-        return (
-            f"the Hub must accept the token to publish to {repo_id}, but does not: it is wrong or expired. {LOG_IN}."
-        )
+        return f"the Hub must accept the token for {repo_id}, but does not: it is wrong or expired. {LOG_IN}."
     if isinstance(error, RevisionNotFoundError):
         return (
             f"a revision of {repo_id} must be there, but the Hub does not find it (any more). Run the command again."
@@ -82,7 +79,7 @@ def explain(error: Exception, repo_id: str) -> str:
         )
     reason = f"it answers {status}" if status else f"the connection failed ({told or type(error).__name__})"
     return (
-        f"the Hub must be reached to publish to {repo_id}, but {reason}. What is there is whole, the old state or the "
+        f"the Hub must be reached for {repo_id}, but {reason}. What is there is whole, the old state or the "
         "new one: run the same command again, it finishes what is left."
     )
 
@@ -91,6 +88,3 @@ def _has_token() -> bool:
     from huggingface_hub import get_token
 
     return get_token() is not None
-
-
-__all__ = ["FROM_HUB", "HfHubHTTPError", "PublishError", "explained"]

@@ -168,10 +168,10 @@ class Repo:
                 f"{self.target.repo_id} must be a {self.built.kind.repo_type} or a free name, but is a {others[0]}. "
                 f"Choose another `--repo-id`; to have both, make the {self.built.kind.repo_type} first."
             )
-        if self.target.branch != "main":
+        if self.target.branch != "main" or self.target.create_pr:
             raise PublishError(
-                f"`--revision` must be a branch of {self.target.repo_id}, but there is no such repo. Publish to main "
-                "first."
+                f"{self.target.repo_id} must be there for `--revision` or `--create-pr`, but the Hub has no such "
+                "repo. Publish without them first."
             )
 
     def _check_kind(self) -> None:

@@ -5,7 +5,6 @@ A build is used again if nothing has changed. The tests of the Hub are in test_u
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -166,6 +165,7 @@ def test_refused_builds_write_nothing(fault, licensed, backbone_folder, tmp_path
 
 def test_a_full_disk_is_said_and_the_earlier_build_stays(built):
     """Files of more than some bytes are refused by the system, as on a full disk."""
+    resource = pytest.importorskip("resource")
     before = tree(built.folder)
     (source := built.folder.parent / "source").mkdir()
     for name, content in before.items():

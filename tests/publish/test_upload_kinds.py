@@ -166,6 +166,13 @@ def test_a_corpus_needs_a_compressor_that_the_hub_has(hub, published, sources, c
     assert ("dataset", "kinds/new") not in hub.repos
 
 
+def test_a_broken_connection_to_the_compressor_is_one_line(hub, published, sources, capsys):
+    corpus = [sources["corpus"][0], "--compressor", IDS["model"], "--compressor-revision", published["model"]]
+    hub.break_request(0, "before")
+    assert main(["corpus", *corpus, "--repo-id", "kinds/new"]) == 1
+    assert "the Hub must be reached" in capsys.readouterr().err and hub.failures.pop().times == 0
+
+
 def test_a_metric_has_the_name_of_its_module(hub, published, sources, capsys):
     assert main(["metric", *sources["metric"], "--repo-id", "kinds/answers"]) == 1
     assert "must be kinds/rag_answer" in capsys.readouterr().err and ("space", "kinds/answers") not in hub.repos
