@@ -101,9 +101,11 @@ def data_card(folder: Path, source: Path | None, name: str = "") -> str:
         fields = read_fields(source, facts)
         metadata = dict(_required(fields, "metadata", "data.md", source))
         _required(metadata, "license", "data.md", source, "metadata.")
-    files = [{"split": split["name"], "path": split["files"]} for split in facts["splits"]]
-    metadata |= {"size_categories": [facts["size"]], "configs": [{"config_name": "default", "data_files": files}]}
-    data = DatasetCardData(**metadata)
+    configs = [
+        {"config_name": name, "data_files": [{"split": split["name"], "path": split["files"]} for split in splits]}
+        for name, splits in facts["configs"].items()
+    ]
+    data = DatasetCardData(**metadata, size_categories=[facts["size"]], configs=configs)
     return render("data.md", {**facts, **fields, "card_data": data.to_yaml()}, source)
 
 

@@ -66,7 +66,8 @@ def data_facts(folder: Path) -> dict:
     """What the files of a data set tell.
 
     Returns:
-        `splits`, for each its name, rows, bytes and files; `types`, column -> type in words; `size`, a category.
+        `splits`, for each its name, rows, bytes and files; `configs`, name -> splits of one format with the same
+        columns, which can be loaded together; `types`, column -> type in words; `size`, the Hub's category.
 
     Raises:
         ValueError: there is no data, or a line is no JSON object.
@@ -74,7 +75,7 @@ def data_facts(folder: Path) -> dict:
     paths = [path for path in sorted(folder.rglob("*")) if path.name.endswith(DATA_SUFFIXES)]
     if not paths:
         raise ValueError(f"{folder} must have files of {', '.join(DATA_SUFFIXES)}, found none. Name another folder.")
-    splits, types = {}, {}
+    splits, types, kinds = {}, {}, {}  # kinds: format and columns of each split
     for path in paths:
         stem = re.sub(r"-\d{5}-of-\d{5}$", "", re.sub(r"\.(parquet|jsonl|jsonl\.gz)$", "", path.name))
         name = re.sub(r"\W+", "_", stem)  # what `datasets` takes as the name of a split
@@ -83,11 +84,18 @@ def data_facts(folder: Path) -> dict:
         split["rows"] += rows
         split["bytes"] += path.stat().st_size
         split["files"].append(path.relative_to(folder).as_posix())
-        for column, kinds in found.items():
-            types.setdefault(column, {}).update(dict.fromkeys(kinds))
+        kinds.setdefault(name, set()).update([("format", path.suffix == ".parquet"), *found])
+        for column, named in found.items():
+            types.setdefault(column, {}).update(dict.fromkeys(named))
     n_rows = sum(split["rows"] for split in splits.values())
-    types = {column: " or ".join(kinds) for column, kinds in types.items()}
-    return {"splits": list(splits.values()), "types": types, "size": size_category(n_rows)}
+    types = {column: " or ".join(named) for column, named in types.items()}
+    alike = [[split for name, split in splits.items() if kinds[name] == kind] for kind in _unique(kinds.values())]
+    configs = {"default" if len(alike) == 1 else group[0]["name"]: group for group in alike}
+    return {"splits": list(splits.values()), "configs": configs, "types": types, "size": size_category(n_rows)}
+
+
+def _unique(sets: Iterable[set]) -> list[set]:
+    return list({frozenset(found): found for found in sets}.values())
 
 
 def _parquet(path: Path) -> tuple[int, dict[str, list[str]]]:

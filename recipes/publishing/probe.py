@@ -89,12 +89,15 @@ def clean_metric(folder: str, module: str) -> dict:
 
 
 def clean_data(folder: str) -> dict:
-    """Rows and columns of every split that `datasets` reads."""
+    """Rows and columns of every split that `datasets` reads, by configuration."""
     import datasets
 
-    with tempfile.TemporaryDirectory() as cache:
-        loaded = datasets.load_dataset(folder, cache_dir=cache)
-        return {"splits": {str(name): [split.num_rows, split.column_names] for name, split in loaded.items()}}
+    splits = {}
+    for config in datasets.get_dataset_config_names(folder):
+        with tempfile.TemporaryDirectory() as cache:
+            loaded = datasets.load_dataset(folder, config, cache_dir=cache)
+        splits |= {f"{config}/{name}": [split.num_rows, split.column_names] for name, split in loaded.items()}
+    return {"splits": splits}
 
 
 def _load_model(source: str, **options):

@@ -212,16 +212,31 @@ def test_a_data_card_has_rows_columns_and_splits(rows, tmp_path):
     card = DatasetCard(data_card(rows, source))
     assert "| train | 4 | 0.0 | 2 |" in card.text and "| dev_set | 2 | 0.0 | 1 |" in card.text
     assert re.search(r"^\| `question` \| string \| what is asked \|$", card.text, re.M)
-    assert "| `pos_index` | list<" in card.text and "or null or list" in card.text.replace(
-        "null or list or", "null or"
-    )
+    assert re.search(r"^\| `pos_index` \| list<element: int64> or null or list \|  \|$", card.text, re.M)
     assert card.data.license == "cc0-1.0" and card.data.size_categories == ["n<1K"]
-    (config,) = card.data.to_dict()["configs"]
-    assert {"split": "dev_set", "path": ["dev.set.jsonl.gz"]} in config["data_files"]
-    assert {"split": "train", "path": [f"data/train-0000{n}-of-00002.parquet" for n in range(2)]} in config[
-        "data_files"
-    ]
+    train, dev = card.data.to_dict()["configs"]  # of two formats
+    assert dev == {"config_name": "dev_set", "data_files": [{"split": "dev_set", "path": ["dev.set.jsonl.gz"]}]}
+    paths = [f"data/train-0000{number}-of-00002.parquet" for number in range(2)]
+    assert train == {"config_name": "train", "data_files": [{"split": "train", "path": paths}]}
+    assert "Its configurations are `train`, `dev_set`." in card.text
     assert main([str(rows), str(source)]) == 0 and (rows / "README.md").read_text() == data_card(rows, source)
+    (code,) = snippets(card.text.replace("ORG/NAME", str(rows)))
+    assert execute(code + "print(len(rows['train']))") == "4"
+
+
+def test_splits_with_the_same_columns_are_one_configuration(tmp_path):
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    for name, column in (("train", "text"), ("test", "text"), ("questions", "question")):
+        (rows / f"{name}.jsonl").write_text(json.dumps({column: "a"}) + "\n")
+    (tmp_path / "card.yaml").write_text(yaml.safe_dump(DATA))
+    for configs in (["test", "questions"], ["default"]):  # the second time without the questions
+        write_card(rows, tmp_path / "card.yaml")
+        card = DatasetCard.load(rows / "README.md")
+        assert {config["config_name"] for config in card.data.configs} == set(configs)
+        (code,) = snippets(card.text.replace("ORG/NAME", str(rows)).replace('"questions"', '"test"'))
+        assert execute(code + "print({name: len(split) for name, split in rows.items()})") == "{'test': 1, 'train': 1}"
+        (rows / "questions.jsonl").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("name", ["description", "source", "licences", "metadata", "name"])

@@ -194,7 +194,7 @@ def test_what_does_not_load_or_gives_something_else_is_not_written(built, tmp_pa
     assert tree(built.folder) == before
 
     def expect_more(source, folder, options):
-        return Assembled(assemble_data(source, folder, options).probe, {"splits": {"rows": [3, ["a"]]}})
+        return Assembled(assemble_data(source, folder, options).probe, {"splits": {"default/rows": [3, ["a"]]}})
 
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
     kind = replace(KINDS["data"], assemble=expect_more)

@@ -178,6 +178,19 @@ def test_a_metric_has_the_name_of_its_module(hub, published, sources, capsys):
     assert "must be kinds/rag_answer" in capsys.readouterr().err and ("space", "kinds/answers") not in hub.repos
 
 
+def test_data_of_several_kinds_of_rows_is_read_whole(tmp_path, capsys):
+    (tmp_path / "rows").mkdir()
+    for name, row in (("questions", {"question": "Q?"}), ("passages", {"title": "T", "text": "x"})):
+        (tmp_path / "rows" / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "rows" / "broken.jsonl").write_text('{"title": \n')
+    command = ["data", str(tmp_path / "rows"), "--build", str(tmp_path / "out")]
+    assert main(command) == 1 and "broken.jsonl" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    (tmp_path / "rows" / "broken.jsonl").unlink()
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "questions: 1 rows of question" in said and "passages: 1 rows of title, text" in said
+
+
 @pytest.mark.parametrize("kind", ["corpus", "metric", "data"])
 def test_a_folder_of_another_kind_is_refused(kind, tmp_path, capsys):
     assert main([kind, str(CARDS / "clara-pico"), "--build", str(tmp_path / "out")]) == 1

@@ -233,10 +233,11 @@ def uncommented(text: str) -> list[str]:
     return found
 
 
-SHIPPED = sorted(path for path in RECIPES.rglob("*.yaml") if "accelerate" not in path.parts)
+SHIPPED = [path for path in sorted(RECIPES.rglob("*.yaml")) if "accelerate" not in path.parts]
+SHIPPED = [path for path in SHIPPED if path.name != "card.yaml"]  # of recipes.publishing.cards
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("models/*/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in SHIPPED if "models" in path.parts], ids=lambda path: path.stem)
 def test_a_runs_recipe_is_complete_by_itself(path):
     """Parsed alone every key is known, and it says where it starts, what it reads and where it goes."""
     values, training = yaml.safe_load(path.read_text(encoding="utf-8")), parse_arguments(["--config", str(path)])[2]

@@ -136,6 +136,13 @@ def test_a_run_from_a_published_checkpoint_keeps_its_history(home, tmp_path):
     assert "which were not looked into: mine." in (folders[1] / "README.md").read_text()
 
 
+def test_a_run_can_have_a_card_of_its_own(home):
+    card = model_card(Path("runs/smollm2/reading_hard"), publish.CARD)
+    assert [line for line in card.splitlines() if line.startswith("| reading")] == [
+        card_row(home / "published", name) for name in CHAIN
+    ]
+
+
 def test_a_reasoner_that_is_the_compressor_is_said(home, tmp_path):
     folder = shutil.copytree(home / "published", tmp_path / "copy")
     shutil.copytree(folder / "compressor", folder / "reasoner", dirs_exist_ok=True)
