@@ -93,6 +93,8 @@ def show_changes(target: Target, changes: Changes, dry_run: bool) -> None:
         if dry_run or what == "deleted":
             for name in names:
                 print(f"  {'would be ' if dry_run else ''}{what}: {name}")
+    if changes.overwritten:
+        print(f"the card was edited on the Hub as well; that text is in {changes.overwritten[:12]}")
     counts = ", ".join(f"{len(getattr(changes, what))} {what}" for what in ("added", "changed", "deleted"))
     if dry_run:
         print(f"nothing is published; {target.repo_id}{' would be made' if changes.is_new else ''}: {counts}")

@@ -4,13 +4,13 @@ All files go to a branch of their own, are downloaded and compared there, and be
 with the card that names the commit they were compared at. Whatever breaks, the same command finishes it.
 """
 
-import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, constants
@@ -19,6 +19,7 @@ from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFound
 from .assemble import BESIDE_A_METRIC
 from .build import Built
 from .checks import CARD_FILE
+from .edits import COMMIT, kept_card
 from .errors import PublishError, explained
 from .files import File, content_id
 from .kinds import KINDS, Kind
@@ -60,6 +61,7 @@ class Changes:
         pinned: commit that the card names.
         url: page of the commit or of the pull request.
         is_new: whether the repo is made.
+        overwritten: commit whose card was edited on the Hub, and gives way to one that was edited here too.
     """
 
     added: list[str] = field(default_factory=list)
@@ -69,6 +71,7 @@ class Changes:
     pinned: str | None = None
     url: str = ""
     is_new: bool = False
+    overwritten: str | None = None
 
     def __bool__(self) -> bool:
         return bool(self.added or self.changed or self.deleted)
@@ -125,7 +128,7 @@ class Repo:
         self.place = {"repo_id": target.repo_id, "repo_type": built.kind.repo_type}
         self.content = content_id(built.files)
         self.staging, self.files_tag = f"publish-{self.content}", f"files-{self.content}"
-        self.is_new = False
+        self.card, self.is_new, self.overwritten = partial(built.card, target.repo_id), False, None
 
     # --- what is there -----------------------------------------------------------------------------------------------
 
@@ -197,8 +200,7 @@ class Repo:
         """A commit that has these files: of an earlier run, or the one that the card there names."""
         commits = [self.tags[self.files_tag]] if self.files_tag in self.tags else []
         if not commits and CARD_FILE in self.tree and self.has_files(self.tree):
-            card = self.api.hf_hub_download(**self.place, filename=CARD_FILE, revision=self.head)
-            commits = re.findall(r"\b[0-9a-f]{40}\b", Path(card).read_text(encoding="utf-8"))
+            commits = COMMIT.findall(self._read_card(self.head))
         for commit in dict.fromkeys(commits):
             with suppress(RevisionNotFoundError):
                 if self.has_files(self.list(commit)):
@@ -207,32 +209,54 @@ class Repo:
 
     def wanted(self, pinned: str | None) -> dict[str, File]:
         """All files, with the card for a commit of the others."""
-        return {**self.built.files, CARD_FILE: self.built.card(self.target.repo_id, pinned)}
+        return {**self.built.files, CARD_FILE: self.card(pinned)}
+
+    def compare(self) -> tuple[Changes, Files, str | None]:
+        """What is to be changed, what is wanted, and the commit of the files if there is one already."""
+        pinned = self.find_pinned() if self.built.kind.is_pinned else None
+        if compare(self.tree, wanted := self.wanted(pinned)) and not is_same_in(self.tree, wanted, CARD_FILE):
+            self._keep_edits()
+            wanted = self.wanted(pinned)
+        changes = compare(self.tree, wanted)
+        changes.is_new, changes.overwritten = self.is_new, self.overwritten
+        return changes, wanted, pinned
+
+    def _keep_edits(self) -> None:
+        """Take the card that was edited on the Hub since the last publication, unless the one here was edited too."""
+        history = self.api.list_repo_commits(**self.place, revision=self.head)
+        title = f"Publish {self.built.kind.what}"
+        last = next((entry.commit_id for entry in history if entry.title.startswith(title)), self.head)
+        if last == self.head or CARD_FILE not in self.tree or not (tree := self.list(last)).get(CARD_FILE):
+            return
+        if tree[CARD_FILE].blob_id == self.tree[CARD_FILE].blob_id:
+            return
+        card = kept_card(self.built, self.target.repo_id, self._read_card(last), self._read_card(self.head))
+        self.card, self.overwritten = card or self.card, None if card else self.head
+
+    def _read_card(self, commit: str) -> str:
+        return Path(self.api.hf_hub_download(**self.place, filename=CARD_FILE, revision=commit)).read_text("utf-8")
 
     # --- what is done ------------------------------------------------------------------------------------------------
 
     def plan(self) -> tuple[Changes, File]:
         """What publishing would change."""
-        wanted = self.wanted(self.find_pinned() if self.built.kind.is_pinned else None)
-        return compare(self.tree, wanted), wanted[CARD_FILE]
+        changes, wanted, _ = self.compare()
+        return changes, wanted[CARD_FILE]
 
     def publish(self) -> tuple[Changes, File]:
         """Publish, or find that all is there; remains of a run that broke off go."""
-        pinned = self.find_pinned() if self.built.kind.is_pinned else None
-        wanted = self.wanted(pinned)
-        changes = compare(self.tree, wanted)
+        changes, wanted, pinned = self.compare()
         self._check_tag(bool(changes))
         if changes and self.target.create_pr:
             return self._propose()
         if changes and self.built.kind.is_pinned and pinned is None:
             pinned = self._stage()
             wanted = self.wanted(pinned)
-            changes = compare(self.tree, wanted)
         commit = self.commit(wanted, self.tree, self.head, self.target.branch) if changes else self.head
         if changes:
             self.verify(commit, wanted, [CARD_FILE] if pinned else [*changes.added, *changes.changed])
         self._finish(commit)
-        changes.commit, changes.pinned, changes.is_new = commit, pinned, self.is_new
+        changes.commit, changes.pinned = commit, pinned
         changes.url = self._url(f"commit/{commit}")
         return changes, wanted[CARD_FILE]
 
@@ -352,6 +376,11 @@ class Repo:
     def _url(self, page: str) -> str:
         folder = {"model": "", "dataset": "datasets/", "space": "spaces/"}[self.built.kind.repo_type]
         return f"{self.api.endpoint}/{folder}{self.target.repo_id}/{page}"
+
+
+def is_same_in(tree: Tree, wanted: Files, name: str) -> bool:
+    """Whether a tree has a file as it is wanted."""
+    return name in tree and is_same(tree[name], wanted[name])
 
 
 def kind_of(names: Iterable[str], repo_type: str) -> Kind | None:

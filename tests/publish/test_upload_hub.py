@@ -93,6 +93,24 @@ def test_only_what_changed_is_sent_and_a_changed_card_needs_no_new_files(hub, bu
     assert is_at(hub, repo_id, as_built(built.folder))
 
 
+def test_a_card_that_was_edited_on_the_hub_stays_until_the_one_here_is_edited(hub, built, changed, repo_id):
+    first, _ = publish(built, Target(repo_id))
+    repo = hub.repos["model", repo_id]
+    edited = contents(repo)["README.md"].decode().replace("# a model", "# my model, as I say on the Hub")
+    edit = HfApi().upload_file(path_or_fileobj=edited.encode(), path_in_repo="README.md", repo_id=repo_id)
+    again, _ = publish(built, Target(repo_id))
+    assert not again and again.commit == edit.oid and contents(repo)["README.md"].decode() == edited
+    (built.folder / "more.json").write_text("{}")
+    more, _ = publish(as_built(built.folder), Target(repo_id))
+    card = contents(repo)["README.md"].decode()
+    assert "my model, as I say" in card and more.pinned in card and first.pinned not in card and not more.overwritten
+    (built.folder / "README.md").write_text(CARD + "\nNew here.\n")
+    HfApi().upload_file(path_or_fileobj=b"other", path_in_repo="README.md", repo_id=repo_id)
+    last, _ = publish(as_built(built.folder), Target(repo_id))
+    assert "New here." in contents(repo)["README.md"].decode()
+    assert contents(repo, last.overwritten)["README.md"] == b"other"
+
+
 def test_dry_run_changes_nothing(hub, built, changed, repo_id):
     changes, card = publish(built, Target(repo_id), dry_run=True)
     assert changes.is_new and set(changes.added) == {*built.files, "README.md"} and repo_id.encode() in card.content
