@@ -136,6 +136,8 @@ def _make(kind: Kind, source: Path, folder: Path, options: Options) -> tuple[dic
         raise Refused(source, problems)
     folder.mkdir()
     assembled = kind.assemble(source, folder, options)
+    if not kind.is_in(listing(folder)):
+        raise ValueError(f"{source} must be {kind.what}, but has no {' or '.join(kind.marks)}. Name another folder.")
     if problems := [problem for check in kind.checks for problem in check(folder, source)]:
         raise Refused(source, problems)
     if assembled.probe is None:

@@ -3,8 +3,9 @@
 A new kind is a new record here, with its functions in `assemble.py`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from . import assemble
@@ -25,7 +26,7 @@ class Kind:
         inputs: files of the source that a build reads.
         assemble: writes a new folder from a source and options; says what a clean process must find.
         checks: of the built folder.
-        marks: a repo that is not empty must have one of these files to be of this kind.
+        marks: what is built has one of these files, and so has a repo of this kind.
         is_pinned: whether the card names the commit of its files.
         is_named: whether the repo must have the name of a Python file, by which `evaluate` finds the metric.
     """
@@ -39,6 +40,10 @@ class Kind:
     marks: tuple[str, ...] = ()
     is_pinned: bool = True
     is_named: bool = False
+
+    def is_in(self, names: Iterable[str]) -> bool:
+        """Whether files of these names can be of this kind."""
+        return any(fnmatch(name, mark) for name in names for mark in self.marks)
 
 
 KINDS = {
@@ -90,3 +95,9 @@ KINDS = {
         ),
     )
 }
+
+
+def kind_of(names: Iterable[str], repo_type: str) -> Kind | None:
+    """The kind that a repo with these files has."""
+    names = list(names)
+    return next((kind for kind in KINDS.values() if kind.repo_type == repo_type and kind.is_in(names)), None)

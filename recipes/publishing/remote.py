@@ -22,7 +22,7 @@ from .checks import CARD_FILE
 from .edits import COMMIT, kept_card
 from .errors import PublishError, explained
 from .files import File, content_id
-from .kinds import KINDS, Kind
+from .kinds import kind_of
 
 OF_THE_HUB = ".gitattributes"
 WITHOUT_CONTENT = (OF_THE_HUB, CARD_FILE, "LICENSE*")
@@ -381,9 +381,3 @@ class Repo:
 def is_same_in(tree: Tree, wanted: Files, name: str) -> bool:
     """Whether a tree has a file as it is wanted."""
     return name in tree and is_same(tree[name], wanted[name])
-
-
-def kind_of(names: Iterable[str], repo_type: str) -> Kind | None:
-    """The kind that a repo with these files has."""
-    kinds = (kind for kind in KINDS.values() if kind.repo_type == repo_type)
-    return next((kind for kind in kinds if any(fnmatch(n, mark) for n in names for mark in kind.marks)), None)

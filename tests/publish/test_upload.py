@@ -20,7 +20,7 @@ from tiny import save_backbone
 
 from modeling_clara import CLaRaForRAG
 from recipes.publishing.assemble import Assembled, assemble_data
-from recipes.publishing.build import building
+from recipes.publishing.build import Built, building
 from recipes.publishing.kinds import KINDS
 from recipes.publishing.probe import describe_model, probe
 from upload import main
@@ -113,21 +113,31 @@ def test_only_what_belongs_to_a_model_is_in_a_build(licensed, backbone_folder, t
         backbone_folder.with_name("away").rename(backbone_folder)
 
 
-def test_a_build_is_used_again_until_something_changes(licensed, backbone_folder):
-    place = {"backbone": str(backbone_folder)}
-    first = build(licensed, None, **place)
+def test_a_build_is_used_again_until_something_changes(tmp_path):
+    source, card = tmp_path / "rows", tmp_path / "rows" / "README.md"
+    source.mkdir()
+    (source / "train.jsonl").write_text('{"a": 1}\n')
+    card.write_text(LICENSED)
+
+    def again() -> Built:
+        with building(KINDS["data"], source, None, {}) as built:
+            return built
+
+    first = again()
     assert first.folder.is_relative_to(constants.HF_HOME) and not first.is_reused
     start = first.folder.stat().st_mtime_ns
-    os.utime(licensed / "config.json")  # another time, the same content
-    again = build(licensed, None, **place)
-    assert again.is_reused and again.found == first.found and again.folder.stat().st_mtime_ns == start
-    assert {name: file.sha256 for name, file in again.files.items()} == {n: f.sha256 for n, f in first.files.items()}
-    (licensed / "README.md").write_text(LICENSED + "\nNew.\n")
-    assert not build(licensed, None, **place).is_reused and "New." in (first.folder / "README.md").read_text()
-    (first.folder / "config.json").write_text("{}")  # somebody changed the build
-    assert not build(licensed, None, **place).is_reused
+    os.utime(card)  # another time, the same content
+    second = again()
+    assert second.is_reused and second.found == first.found and second.folder.stat().st_mtime_ns == start
+    assert {name: file.sha256 for name, file in second.files.items()} == {n: f.sha256 for n, f in first.files.items()}
+    card.write_text(LICENSED + "\nNew.\n")
+    assert not again().is_reused and "New." in (first.folder / "README.md").read_text()
+    (first.folder / "train.jsonl").write_text("{}")  # somebody changed the build
+    assert not again().is_reused and (first.folder / "train.jsonl").read_text() == '{"a": 1}\n'
+    (source / "more.txt").write_text("")
+    assert not again().is_reused and again().is_reused
     with FileLock(first.folder.parent / "lock"), pytest.raises(RuntimeError, match="one process at a time"):
-        build(licensed, None, **place)
+        again()
 
 
 @pytest.mark.parametrize("fault", ["no checkpoint", "other files", "other backbone", "checks", "link", "weights"])

@@ -191,7 +191,10 @@ def test_data_of_several_kinds_of_rows_is_read_whole(tmp_path, capsys):
     assert "questions: 1 rows of question" in said and "passages: 1 rows of title, text" in said
 
 
-@pytest.mark.parametrize("kind", ["corpus", "metric", "data"])
+@pytest.mark.parametrize("kind", IDS)
 def test_a_folder_of_another_kind_is_refused(kind, tmp_path, capsys):
-    assert main([kind, str(CARDS / "clara-pico"), "--build", str(tmp_path / "out")]) == 1
-    assert "must " in capsys.readouterr().err and not (tmp_path / "out").exists()
+    source = CARDS / "clara-pico" if kind not in ("model", "leaderboard") else SPACES / "metrics" / "retrieval"
+    assert main([kind, str(source), "--build", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert f"{source} must " in said and re.search("Name (a|the|another) |Convert", said)
+    assert not (tmp_path / "out").exists()
