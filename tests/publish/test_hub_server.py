@@ -55,6 +55,7 @@ def repo(tokens) -> str:
     for name, private in (("served/repo", False), ("served/private", True)):
         API.create_repo(name, private=private)
         commit(name, [("config.json", b"{}")])
+    commit("served/private", [("elsewhere.safetensors", b"elsewhere")])
     API.create_tag("served/repo", tag="v1.0")
     assert read("served/private") == "{}" == read("served/repo", "v1.0")
     return "served/repo"
@@ -62,7 +63,7 @@ def repo(tokens) -> str:
 
 NO_REVISION, MISSING = ("RevisionNotFoundError", "RevisionNotFound"), ("RemoteEntryNotFoundError", "EntryNotFound")
 NO_REPO, BAD, ANY = ("RepositoryNotFoundError", "RepoNotFound"), ("BadRequestError", None), ("HfHubHTTPError", None)
-LFS_FILE, GONE_FILE = (CommitOperationAdd("model.safetensors", content) for content in (b"refused", b"never sent"))
+LFS_FILE, GONE_FILE = (CommitOperationAdd("model.safetensors", content) for content in (b"refused", b"elsewhere"))
 LFS_FILE._upload_mode, GONE_FILE._upload_mode, GONE_FILE._is_uploaded = "lfs", "lfs", True
 
 
