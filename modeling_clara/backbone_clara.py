@@ -124,7 +124,8 @@ def write_backbone(backbone, folder: Path, max_shard_size: int | str, state_dict
             state.pop(name, None)
     save_torch_state_dict(state, str(folder), max_shard_size=max_shard_size)
     config = deepcopy(backbone.config)
-    config.architectures, config.dtype = [type(backbone).__name__], backbone.dtype
+    config.architectures = [type(backbone).__name__]
+    config.dtype = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), backbone.dtype)
     config.save_pretrained(folder)
     backbone.generation_config.save_pretrained(folder)
 

@@ -39,6 +39,8 @@ ROUTES = (  # method, path before percent-decoding, the Handler's method, the ri
     ("POST", rf"{PLAIN_REPO}\.git/info/lfs/objects/verify", "lfs_verify", "login"),
     ("POST", rf"{API_REPO}/commit{REVISION}", "commit", "propose"),
     ("GET", rf"{API_REPO}/commits{REVISION}", "commits", ""),
+    ("GET", rf"{API_REPO}/variables", "variables", "write"),
+    ("POST", rf"{API_REPO}/variables", "variables", "write"),
     ("GET", rf"{API_REPO}/discussions", "discussions", ""),
     ("GET", rf"{API_REPO}{PULL}", "discussion", ""),
     ("POST", rf"{API_REPO}{PULL}/merge", "merge", "write"),
@@ -271,6 +273,14 @@ class Handler(BaseHTTPRequestHandler):
         url = f"{self.server.url}/{repo.path}"
         asked = {"pullRequestUrl": f"{url}/discussions/{name.rsplit('/', 1)[-1]}", "pullRequestRevision": name}
         return {"success": True, "commitOid": sha, "commitUrl": f"{url}/commit/{sha}", **(asked if create_pr else {})}
+
+    def variables(self, repo: Repo) -> Any:
+        """The variables of a Space, after one was set if the request has a body."""
+        known = repo.settings.setdefault("variables", {})
+        if self.body:
+            asked = json.loads(self.body)
+            known[asked["key"]] = {"value": asked["value"]}
+        return known
 
     def discussions(self, repo: Repo) -> Any:
         """All pull requests, or those of one status or author."""

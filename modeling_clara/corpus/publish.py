@@ -4,7 +4,7 @@ import os
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from ..manifest_clara import MANIFEST_FILE, state_file
+from ..manifest_clara import MANIFEST_FILE, Manifest, state_file
 from .card import CARD_FILE, filled_card
 from .changes import commit, writing
 from .compact import rewrite
@@ -45,27 +45,10 @@ def push_to_hub(
     Raises:
         ValueError: the compressor has no id on the Hub, or a file is damaged.
     """
-    name = compressor or corpus.manifest.compressor.get("name_or_path")
-    if not name or os.path.exists(name) or name.startswith((".", "/", "~")):
-        raise ValueError(
-            f"`compressor` must name the model on the Hub that made the memories, got {name!r}. Publish the model "
-            "and pass its id."
-        )
+    name = check_compressor(compressor or corpus.manifest.compressor.get("name_or_path"))
     with writing(corpus) as manifest:
         known = manifest.compressor.get("name_or_path") == name and compressor_revision is None
-        named = {"name_or_path": name}
-        named["revision"] = manifest.compressor.get("revision") if known else compressor_revision
-        named["backbone"] = None  # its path tells others nothing
-        if manifest.compressor != manifest.compressor | named:
-            manifest.compressor |= named
-            commit(corpus, manifest)
-        if manifest.has_tombstones:
-            rewrite(corpus, manifest)
-        if problems := verify_files(corpus.folder):
-            raise ValueError(f"the corpus must be whole to be published: {problems[0]}")
-        names = [MANIFEST_FILE, *(shard.file for shard in manifest.shards)]
-        names += [state_file(key) for key in manifest.codec_states]
-        names += [REJECTED_FILE] if (corpus.folder / REJECTED_FILE).exists() else []
+        names = prepare(corpus, manifest, name, manifest.compressor.get("revision") if known else compressor_revision)
         api, repo = HfApi(token=token), {"repo_id": repo_id, "repo_type": "dataset"}
         api.create_repo(**repo, private=private, exist_ok=True)
         info = api.repo_info(**repo, revision=revision)
@@ -76,3 +59,42 @@ def push_to_hub(
         operations.append(CommitOperationAdd(CARD_FILE, filled_card(corpus.folder, repo_id).encode()))
         options = {"commit_message": commit_message, "revision": revision, "parent_commit": info.sha}
         return api.create_commit(**repo, operations=operations, **options).commit_url
+
+
+def check_compressor(name: str | None) -> str:
+    """The id of a compressor on the Hub; a ValueError if it is a path, which tells others nothing, or missing."""
+    if not name or os.path.exists(name) or name.startswith((".", "/", "~")):
+        raise ValueError(
+            f"`compressor` must name the model on the Hub that made the memories, got {name!r}. Publish the model "
+            "and pass its id."
+        )
+    return name
+
+
+def prepare(corpus, manifest: Manifest, compressor: str, compressor_revision: str | None) -> list[str]:
+    """Make a corpus ready to be published: its compressor named, deleted documents gone, every byte verified.
+
+    Args:
+        corpus: that `writing` holds.
+        manifest: its own, from `writing`.
+        compressor: id on the Hub.
+        compressor_revision: its commit.
+
+    Returns:
+        Names of the files to publish beside the card.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    named = {"name_or_path": compressor, "revision": compressor_revision}
+    named["backbone"] = None  # its path tells others nothing
+    if manifest.compressor != manifest.compressor | named:
+        manifest.compressor |= named
+        commit(corpus, manifest)
+    if manifest.has_tombstones:
+        rewrite(corpus, manifest)
+    if problems := verify_files(corpus.folder):
+        raise ValueError(f"the corpus must be whole to be published: {problems[0]}")
+    names = [MANIFEST_FILE, *(shard.file for shard in manifest.shards)]
+    names += [state_file(key) for key in manifest.codec_states]
+    return names + ([REJECTED_FILE] if (corpus.folder / REJECTED_FILE).exists() else [])

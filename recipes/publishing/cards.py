@@ -82,21 +82,25 @@ def model_card(folder: Path, source: Path) -> str:
     return render("model.md", fields, source) + (f"\n{mark}{rest}" if mark else "")
 
 
-def data_card(folder: Path, source: Path) -> str:
+def data_card(folder: Path, source: Path | None, name: str = "") -> str:
     """The card of a data set.
 
     Args:
         folder: of Parquet and JSON Lines files; a name such as train-00000-of-00002.parquet is of the split train.
         source: CARD.yaml with the fields name, metadata (license at least), description, source and licences;
-            columns (name -> what it holds) is optional.
+            columns (name -> what it holds) is optional. None for a card of the files alone.
+        name: of the data set, without CARD.yaml.
 
     Raises:
         ValueError: a field is missing, or there is no data; the field or folder is named.
     """
     facts = data_facts(Path(folder))
-    fields = read_fields(source, facts)
-    metadata = dict(_required(fields, "metadata", "data.md", source))
-    _required(metadata, "license", "data.md", source, "metadata.")
+    fields = {"name": name, "description": "", "source": "Not stated.", "licences": "Not stated."}
+    metadata = {"pretty_name": name}
+    if source is not None:
+        fields = read_fields(source, facts)
+        metadata = dict(_required(fields, "metadata", "data.md", source))
+        _required(metadata, "license", "data.md", source, "metadata.")
     configs = [
         {"config_name": name, "data_files": [{"split": split["name"], "path": split["files"]} for split in splits]}
         for name, splits in facts["configs"].items()

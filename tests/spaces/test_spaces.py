@@ -1,4 +1,4 @@
-"""Building and publishing Spaces on the loopback Hub, describing data files, and the entries of the recipes."""
+"""Building Spaces, describing data files, and the entries of the recipes."""
 
 import json
 import re
@@ -10,7 +10,6 @@ from pathlib import Path
 import board  # noqa: F401
 import evaluate
 import pytest
-from huggingface_hub import HfApi
 from leaderboard_rules import check_data_files
 
 from recipes.evaluation.questions import half_of
@@ -32,8 +31,8 @@ def test_there_are_no_links_in_the_recipes():
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_a_built_and_a_pushed_space_stand_by_themselves(hub, tmp_path, capsys, name):
-    folder, built, repo = spaces.SPACES / name, tmp_path / "out", f"spaces/{name.replace('/', '-')}"
+def test_a_built_space_stands_by_itself(tmp_path, capsys, name):
+    folder, built = spaces.SPACES / name, tmp_path / "out"
     shared = {"app.py", "checked_rows.py"} if "metrics" in name else {"validation.py", "results.schema.json"}
     assert spaces.main(["build", str(folder), str(built)]) == 0
     assert tracked(built) == tracked(folder) | shared and not tracked(folder) & shared
@@ -42,30 +41,11 @@ def test_a_built_and_a_pushed_space_stand_by_themselves(hub, tmp_path, capsys, n
         assert not re.search(r"^\s*(from|import) (recipes|modeling_clara)\b", path.read_text(), re.MULTILINE), path
     assert spaces.main(["build", str(folder), str(built)]) == 1
     assert "must be a new or empty folder" in capsys.readouterr().err
-    api = HfApi()
-    spaces.push_space(folder, repo)
-    commits = len(api.list_repo_commits(repo, repo_type="space"))
-    assert set(api.list_repo_files(repo, repo_type="space")) - {".gitattributes"} == tracked(built)
-    path = api.hf_hub_download(repo, "app.py", repo_type="space")
-    assert Path(path).read_bytes() == (built / "app.py").read_bytes()
-    spaces.push_space(folder, repo)
-    assert len(api.list_repo_commits(repo, repo_type="space")) <= commits + 1
-
-
-def test_files_that_are_gone_leave_the_space(hub, tmp_path):
-    for name in ("README.md", "app.py", "old.py"):
-        (tmp_path / name).write_text(name)
-    spaces.push_space(tmp_path, "spaces/changing")
-    (tmp_path / "old.py").unlink()
-    spaces.push_space(tmp_path, "spaces/changing")
-    assert set(HfApi().list_repo_files("spaces/changing", repo_type="space")) - {".gitattributes"} == tracked(tmp_path)
 
 
 def test_a_folder_that_is_no_space_is_refused(tmp_path, capsys):
-    assert spaces.main(["push", str(tmp_path), "spaces/none"]) == 1
-    assert "README.md" in capsys.readouterr().err
-    assert spaces.main(["push", str(spaces.LEADERBOARD), "spaces/none", "--variable", "X"]) == 1
-    assert "NAME=VALUE" in capsys.readouterr().err
+    assert spaces.main(["build", str(tmp_path), str(tmp_path / "out")]) == 1
+    assert "README.md" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_described_data_files_are_what_a_leaderboard_takes(tmp_path, capsys):
