@@ -24,8 +24,8 @@ from .errors import PublishError, explained
 from .files import File, content_id
 from .kinds import kind_of
 
-OF_THE_HUB = ".gitattributes"
-WITHOUT_CONTENT = (OF_THE_HUB, CARD_FILE, "LICENSE*")
+OF_THE_HUB = (".gitattributes", ".eval_results/*")  # the second: results that others have added stay
+WITHOUT_CONTENT = (*OF_THE_HUB, CARD_FILE, "LICENSE*")
 Tree = Mapping[str, RepoFile]
 Files = Mapping[str, File]
 
@@ -83,7 +83,7 @@ def compare(tree: Tree, wanted: Files) -> Changes:
     return Changes(
         added=sorted(names - set(tree)),
         changed=sorted(name for name in names & set(tree) if not is_same(tree[name], wanted[name])),
-        deleted=sorted(set(tree) - names - {OF_THE_HUB}),
+        deleted=sorted(n for n in set(tree) - names if not any(fnmatch(n, known) for known in OF_THE_HUB)),
     )
 
 

@@ -193,6 +193,13 @@ FAULTS = {
     "target in use": "must be a new or empty folder",
     "tokenizer without BOS": "bos_token",
 }
+SETTINGS = {  # what config.json says then
+    "a backbone on the Hub of its config only": {"decoder_model_name": "org/nowhere"},
+    "another rank": {"lora_r": 8},
+    "too few rows": {"doc_max_length": 2 * MAX_LENGTH},
+    "no separators": {"sep": False},
+    "another model": {"model_type": "clara"},
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -200,13 +207,13 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(fault, tmp_path):
     reference, target = Reference(tmp_path), tmp_path / "ours"
     source, options = reference.source, {"backbone": str(reference.place)}
     adapter = reference.adapters["decoder_adapter"]
-    settings, marker = {}, tmp_path / "marker"
+    settings, marker = SETTINGS.get(fault, {}), tmp_path / "marker"
     if fault == "no backbone":
         options = {}
     elif fault == "a backbone that the Hub has not":
         options["backbone"] = "org/nowhere"
     elif fault == "a backbone on the Hub of its config only":
-        options, settings = {}, {"decoder_model_name": "org/nowhere"}
+        options = {}
     elif fault == "another backbone":
         options["backbone"] = str(save_backbone(tmp_path / "other", "llama"))
     elif fault == "another vocabulary":
@@ -216,18 +223,10 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(fault, tmp_path):
         del reference.adapters["decoder_adapter"]
     elif fault == "a tensor is missing":
         del adapter["model.layers.1.mlp.up_proj.lora_B.weight"]
-    elif fault == "another rank":
-        settings = {"lora_r": 8}
     elif fault == "not finite":
         adapter["model.layers.0.mlp.up_proj.lora_A.weight"][0, 0] = torch.inf
     elif fault == "trained rows":
         reference.tables["model.embed_tokens.weight"][7, 3] += 0.5
-    elif fault == "too few rows":
-        settings = {"doc_max_length": 2 * MAX_LENGTH}
-    elif fault == "no separators":
-        settings = {"sep": False}
-    elif fault == "another model":
-        settings = {"model_type": "clara"}
     elif fault == "tokenizer without BOS":
         path = reference.place / "tokenizer_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": None}))

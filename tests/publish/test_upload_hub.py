@@ -111,6 +111,15 @@ def test_a_card_that_was_edited_on_the_hub_stays_until_the_one_here_is_edited(hu
     assert contents(repo, last.overwritten)["README.md"] == b"other"
 
 
+def test_results_that_others_added_stay(hub, built, changed, repo_id):
+    publish(built, Target(repo_id))
+    name = ".eval_results/theirs.yaml"
+    HfApi().upload_file(path_or_fileobj=b"- theirs\n", path_in_repo=name, repo_id=repo_id)
+    assert not publish(built, Target(repo_id))[0]
+    publish(changed, Target(repo_id))
+    assert contents(hub.repos["model", repo_id])[name] == b"- theirs\n"
+
+
 def test_dry_run_changes_nothing(hub, built, changed, repo_id):
     changes, card = publish(built, Target(repo_id), dry_run=True)
     assert changes.is_new and set(changes.added) == {*built.files, "README.md"} and repo_id.encode() in card.content
