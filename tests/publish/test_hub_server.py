@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import get_session
 
 # huggingface_hub 2.4 uploads in a way that its own HTTP client calls deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Use 'content=")]
 
 API = HfApi()
 WEIGHTS = b"weights " * 5000
