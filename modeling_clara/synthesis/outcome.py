@@ -100,9 +100,10 @@ class Work:
         self.counts[f"{kind}_accepted"] += len(accepted)
         return accepted
 
-    async def verify(self, question: str, answer: str) -> str | None:
-        """Why the teacher does not find a pair supported by the document, or None."""
-        verdict = await self.asker.ask("verdict", schema=VERDICT, question=question, answer=answer, **self.place)
+    async def verify(self, question: str, answer: str, text: str | None = None) -> str | None:
+        """Why the teacher does not find a pair supported by the document, or by another text; None if it does."""
+        place = self.place if text is None else {"title": "", "text": text}
+        verdict = await self.asker.ask("verdict", schema=VERDICT, question=question, answer=answer, **place)
         if verdict.problem:
             return f"not verified: {verdict.problem}"
         return None if verdict.value["supported"] else f"unsupported: {verdict.value['reason']}"
