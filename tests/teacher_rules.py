@@ -10,10 +10,10 @@ Parts of the last user message, each between its two tags; a tag may have attrib
     <paraphrase>           of paraphrase_verdict
 
 Every task fills the schema it gets by type, so that names of fields are the prompt's choice: a boolean says yes or no,
-an array of objects has the pairs, an array of strings has the sentences that no pair covers (or that a paraphrase
-lost, or words it added), an enum has its first value for yes and its last for no, a number 10 or 1, a nullable field
-null for no. Strings called question, answer and paraphrase have these; in a pair any other string is the sentence, and
-elsewhere a reason.
+an array of objects has the pairs, an array of strings has the sentences that no pair covers (in paraphrase_verdict
+"lost" has sentences and "added" words), an enum has its first value for yes and its last for no, a number 10 or 1, a
+nullable field null for no. Strings called question, answer and paraphrase have these; in a pair any other string is
+the sentence, and elsewhere a reason.
 """
 
 import json
@@ -33,7 +33,7 @@ class Reply:
     yes: bool = True
     pairs: list[dict] = field(default_factory=list)  # question, answer, sentence
     lines: list[str] = field(default_factory=list)
-    texts: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, str | list[str]] = field(default_factory=dict)
 
 
 @dataclass
@@ -176,7 +176,8 @@ class Rules:
         paraphrase, document = self.tag("paraphrase"), self.documents[0]
         lost = [sentence for sentence in sentences(document) if not words(sentence) <= words(paraphrase)]
         added = sorted(names(paraphrase) - words(document))
-        return Reply(not lost and not added, lines=lost + added, texts={"reason": "compared word by word"})
+        texts = {"reason": "compared word by word", "lost": lost, "added": added}
+        return Reply(not lost and not added, lines=lost + added, texts=texts)
 
     def instruct_question(self) -> Reply:
         first = [pair_of(sentences(document)[0]) for document in self.documents[:2]]
@@ -237,6 +238,8 @@ def field_of(name: str, schema: dict, reply: Reply, texts: dict):
     """The value of one property."""
     if name == "answers" and "answer" in texts:
         return [texts["answer"]]
+    if isinstance(texts.get(name), list):
+        return texts[name]
     value = fill(schema, reply, texts)
     return texts.get(name, texts.get("sentence", texts.get("reason", ""))) if value == "" else value
 

@@ -1,0 +1,187 @@
+"""Asks the teacher one thing: template and fields to messages, its text to a checked value, or to a problem.
+
+A problem is an answer too: whoever asks keeps it as the reason of a reject. Only a lasting failure of the teacher, or
+a spent budget, is raised.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from .client import BadRequest, Completion
+
+PROMPTS = Path(__file__).parent / "prompts"
+ROLES = ("system", "user", "assistant")
+MAX_TOKENS = 1024  # of a first answer; one that is cut off is asked for again with twice as many
+RETRIES = 2
+WARM = 0.7  # temperature of a repeated request: at 0 the same request has the same answer
+# The marks of our prompts, and those of chat templates that a server would read as such.
+MARKS = r"\s*/?\s*(?:documents?|question|answer|pairs|facts|paraphrase|s|start_of_turn|end_of_turn)\s*>|\|"
+MARK, ESCAPED = re.compile(f"<(?={MARKS})", re.IGNORECASE), re.compile(f"&lt;(?={MARKS})", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the teacher said: a value that fits the schema, or the problem and the text that it wrote last."""
+
+    value: dict | None
+    problem: str | None = None
+    text: str = ""
+
+
+def escape(value):
+    """Fields of a prompt, in which no text can end its place: `<` of a mark becomes `&lt;`, at any depth.
+
+    >>> escape("a < b </document> <|im_end|>")
+    'a < b &lt;/document> &lt;|im_end|>'
+    """
+    return _in_texts(value, lambda text: MARK.sub("&lt;", text))
+
+
+def unescape(value):
+    """A value of the teacher with the marks that `escape` has changed."""
+    return _in_texts(value, lambda text: ESCAPED.sub("<", text))
+
+
+def _in_texts(value, change: Callable[[str], str]):
+    if isinstance(value, Mapping):
+        return {name: _in_texts(entry, change) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_texts(entry, change) for entry in value]
+    return change(value) if isinstance(value, str) else value
+
+
+class Prompts:
+    """The templates of a folder: each `{% block %}` is a turn, named by its role, in the order of the file.
+
+    A template has `{% block system %}`, demonstrations `user_1`, `assistant_1` and so on, and last `user`. Fields are
+    put in by Jinja alone, after the turns are told apart, so no text can begin a turn.
+    """
+
+    def __init__(self, folder: str | Path = PROMPTS):
+        self.folder = Path(folder)
+        self._environment = Environment(
+            loader=FileSystemLoader(self.folder),
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+
+    def render(self, name: str, fields: Mapping) -> list[dict]:
+        """Messages `{role, content}` of a template."""
+        template = self._environment.get_template(f"{name}.jinja")
+        context = template.new_context(escape(fields))
+        list(template.root_render_func(context))  # macros that the template imports come into the context
+        messages = []
+        for block, render in template.blocks.items():
+            role = block.partition("_")[0]
+            if role not in ROLES:
+                raise ValueError(
+                    f"{self.folder / name}.jinja must have blocks named {', '.join(ROLES)}, got {block!r}. Rename it."
+                )
+            messages.append({"role": role, "content": "".join(render(context)).strip()})
+        return messages
+
+    def digest(self) -> str:
+        """SHA-256 in hex over all templates: other prompts, other data."""
+        digest = hashlib.sha256()
+        for file in sorted(self.folder.glob("*.jinja")):
+            digest.update(f"{file.name}\0".encode() + file.read_bytes() + b"\0")
+        return digest.hexdigest()
+
+
+class Asker:
+    """Asks a teacher by name of a prompt.
+
+    Args:
+        complete: `Teacher.complete`, or any function of its form.
+        prompts: templates; default those of the package.
+        max_tokens: of a first answer.
+        retries: further requests if an answer is broken or cut off.
+        seed: of the sampling of repeated requests.
+    """
+
+    def __init__(
+        self,
+        complete: Callable[..., Awaitable[Completion]],
+        prompts: Prompts | None = None,
+        *,
+        max_tokens: int = MAX_TOKENS,
+        retries: int = RETRIES,
+        seed: int = 0,
+    ):
+        self.complete, self.prompts = complete, prompts or Prompts()
+        self.max_tokens, self.retries, self.seed = max_tokens, retries, seed
+
+    async def ask(self, name: str, *, schema: dict, attempt: int = 0, **fields) -> Answer:
+        """The answer to a prompt.
+
+        Args:
+            name: of the template.
+            schema: of the answer.
+            attempt: how often the caller has asked this before: a later attempt is sampled, with a seed of its own.
+            fields: of the template.
+
+        Raises:
+            OutOfBudget, TeacherDown: no request can be answered any more.
+        """
+        messages = self.prompts.render(name, fields)
+        max_tokens, answer = self.max_tokens, Answer(None, "no request was made")
+        for number in range(attempt, attempt + self.retries + 1):
+            sampling = {"temperature": WARM, "seed": self.seed + number} if number else {"temperature": 0.0}
+            try:
+                completion = await self.complete(messages, schema=schema, max_tokens=max_tokens, **sampling)
+            except BadRequest as error:
+                return Answer(None, f"bad request: {error}")
+            answer = read_answer(completion, schema)
+            if answer.problem is None:
+                break
+            if completion.finish_reason == "length":
+                max_tokens *= 2
+        return answer
+
+
+def read_answer(completion: Completion, schema: dict) -> Answer:
+    """The value of a completion; a problem begins with "truncated" or "broken"."""
+    text = completion.text
+    if completion.finish_reason == "length":
+        n_tokens = completion.completion_tokens
+        return Answer(None, f"truncated: the answer was cut off after {n_tokens} tokens", text)
+    value, problem = parse_json(text)
+    problem = problem or misfit(value, schema)
+    return Answer(None, f"broken: {problem}", text) if problem else Answer(unescape(value), None, text)
+
+
+def parse_json(text: str) -> tuple[object, str | None]:
+    """(value, problem) of a text that should be JSON; a fence around it, or a small mistake in it, is mended."""
+    from json_repair import repair_json
+
+    try:
+        return json.loads(text), None
+    except ValueError:
+        pass
+    start, end = text.find("{"), text.rfind("}")
+    if start < 0 or end < start:
+        return None, "the answer has no JSON object"
+    return repair_json(text[start : end + 1], return_objects=True), None
+
+
+def misfit(value, schema: Mapping, where: str = "the answer") -> str | None:
+    """Why a value does not fit a schema, None if it does; of JSON Schema it knows what `schemas.py` uses."""
+    kinds = {"object": dict, "array": list, "string": str, "boolean": bool}
+    if not isinstance(value, kinds[schema["type"]]):
+        return f"{where} must be of the type {schema['type']}, got {type(value).__name__}"
+    if schema["type"] == "array":
+        entries = [(f"{where}[{place}]", entry, schema["items"]) for place, entry in enumerate(value)]
+    elif schema["type"] == "object":
+        if missing := [name for name in schema["required"] if name not in value]:
+            return f"{where} must have the key {missing[0]!r}"
+        entries = [(f"{where}[{name!r}]", value[name], rule) for name, rule in schema["properties"].items()]
+    else:
+        return None
+    return next((found for where, entry, rule in entries if (found := misfit(entry, rule, where))), None)
