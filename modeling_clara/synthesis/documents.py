@@ -13,8 +13,9 @@ from ..corpus.sources import DocumentSource, InputRow
 from ..corpus.storage import append_lines, writer_lock
 from ..storage_clara import read_json, write_json
 from ..text_clara import check_count, read_document
+from .outcome import DOCUMENT
 
-DOCUMENTS_FILE, UNREADABLE_FILE, COUNTS_FILE = "documents.jsonl", "unreadable.jsonl", "documents.json"
+DOCUMENTS_FILE, LEFT_OUT_FILE, COUNTS_FILE = "documents.jsonl", "left_out.jsonl", "documents.json"
 MAX_DOCUMENT_TOKENS = 256  # of a chunk, as in the paper
 WORDS_PER_TOKEN = 0.75  # of English, where no tokenizer counts
 NO_SPACES = "\u2e80-\u9fff\uac00-\ud7af\U00020000-\U0003ffff"
@@ -86,33 +87,33 @@ def read_chunks(source: DocumentSource, splitter) -> Iterator[list[dict] | Input
 
 
 def prepare(work: Path, source: DocumentSource, splitter) -> dict:
-    """Write the chunks of all documents, unless that is done; how many `documents`, `chunks` and `unreadable` rows.
+    """Write the chunks of all documents, unless that is done; how many `documents`, `chunks` and `left_out` rows.
 
     Other ranks wait meanwhile.
     """
     with writer_lock(work / "documents.lock", f"the documents of {work}", timeout=-1):
         if (work / COUNTS_FILE).exists():
             return read_json(work / COUNTS_FILE)
-        for name in (DOCUMENTS_FILE, UNREADABLE_FILE):  # of a run that was killed here
+        for name in (DOCUMENTS_FILE, LEFT_OUT_FILE):  # of a run that was killed here
             (work / name).unlink(missing_ok=True)
-        counts = {"documents": 0, "chunks": 0, "unreadable": 0}
+        counts = {"documents": 0, "chunks": 0, "left_out": 0}
         rows = read_chunks(source, splitter)
         while batch := list(itertools.islice(rows, BATCH)):
             chunks = [chunk for found in batch if isinstance(found, list) for chunk in found]
             problems = [row for row in batch if isinstance(row, InputRow)]
             append_lines(work / DOCUMENTS_FILE, chunks)
-            append_lines(work / UNREADABLE_FILE, map(unreadable, problems))
+            append_lines(work / LEFT_OUT_FILE, map(left_out, problems))
             counts["documents"] += len(batch) - len(problems)
             counts["chunks"] += len(chunks)
-            counts["unreadable"] += len(problems)
+            counts["left_out"] += len(problems)
         write_json(work / COUNTS_FILE, counts)
         return counts
 
 
-def unreadable(row: InputRow) -> dict:
+def left_out(row: InputRow) -> dict:
     """A line of rejects.jsonl."""
-    status = row.status or "failed"
-    return {"kind": "document", "reason": row.problem, "value": None, "document_id": row.place, "status": status}
+    reason = f"{row.status or 'failed'}: {row.problem}"
+    return {"kind": DOCUMENT, "reason": reason, "value": None, "document_id": row.place, "round": 0}
 
 
 def iter_chunks(work: Path, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, dict]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..corpus.storage import whole_size
 from ..storage_clara import replacing
-from .client import BadRequest, Completion, OutOfBudget, TeacherDown
+from .client import BadRequest, Completion, GaveUp, OutOfBudget, TeacherDown
 
 try:
     import aiofiles  # noqa: F401 - the three that datatrove imports when it runs
@@ -53,6 +53,8 @@ class TeacherServer:
         arguments = {name: value for name, value in payload.items() if name != "model"}
         try:
             answer: Completion = await self.teacher.complete(arguments.pop("messages"), **arguments)
+        except GaveUp as error:  # not for the cache: a later run may try it again
+            raise InferenceError(None, str(error)) from error
         except BadRequest as error:
             return _response(str(error), BAD_REQUEST, 0, 0)
         except (OutOfBudget, TeacherDown, OSError) as error:  # the runner would try an OSError again for minutes
@@ -65,8 +67,14 @@ def _response(text: str, finish_reason: str, prompt_tokens: int, completion_toke
     return {"choices": [{"message": {"content": text}, "finish_reason": finish_reason}], "usage": usage}
 
 
-def read_result(result: InferenceResult) -> Completion:
-    """The runner's result as the answer that it was made of."""
+async def read_result(request: Awaitable[InferenceResult]) -> Completion:
+    """The answer of a request; a `BadRequest` if it has none."""
+    try:
+        result = await request
+    except InferenceError as error:
+        if isinstance(error.__cause__, GaveUp):
+            raise error.__cause__ from None
+        raise
     if result.finish_reason == BAD_REQUEST:
         raise BadRequest(result.text)
     usage = result.usage
@@ -121,7 +129,6 @@ class SynthesisRunner(InferenceRunner):
         folder: of the run's work; `checkpoints/` has the answers of documents that are not finished.
         teacher: see `client.Teacher`.
         concurrency: calls at a time at most, and documents at a time.
-        on_outcome: takes every outcome that is not in a finished file yet, those of an earlier run included.
     """
 
     def __init__(
@@ -130,11 +137,9 @@ class SynthesisRunner(InferenceRunner):
         folder: Path,
         teacher,
         concurrency: int,
-        on_outcome: Callable[[dict], object],
     ):
         def adapt(_, document: Document) -> dict:
             (outcome,) = document.metadata[self.metadata_key]
-            on_outcome(outcome)
             return outcome
 
         name = "${rank}_${chunk_index}.jsonl"

@@ -5,10 +5,7 @@ It reads outcomes as a stream, twice for Parquet: first their types, then their 
 
 import collections
 import itertools
-import json
-import re
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,12 +15,11 @@ from ..corpus.card import size_category
 from ..corpus.storage import iter_lines, read_lines, write_lines
 from ..manifest_clara import pa, pq
 from ..storage_clara import replacing, write_json
-from .documents import UNREADABLE_FILE
+from .documents import LEFT_OUT_FILE
 
 ROWS_PER_FILE = 10_000
 BATCH = 1_000
 CARD = Path(__file__).parent / "card.md"
-DOCUMENT = "document"  # kind of the one reject of a chunk that has no record
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,7 @@ class Tally:
 
     def add_reject(self, reject: Mapping) -> None:
         """Count a reject."""
-        reason = re.split(r"[:(]| '| \"|[,;.] ", reject["reason"])[0].strip()[:80]
+        reason = reject["reason"].partition(":")[0][:80]
         self.rejects.setdefault(reject["kind"], collections.Counter())[reason] += 1
 
     @property
@@ -104,16 +100,25 @@ class Tally:
         return sums | {"counts": dict(sorted(self.counts.items())), "rejects": rejects}
 
 
-def iter_outcomes(work: Path, rank: int | None = None, *, is_final: bool = False) -> Iterator[dict]:
-    """The outcomes of one rank or of all, in the order of their files; `is_final` only those of whole files."""
+def iter_outcomes(work: Path) -> Iterator[dict]:
+    """The outcomes of all ranks, in the order of their files."""
     paths = {tuple(map(int, path.stem.split("_"))): path for path in (work / "outcomes").glob("*.jsonl")}
-    for (of_rank, chunk), path in sorted(paths.items()):
-        if rank not in (None, of_rank) or (is_final and chunk > last_whole_file(work, of_rank)):
-            continue
+    for _, path in sorted(paths.items()):
         for number, outcome, problem in iter_lines(path):
             if problem is not None:
                 raise ValueError(f"{path}:{number} {problem}. The disk has damaged it: begin in another `output`.")
             yield outcome
+
+
+def iter_done(work: Path, rank: int) -> Iterator[dict]:
+    """What an earlier call of a rank has done: outcomes in files that are whole, and those of datatrove's checkpoints."""
+    last = last_whole_file(work, rank)
+    for number in range(last + 1):
+        yield from read_lines(work / "outcomes" / f"{rank:05d}_{number}.jsonl")
+    for path in (work / "checkpoints" / f"{rank:05d}").glob("chunk_*.jsonl"):
+        if int(path.stem.partition("_")[2]) > last:
+            for document in read_lines(path):
+                yield from document["metadata"]["rollout_results"]
 
 
 def last_whole_file(work: Path, rank: int) -> int:
@@ -122,19 +127,20 @@ def last_whole_file(work: Path, rank: int) -> int:
     return int(path.read_text()) if path.exists() else -1
 
 
-def finish(places: Places, options: Mapping, counts: Mapping, cost: Mapping, card: Mapping) -> dict:
-    """Write everything, then remove the folder of the work; gives the report.
+def finish(places: Places, options: Mapping, counts: Mapping, prices: Mapping, card: Mapping) -> dict:
+    """Write everything, the report last, which is returned.
 
     Args:
+        places: where.
         options: of the run, as its fingerprint has them.
         counts: of `documents.prepare`.
-        cost: of a token, see `run.price_of`.
+        prices: of a million tokens, `prompt` and `completion`; empty if they are not known.
         card: `name`, `license`, `language` of the documents, as far as they are known.
     """
     tally = Tally()
 
     def rejects() -> Iterator[dict]:
-        for reject in read_lines(places.work / UNREADABLE_FILE):
+        for reject in read_lines(places.work / LEFT_OUT_FILE):
             tally.add_reject(reject)
             yield reject
         for outcome in iter_outcomes(places.work):
@@ -148,18 +154,17 @@ def finish(places: Places, options: Mapping, counts: Mapping, cost: Mapping, car
             "files were changed: begin in another `output`."
         )
     report = {"options": dict(options), **counts, **tally.describe()}
-    if cost:
-        report["cost"] = round(sum(cost[name] * report[f"{name}_tokens"] for name in ("prompt", "completion")), 6)
+    if prices:
+        report["cost"] = sum(prices[name] * report[f"{name}_tokens"] for name in ("prompt", "completion")) / 1e6
     records = (outcome["record"] for outcome in iter_outcomes(places.work) if outcome["record"] is not None)
     if places.is_file:
         if not write_lines(places.output, records):
-            places.output.write_text("")
+            places.output.touch()
     else:
         report["columns"] = write_parquet(places.output / "data", places.work, tally.accepted)
         with replacing(places.output / "README.md") as partial:
             partial.write_text(render_card(report, places.output.resolve().name, card), encoding="utf-8")
     write_json(places.report, report)
-    shutil.rmtree(places.work, ignore_errors=True)
     return report
 
 

@@ -6,20 +6,23 @@ All that enters the result is the run's fingerprint. A later call with another o
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from transformers.utils.logging import tqdm
 
-
 from ..corpus.sources import DocumentSource
 from ..corpus.storage import foreign_files, writer_lock
 from ..storage_clara import file_sha256, read_json, write_json
 from .ask import Asker, Prompts
-from .client import Completion
+from .client import Completion, Teacher
+from .distractors import Bm25Search, Search
 from .documents import iter_chunks, load_splitter, prepare
-from .output import DOCUMENT, Places, Tally, finish, iter_outcomes
+from .leakage import LeakageGuard
+from .output import Places, Tally, finish, iter_done
 
 TASKS = ("scp", "instruct", "retrieval")  # each a module beside this one
 OPTIONS_FILE = "options.json"
@@ -28,54 +31,42 @@ FINISHING_SECONDS = 3600.0  # that a rank waits while another one writes the fil
 
 
 @dataclasses.dataclass
-class Synthesis:
-    """What a run is made of; see `synthesize`."""
+class Run:
+    """What a run is made of, see `synthesize`; `options` is its fingerprint."""
 
     places: Places
     source: DocumentSource
     splitter: object
-    task: object
+    task: object  # the module
     settings: object
     prompts: Prompts
+    guard: LeakageGuard | None
+    search: Search | None
     options: dict
-    rank: int = 0
-    world_size: int = 1
+    rank: int
+    world_size: int
 
 
 def synthesize(
     documents,
     output,
-    teacher,
+    teacher: Callable[[], Teacher],
     *,
-    model: str,
-    task: str = "scp",
-    settings: Mapping | None = None,
-    tokenizer: str | None = None,
-    max_document_tokens: int | None = None,
-    leakage: Sequence[str] = (),
     concurrency: int = 8,
     prices: Mapping[str, float] | None = None,
     card: Mapping[str, str] | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    **columns,
+    **options,
 ) -> dict | None:
-    """Make training data of documents.
+    """Make training data of documents. Killed at any moment, the same call goes on.
 
     Args:
         documents: whatever `DocumentSource` reads.
         output: a folder, which `load_dataset` then reads, or a file that ends in .jsonl.
-        teacher: `client.Teacher`.
-        model: its name, for fingerprint and card.
-        task: "scp" (stage 1), "instruct" (stage 2) or "retrieval" (stage 3).
-        settings: of the task, see the `Settings` of its module.
-        tokenizer, max_document_tokens: see `documents.load_splitter`.
-        leakage: files of questions that the data must not have.
+        teacher: makes the teacher, once it is needed; its budget counts what earlier calls have used.
         concurrency: calls at a time at most.
-        prices: of a token, `prompt` and `completion`.
-        card: `name`, `license` and `language` of the documents.
-        rank, world_size: of this process among those that share the documents. The last to finish writes the files.
-        columns: `text_column`, `title_column`, `id_column`, `split` and `config_name` of `DocumentSource`.
+        prices: of a million tokens, `prompt` and `completion`, for the report.
+        card: `name`, `license` and `language` of the documents, for the card.
+        options: see `open_run`.
 
     Returns:
         The report; None if other ranks are not finished.
@@ -85,16 +76,10 @@ def synthesize(
         OutOfBudget, TeacherDown, OSError: what is done is kept; the same call goes on.
         RuntimeError: another process has this rank.
     """
-    if not 0 <= rank < world_size:
-        raise ValueError(f"`rank` must be from 0 to `world_size` - 1 ({world_size - 1}), got {rank}. Correct one.")
-    run = open_run(documents, output, model, task, settings, tokenizer, max_document_tokens, leakage, **columns)
-    run.rank, run.world_size = rank, world_size
-    run.options["world_size"] = world_size
-    places = run.places
+    run = open_run(documents, output, **options)
+    places, rank, world_size = run.places, run.rank, run.world_size
     if places.report.exists():
-        report = read_json(places.report)
-        check_options(report["options"], run.options)
-        return report
+        return _finished(run)
     _check_output(places)
     with writer_lock(places.work / f"rank-{rank:05d}.lock", f"rank {rank} of {world_size} of {output}"):
         _begin(places.work, run.options)
@@ -103,82 +88,144 @@ def synthesize(
         if not done[rank].exists():
             run_rank(run, teacher, counts["chunks"], concurrency)
             done[rank].touch()
-    with writer_lock(places.work / "finish.lock", f"the files of {output}", timeout=FINISHING_SECONDS):
-        if places.report.exists():  # another rank was quicker
-            return read_json(places.report)
-        if not all(path.exists() for path in done):
-            return None
-        return finish(places, run.options, counts, prices or {}, card or {})
+        with writer_lock(places.work / "finish.lock", f"the files of {output}", timeout=FINISHING_SECONDS):
+            if places.report.exists():  # another rank was quicker
+                return _finished(run)
+            if not all(path.exists() for path in done):
+                return None
+            report = finish(places, run.options, counts, prices or {}, card or {})
+    shutil.rmtree(places.work, ignore_errors=True)
+    return report
 
 
 def open_run(
-    documents, output, model, task, settings, tokenizer, max_document_tokens, leakage, **columns
-) -> Synthesis:
-    """A run with its options, nothing of it read or written yet."""
+    documents,
+    output,
+    *,
+    model: str,
+    task: str = "scp",
+    settings: Mapping | None = None,
+    tokenizer: str | None = None,
+    max_document_tokens: int | None = None,
+    leakage: Sequence[str] = (),
+    search: Search | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    **columns,
+) -> Run:
+    """A run of which nothing is read or written yet.
+
+    Args:
+        documents: whatever `DocumentSource` reads.
+        output: where it will write.
+        model: name of the teacher's model, for fingerprint and card.
+        task: "scp" (stage 1), "instruct" (stage 2) or "retrieval" (stage 3).
+        settings: fields of the `Settings` of its module.
+        tokenizer: what counts a chunk's tokens, see `documents.load_splitter`; default words.
+        max_document_tokens: of a chunk.
+        leakage: evaluation files whose questions and texts the data must not have.
+        search: finds other documents of a row; default BM25 over all chunks.
+        rank: of this process, from 0; it has every `world_size`-th chunk.
+        world_size: processes that share the documents. The last to finish writes the files.
+        columns: `text_column`, `title_column`, `id_column`, `split` and `config_name` of `DocumentSource`.
+    """
     if task not in TASKS:
         raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}. Correct it.")
-    places = Places(Path(output))
+    if not 0 <= rank < world_size:
+        raise ValueError(f"`rank` must be from 0 to `world_size` - 1 ({world_size - 1}), got {rank}. Correct one.")
+    module, prompts, places = importlib.import_module(f".{task}", __package__), Prompts(), Places(Path(output))
+    settings = read_settings(module.Settings, settings or {})
+    guard = LeakageGuard(leakage) if leakage else None
     source = DocumentSource(documents, exclude=None if places.is_file else places.output, **columns)
-    module, prompts = importlib.import_module(f".{task}", __package__), Prompts()
-    settings = module.Settings(**(settings or {}))
     options = {
         "task": task,
-        "model": model,
+        "model": name_of(model),
         "prompts": prompts.digest(),
         "input": source.description,
         "columns": {name: value for name, value in columns.items() if value is not None},
-        "tokenizer": tokenizer,
+        "tokenizer": tokenizer and name_of(tokenizer),
         "max_document_tokens": max_document_tokens,
-        **dataclasses.asdict(settings),
+        "settings": dataclasses.asdict(settings),
         "leakage": {Path(path).name: file_sha256(Path(path)) for path in leakage},
+        "world_size": world_size,
     }
     options = json.loads(json.dumps(options, default=str))  # as they are read again
     splitter = load_splitter(tokenizer, max_document_tokens)
-    return Synthesis(places, source, splitter, module, settings, prompts, options)
+    return Run(places, source, splitter, module, settings, prompts, guard, search, options, rank, world_size)
+
+
+def read_settings(kind: type, given: Mapping):
+    """The settings of a task; a ValueError names what there is if one is unknown or of another type."""
+    known = {field.name: field.default for field in dataclasses.fields(kind)}
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(f"`settings` must be some of {', '.join(known)}, got {name!r}. Correct it.")
+        if type(value) is not type(known[name]) and not (type(known[name]) is float and type(value) is int):
+            raise ValueError(f"{name!r} of `settings` must be like {known[name]!r}, got {value!r}. Correct it.")
+    return kind(**given)
+
+
+def name_of(model: str) -> str:
+    """A model's name, without the folders of this machine."""
+    return Path(model).resolve().name if Path(model).exists() else model
 
 
 # --- one rank --------------------------------------------------------------------------------------------------------
 
 
-def run_rank(run: Synthesis, teacher, n_chunks: int, concurrency: int) -> None:
+def run_rank(run: Run, teacher: Callable[[], Teacher], n_chunks: int, concurrency: int) -> None:
     """Do what is left of a rank."""
     from .engine import Document, SynthesisRunner
 
     work, tally = run.places.work, Tally()
-    for outcome in iter_outcomes(work, run.rank, is_final=True):
+    for outcome in iter_done(work, run.rank):
         tally.add(outcome)
+    ask_task = task_call(run, [chunk for _, chunk in iter_chunks(work)] if needs_search(run) else [])
     mine = iter_chunks(work, run.rank, run.world_size)
     rows = (Document(text=chunk["id"], id=str(number), metadata={"chunk": chunk}) for number, chunk in mine)
     with _bar(-(-(n_chunks - run.rank) // run.world_size), tally) as show:
 
-        def count(outcome: dict) -> None:
+        async def roll(document, generate) -> dict:
+            outcome = await outcome_of(ask_task, run.prompts, document.metadata.pop("chunk"), generate)
             tally.add(outcome)
             show()
+            return outcome
 
-        async def roll(document, generate) -> dict:
-            return await outcome_of(run, document.metadata.pop("chunk"), generate)
+        opened = teacher()
+        opened.usage.prompt_tokens, opened.usage.completion_tokens = tally.prompt_tokens, tally.completion_tokens
+        opened.usage.cost = opened.cost(tally.prompt_tokens, tally.completion_tokens)
+        SynthesisRunner(roll, work, opened, concurrency).run(rows, run.rank, run.world_size)
 
-        SynthesisRunner(roll, work, teacher, concurrency, count).run(rows, run.rank, run.world_size)
+
+def needs_search(run: Run) -> bool:
+    """Whether all chunks are needed, to find others for each."""
+    return run.search is None and "search" in inspect.signature(run.task.synthesize).parameters
 
 
-async def outcome_of(run: Synthesis, chunk: dict, generate: Callable) -> dict:
+def task_call(run: Run, chunks: Sequence[Mapping]) -> Callable:
+    """From a chunk and an `Asker` to the task's outcome; `chunks` are searched if nothing else is."""
+    keywords = {"guard": run.guard}
+    if "search" in inspect.signature(run.task.synthesize).parameters:
+        names = ("id", "title", "text", "span")
+        keywords["search"] = run.search or Bm25Search({name: chunk[name] for name in names} for chunk in chunks)
+    return lambda chunk, asker: run.task.synthesize(chunk, asker, run.settings, **keywords)
+
+
+async def outcome_of(ask_task: Callable, prompts: Prompts, chunk: dict, generate: Callable) -> dict:
     """What a task makes of a chunk, as JSON; `generate` takes a request and gives datatrove's result."""
     from .engine import read_result
 
     usage = {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0}
 
     async def complete(messages: list[dict], **options) -> Completion:
-        result = await generate({"messages": messages, **options})
+        completion = await read_result(generate({"messages": messages, **options}))
         usage["calls"] += 1
-        for name in ("prompt_tokens", "completion_tokens"):
-            usage[name] += result.usage[name]
-        return read_result(result)
+        usage["prompt_tokens"] += completion.prompt_tokens
+        usage["completion_tokens"] += completion.completion_tokens
+        return completion
 
-    outcome = await run.task.synthesize(chunk, Asker(complete, run.prompts), run.settings)
-    rejects = list(outcome.rejects)
-    if outcome.record is None and not any(reject["kind"] == DOCUMENT for reject in rejects):
-        rejects.append({"kind": DOCUMENT, "reason": "nothing passed", "value": None, "document_id": chunk["id"]})
-    return {"record": outcome.record, "rejects": rejects, "counts": dict(outcome.counts), "usage": usage}
+    outcome = await ask_task(chunk, Asker(complete, prompts))
+    return {**dataclasses.asdict(outcome), "usage": usage}
 
 
 @contextlib.contextmanager
@@ -199,14 +246,20 @@ def _bar(total: int, tally: Tally) -> Iterator[Callable[[], None]]:
 
 def check_options(begun: Mapping, given: Mapping) -> None:
     """Raise a ValueError that says what differs, if anything does."""
-    begun = {name: value for name, value in begun.items() if name in given}
+    begun, given = ({**options, **options["settings"], "settings": None} for options in (begun, given))
     for name, value in given.items():
-        if name not in begun or begun[name] != value:
-            was = begun.get(name)
+        if begun.get(name) != value:
             raise ValueError(
-                f"a run must go on as it began; `{name}` was {_short(was)}, got {_short(value)}. Give the same, or "
-                "another `output` to begin anew."
+                f"a run must go on as it began; `{name}` was {_short(begun.get(name))}, got {_short(value)}. Give the "
+                "same, or another `output` to begin anew."
             )
+
+
+def _finished(run: Run) -> dict:
+    """The report of a run that is done, if it is this one."""
+    report = read_json(run.places.report)
+    check_options(report["options"], run.options)
+    return report
 
 
 def _short(value) -> str:
