@@ -1,4 +1,4 @@
-"""datatrove's InferenceRunner with our teacher in the place of its server: what was answered or written survives a kill.
+"""datatrove's InferenceRunner with our teacher as its server: what was answered or written survives a kill.
 
 datatrove shares, counts and caches; waiting, retries, budget and repair are the teacher's. Import it inside functions:
 it needs the extra `synthesis`.

@@ -62,6 +62,7 @@ class Tally:
         chunks, accepted: outcomes, and those with a record.
         calls, prompt_tokens, completion_tokens: of the answers that they were made of.
         counts: what the task counts, summed by name.
+        pairs: accepted ones by kind and round.
         rejects: numbers by kind and reason, a reason without its details.
     """
 
@@ -71,12 +72,15 @@ class Tally:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     counts: collections.Counter = field(default_factory=collections.Counter)
+    pairs: dict[str, collections.Counter] = field(default_factory=dict)
     rejects: dict[str, collections.Counter] = field(default_factory=dict)
 
     def add(self, outcome: Mapping) -> None:
         """Count an outcome."""
         self.chunks += 1
         self.accepted += outcome["record"] is not None
+        for pair in (outcome["record"] or {}).get("qas") or ():
+            self.pairs.setdefault(pair["kind"], collections.Counter())[str(pair["round"])] += 1
         for name in ("calls", "prompt_tokens", "completion_tokens"):
             setattr(self, name, getattr(self, name) + outcome["usage"][name])
         self.counts.update(outcome["counts"])
@@ -97,7 +101,13 @@ class Tally:
         rejects = {kind: dict(reasons.most_common()) for kind, reasons in sorted(self.rejects.items())}
         names = ("chunks", "accepted", "calls", "prompt_tokens", "completion_tokens")
         sums = {name: getattr(self, name) for name in names}
-        return sums | {"counts": dict(sorted(self.counts.items())), "rejects": rejects}
+        pairs = {kind: dict(sorted(rounds.items())) for kind, rounds in sorted(self.pairs.items())}
+        return sums | {"counts": dict(sorted(self.counts.items())), "pairs": pairs, "rejects": rejects}
+
+
+def cost_of(prompt_tokens: float, completion_tokens: float, prices: Mapping[str, float] | None) -> float:
+    """Cost of tokens at prices of a million; 0 without prices."""
+    return (prompt_tokens * prices["prompt"] + completion_tokens * prices["completion"]) / 1e6 if prices else 0.0
 
 
 def iter_outcomes(work: Path) -> Iterator[dict]:
@@ -111,7 +121,7 @@ def iter_outcomes(work: Path) -> Iterator[dict]:
 
 
 def iter_done(work: Path, rank: int) -> Iterator[dict]:
-    """What an earlier call of a rank has done: outcomes in files that are whole, and those of datatrove's checkpoints."""
+    """What an earlier call of a rank has done: outcomes of whole files, then those in datatrove's checkpoints."""
     last = last_whole_file(work, rank)
     for number in range(last + 1):
         yield from read_lines(work / "outcomes" / f"{rank:05d}_{number}.jsonl")
@@ -155,7 +165,7 @@ def finish(places: Places, options: Mapping, counts: Mapping, prices: Mapping, c
         )
     report = {"options": dict(options), **counts, **tally.describe()}
     if prices:
-        report["cost"] = sum(prices[name] * report[f"{name}_tokens"] for name in ("prompt", "completion")) / 1e6
+        report["cost"] = cost_of(tally.prompt_tokens, tally.completion_tokens, prices)
     records = (outcome["record"] for outcome in iter_outcomes(places.work) if outcome["record"] is not None)
     if places.is_file:
         if not write_lines(places.output, records):

@@ -22,7 +22,7 @@ from .client import Completion, Teacher
 from .distractors import Bm25Search, Search
 from .documents import iter_chunks, load_splitter, prepare
 from .leakage import LeakageGuard
-from .output import Places, Tally, finish, iter_done
+from .output import Places, Tally, cost_of, finish, iter_done
 
 TASKS = ("scp", "instruct", "retrieval")  # each a module beside this one
 OPTIONS_FILE = "options.json"
@@ -76,6 +76,8 @@ def synthesize(
         OutOfBudget, TeacherDown, OSError: what is done is kept; the same call goes on.
         RuntimeError: another process has this rank.
     """
+    from . import engine  # noqa: F401 - before anything is written, if its extra is missing
+
     run = open_run(documents, output, **options)
     places, rank, world_size = run.places, run.rank, run.world_size
     if places.report.exists():
@@ -86,7 +88,7 @@ def synthesize(
         counts = prepare(places.work, run.source, run.splitter)
         done = [places.work / f"done-{number:05d}" for number in range(world_size)]
         if not done[rank].exists():
-            run_rank(run, teacher, counts["chunks"], concurrency)
+            run_rank(run, teacher, counts["chunks"], concurrency, prices)
             done[rank].touch()
         with writer_lock(places.work / "finish.lock", f"the files of {output}", timeout=FINISHING_SECONDS):
             if places.report.exists():  # another rank was quicker
@@ -173,7 +175,7 @@ def name_of(model: str) -> str:
 # --- one rank --------------------------------------------------------------------------------------------------------
 
 
-def run_rank(run: Run, teacher: Callable[[], Teacher], n_chunks: int, concurrency: int) -> None:
+def run_rank(run: Run, teacher: Callable[[], Teacher], n_chunks: int, concurrency: int, prices) -> None:
     """Do what is left of a rank."""
     from .engine import Document, SynthesisRunner
 
@@ -192,8 +194,9 @@ def run_rank(run: Run, teacher: Callable[[], Teacher], n_chunks: int, concurrenc
             return outcome
 
         opened = teacher()
-        opened.usage.prompt_tokens, opened.usage.completion_tokens = tally.prompt_tokens, tally.completion_tokens
-        opened.usage.cost = opened.cost(tally.prompt_tokens, tally.completion_tokens)
+        used = tally.prompt_tokens, tally.completion_tokens
+        opened.usage.prompt_tokens, opened.usage.completion_tokens = used
+        opened.usage.cost = cost_of(*used, prices)
         SynthesisRunner(roll, work, opened, concurrency).run(rows, run.rank, run.world_size)
 
 
@@ -236,7 +239,7 @@ def _bar(total: int, tally: Tally) -> Iterator[Callable[[], None]]:
         def show() -> None:
             share = tally.accepted / tally.chunks if tally.chunks else 0
             bar.set_postfix_str(f"{share:.0%} accepted, {tally.tokens:,} tokens", refresh=False)
-            bar.update(tally.chunks - bar.n)
+            bar.update(1)
 
         yield show
 
