@@ -149,10 +149,15 @@ class SynthesisRunner(InferenceRunner):
         checkpoints = str(folder / "checkpoints")
         self.request_cache = DurableCache(checkpoints)
         self.checkpoint_manager = SafeCheckpoints(checkpoints, RECORDS_PER_CHUNK, self.request_cache)
-        self.teacher = teacher
+        self.teacher, self.in_flight = teacher, asyncio.Semaphore(concurrency)
 
     def _init_server(self, rank: int) -> TeacherServer:
         return TeacherServer(self.teacher)
+
+    async def _cached_request(self, *args, **kwargs) -> InferenceResult:
+        """A call is in flight until its answer is on disk: datatrove's own makes the next one before."""
+        async with self.in_flight:
+            return await super()._cached_request(*args, **kwargs)
 
     async def _async_data_gen(self, sync_gen: Iterable[Document]) -> AsyncIterator[Document]:
         """datatrove's own crosses to the thread for every document, which is most of the time of a resumed run."""

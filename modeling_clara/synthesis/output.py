@@ -4,7 +4,9 @@ It reads outcomes as a stream, twice for Parquet: first their types, then their 
 """
 
 import collections
+import contextlib
 import itertools
+import sqlite3
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,6 +131,26 @@ def iter_done(work: Path, rank: int) -> Iterator[dict]:
         if int(path.stem.partition("_")[2]) > last:
             for document in read_lines(path):
                 yield from document["metadata"]["rollout_results"]
+
+
+def used_tokens(work: Path, rank: int) -> tuple[int, int]:
+    """(prompt, completion) tokens of all answers that a rank has on disk, those of unfinished chunks too."""
+    last, used = last_whole_file(work, rank), Tally()
+    for number in range(last + 1):
+        for outcome in read_lines(work / "outcomes" / f"{rank:05d}_{number}.jsonl"):
+            used.add(outcome)
+    cache = work / "checkpoints" / f"{rank:05d}" / "replay.sqlite3"
+    if not cache.exists():
+        return used.prompt_tokens, used.completion_tokens
+    sums = ", ".join(
+        f"coalesce(sum(json_extract(CAST(result AS TEXT), '$.usage.{name}')), 0)"
+        for name in ("prompt_tokens", "completion_tokens")
+    )
+    with contextlib.closing(sqlite3.connect(cache)) as answers:
+        if not answers.execute("SELECT 1 FROM sqlite_master WHERE name = 'request_cache'").fetchone():
+            return used.prompt_tokens, used.completion_tokens
+        found = answers.execute(f"SELECT {sums} FROM request_cache WHERE chunk_index > ?", (last,)).fetchone()
+    return used.prompt_tokens + found[0], used.completion_tokens + found[1]
 
 
 def last_whole_file(work: Path, rank: int) -> int:

@@ -22,7 +22,7 @@ from .client import Completion, Teacher
 from .distractors import Bm25Search, Search
 from .documents import iter_chunks, load_splitter, prepare
 from .leakage import LeakageGuard
-from .output import Places, Tally, cost_of, finish, iter_done
+from .output import Places, Tally, cost_of, finish, iter_done, used_tokens
 
 TASKS = ("scp", "instruct", "retrieval")  # each a module beside this one
 OPTIONS_FILE = "options.json"
@@ -194,7 +194,7 @@ def run_rank(run: Run, teacher: Callable[[], Teacher], n_chunks: int, concurrenc
             return outcome
 
         opened = teacher()
-        used = tally.prompt_tokens, tally.completion_tokens
+        used = used_tokens(work, run.rank)
         opened.usage.prompt_tokens, opened.usage.completion_tokens = used
         opened.usage.cost = cost_of(*used, prices)
         SynthesisRunner(roll, work, opened, concurrency).run(rows, run.rank, run.world_size)
