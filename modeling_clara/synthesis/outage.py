@@ -7,8 +7,6 @@ import logging
 import random
 import time
 
-import anyio
-
 from .backends import Failed
 
 logger = logging.getLogger(__name__)
@@ -35,6 +33,8 @@ class Slots:
     """How many requests may be under way: halved when the backend is overloaded, one more per round of successes."""
 
     def __init__(self, most: int):
+        import anyio
+
         self.most, self.limiter = most, anyio.CapacityLimiter(most)
         self.halved = self.successes = 0
         self.opens_at = 0.0  # no request before that, because the backend said so
