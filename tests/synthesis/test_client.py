@@ -138,16 +138,19 @@ def test_no_slot_is_held_while_a_call_sleeps():
     assert seen == ["b", "c", "a"]
 
 
-def test_overload_halves_the_requests_at_a_time_and_success_restores_them():
+def test_overload_finds_the_requests_at_a_time_that_the_endpoint_bears():
     with TeacherServer(latency=0.04, max_concurrent=5) as server:
         teacher = teacher_of(server, concurrency=32, retries=20)
         completions = run(teacher, *map(str, range(200)))
         assert {completion.text for completion in completions} == {f"Answer to: {n}" for n in range(200)}
         assert server.peak > 5 and teacher.concurrency <= 12 and server.calls.total() < 300
-    with TeacherServer(latency=0.005, faults=["429"]) as server:
+
+
+def test_one_more_at_a_time_after_as_many_successes_as_slots():
+    with TeacherServer(faults=["429"]) as server:
         teacher = teacher_of(server, concurrency=8)
-        run(teacher, *map(str, range(8)))
-        assert teacher.concurrency == 5  # 4, and one more after four successes of seven
+        one_by_one(teacher, *map(str, range(14)))
+    assert teacher.concurrency == 6  # 4 of 8 after the refusal, 5 after four calls, 6 after five more
 
 
 def test_one_burst_of_refusals_halves_once():
