@@ -147,11 +147,12 @@ def known_numbers(text: str) -> frozenset[str]:
 
 
 @functools.lru_cache(CACHED)
-def names(text: str) -> tuple[str, ...]:
+def names(text: str, starts_count: bool = False) -> tuple[str, ...]:
     """Names by a rule of thumb: runs of capitalised words, and what stands in quotation marks.
 
-    A single capitalised word at the beginning of a sentence is left out, because most are no names. In scripts
-    without case only quoted names are found; `check_answer` compares all of their words.
+    Function words at the beginning of a sentence are left out, and other single words there unless `starts_count`:
+    in prose most are no names, in short answers most are. In scripts without case only quoted names are found;
+    `check_answer` compares all of their words.
 
     >>> names("Visitors of the Eiffel Tower know Paris and “the old café”.")
     ('Eiffel Tower', 'Paris', 'the old café')
@@ -168,7 +169,8 @@ def names(text: str) -> tuple[str, ...]:
             run = []
         elif not starts or words(word)[0] not in _any_function_word():
             run.append((word, starts))
-    found = [" ".join(word for word, _ in run) for run in [*found, run] if len(run) > 1 or (run and not run[0][1])]
+    runs = [run for run in [*found, run] if len(run) > 1 or (run and (starts_count or not run[0][1]))]
+    found = [" ".join(word for word, _ in run) for run in runs]
     return tuple(dict.fromkeys([*found, *QUOTED.findall(text)]))
 
 

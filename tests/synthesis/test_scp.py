@@ -1,6 +1,7 @@
 """Stage 1 of documents, end to end: what is accepted is supported, what is not is a reject, nothing gets lost."""
 
 import asyncio
+import json
 from collections import Counter
 
 import pytest
@@ -150,13 +151,13 @@ def test_the_paper_drops_what_is_not_complete():
 def test_a_leaked_document_costs_no_call(tmp_path):
     (document,), teacher = documents(1), RuleTeacher()
     (tmp_path / "dev.jsonl").write_text(
-        '{"question": "q w e?", "docs": ["%s"], "answers": ["x"]}\n' % document["text"]
+        json.dumps({"question": "q w e?", "docs": [document["text"]], "answers": ["x"]})
     )
     outcome = run(synthesize, document, teacher, Settings(), guard=LeakageGuard([tmp_path / "dev.jsonl"]))
     assert outcome.record is None and outcome.rejects[0]["reason"] == "leakage: it is in dev.jsonl"
     assert not teacher.options
     question = "When was the tower of Tarn built?"
-    (tmp_path / "questions.jsonl").write_text('{"question": "%s", "answers": ["x"]}\n' % question.upper())
+    (tmp_path / "questions.jsonl").write_text(json.dumps({"question": question.upper(), "answers": ["x"]}))
     outcome = run(synthesize, document, teacher, Settings(), guard=LeakageGuard([tmp_path / "questions.jsonl"]))
     assert question not in [asked for asked, _ in pairs_of(outcome)] and len(pairs_of(outcome)) == 8
 
