@@ -1,10 +1,12 @@
 """Measures the checks without a model: `python -m recipes.benchmarks.synthesis_checks PASSAGES`.
 
 How many published pairs pass, and why the others do not; which share of errors planted by rule is found. PASSAGES is
-a file of rows `{title?, text, qas}`, such as the pairs that the reference implementation has published.
+a file of rows `{title?, text, qas}`, such as the pairs that the reference implementation has published. With
+`--teacher URL --model NAME` a model verifies the same pairs as well.
 """
 
 import argparse
+import asyncio
 import random
 import re
 from collections import Counter
@@ -12,7 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from modeling_clara.synthesis import features
+from modeling_clara.synthesis.ask import Asker
+from modeling_clara.synthesis.backends import Endpoint
 from modeling_clara.synthesis.checks import answer_of, check_of, check_row, full_text, run_checks, summarize
+from modeling_clara.synthesis.client import Teacher
+from modeling_clara.synthesis.outcome import Work
 from recipes.benchmarks.shared import add_outputs, describe_machine, figures, read_rows, show
 
 N_PLANTED = 200
@@ -31,9 +37,8 @@ Claim = tuple[str, str, str]  # document, question, answer
 
 
 def claims_of(rows: Sequence[Mapping]) -> list[Claim]:
-    """Every pair of the rows with its document that passes all checks as it is."""
-    found = [(full_text(row), pair["question"], answer_of(pair)) for row in rows for pair in row["qas"]]
-    return [claim for claim in found if claim[2]]
+    """Every pair of the rows with its document."""
+    return [(full_text(row), pair["question"], answer_of(pair)) for row in rows for pair in row["qas"]]
 
 
 # --- planted errors --------------------------------------------------------------------------------------------------
@@ -128,6 +133,24 @@ def measure_planted(claims: Sequence[Claim], n: int) -> list[dict]:
     return rows
 
 
+async def verify_planted(claims: Sequence[Claim], n: int, url: str, model: str) -> list[dict]:
+    """What the teacher's verification finds of every kind of error, and of the right answers of the same pairs."""
+    rows = []
+    async with Teacher(Endpoint(url), model) as teacher:
+
+        async def is_refused(document: str, question: str, answer: str) -> bool:
+            work = Work({"text": document}, Asker(teacher.complete))
+            return await work.verify(question, answer) is not None
+
+        for error in ERRORS:
+            made = list(planted(claims, error, n))
+            wrong = await asyncio.gather(*(is_refused(*claim[:2], answer) for claim, answer in made))
+            right = await asyncio.gather(*(is_refused(*claim) for claim, _ in made))
+            n_made = max(1, len(made))
+            rows.append({"error": error, "n": len(made), "found": sum(wrong) / n_made, "alarms": sum(right) / n_made})
+    return rows
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -145,10 +168,14 @@ def main() -> None:
     parser.add_argument("passages", help="rows {title?, text, qas}: .jsonl, .jsonl.gz or .parquet")
     parser.add_argument("--planted", type=int, default=N_PLANTED, help=f"errors of each kind (default: {N_PLANTED})")
     parser.add_argument("--failing", type=int, default=0, metavar="N", help="also print N of the pairs that fail")
+    parser.add_argument("--teacher", metavar="URL", help="endpoint that also verifies the planted errors")
+    parser.add_argument("--model", help="its model")
     arguments = add_outputs(parser).parse_args()
+    if bool(arguments.teacher) != bool(arguments.model):
+        parser.error("--teacher and --model go together")
     rows = read_rows(arguments.passages)
-    summary = summarize(rows)["pair"]
-    found = measure_planted(claims_of(rows), arguments.planted)
+    summary, claims = summarize(rows)["pair"], claims_of(rows)
+    found = measure_planted(claims, arguments.planted)
     checks = [{"check": name, "share": share} for name, share in summary["failed"].items()]
     text = (
         f"{summary['n']:,} pairs of {len(rows):,} passages: {summary['passed']:.1%} pass all checks, "
@@ -161,7 +188,21 @@ def main() -> None:
             found,
         )
     )
-    report = {**describe_machine(), "data": Path(arguments.passages).name, "pairs": summary, "planted": found}
+    verified = []
+    if arguments.teacher:
+        verified = asyncio.run(verify_planted(claims, arguments.planted, arguments.teacher, arguments.model))
+        text += f"\n\nVerified by {arguments.model}:\n\n" + figures(
+            "planted error | n | found | the same pairs untouched",
+            "{error} | {n} | {found:.1%} | {alarms:.1%}",
+            verified,
+        )
+    report = {
+        **describe_machine(),
+        "data": Path(arguments.passages).name,
+        "pairs": summary,
+        "planted": found,
+        "verified": verified,
+    }
     show("checks without a model", report, text, arguments)
     for row, pair, reasons in random.Random(0).sample(list(failing(rows)), arguments.failing):
         print(f"\n{full_text(row)}\nQ: {pair['question']}\nA: {answer_of(pair)}\n=> {'; '.join(reasons)}")
