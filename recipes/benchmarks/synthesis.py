@@ -89,9 +89,10 @@ def measure_client(calls: int, concurrency: int, latency: float, rounds: int) ->
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             arguments = server.stdout.readline().strip(), prompts(calls), concurrency
-            for _ in range(rounds + 1):
-                for name, run in runs.items():
-                    seconds = seconds_of(run, *arguments)
+            for number in range(rounds + 1):
+                first = number % len(runs)  # each of them begins a round
+                for name in [*runs, *runs][first : first + len(runs)]:
+                    seconds = seconds_of(runs[name], *arguments)
                     wall[name].append(seconds[0])
                     cpu[name].append(seconds[1])
         finally:
