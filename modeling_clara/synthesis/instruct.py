@@ -116,7 +116,7 @@ async def answered(
     no_answer: str,
     attempt: int,
 ) -> str | None:
-    """What is learned for a question, the teacher's answer or that there is none; None and a reject if it is wrong."""
+    """What is learned for a question: the teacher's answer, or that there is none; None and a reject if wrong."""
     if not documents:
         work.reject(kind, "no other documents: the search found none", {"question": question}, attempt)
         return None
