@@ -46,6 +46,8 @@ def silence_libraries() -> None:
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     logging.getLogger("modeling_clara").setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # its import sets a level of its own, which a filter outlives
+    logging.getLogger("bm25s").addFilter(lambda record: record.levelno >= logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 

@@ -118,7 +118,7 @@ def append_lines(path: Path, rows: Iterable[Mapping]) -> None:
     if lines:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:
-            file.truncate(_whole_size(file))
+            file.truncate(whole_size(file))
             file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
@@ -131,7 +131,7 @@ def _line(row: Mapping) -> bytes:
         return (json.dumps(row, ensure_ascii=True, default=str) + "\n").encode()
 
 
-def _whole_size(file: BinaryIO) -> int:
+def whole_size(file: BinaryIO) -> int:
     """Bytes up to the end of the last line that was finished."""
     end = file.seek(0, os.SEEK_END)
     while end:
