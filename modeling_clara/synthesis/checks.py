@@ -26,6 +26,7 @@ FACT_MISSING = 0.6  # the same of a fact that the teacher names in its own words
 INFLECTED = 0.7  # share of the longer word that two forms of a word begin with
 SCRIPT_SHARE = 0.05  # of the document's letters, for a script that a claim may be written in
 MIN_LETTERS = 4
+FOREIGN = 0.08  # share of function words of a language that a text in another one may have
 SAID = frozenset("yes no true false".split()).union(features.NUMBER_WORDS)  # what an answer may say of its own
 
 
@@ -48,7 +49,8 @@ def check_language(document: str, *claims: str) -> str | None:
     if script and n_letters >= MIN_LETTERS and there.get(script, 0.0) < SCRIPT_SHARE:
         return f"language: {script} is not the script of the document"
     own, claimed = features.language(document), features.language(claim)
-    return f"language: {claimed} is not {own}" if own and claimed and own != claimed else None
+    differs = own and claimed and own != claimed and features.function_share(document, claimed) < FOREIGN
+    return f"language: {claimed} is not {own}" if differs else None
 
 
 def check_numbers(document: str, *claims: str) -> str | None:
@@ -93,7 +95,6 @@ def check_answer(document: str, question: str, answer: str, max_missing: float =
     known = _known_words(document) | _known_words(question)
     wanted = _content(answer)
     missing = [word for word in wanted if word not in SAID and not _is_known(word, known)]
-    missing = [word for word in missing if not any(_is_inflected(word, other) for other in known)]
     is_unit = len(missing) == 1 and any(map(str.isdigit, wanted))  # 5 miles, of a document that has 5 mi
     if len(missing) > max_missing * len(wanted) and not is_unit:
         return f"answer: {', '.join(missing[:5])} is not in the document"
@@ -136,7 +137,10 @@ def _is_known(word: str, known: frozenset[str]) -> bool:
     if word.endswith("s") and word[:-1] in known or f"{word}s" in known:
         return True
     return len(word) >= 4 and any(
-        len(other) >= 4 and abs(len(other) - len(word)) <= 3 and (other.startswith(word) or word.startswith(other))
+        _is_inflected(word, other)
+        or (
+            len(other) >= 4 and abs(len(other) - len(word)) <= 3 and (other.startswith(word) or word.startswith(other))
+        )
         for other in known
     )
 

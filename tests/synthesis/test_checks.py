@@ -1,5 +1,6 @@
 """Checks without a model: what each finds, what it must let through, in several scripts; leaks; data sets."""
 
+import doctest
 import gzip
 import json
 
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from modeling_clara.synthesis import features
+from modeling_clara.synthesis import ask, checks, features
 from modeling_clara.synthesis.checks import (
     check_answer,
     check_copied,
@@ -97,6 +98,11 @@ def test_another_number_is_found(text, claim, missing):
     assert check_numbers(text, claim) == f"numbers: {missing} is not in the document"
 
 
+@pytest.mark.parametrize("module", [ask, checks, features])
+def test_examples_of_docstrings_hold(module):
+    assert doctest.testmod(module).failed == 0
+
+
 def test_digits_inside_a_claims_words_are_no_numbers():
     assert check_numbers("water", "H2O and A380") is None
 
@@ -126,7 +132,10 @@ def test_names_are_capitalised_runs_and_quotations(text, names):
 # --- single checks ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("claim", ["Ilse Brand", "by Germany's Ilse Brand", "the ULA in Tarn", "TARN", "the Brands"])
+@pytest.mark.parametrize(
+    "claim",
+    ["Ilse Brand", "by Germany's Ilse Brand", "the ULA in Tarn", "TARN", "the Brands", "Ilse Brandt", "Polands"],
+)
 def test_names_in_another_form_pass(claim):
     assert check_names(TARN, f"It was {claim}") is None
 
