@@ -78,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
             elif self.path != "/v1/chat/completions":
                 self.fail("404")
-            elif fault == "schema" or (fault or "")[:1].isdigit():
+            elif (fault or "")[:1].isdigit() or fault in self.server.refuses:
                 self.fail(fault)
             elif fault in ("hang", "hangup"):
                 self.close_connection = True
@@ -91,8 +91,9 @@ class Handler(BaseHTTPRequestHandler):
     def fail(self, fault: str) -> None:
         """An error status, with Retry-After if the fault says so."""
         words, headers = fault.split(), {}
-        if words[0] == "schema":
-            return self.reply(400, {"error": {"message": "response_format json_schema is not supported"}})
+        if words[0] in self.server.refuses:
+            instead = " Use 'max_completion_tokens' instead." if words[0] == "max_tokens" else ""
+            return self.reply(400, {"error": {"message": f"Unsupported parameter: '{words[0]}'.{instead}"}})
         if len(words) > 1:
             seconds = float(words[2])
             date = email.utils.formatdate(time.time() + seconds, usegmt=True)
@@ -148,7 +149,7 @@ class TeacherServer(ThreadingHTTPServer):
         wrong_every: one of n pairs and paraphrases is wrong.
         skip_every: one of n sentences gets no pair at first.
         max_concurrent: more requests at a time than this get 429.
-        schemas: False answers 400 to a JSON schema.
+        refuses: keys of a request that get 400: response_format, max_tokens, temperature, seed.
         keep: whether `requests` holds the payloads.
         port: 0 is a free one.
     """
@@ -165,14 +166,14 @@ class TeacherServer(ThreadingHTTPServer):
         wrong_every: int = 0,
         skip_every: int = 0,
         max_concurrent: int | None = None,
-        schemas: bool = True,
+        refuses: tuple[str, ...] = (),
         keep: bool = False,
         port: int = 0,
     ):
         super().__init__(("127.0.0.1", port), Handler)
         self.latency, self.faults, self.every = latency, list(faults), every or {}
         self.settings, self.max_concurrent = Settings(wrong_every, skip_every), max_concurrent
-        self.schemas, self.keep = schemas, keep
+        self.refuses, self.keep = refuses, keep
         self.lock, self.closing = threading.Lock(), threading.Event()
         self.calls, self.answered, self.tasks, self.keys = Counter(), Counter(), Counter(), Counter()
         self.requests, self.planted = [], []
@@ -185,7 +186,7 @@ class TeacherServer(ThreadingHTTPServer):
 
     def enter(self, payload: dict, authorization: str) -> str | None:
         """Count a request; returns its fault."""
-        form, (task, _) = (payload.get("response_format") or {}).get("type"), task_of(payload)
+        task, _ = task_of(payload)
         with self.lock:
             self.calls[key_of(payload)] += 1
             self.tasks[task] += 1
@@ -195,8 +196,8 @@ class TeacherServer(ThreadingHTTPServer):
             self.peak = max(self.peak, self.in_flight)
             if self.max_concurrent and self.in_flight > self.max_concurrent:
                 return "429"
-            if not self.schemas and form == "json_schema":
-                return "schema"
+            if refused := [name for name in self.refuses if name in payload]:
+                return refused[0]
             if self.faults:
                 return self.faults.pop(0)
             self.count += 1

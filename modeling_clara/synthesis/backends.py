@@ -121,7 +121,12 @@ class Endpoint:
     """
 
     def __init__(self, base_url: str, api_key_env: str = "OPENAI_API_KEY"):
-        import openai
+        try:
+            import openai
+        except ImportError as error:
+            raise ImportError(
+                "an endpoint needs openai: pip install openai, or the extra `synthesis` from a clone."
+            ) from error
 
         self.base_url, self.api_key_env, self.refused = base_url, api_key_env, set()
         self.client = openai.AsyncOpenAI(

@@ -117,8 +117,8 @@ class Teacher:
                 raise self._outage.refuse(error)
             if tries > self.retries or overloads > PATIENCE * self.retries:
                 raise self._outage.give_up(error, tries + overloads)
-            if error.retry_after is None:  # otherwise the next try waits with all others
-                pause = min(LONGEST_PAUSE, self.backoff * 2 ** (tries + overloads - 1))
+            pause = min(LONGEST_PAUSE, self.backoff * 2 ** (tries + overloads - 1))
+            if (error.retry_after or 0.0) < pause:  # otherwise the next try waits for a slot, as all calls do
                 await self._outage.sleep(pause * random.uniform(0.5, 1.0))
 
     async def _try(self, payload: dict) -> Completion:
@@ -142,8 +142,9 @@ class Teacher:
             raise error from None
         except Failed as error:
             if error.status in OVERLOAD:
-                self._slots.slow_down(since, error.retry_after)
+                self._slots.slow_down(since)
             if is_passing(error.status):
+                self._slots.close(error.retry_after or 0.0)
                 self._outage.note(error)
             raise
         finally:

@@ -8,8 +8,7 @@ import numpy as np
 
 from ..lexical_clara import Bm25, split_words
 
-# From a question and a number to as many documents `{id, title, text}`, best first. A compressed corpus is one:
-# `lambda question, n: [hit.document for hit in ...]` of `CompressedCorpus.search`.
+# From a question and a number to as many documents `{id, title, text}`, best first.
 Search = Callable[[str, int], Sequence[Mapping]]
 
 
@@ -43,6 +42,21 @@ class Bm25Search:
                 known.add(other)
             place += 1
         return [self.documents[number] for number in found]
+
+
+class MemorySearch:
+    """Searches a corpus by its model: `documents` of a chunk each, as the model's own reasoner ranks them."""
+
+    def __init__(self, model, corpus):
+        self.model, self.corpus = model, corpus
+
+    def __call__(self, question: str, n: int) -> list[dict]:
+        """The n best documents, each by its best chunk."""
+        (sources,) = self.model.retrieve([question], corpus=self.corpus, top_k=n)
+        return [
+            {"id": source.document_id, "title": source.title, "text": source.text, "span": source.span}
+            for source in sources
+        ]
 
 
 def draw(*parts) -> random.Random:

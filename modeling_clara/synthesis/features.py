@@ -37,6 +37,7 @@ NUMBER_WORDS |= {"once": "1", "twice": "2", "both": "2", "single": "1", "dozen":
 
 LANGUAGES = "DANISH DUTCH FRENCH GERMAN ITALIAN NORWEGIAN PORTUGUESE RUSSIAN SPANISH SWEDISH TURKISH".split()
 MIN_WORDS = 6  # of a text whose language can be told
+MIN_SHARE = 0.2  # of its words that are function words
 CLEAR = 1.5  # times as many function words as of any other language
 
 
@@ -147,11 +148,12 @@ def known_numbers(text: str) -> frozenset[str]:
 
 
 @functools.lru_cache(CACHED)
-def names(text: str) -> tuple[str, ...]:
+def names(text: str, starts_count: bool = False) -> tuple[str, ...]:
     """Names by a rule of thumb: runs of capitalised words, and what stands in quotation marks.
 
-    A single capitalised word at the beginning of a sentence is left out, because most are no names. In scripts
-    without case only quoted names are found; `check_answer` compares all of their words.
+    Function words at the beginning of a sentence are left out, and other single words there unless `starts_count`:
+    in prose most are no names, in short answers most are. In scripts without case only quoted names are found;
+    `check_answer` compares all of their words.
 
     >>> names("Visitors of the Eiffel Tower know Paris and “the old café”.")
     ('Eiffel Tower', 'Paris', 'the old café')
@@ -168,7 +170,8 @@ def names(text: str) -> tuple[str, ...]:
             run = []
         elif not starts or words(word)[0] not in _any_function_word():
             run.append((word, starts))
-    found = [" ".join(word for word, _ in run) for run in [*found, run] if len(run) > 1 or (run and not run[0][1])]
+    runs = [run for run in [*found, run] if len(run) > 1 or (run and (starts_count or not run[0][1]))]
+    found = [" ".join(word for word, _ in run) for run in runs]
     return tuple(dict.fromkeys([*found, *QUOTED.findall(text)]))
 
 
@@ -202,12 +205,18 @@ def _any_function_word() -> frozenset[str]:
     return frozenset().union(*_function_words().values())
 
 
+def function_share(text: str, language: str) -> float:
+    """The share of a text's words that are function words of a language, 0 to 1."""
+    found = words(text)
+    return sum(word in _function_words()[language] for word in found) / len(found) if found else 0.0
+
+
 @functools.lru_cache(CACHED)
 def language(text: str) -> str | None:
     """The language with by far the most function words, of those that bm25s has lists of; None if it is not clear."""
     found = words(text)
     if len(found) < MIN_WORDS:
         return None
-    counts = Counter({name: sum(word in known for word in found) for name, known in _function_words().items()})
-    (best, most), (_, second) = counts.most_common(2)
-    return best if most >= 0.2 * len(found) and most >= CLEAR * second else None
+    shares = Counter({name: function_share(text, name) for name in _function_words()})
+    (best, most), (_, second) = shares.most_common(2)
+    return best if most >= MIN_SHARE and most >= CLEAR * second else None

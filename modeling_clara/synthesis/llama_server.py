@@ -52,7 +52,11 @@ class LlamaServer(Endpoint):
         command += ["--parallel", str(slots), "--ctx-size", str(slots * context)]
         self.log = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", GUARD, *command], stdin=subprocess.PIPE, stdout=self.log, stderr=self.log
+            [sys.executable, "-c", GUARD, *command],
+            stdin=subprocess.PIPE,
+            stdout=self.log,
+            stderr=self.log,
+            start_new_session=True,  # Ctrl-C is for this process; the server goes after it
         )
         self.stop = weakref.finalize(self, _stop, self.process)
         try:

@@ -50,10 +50,12 @@ class Slots:
                 return self.halved
             self.limiter.release()
 
-    def slow_down(self, since: int, retry_after: float | None = None) -> None:
+    def close(self, seconds: float) -> None:
+        """No request for so long."""
+        self.opens_at = max(self.opens_at, time.monotonic() + seconds)
+
+    def slow_down(self, since: int) -> None:
         """Halves what is allowed, once for all requests that were under way at that time."""
-        if retry_after is not None:
-            self.opens_at = max(self.opens_at, time.monotonic() + retry_after)
         if since == self.halved:
             self.halved, self.successes = self.halved + 1, 0
             self.limiter.total_tokens = max(1, self.limiter.total_tokens // 2)

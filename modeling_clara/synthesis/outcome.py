@@ -40,6 +40,7 @@ class Work:
         self.title, self.text = document.get("title") or "", document["text"]
         self.place = {"title": self.title, "text": self.text}
         self.rejects, self.counts = [], Counter()
+        self.judged: set[tuple[str, str]] = set()  # pairs that were verified: the same one would get the same verdict
 
     def reject(self, kind: str, reason: str, value=None, round: int = 0) -> None:
         """Keep what did not pass, and why."""
@@ -84,10 +85,14 @@ class Work:
         known = [(pair["question"], pair["answers"][0]) for pair in others]
         candidates = []
         for pair in pairs:
-            if reasons := run_checks(document, **pair, others=known, guard=self.guard):
+            asked = (pair["question"], pair["answer"])
+            if reasons := run_checks(document, *asked, others=known, guard=self.guard):
                 self.reject(kind, "; ".join(reasons), pair, round)
+            elif asked in self.judged:
+                self.reject(kind, "duplicate: the same pair was verified before", pair, round)
             else:
                 candidates.append(pair)
+                self.judged.add(asked)
         problems = await asyncio.gather(*(self.verify(**pair) for pair in candidates))
         for pair, problem in zip(candidates, problems, strict=True):
             question, answer = pair["question"], pair["answer"]

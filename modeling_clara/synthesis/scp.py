@@ -75,6 +75,7 @@ async def synthesize(
     uncovered = []
     if settings.rounds and (settings.simple or settings.complex):
         pairs, uncovered = await supplement(work, pairs, settings.rounds)
+        work.counts["facts_uncovered"] += len(uncovered or [])
     paraphrase = await paraphrased(work, settings.paraphrases)
     if settings.complete and (missing := incomplete(uncovered, paraphrase, settings)):
         for pair in pairs:
@@ -113,7 +114,6 @@ async def supplement(work: Work, pairs: list[dict], rounds: int) -> tuple[list[d
         pairs = pairs + new
     else:
         uncovered = await uncovered_facts(work, pairs, rounds)
-    work.counts["facts_uncovered"] += len(uncovered or [])
     return pairs, uncovered
 
 

@@ -1,175 +1,141 @@
-"""Measures the runner of `clara synthesize`: `python -m recipes.benchmarks.synthesis [--documents 100000]`.
+"""What synthesis costs beside the teacher's own time: our client against the bare one, at many requests at a time.
 
-The teacher is a function that answers at once, or after a latency: what is left is ours. Listed, sharded and resumed
-are all documents; memory is the most that a run of its own process has held.
+    python -m recipes.benchmarks.synthesis --concurrency 32 --latency 0.05
+
+The endpoint is the loopback server of the tests, in a process of its own. Both clients send the same requests in turn.
 """
 
 import argparse
 import asyncio
-import json
-import multiprocessing
-import tempfile
+import functools
+import subprocess
+import sys
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from transformers.utils import logging
+import openai
 
-from modeling_clara.synthesis import output, run
-from modeling_clara.synthesis.client import Completion, Usage
-from modeling_clara.synthesis.documents import iter_chunks, prepare
-from modeling_clara.synthesis.outcome import Outcome
-from recipes.benchmarks.shared import add_outputs, describe_machine, figures, read_rows, resident_bytes, show
+from modeling_clara.synthesis.backends import Endpoint
+from modeling_clara.synthesis.client import Teacher
+from recipes.benchmarks.shared import add_outputs, describe_machine, figures, medians, ratio, show
 
-CALLS = 4  # of a document
-CONCURRENCY = 32
-
-
-class Instant:
-    """A teacher that answers after a latency; after `n_calls` it is gone."""
-
-    def __init__(self, latency: float, n_calls: int | None = None):
-        self.latency, self.left, self.usage = latency, n_calls, Usage()
-
-    async def complete(self, messages, *, max_tokens: int, **_) -> Completion:
-        if self.left is not None:
-            self.left -= 1
-            if self.left < 0:
-                raise OSError("the teacher is gone, as the benchmark wants it")
-        await asyncio.sleep(self.latency)
-        return Completion("an answer", "stop", 500, 50)
-
-    async def close(self) -> None:
-        pass
-
-
-class Task:
-    """A task of `CALLS` calls."""
-
-    @staticmethod
-    async def synthesize(chunk, asker, settings, *, guard=None) -> Outcome:
-        for number in range(CALLS):
-            messages = [{"role": "user", "content": f"{number} {chunk['text']}"}]
-            await asker.complete(messages, max_tokens=50, temperature=0.0)
-        return Outcome({"id": chunk["id"], "text": chunk["text"], "qas": []})
-
-
-def write_documents(folder: Path, n: int) -> Path:
-    """Documents out of the packaged passages."""
-    rows = read_rows(None)
-    with open(folder / "documents.jsonl", "w", encoding="utf-8") as file:
-        for number in range(n):
-            row = rows[number % len(rows)]
-            file.write(json.dumps({"id": f"d{number}", "title": row["title"], "text": row["text"]}) + "\n")
-    return folder / "documents.jsonl"
-
-
-def open_run(documents: Path, folder: Path) -> run.Run:
-    """A run of `Task`."""
-    import modeling_clara.synthesis.engine  # noqa: F401 - seconds that are no run's
-
-    logging.disable_progress_bar()
-    opened = run.open_run(str(documents), str(folder), model="instant")
-    opened.task = Task
-    return opened
-
-
-def measure_scale(n: int, queue) -> None:
-    """Seconds to list and share n documents, and to take up a run of which all but the last 100 are done."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        opened = open_run(write_documents(folder, n), folder / "data")
-        work, start = opened.places.work, time.perf_counter()
-        work.mkdir(parents=True)
-        counts = prepare(work, opened.source, opened.splitter)
-        listed = time.perf_counter() - start
-        start = time.perf_counter()
-        shared = sum(1 for _ in iter_chunks(work, 3, 8))
-        shared_seconds = time.perf_counter() - start
-        try:
-            run.run_rank(opened, lambda: Instant(0.0, CALLS * (n - 100)), counts["chunks"], CONCURRENCY, None)
-        except OSError:
-            pass
-        start = time.perf_counter()
-        run.run_rank(opened, lambda: Instant(0.0), counts["chunks"], CONCURRENCY, None)
-        resumed = time.perf_counter() - start
-        start = time.perf_counter()
-        report = output.finish(opened.places, opened.options, counts, {}, {})
-        finished = time.perf_counter() - start
-    assert report["accepted"] == n and shared == len(range(3, n, 8))
-    queue.put(
-        {
-            "documents": n,
-            "listed": listed,
-            "shared": shared_seconds,
-            "resumed": resumed,
-            "finished": finished,
-            "megabytes": resident_bytes("VmHWM") / 1e6,
+SERVER = Path(__file__).parents[2] / "tests" / "teacher_server.py"
+MODEL, MAX_TOKENS = "loopback-teacher", 256
+SCHEMA = {
+    "title": "simple_pairs",
+    "type": "object",
+    "properties": {
+        "pairs": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {"question": {"type": "string"}, "answer": {"type": "string"}},
+                "required": ["question", "answer"],
+                "additionalProperties": False,
+            },
         }
-    )
+    },
+    "required": ["pairs"],
+    "additionalProperties": False,
+}
 
 
-def measure_overhead(n: int, latency: float, queue) -> None:
-    """Seconds of n documents by the runner, and of the same calls by the bare teacher at the same concurrency."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        opened = open_run(write_documents(folder, n), folder / "data")
-        opened.places.work.mkdir(parents=True)
-        counts = prepare(opened.places.work, opened.source, opened.splitter)
-        chunks = [chunk for _, chunk in iter_chunks(opened.places.work)]
-
-        async def bare() -> None:
-            teacher, free = Instant(latency), asyncio.Semaphore(CONCURRENCY)
-
-            async def one(chunk: dict) -> None:
-                async with free:
-                    await Task.synthesize(chunk, teacher, None)
-
-            await asyncio.gather(*map(one, chunks))
-
-        start = time.perf_counter()
-        asyncio.run(bare())
-        bare_seconds = time.perf_counter() - start
-        start = time.perf_counter()
-        run.run_rank(opened, lambda: Instant(latency), counts["chunks"], CONCURRENCY, None)
-        ours = time.perf_counter() - start
-    result = {"documents": n, "latency": latency, "bare": bare_seconds, "ours": ours}
-    queue.put(result | {"more": ours / bare_seconds - 1})
+def prompts(n: int) -> list[list[dict]]:
+    """Messages of about 150 words, each over another document."""
+    sentences = [f"The tower of place {number} was built in {1500 + number}." for number in range(12)]
+    text = "Write one question and its answer for each fact of the document.\n<document>\n{}\n</document>"
+    return [
+        [{"role": "user", "content": text.format(f"Place {k} is a town. " + " ".join(sentences))}] for k in range(n)
+    ]
 
 
-def in_process(function, *args) -> dict:
-    """What a function puts into a queue, in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=function, args=(*args, queue))
-    process.start()
-    result = queue.get()
-    process.join()
-    return result
+async def bare(base_url: str, chats: list, concurrency: int, *, typed: bool = True) -> None:
+    """The `openai` client and a semaphore: as its users call it, or without the typed reply, as ours calls it."""
+    slots = asyncio.Semaphore(concurrency)
+    form = {"type": "json_schema", "json_schema": {"name": SCHEMA["title"], "schema": SCHEMA, "strict": True}}
+    options = {"model": MODEL, "max_tokens": MAX_TOKENS, "temperature": 0.0, "response_format": form}
+    async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
+
+        async def one(messages: list[dict]) -> str:
+            body = {**options, "messages": messages}
+            async with slots:
+                if typed:
+                    return (await client.chat.completions.create(**body)).choices[0].message.content
+                reply = await client.post("/chat/completions", cast_to=object, body=body)
+                return reply["choices"][0]["message"]["content"]
+
+        await asyncio.gather(*map(one, chats))
+
+
+async def ours(base_url: str, chats: list, concurrency: int) -> None:
+    """The same through `Teacher`, with a budget to count."""
+    async with Teacher(Endpoint(base_url), MODEL, concurrency=concurrency, max_tokens_total=10**12) as teacher:
+        await asyncio.gather(*(teacher.complete(chat, schema=SCHEMA, max_tokens=MAX_TOKENS) for chat in chats))
+
+
+def seconds_of(run: Callable[..., Awaitable], *arguments) -> tuple[float, float]:
+    """Wall time and CPU time of this process."""
+    start = time.perf_counter(), time.process_time()
+    asyncio.run(run(*arguments))
+    return time.perf_counter() - start[0], time.process_time() - start[1]
+
+
+def measure_client(calls: int, concurrency: int, latency: float, rounds: int) -> dict:
+    """Seconds of all calls with either client, round by round in turn after one round of warming up."""
+    command = [sys.executable, str(SERVER), "--latency", str(latency)]
+    runs = {"bare": bare, "untyped": functools.partial(bare, typed=False), "ours": ours}
+    wall, cpu = ({name: [] for name in runs} for _ in range(2))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            arguments = server.stdout.readline().strip(), prompts(calls), concurrency
+            for number in range(rounds + 1):
+                first = number % len(runs)  # each of them begins a round
+                for name in [*runs, *runs][first : first + len(runs)]:
+                    seconds = seconds_of(runs[name], *arguments)
+                    wall[name].append(seconds[0])
+                    cpu[name].append(seconds[1])
+        finally:
+            server.kill()
+    wall, cpu = ({name: values[1:] for name, values in found.items()} for found in (wall, cpu))
+    return {
+        "calls": calls,
+        "concurrency": concurrency,
+        "latency": latency,
+        "ideal": calls / concurrency * latency,
+        **medians(wall),
+        "over_bare": ratio(wall["ours"], wall["bare"]) - 1,
+        "over_untyped": ratio(wall["ours"], wall["untyped"]) - 1,
+        **{f"cpu_{name}": seconds / calls * 1000 for name, seconds in medians(cpu).items()},
+    }
 
 
 def main() -> None:
-    """Measure and show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=100_000, help="of the largest run (default: 100,000)")
-    parser.add_argument("--latency", type=float, nargs="+", default=[0.1, 0.5, 2.0], help="seconds of a call")
+    parser.add_argument("--calls", type=int, default=640, help="requests of a round")
+    parser.add_argument("--concurrency", type=int, default=32, help="requests at a time")
+    parser.add_argument("--latency", type=float, default=0.05, help="seconds that the server takes")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of every comparison")
     arguments = add_outputs(parser).parse_args()
-    scales = [in_process(measure_scale, n) for n in (arguments.documents // 10, arguments.documents)]
-    overheads = [
-        in_process(measure_overhead, round(CONCURRENCY * 20 / latency / CALLS), latency)
-        for latency in arguments.latency
-    ]
-    scale = figures(
-        "documents | listed, s | one of 8 ranks, s | resumed, s | files written, s | most memory, MB",
-        "{documents:,} | {listed:.1f} | {shared:.2f} | {resumed:.1f} | {finished:.1f} | {megabytes:.0f}",
-        scales,
+    report = describe_machine()
+    report["client"] = found = measure_client(
+        arguments.calls, arguments.concurrency, arguments.latency, arguments.rounds
     )
-    overhead = figures(
-        "seconds a call | documents | bare, s | with the runner, s | more",
-        "{latency} | {documents:,} | {bare:.2f} | {ours:.2f} | {more:.1%}",
-        overheads,
+    text = figures(
+        "client | all calls | CPU of a call | ours takes more",
+        "{name} | {wall:.2f} s | {cpu:.2f} ms | {more}",
+        [
+            {"name": "openai", "wall": found["bare"], "cpu": found["cpu_bare"], "more": f"{found['over_bare']:+.1%}"},
+            {
+                "name": "openai without typed replies",
+                "wall": found["untyped"],
+                "cpu": found["cpu_untyped"],
+                "more": f"{found['over_untyped']:+.1%}",
+            },
+            {"name": "ours", "wall": found["ours"], "cpu": found["cpu_ours"], "more": ""},
+        ],
     )
-    report = describe_machine() | {"scale": scales, "overhead": overheads}
-    show("synthesis", report, f"{scale}\n\n{CONCURRENCY} calls at a time:\n\n{overhead}", arguments)
+    show("synthesis", report, text, arguments)
 
 
 if __name__ == "__main__":

@@ -97,10 +97,10 @@ def test_what_was_answered_is_no_failure(fault):
 
 def test_a_call_that_hangs_is_cut_off_and_counts_towards_the_budget():
     with TeacherServer(faults=["hang"]) as server:
-        teacher = teacher_of(server, timeout=0.3, max_tokens_total=10_000)
+        teacher = teacher_of(server, timeout=0.5, max_tokens_total=10_000)
         start = time.monotonic()
         (completion,) = run(teacher, "a")
-    assert completion.text == "Answer to: a" and 0.3 < time.monotonic() - start < 2
+    assert completion.text == "Answer to: a" and 0.5 < time.monotonic() - start < 10
     assert teacher.usage.lost_tokens > 50 and teacher.usage.prompt_tokens == 1
 
 
@@ -111,15 +111,15 @@ def test_a_request_that_always_fails_is_given_up_and_the_others_are_not():
     assert server.calls.total() == 6
 
 
-@pytest.mark.parametrize("form", ["after", "on"])
-def test_retry_after_holds_back_every_call(form):
+@pytest.mark.parametrize("fault", ["429 after 2", "429 on 2", "500 after 2"])
+def test_retry_after_holds_back_every_call(fault):
     """Of both forms, and calls that were not sent yet wait as well."""
-    with TeacherServer(faults=[f"429 {form} 2"], latency=0.05, keep=True) as server:
+    with TeacherServer(faults=[fault], latency=0.05, keep=True) as server:
         start = time.monotonic()
         run(teacher_of(server, concurrency=1), *"abcd")
         took = time.monotonic() - start
     assert server.calls.total() == 5
-    assert (2.0 if form == "after" else 0.9) < took < 4  # a date has whole seconds
+    assert (0.9 if "on" in fault else 2.0) < took < 8  # a date has whole seconds
 
 
 def test_no_slot_is_held_while_a_call_sleeps():
@@ -138,16 +138,19 @@ def test_no_slot_is_held_while_a_call_sleeps():
     assert seen == ["b", "c", "a"]
 
 
-def test_overload_halves_the_requests_at_a_time_and_success_restores_them():
+def test_overload_finds_the_requests_at_a_time_that_the_endpoint_bears():
     with TeacherServer(latency=0.04, max_concurrent=5) as server:
         teacher = teacher_of(server, concurrency=32, retries=20)
         completions = run(teacher, *map(str, range(200)))
         assert {completion.text for completion in completions} == {f"Answer to: {n}" for n in range(200)}
         assert server.peak > 5 and teacher.concurrency <= 12 and server.calls.total() < 300
-    with TeacherServer(latency=0.005, faults=["429"]) as server:
+
+
+def test_one_more_at_a_time_after_as_many_successes_as_slots():
+    with TeacherServer(faults=["429"]) as server:
         teacher = teacher_of(server, concurrency=8)
-        run(teacher, *map(str, range(8)))
-        assert teacher.concurrency == 5  # 4, and one more after four successes of seven
+        one_by_one(teacher, *map(str, range(14)))
+    assert teacher.concurrency == 6  # 4 of 8 after the refusal, 5 after four calls, 6 after five more
 
 
 def test_one_burst_of_refusals_halves_once():
@@ -208,7 +211,7 @@ def test_those_that_sleep_learn_of_the_end_at_once():
     with TeacherServer(faults=["500", "401"]) as server:
         start = time.monotonic()
         errors = run(teacher_of(server, concurrency=1, backoff=30.0), "a", "b")
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 10
     assert all(isinstance(error, TeacherDown) for error in errors)
 
 
@@ -281,4 +284,4 @@ def test_pauses_grow_and_differ(monkeypatch):
         run(teacher_of(server, backoff=0.04), "a")
     pauses = [after - before for before, after in itertools.pairwise(times)]
     for number, pause in enumerate(pauses):
-        assert 0.02 * 2**number <= pause < 0.04 * 2**number + 0.1
+        assert 0.02 * 2**number <= pause < 0.04 * 2**number + 0.5

@@ -1,0 +1,382 @@
+"""Checks without a model: what each finds, what it must let through, in several scripts; leaks; data sets."""
+
+import doctest
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+
+from modeling_clara.synthesis import ask, checks, features
+from modeling_clara.synthesis.checks import (
+    check_answer,
+    check_copied,
+    check_duplicate,
+    check_fact,
+    check_kept,
+    check_language,
+    check_length,
+    check_names,
+    check_numbers,
+    check_of,
+    check_pair_names,
+    check_paraphrase_length,
+    keep_passing,
+    longest_run,
+    ngram_share,
+    passes,
+    run_checks,
+    stands_in,
+    summarize,
+)
+from modeling_clara.synthesis.leakage import LeakageGuard
+from recipes.spaces.metrics.rag_answer.rag_answer import answer_words, contains_run
+
+TARN = (
+    "Tarn is a town of 12,500 people in the north of Poland. Its tower was built in 1912 by Ilse Brand, a German "
+    "architect, and is 43.5 m high. The season 2012–13 brought 1.5 million visitors. The U.L.A. has three members."
+)
+TOKYO = "東京都は日本の首都である。1943年に東京府と東京市が統合された。人口は1400万人である。"
+MOSCOW = (
+    "Москва является столицей России. Население города составляет 13 миллионов человек, и он был основан в 1147 году."
+)
+CAIRO = "القاهرة هي عاصمة جمهورية مصر العربية وأكبر مدنها. تأسست المدينة عام ٩٦٩ ميلادي."
+
+
+# --- features --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "claim"),
+    [
+        ("12,500 people", "12500"),
+        ("12500 people", "12,500"),
+        ("12\u202f500 Einwohner", "12500"),
+        ("12.500 Einwohner", "12,500"),
+        ("1'200 francs", "1200"),
+        ("3.50 m", "3.5"),
+        ("3,5 m", "3.5"),
+        ("$7.412billion", "$7.412 billion"),
+        ("1.5 million people", "1,500,000"),
+        ("1,500,000 people", "1.5 million"),
+        ("two hundred ships", "200"),
+        ("the season 2012–13", "2013"),
+        ("class of '76", "1976"),
+        ("three members", "3"),
+        ("his first goal", "1"),
+        ("the 1990s", "1990"),
+        ("05 May", "5"),
+        ("a score of 3-2", "2"),
+        ("version 2.10.4", "version 2.10.4"),
+        ("5km", "5 km"),
+        ("the A4 motorway", "4"),
+        ("٩٦٩", "969"),
+        ("1400万人", "1400"),
+    ],
+)
+def test_the_same_number_in_another_form_is_the_same(text, claim):
+    assert check_numbers(text, claim) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "claim", "missing"),
+    [
+        ("12,500 people", "12,600", "12,600"),
+        ("12,500 people", "125", "125"),
+        ("built in 1912", "in 1921", "1921"),
+        ("3.5 m", "35 m", "35"),
+        ("1.5 million people", "1.6 million", "1.6"),
+        ("the season 2012–13", "2014", "2014"),
+        ("three members", "4", "4"),
+        ("1943年", "1944年", "1944"),
+        ("no number", "7", "7"),
+    ],
+)
+def test_another_number_is_found(text, claim, missing):
+    assert check_numbers(text, claim) == f"numbers: {missing} is not in the document"
+
+
+@pytest.mark.parametrize("module", [ask, checks, features])
+def test_examples_of_docstrings_hold(module):
+    assert doctest.testmod(module).failed == 0
+
+
+def test_digits_inside_a_claims_words_are_no_numbers():
+    assert check_numbers("water", "H2O and A380") is None
+
+
+def test_words_are_the_same_in_any_writing():
+    assert features.words("Kętrzyn’s U.L.A.") == features.words("KETRZYN's ULA")
+    assert features.words("\u1e9e-Straße") == ("ss", "strasse")
+    assert features.ngrams("abc", 2) == {("a", "b"), ("b", "c")} and features.jaccard(set(), set()) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("The tower of Ilse Brand.", ["Ilse Brand"]),
+        ("Ilse Brand built it. Everybody knows Tarn.", ["Ilse Brand", "Tarn"]),
+        ("Which German architect built it? Tarn", []),  # words that begin a sentence may be no names
+        ("It was Anne-Marie O'Neill in St. Paul's.", ["Anne-Marie O'Neill", "St"]),
+        ("He wrote “the red mill” and 「赤い水車」.", ["the red mill", "赤い水車"]),
+        ("東京都は日本の首都である", []),
+    ],
+)
+def test_names_are_capitalised_runs_and_quotations(text, names):
+    found = [name for name in features.names(text) if name != "German"]
+    assert found == names
+
+
+# --- single checks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "claim",
+    ["Ilse Brand", "by Germany's Ilse Brand", "the ULA in Tarn", "TARN", "the Brands", "Ilse Brandt", "Polands"],
+)
+def test_names_in_another_form_pass(claim):
+    assert check_names(TARN, f"It was {claim}") is None
+
+
+@pytest.mark.parametrize(("claim", "word"), [("Ilse Braun", "braun"), ("the Eiffel Tower", "eiffel")])
+def test_other_names_are_found(claim, word):
+    assert check_names(TARN, f"It was {claim}").startswith(f"names: {word} of ")
+
+
+def test_a_question_may_describe_what_the_document_names():
+    assert check_pair_names(TARN, "Which town in Eastern Europe has a tower by Ilse Brand?", "Tarn") is None
+    assert check_pair_names(TARN, "Who built the Old Church of Selby?", "Ilse Brand").startswith("names: old, ")
+    assert check_pair_names(TARN, "Who built it?", "It was Otto Wagner").startswith("names: otto of ")
+    assert check_pair_names(TARN, "Who built it?", "Otto did.") == "names: otto of 'Otto' is not in the document"
+    assert check_pair_names(TARN, "Was it high?", "Yes, it was. Three") is None
+
+
+@pytest.mark.parametrize(
+    ("document", "answer"),
+    [
+        (TARN, "Ilse Brand"),
+        (TARN, "A German architect built the tower."),
+        (TARN, "yes"),
+        (TARN, "Five"),
+        (TARN, "43.5 metres"),
+        (TOKYO, "日本の首都"),
+        (TOKYO, "東京府と東京市"),
+        (MOSCOW, "столица России"),
+        (CAIRO, "عاصمة جمهورية مصر العربية"),
+    ],
+)
+def test_an_answer_of_the_documents_words_passes(document, answer):
+    assert check_answer(document, "?", answer) is None
+
+
+@pytest.mark.parametrize(
+    ("document", "answer"),
+    [
+        (TARN, "sculptor"),
+        (TARN, "a famous gardener from abroad"),
+        (TOKYO, "大阪"),
+        (TOKYO, "韓国の首都ソウル"),
+        (MOSCOW, "Париж"),
+        (CAIRO, "دمشق"),
+    ],
+)
+def test_an_answer_from_elsewhere_is_found_in_any_script(document, answer):
+    assert check_answer(document, "?", answer).startswith("answer: ")
+
+
+def test_containment_is_that_of_the_evaluation():
+    answers = [
+        "Ilse Brand",
+        "the town of Tarn",
+        "tower built",
+        "in 1912 by Ilse",
+        "german architect and",
+        "Brand Ilse",
+    ]
+    for answer in answers:
+        assert stands_in(TARN, answer) == contains_run(answer_words(TARN), answer_words(answer))
+    assert stands_in(TARN, "town of 12,500 people") and stands_in(TOKYO, "日本の首都") and not stands_in(TARN, "the")
+
+
+@pytest.mark.parametrize(
+    ("document", "claim", "problem"),
+    [
+        (TARN, "Who built the tower that stands in the north of it?", None),
+        (TARN, "Wer hat den Turm gebaut, der in dem Norden von Polen steht?", "language: GERMAN is not ENGLISH"),
+        (TARN, "Кто построил башню?", "language: CYRILLIC is not the script of the document"),
+        (TARN, "東京", None),  # too short to say
+        (TOKYO, "日本の首都はどこですか", None),
+        (TOKYO, "What is the capital of this country?", "language: LATIN is not the script of the document"),
+        (MOSCOW, "Сколько человек живет в городе?", None),
+    ],
+)
+def test_another_language_is_found(document, claim, problem):
+    assert check_language(document, claim) == problem
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "problem"),
+    [
+        ("Who built the tower?", "Ilse Brand", None),
+        ("Who?", "Ilse Brand", "length: the question must have 3 to 60 words, got 1"),
+        ("Who built the tower?", "", "length: the answer must have 1 to 80 words, got 0"),
+        ("Who built the tower?", "a " * 81, "length: the answer must have 1 to 80 words, got 81"),
+        ("首都はどこ？", "東京", None),
+    ],
+)
+def test_length(question, answer, problem):
+    assert check_length("", question, answer) == problem
+
+
+OTHERS = [("When was the tower of Tarn built?", "1912"), ("What happened in 2011 in Tarn?", "a fire")]
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "is_duplicate"),
+    [
+        ("When was the tower of Tarn built?", "in 1912", True),
+        ("When was the tower of Tarn built", "1912", True),
+        ("WHEN was the tower in Tarn built?", "1912", False),  # few words: below the bound
+        ("When was the bridge of Tarn built?", "1931", False),
+        ("What happened in 2012 in Tarn?", "a flood", False),
+        ("What is the height of the tower?", "43.5 m", False),
+    ],
+)
+def test_near_duplicates(question, answer, is_duplicate):
+    reason = check_duplicate(question, answer, OTHERS)
+    assert (reason is not None and reason.startswith("duplicate: ")) == is_duplicate
+
+
+def test_the_longest_run_is_that_of_a_plain_search():
+    text, other = "a b c a b d c a b c a".split(), "c a b d a b c".split()
+    runs = [text[i:j] for i in range(len(text)) for j in range(i + 1, len(text) + 1)]
+    plain = max(len(run) for run in runs if any(other[i : i + len(run)] == run for i in range(len(other))))
+    assert longest_run(text, other) == plain == 4 and longest_run([], other) == 0
+
+
+def test_a_copy_is_found_and_a_paraphrase_is_not():
+    paraphrase = "In 1912 Ilse Brand, who was from Germany, finished the 43.5 m tower of the Polish town."
+    assert check_copied(TARN, TARN).startswith("copied: ")
+    assert check_copied(TARN, TARN.split(". The season")[0]).startswith("copied: ")
+    assert check_copied(TARN, paraphrase) is None and ngram_share(TARN, TARN, 5) == 1.0
+    sentences = [
+        f"Number {n} of the towers of {name} was built by a master in {n}." for n, name in enumerate("ABCDEF")
+    ]
+    shuffled = " ".join(reversed(sentences))  # no long run, but nothing of its own
+    assert check_copied(" ".join(sentences), shuffled).endswith("are the document's")
+    assert check_copied(TARN, "") == "length: the paraphrase is empty"
+
+
+def test_a_paraphrase_keeps_and_adds_nothing():
+    kept = (
+        "With 12500 inhabitants, Tarn lies in northern Poland. A German, the architect Ilse Brand, built a 43.5 m "
+        "tower there in 1912. In 2012–13 it had 1.5 million visitors, and the ULA has 3 members."
+    )
+    assert run_checks(TARN, paraphrase=kept) == []
+    assert check_kept(TARN, kept.replace("12500", "many").replace("43.5 m", "high").replace("1912", "a year"))
+    assert check_kept(TARN, kept.replace("Ilse Brand", "a person").replace("Poland", "it")).startswith(
+        "lost: the name"
+    )
+    assert [check_of(reason) for reason in run_checks(TARN, paraphrase=f"{kept} It burned in 1950.")] == ["numbers"]
+    assert check_paraphrase_length(TARN, "Tarn has a tower.").startswith("length: the paraphrase must have 0.5 to 2.5")
+
+
+def test_a_fact_that_the_document_does_not_say_is_found():
+    assert check_fact(TARN, "The tower of Tarn was built by Ilse Brand.") is None
+    for fact in ("The tower burned in 1950.", "It was seen by Otto Wagner.", "Bears eat honey every spring."):
+        assert check_fact(TARN, fact)
+
+
+# --- all checks, rows, data sets -------------------------------------------------------------------------------------
+
+GOOD = {"question": "Who built the tower of Tarn?", "answers": ["Ilse Brand"]}
+BAD = {"question": "When was the tower of Tarn built?", "answers": ["in 1913"]}
+ROWS = [
+    {"title": "Tarn", "text": TARN, "qas": [GOOD, BAD], "paraphrase": TARN},
+    {"title": "Tarn", "text": TARN, "qas": [GOOD], "paraphrase": None},
+]
+
+
+def test_every_reason_is_named():
+    reasons = run_checks(TARN, "Wer?", "Otto Wagner in 1850", others=[("Wer?", "Otto Wagner in 1850")])
+    assert [check_of(reason) for reason in reasons] == ["length", "numbers", "names", "answer", "duplicate"]
+
+
+def test_filter_and_map_of_datasets():
+    rows = Dataset.from_list(ROWS)
+    assert rows.filter(passes).to_list() == [ROWS[1]]
+    kept = rows.map(keep_passing).to_list()
+    assert [row["qas"] for row in kept] == [[GOOD], [GOOD]] and [row["paraphrase"] for row in kept] == [None, None]
+    assert [[check_of(r["reasons"][0]) for r in row["rejects"]] for row in kept] == [["numbers", "copied"], []]
+
+
+def test_the_summary_counts_shares():
+    summary = summarize(ROWS)
+    assert summary["pair"] == {
+        "n": 3,
+        "passed": 2 / 3,
+        "failed": {"numbers": 1 / 3},
+        "stands_in_document": 2 / 3,
+    }
+    assert summary["paraphrase"] == {"n": 1, "passed": 0.0, "failed": {"copied": 1.0}}
+
+
+# --- leaks -----------------------------------------------------------------------------------------------------------
+
+LONG = "Which architect from Germany built the tower of the town of Tarn in the year 1912?"
+EVALUATION = [
+    {
+        "question": "Who built it, then?",
+        "docs": [{"title": "A", "text": TARN}, "Other\nA text that is no gold document of the row."],
+        "pos_index": [0],
+    },
+    {"title": "B", "text": "The lake of Orme lies deep in the woods behind the mill.", "qas": [{"question": LONG}]},
+]
+
+
+@pytest.fixture(params=["dev.jsonl", "dev.jsonl.gz", "dev.parquet"])
+def files(request, tmp_path):
+    """One file a row, because their columns differ."""
+    paths = []
+    for number, row in enumerate(EVALUATION):
+        path = tmp_path / f"{number}-{request.param}"
+        if path.suffix == ".parquet":
+            row = {
+                **row,
+                "docs": [entry if isinstance(entry, str) else entry["text"] for entry in row.get("docs", [])],
+            }
+            pq.write_table(pa.Table.from_pylist([{**row, "docs": row["docs"] or None}]), path)
+        else:
+            with gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w") as file:
+                file.write(json.dumps(row) + "\n")
+        paths.append(path)
+    return paths
+
+
+def test_the_same_and_nearly_the_same_are_leaks(files):
+    guard = LeakageGuard(files)
+    for text in ("who built it then", LONG.upper(), TARN, EVALUATION[1]["text"]):
+        assert guard.check(text).startswith("leakage: it is in ")
+    near = LONG.replace("Which architect", "What architect")
+    assert guard.check(near).startswith("leakage: ") and guard.check(f"Poland. {TARN} It rains.")
+    for text in ("Who built it?", "A text that is no gold document of the row.", "Which architect built the tower?"):
+        assert guard.check(text) is None
+    assert check_of(run_checks(TARN, LONG, "Ilse Brand", guard=guard)[-1]) == "leakage"
+    assert not passes({**ROWS[1], "qas": [{"question": LONG, "answers": ["Ilse Brand"]}]}, guard)
+
+
+def test_an_evaluation_on_the_documents_themselves_guards_questions_only(files):
+    guard = LeakageGuard(files, documents=False)
+    assert guard.check(TARN) is None and guard.check(LONG)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"a": 1}\n', "must have questions or texts, found none"), ("[1]\n", "dev.jsonl:1 must be a JSON object")],
+)
+def test_a_file_that_guards_nothing_is_an_error(tmp_path, content, message):
+    (tmp_path / "dev.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        LeakageGuard([tmp_path / "dev.jsonl"])
