@@ -1,6 +1,6 @@
-"""A build of a corpus as tasks of datatrove: on this machine, on Slurm or on Ray.
+"""Work on many documents as tasks of datatrove: on this machine, on Slurm or on Ray.
 
-Every task is one rank of `CompressedCorpus.build`; `compress.py` has the command.
+Every task is one rank of a build (`compress.py`) or of a synthesis (`synthesize.py`).
 """
 
 import argparse
@@ -12,6 +12,8 @@ from datatrove.pipeline.base import PipelineStep
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus
 from modeling_clara.cli import build_options, weight_options
+from modeling_clara.cli.models import show_progress
+from modeling_clara.cli.synthesize import run_synthesis
 
 
 class CompressDocuments(PipelineStep):
@@ -38,10 +40,28 @@ class CompressDocuments(PipelineStep):
         return data
 
 
-def build_executor(arguments: argparse.Namespace) -> PipelineExecutor:
-    """datatrove's executor for this machine, Slurm or Ray."""
+class SynthesizeData(PipelineStep):
+    """One task of a synthesis, with the arguments of the command."""
+
+    name = "CLaRa synthesis"
+    type = "Model call"
+
+    def __init__(self, arguments: argparse.Namespace):
+        super().__init__()
+        self.arguments = arguments
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1):
+        """Do rank `rank` of `world_size`."""
+        show_progress(False)
+        with self.track_time("job"):
+            run_synthesis(argparse.Namespace(**vars(self.arguments) | {"rank": rank, "world_size": world_size}))
+        return data
+
+
+def build_executor(arguments: argparse.Namespace, step: type[PipelineStep] = CompressDocuments) -> PipelineExecutor:
+    """datatrove's executor of a step, for this machine, Slurm or Ray."""
     logs = str(arguments.logs or f"{arguments.output.rstrip('/')}-logs")
-    common = {"pipeline": [CompressDocuments(arguments)], "tasks": arguments.tasks, "logging_dir": logs}
+    common = {"pipeline": [step(arguments)], "tasks": arguments.tasks, "logging_dir": logs}
     if arguments.executor == "local":
         return LocalPipelineExecutor(workers=arguments.workers or arguments.tasks, **common)
     common |= {"workers": arguments.workers or -1}
@@ -50,7 +70,7 @@ def build_executor(arguments: argparse.Namespace) -> PipelineExecutor:
         return RayPipelineExecutor(**common)
     common["sbatch_args"] = {"gres": arguments.gres} if arguments.gres else {}
     return SlurmPipelineExecutor(
-        time=arguments.time, partition=arguments.partition, job_name="clara-compress", **common
+        time=arguments.time, partition=arguments.partition, job_name=f"clara-{step.__name__.lower()}", **common
     )
 
 

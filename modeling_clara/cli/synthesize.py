@@ -76,32 +76,11 @@ def parse_setting(text: str) -> tuple[str, object]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns the exit status."""
-    from ..synthesis.preview import estimate, preview
-    from ..synthesis.run import open_run, synthesize
-
     show_progress()
-    options = run_options(arguments)
-    if arguments.dry_run:
-        estimated = estimate(open_run(arguments.input, arguments.output or "new", **options), read_prices(arguments))
-        print(json.dumps(estimated, indent=2) if arguments.json else describe_estimate(estimated))
-        return 0
-    if arguments.preview is not None:
-        opened = open_run(arguments.input, arguments.output or "new", **options)
-        shown = preview(opened, lambda: open_teacher(arguments), arguments.preview)
-        print(json.dumps(shown, indent=2, default=str) if arguments.json else "\n\n".join(map(describe_look, shown)))
-        return 0
-    if not arguments.output:
-        raise ValueError("`output` must name a folder or a .jsonl file, got none. Add -o NAME.")
+    if arguments.dry_run or arguments.preview is not None:
+        return look(arguments)
     try:
-        report = synthesize(
-            arguments.input,
-            arguments.output,
-            lambda: open_teacher(arguments),
-            concurrency=arguments.concurrency,
-            prices=read_prices(arguments),
-            card=card_fields(arguments),
-            **options,
-        )
+        report = run_synthesis(arguments)
     except KeyboardInterrupt:
         print("What is done is kept: the same command goes on from there.", file=sys.stderr)
         raise
@@ -113,6 +92,38 @@ def run(arguments: argparse.Namespace) -> int:
     print(json.dumps(report, indent=2) if arguments.json else describe_report(report))
     left_out = report["rejects"].get("document", {})
     return int(arguments.strict and bool({"failed", "unsupported", "empty"} & left_out.keys()))
+
+
+def look(arguments: argparse.Namespace) -> int:
+    """`--dry-run` and `--preview`; returns the exit status."""
+    from ..synthesis.preview import estimate, preview
+    from ..synthesis.run import open_run
+
+    opened = open_run(arguments.input, arguments.output or "new", **run_options(arguments))
+    if arguments.dry_run:
+        estimated = estimate(opened, read_prices(arguments))
+        print(json.dumps(estimated, indent=2) if arguments.json else describe_estimate(estimated))
+        return 0
+    shown = preview(opened, lambda: open_teacher(arguments), arguments.preview)
+    print(json.dumps(shown, indent=2, default=str) if arguments.json else "\n\n".join(map(describe_look, shown)))
+    return 0
+
+
+def run_synthesis(arguments: argparse.Namespace) -> dict | None:
+    """`synthesize` with the options of the command; one rank of recipes/synthesize.py, too."""
+    from ..synthesis.run import synthesize
+
+    if not arguments.output:
+        raise ValueError("`output` must name a folder or a .jsonl file, got none. Add -o NAME.")
+    return synthesize(
+        arguments.input,
+        arguments.output,
+        lambda: open_teacher(arguments),
+        concurrency=arguments.concurrency,
+        prices=read_prices(arguments),
+        card=card_fields(arguments),
+        **run_options(arguments),
+    )
 
 
 def run_options(arguments: argparse.Namespace) -> dict:

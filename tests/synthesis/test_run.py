@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import random
 import resource
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,6 +22,7 @@ from modeling_clara.synthesis.run import synthesize
 from recipes.publishing.checks import check_card, check_paths
 from recipes.training.data import read_documents, read_targets
 
+ROOT = Path(__file__).parents[2]
 CONCURRENCY = 8
 PROCESSES = multiprocessing.get_context("forkserver")  # so that a process to kill starts in no time
 PROCESSES.set_forkserver_preload(["modeling_clara.synthesis.engine", "modeling_clara.synthesis.scp", "openai"])
@@ -73,7 +76,7 @@ def accounted(output: Path, rejects: Path) -> Counter:
 
 
 def test_a_run_that_is_killed_repeats_at_most_the_calls_in_flight(tmp_path):
-    documents, n, kills = write_documents(tmp_path, 40), 40, 0
+    documents, n, kills = write_documents(tmp_path, 25), 25, 0
     with TeacherServer() as server:
         expected = run(documents, tmp_path / "whole.jsonl", server.base_url)
         once = Counter(server.answered)
@@ -82,7 +85,7 @@ def test_a_run_that_is_killed_repeats_at_most_the_calls_in_flight(tmp_path):
         output = tmp_path / "killed.jsonl"
         while not (tmp_path / "killed.synthesis.json").exists():
             process = started(run, documents, output, server.base_url)
-            until = sum(server.answered.values()) + generator.randrange(10, 150)
+            until = sum(server.answered.values()) + generator.randrange(10, 100)
             while process.is_alive() and sum(server.answered.values()) < until:
                 time.sleep(0.001)
             kills += process.is_alive()
@@ -217,3 +220,23 @@ def test_what_cannot_be_read_is_a_reject(tmp_path):
         "b.txt": "empty",
         "c.bin": "unsupported",
     }
+
+
+@pytest.mark.slow
+def test_two_workers_of_datatrove_share_a_run(tmp_path):
+    documents = write_documents(tmp_path, 6)
+    with TeacherServer() as server:
+        command = ["-m", "recipes.synthesize", str(documents), "-o", str(tmp_path / "data.jsonl"), "--tasks", "2"]
+        command += [
+            "--model",
+            "loopback-teacher",
+            "--base-url",
+            server.base_url,
+            "--rounds",
+            "1",
+            "--set",
+            "complex=0",
+        ]
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "6 of 6 chunks accepted" in done.stdout and len(read_lines(tmp_path / "data.jsonl")) == 6
