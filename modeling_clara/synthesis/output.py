@@ -216,10 +216,9 @@ def write_parquet(folder: Path, work: Path, n_rows: int) -> dict[str, str]:
     n_files = max(1, -(-n_rows // ROWS_PER_FILE))
     rows = batches()
     for number in range(n_files):
-        some = list(itertools.islice(rows, ROWS_PER_FILE // BATCH))
         with replacing(folder / f"train-{number:05d}-of-{n_files:05d}.parquet") as partial:
             with pq.ParquetWriter(partial, schema) as writer:
-                for batch in some:
+                for batch in itertools.islice(rows, ROWS_PER_FILE // BATCH):
                     writer.write_table(pa.Table.from_pylist(batch, schema=schema))
     return {field.name: str(field.type) for field in schema}
 
