@@ -149,6 +149,7 @@ class SynthesisRunner(InferenceRunner):
         checkpoints = str(folder / "checkpoints")
         self.request_cache = DurableCache(checkpoints)
         self.checkpoint_manager = SafeCheckpoints(checkpoints, RECORDS_PER_CHUNK, self.request_cache)
+        self.metrics.window = 1  # seconds for which datatrove remembers every request
         self.teacher, self.in_flight = teacher, asyncio.Semaphore(concurrency)
 
     def _init_server(self, rank: int) -> TeacherServer:
