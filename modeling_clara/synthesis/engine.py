@@ -151,14 +151,27 @@ class SynthesisRunner(InferenceRunner):
         self.checkpoint_manager = SafeCheckpoints(checkpoints, RECORDS_PER_CHUNK, self.request_cache)
         self.metrics.window = 1  # seconds for which datatrove remembers every request
         self.teacher, self.in_flight = teacher, asyncio.Semaphore(concurrency)
+        self.n_running, self.is_over = 0, False
 
     def _init_server(self, rank: int) -> TeacherServer:
         return TeacherServer(self.teacher)
 
     async def _cached_request(self, *args, **kwargs) -> InferenceResult:
-        """A call is in flight until its answer is on disk: datatrove's own makes the next one before."""
+        """A call is in flight until its answer is on disk: datatrove's own makes the next one before.
+
+        When the budget is spent, answers that have come are kept before the run ends.
+        """
         async with self.in_flight:
-            return await super()._cached_request(*args, **kwargs)
+            self.n_running += 1
+            try:
+                return await super()._cached_request(*args, **kwargs)
+            except ServerError as error:
+                self.is_over = self.is_over or isinstance(error.error, OutOfBudget)
+                raise
+            finally:
+                self.n_running -= 1
+                while self.is_over and self.n_running:
+                    await asyncio.sleep(0.01)
 
     async def _async_data_gen(self, sync_gen: Iterable[Document]) -> AsyncIterator[Document]:
         """datatrove's own crosses to the thread for every document, which is most of the time of a resumed run."""

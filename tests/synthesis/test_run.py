@@ -25,7 +25,9 @@ from recipes.training.data import read_documents, read_targets
 ROOT = Path(__file__).parents[2]
 CONCURRENCY = 8
 PROCESSES = multiprocessing.get_context("forkserver")  # so that a process to kill starts in no time
-PROCESSES.set_forkserver_preload(["modeling_clara.synthesis.engine", "modeling_clara.synthesis.scp", "openai"])
+PRELOADED = ["modeling_clara.synthesis.engine", "modeling_clara.synthesis.scp", "modeling_clara.synthesis.run"]
+PRELOADED += ["openai", "datasets", "recipes.publishing.checks", "recipes.training.data"]
+PROCESSES.set_forkserver_preload(PRELOADED)
 
 
 def write_documents(folder: Path, n: int) -> Path:
