@@ -146,7 +146,7 @@ def _is_known(word: str, known: frozenset[str]) -> bool:
 
 
 def _is_inflected(word: str, other: str) -> bool:
-    """Whether words differ in their last letters only: столица and столицей, recognise and recognized."""
+    """Whether words differ in their last letters only: столица and столицей, but Brand and Brandt as well."""
     return len(word) > 4 and len(os.path.commonprefix([word, other])) >= INFLECTED * max(len(word), len(other))
 
 

@@ -134,10 +134,11 @@ def test_names_are_capitalised_runs_and_quotations(text, names):
 
 @pytest.mark.parametrize(
     "claim",
-    ["Ilse Brand", "by Germany's Ilse Brand", "the ULA in Tarn", "TARN", "the Brands", "Ilse Brandt", "Polands"],
+    ["Ilse Brand", "by Germany's Ilse Brand", "the ULA in Tarn", "TARN", "the Brands"],
 )
 def test_names_in_another_form_pass(claim):
     assert check_names(TARN, f"It was {claim}") is None
+    assert check_names(MOSCOW, "Он живет в Москве") is None and check_names(MOSCOW, "Он живет в Париже")
 
 
 @pytest.mark.parametrize(("claim", "word"), [("Ilse Braun", "braun"), ("the Eiffel Tower", "eiffel")])
