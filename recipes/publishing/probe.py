@@ -37,12 +37,13 @@ def describe_model(model) -> dict:
         `fingerprint`; `memory` and `query_memory`, SHA-256 of their float32 bytes; `answers`, from memory and with the
         best document read as text.
     """
-    options = {"documents": DOCUMENTS, "top_k": 1, "min_score": -1.0, "max_new_tokens": 16}
+    documents = [model.processor.split_document(document)[0] for document in DOCUMENTS]  # of the first chunk
+    options = {"documents": documents, "top_k": 1, "min_score": -1.0, "max_new_tokens": 16}
     answers = [*model.answer(QUESTIONS, **options), *model.answer(QUESTIONS, **options, expand=1)]
     query_memory = model.encode_queries(QUESTIONS, memory_size=model.config.memory_sizes[0])
     return {
         "fingerprint": model.fingerprint,
-        "memory": _sha256(model.compress(DOCUMENTS)),
+        "memory": _sha256(model.compress(documents)),
         "query_memory": _sha256(query_memory),
         "answers": [answer.text for answer in answers],
     }
