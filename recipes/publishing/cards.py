@@ -135,7 +135,7 @@ def render(template: str, fields: Mapping, source: Path, *, is_text: bool = Fals
     """A template file, or with `is_text` a text, with its fields; a ValueError names one that is missing."""
     options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "keep_trailing_newline": True}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), **options)
-    environment.filters["code"] = _code
+    environment.filters |= {"code": _code, "cell": _cell}
     name = "a text" if is_text else f"the template {template}"
     try:
         return (environment.from_string(template) if is_text else environment.get_template(template)).render(fields)
@@ -156,6 +156,11 @@ def _code(value) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_code(key)}: {_code(entry)}" for key, entry in value.items()) + "}"
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' if isinstance(value, str) else str(value)
+
+
+def _cell(value) -> str:
+    """A text inside a table."""
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def write_card(folder: Path, source: Path) -> Path:

@@ -201,8 +201,7 @@ def rows(tmp_path) -> Path:
     table = pa.table({"question": ["a", "b"], "pos_index": [[0], [1]]})
     for number in range(2):
         pq.write_table(table, folder / "data" / f"train-0000{number}-of-00002.parquet")
-    with gzip.open(folder / "dev.set.jsonl.gz", "wt") as file:
-        file.write('{"question": "c", "pos_index": null}\n\n{"question": "d", "pos_index": [2]}\n')
+    pq.write_table(pa.table({"question": ["c", "d"], "pos_index": pa.nulls(2)}), folder / "dev.set.parquet")
     return folder
 
 
@@ -212,13 +211,12 @@ def test_a_data_card_has_rows_columns_and_splits(rows, tmp_path):
     card = DatasetCard(data_card(rows, source))
     assert "| train | 4 | 0.0 | 2 |" in card.text and "| dev_set | 2 | 0.0 | 1 |" in card.text
     assert re.search(r"^\| `question` \| string \| what is asked \|$", card.text, re.M)
-    assert re.search(r"^\| `pos_index` \| list<element: int64> or null or list \|  \|$", card.text, re.M)
+    assert re.search(r"^\| `pos_index` \| list<element: int64> or null \|  \|$", card.text, re.M)
     assert card.data.license == "cc0-1.0" and card.data.size_categories == ["n<1K"]
-    train, dev = card.data.to_dict()["configs"]  # of two formats
-    assert dev == {"config_name": "dev_set", "data_files": [{"split": "dev_set", "path": ["dev.set.jsonl.gz"]}]}
+    (config,) = card.data.to_dict()["configs"]
     paths = [f"data/train-0000{number}-of-00002.parquet" for number in range(2)]
-    assert train == {"config_name": "train", "data_files": [{"split": "train", "path": paths}]}
-    assert "Its configurations are `train`, `dev_set`." in card.text
+    splits = [{"split": "train", "path": paths}, {"split": "dev_set", "path": ["dev.set.parquet"]}]
+    assert config == {"config_name": "default", "data_files": splits}
     assert main([str(rows), str(source)]) == 0 and (rows / "README.md").read_text() == data_card(rows, source)
     (code,) = snippets(card.text.replace("ORG/NAME", str(rows)))
     assert execute(code + "print(len(rows['train']))") == "4"
@@ -247,11 +245,75 @@ def test_a_data_card_needs_its_fields(rows, tmp_path, capsys, name):
     assert not (rows / "README.md").exists()
 
 
+def test_cells_of_a_data_card_stay_cells(tmp_path):
+    rows, source = tmp_path / "rows", tmp_path / "card.yaml"
+    rows.mkdir()
+    (rows / "train.jsonl").write_text('{"a|b\\nc": 1}\n')
+    source.write_text(yaml.safe_dump(DATA | {"columns": {"a|b\nc": "one|other\nline"}}))
+    assert r"| `a\|b c` | int | one\|other line |" in data_card(rows, source)
+
+
+LINE = b'{"a": 1}\n'
+UNREADABLE = {  # file -> (content, what is said)
+    "train.jsonl": (b"", "train.jsonl must have rows"),
+    "blank.jsonl": (b" \n\n", "blank.jsonl must have rows"),
+    "nan.jsonl": (LINE + b'\n{"a": NaN}\n', "line 3 of nan.jsonl must be JSON in UTF-8: NaN"),
+    "huge.jsonl": (LINE + b'{"a": 1e400}\n', "line 2 of huge.jsonl must be JSON in UTF-8: 1e400"),
+    "latin.jsonl": ('{"a": "caf\xe9"}\n'.encode("latin-1"), "line 1 of latin.jsonl must be JSON in UTF-8"),
+    "bom.jsonl": (b"\xef\xbb\xbf" + LINE, "line 1 of bom.jsonl must be JSON in UTF-8: Unexpected UTF-8 BOM"),
+    "broken.jsonl": (LINE + b"\n" + b'{"a": \n', "line 3 of broken.jsonl must be JSON in UTF-8"),
+    "list.jsonl": (LINE + b"[1]\n", "line 2 of list.jsonl must be an object"),
+    "deep.jsonl": (b"[" * 100_000, "line 1 of deep.jsonl must be JSON"),
+    "cut.jsonl.gz": (gzip.compress(LINE * 1000)[:-20], "cut.jsonl.gz must be a whole gzip file"),
+    "plain.jsonl.gz": (LINE, "plain.jsonl.gz must be a whole gzip file"),
+    "footer.parquet": (b"PAR1 and no footer", "footer.parquet must be a whole Parquet file"),
+    "empty.parquet": (None, "empty.parquet must have rows"),
+}
+
+
+def write_rows(path: Path, content: bytes | None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if content is None:
+        pq.write_table(pa.table({"a": pa.array([], pa.int64())}), path)
+    else:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, name):
+    content, words = UNREADABLE[name]
+    write_rows(tmp_path / name, content)
+    with pytest.raises(ValueError, match="^" + re.escape(words)):
+        data_card(tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("train.parquet", "test.jsonl"), "must be of one format, got train.parquet and test.jsonl"),
+        (("train.jsonl", "more.csv"), "got more.csv"),
+        (("train.jsonl", "more.TSV.gz"), "got more.TSV.gz"),
+        (("train.jsonl", "test.JSONL"), "got test.JSONL"),
+        (("de/train.jsonl", "en/train.jsonl"), "de/train.jsonl and en/train.jsonl must be of different splits"),
+        (("a/train-00000-of-00002.jsonl", "b/train-00001-of-00002.jsonl"), "must be of different splits"),
+        (("train.jsonl", "train.jsonl.gz"), "must be of different splits"),
+        (("a.b.jsonl", "a_b.jsonl"), "must be of different splits"),
+    ],
+)
+def test_files_that_cannot_be_published_together_are_named(tmp_path, names, words):
+    for name in names:
+        is_parquet, is_packed = name.endswith(".parquet"), name.endswith(".gz")
+        write_rows(tmp_path / name, None if is_parquet else gzip.compress(LINE) if is_packed else LINE)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        data_card(tmp_path, None)
+
+
 def test_a_folder_without_data_and_rows_that_are_none(rows, tmp_path, capsys):
     (tmp_path / "card.yaml").write_text(yaml.safe_dump(DATA))
-    (rows / "bad.jsonl").write_text("{}\n[1]\n")
+    shutil.rmtree(rows)
+    write_rows(rows / "bad.jsonl", b"{}\n[1]\n")
     assert main([str(rows), str(tmp_path / "card.yaml")]) == 1
-    assert "row 2 of" in capsys.readouterr().err
+    assert "line 2 of bad.jsonl" in capsys.readouterr().err
     shutil.rmtree(rows)
     rows.mkdir()
     assert main([str(rows), str(tmp_path / "card.yaml")]) == 1
