@@ -152,20 +152,36 @@ def fields(tmp_path: Path, **changes) -> Path:
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"limits": "left out"}, "'limits' is undefined"),
-        ({"limits": None}, "'limits' is undefined"),
-        ({"example": {"documents": []}}, "has no attribute 'question'"),
-        ({"metadata": {"language": "en"}}, "`metadata.license`"),
-        ({"metadata": "left out"}, "`metadata`"),
+        ({"limits": "left out"}, "`limits` must be in"),
+        ({"limits": None}, "`limits` must be in"),
+        ({"limits": " "}, "`limits` of"),
+        ({"limits": {"a": 1}}, "`limits` of"),
+        ({"name": ["a"]}, "`name` of"),
+        ({"example": {"documents": ["a"]}}, "`example.question` must be in"),
+        ({"example": {"documents": ["a"], "question": 7}}, "`example.question` of"),
+        ({"example": {"documents": "a", "question": "b"}}, "`example.documents` of"),
+        ({"example": {"documents": [{"title": "a"}], "question": "b"}}, "`example.documents` of"),
+        ({"data": ["joint"]}, "`data` of"),
+        ({"limit": "Many."}, "`limit` of"),
+        ({"metadata": {"language": "en"}}, "`metadata.license` must be in"),
+        ({"metadata": {"license": "mit", "tags": "clara"}}, "`metadata.tags` of"),
+        ({"metadata": {"license": "mit", "language": False}}, "`metadata.language` of"),
+        ({"metadata": {"license": "mit", "model_name": "a"}}, "`metadata.model_name` of"),
+        ({"metadata": "left out"}, "`metadata` must be in"),
+        ({"metadata": "mit"}, "`metadata` of"),
         ({"licences": "{{ config.nothing }}"}, "has no attribute 'nothing'"),
-        ({"use": "{% if %}"}, "Expected an expression"),
+        ({"licences": "{{ nothing }}"}, "'nothing' is undefined"),
+        ({"licences": "{{ 1/0 }}"}, "`licences` of"),
+        ({"example": {"documents": ["{{ [].pop() }}"], "question": "b"}}, "`example.documents` of"),
+        ({"use": "{% if %}"}, "`use` of"),
     ],
 )
-def test_a_missing_field_is_named_and_nothing_is_written(folder, tmp_path, capsys, changes, name):
+def test_a_missing_or_wrong_field_is_named_and_nothing_is_written(folder, tmp_path, capsys, changes, name):
     before = (folder / "README.md").read_bytes()
     assert main([str(folder), str(fields(tmp_path, **changes))]) == 1
     error = capsys.readouterr().err
     assert name in error and str(tmp_path / "card.yaml") in error and error.startswith("error: ")
+    assert error.count("\n") == 1 and ("Add the field." in error) == ("must be in" in error)
     assert (folder / "README.md").read_bytes() == before and not list(folder.glob(".README*"))
 
 
