@@ -22,10 +22,12 @@ from test_hub_loading import upload
 from modeling_clara import CLaRaForRAG, CompressedCorpus
 from modeling_clara.checksums import compare_checksums, read_checksums
 from modeling_clara.corpus.card import render as render_corpus
+from modeling_clara.files_clara import model_card as first_card
 from modeling_clara.manifest_clara import Manifest
 from recipes.evaluation.report import update_card
 from recipes.models import pico, smollm2_135m
 from recipes.publishing.cards import data_card, main, model_card, published_card, write_card
+from recipes.spaces.publish import LEADERBOARD, METRICS, build_space
 
 ROOT = Path(__file__).parents[2]
 CARDS = ROOT / "model_cards"
@@ -64,6 +66,18 @@ def test_a_published_card_has_ids_commit_and_checksums(tmp_path):
 def test_a_folder_without_a_card_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"README.md must be the card"):
         published_card(tmp_path, "me/model", None)
+
+
+@pytest.mark.parametrize(
+    "space", [*METRICS.glob("*/README.md"), LEADERBOARD / "README.md"], ids=lambda p: p.parent.name
+)
+def test_a_published_space_has_its_id_and_needs_no_clone(tmp_path, space):
+    build_space(space.parent, tmp_path / "space")
+    card = published_card(tmp_path / "space", "me/space", None)
+    form = "ORG/NAME|OWNER|COMMIT|FOLDER_OR|<namespace>|<commit>|recipes/spaces"
+    assert "me/space" in card and not re.search(form, card)
+    blocks = "".join(re.findall(r"^```(?:bash|pycon)\n(.*?)^```$", card, re.M | re.S))
+    assert "me/space" in blocks and "recipes" not in blocks
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +122,22 @@ def test_a_corpus_that_changes_loses_its_checksums(tmp_path):
     assert not read_checksums((folder / "README.md").read_text())
 
 
+def test_a_corpus_that_changes_loses_what_was_measured(shared_model, tmp_path):
+    folder = tmp_path / "corpus"
+    corpus = CompressedCorpus.build(shared_model, ["one"], folder)
+    text = (folder / "README.md").read_text()
+    assert "\n1 document in 1 span, each" in text and "| 1 Parquet shard," in text
+    corpus = CompressedCorpus.open(folder, model=shared_model)
+    changes = [lambda: corpus.add([{"id": "x", "text": "two"}]), lambda: corpus.delete(["x"])]
+    for change in changes:
+        corpus.record_measurement({"data": "d", "questions": 1, "codecs": {"int8": {"bytes": 8, "f1": 1.0}}})
+        assert "Measured with 1 question of d" in (folder / "README.md").read_text()
+        corpus.compact()
+        assert "Measured with 1 question of d" in (folder / "README.md").read_text()
+        change()
+        assert "was not measured" in (folder / "README.md").read_text() and not Manifest.read(folder).measured
+
+
 # --- as it is rendered -----------------------------------------------------------------------------------------------
 
 
@@ -133,6 +163,13 @@ def test_metadata_and_files_of_shipped_cards_are_true(name):
     assert all((CARDS / name / image).is_file() for image in re.findall(r"!\[[^]]*\]\(([^)]+)\)", card.text))
     paths = re.findall(r"`(recipes/[\w./]+)`", card.text)
     assert paths and all((ROOT / path).exists() for path in paths)
+
+
+def test_the_card_of_a_new_checkpoint_reads_like_no_form(shared_model):
+    config = shared_model.config
+    card = first_card(config, include_backbone=True)
+    assert f"into {' or '.join(map(str, config.memory_sizes))} memory tokens" in card
+    assert "are plain PEFT adapters of its backbone." in card
 
 
 @pytest.fixture
