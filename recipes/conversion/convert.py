@@ -91,7 +91,7 @@ def convert(source: Path, target: Path, backbone: str | None = None, prompts: Pa
     weights |= read_adapters(adapters, settings, model)
     missing = [role for role, name in ADAPTERS.items() if name not in adapters]
     check_prompts(model)
-    write(model, weights, target, card(model.config, source))
+    write(model, weights, target, card(model.config))
     n_parameters = sum(p.numel() for name, p in model.backbone.named_parameters() if ".lora_" not in name)
     return Conversion(model, missing, notes(adapters, tokenizer), n_parameters)
 
@@ -332,11 +332,11 @@ def notes(adapters: Mapping, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return found
 
 
-def card(config: CLaRaConfig, source: Path) -> str:
+def card(config: CLaRaConfig) -> str:
     """The README.md of the result."""
+    size = f"{config.max_memory_size} memory vectors of {config.document_max_length} tokens"
     note = (
-        f"Converted from the checkpoint `{source.resolve().parent.name}/{source.resolve().name}` of the reference "
-        "implementation (apple/ml-clara) by `recipes/convert_reference.py`. The licence of that checkpoint applies: "
-        "write it into this card before you publish it.\n"
+        "Converted by `recipes/convert_reference.py` from a CLaRa checkpoint of the reference implementation "
+        f"(apple/ml-clara), {size}. The licence of that checkpoint applies.\n"
     )
     return f"{model_card(config, include_backbone=False).rstrip()}\n\n{note}"

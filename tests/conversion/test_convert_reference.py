@@ -61,6 +61,14 @@ def test_the_same_documents_are_chosen_with_the_same_scores(case):
         assert [source.score for source in row] == pytest.approx(scores[chosen].tolist(), abs=1e-4)
 
 
+def test_the_card_names_the_sizes_and_no_folder(case):
+    reference, _ = case
+    card = (reference.source.parent / "ours" / "README.md").read_text()
+    size = f"{N} memory vectors of {MAX_LENGTH} tokens"
+    assert f"(apple/ml-clara), {size}. The licence of that checkpoint applies." in card
+    assert f"{reference.source.parent.name}/" not in card and "before you publish" not in card
+
+
 def test_prompts_are_token_for_token_the_same(case):
     reference, model = case
     for question in [*QUESTIONS, None]:
