@@ -38,7 +38,7 @@ def describe_model(model) -> dict:
         best document read as text.
     """
     documents = [model.processor.split_document(document)[0] for document in DOCUMENTS]  # of the first chunk
-    options = {"documents": documents, "top_k": 1, "min_score": -1.0, "max_new_tokens": 16}
+    options = {"documents": documents, "top_k": 1, "min_score": -1.0, "max_new_tokens": 6}
     answers = [*model.answer(QUESTIONS, **options), *model.answer(QUESTIONS, **options, expand=1)]
     query_memory = model.encode_queries(QUESTIONS, memory_size=model.config.memory_sizes[0])
     return {
