@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub.errors import HTTPError
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from recipes.publishing.build import Built, building
 from recipes.publishing.kinds import KINDS
@@ -46,6 +46,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"`--repo-id` must be ORG/NAME, got {arguments.repo_id}. Add the organisation or your user name."
         )
+    if arguments.repo_id:
+        try:
+            validate_repo_id(arguments.repo_id)
+        except HFValidationError as error:
+            raise ValueError(f"`--repo-id` must be ORG/NAME, got {arguments.repo_id}: {error} Correct it.") from None
     if arguments.token:
         os.environ["HF_TOKEN"] = arguments.token  # for this process and the clean one
     variables = dict(entry.partition("=")[::2] for entry in arguments.variable)

@@ -11,20 +11,24 @@ from .storage_clara import file_sha256
 BEGIN, END = "<!-- clara checksums: begin -->", "<!-- clara checksums: end -->"
 MANIFEST = "corpus.json"  # has the digests of a corpus's shards and codecs
 WEIGHTS = {".safetensors", ".parquet", ".jsonl", ".csv", ".gz"}
-CODE = {".py", ".js", ".jinja", ".bin", ".pt", ".pth", ".pkl", ".ckpt"}  # a pickle can run anything as well
+SETTINGS = {".json", ".txt", ".model"}  # configuration, tokenizers, requirements
+COMPILED = {".pyc", ".so", ".pyd", ".dll", ".dylib"}
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5"}  # can run anything
+CODE = {".py", ".js", ".jinja"} | COMPILED | PICKLES
 SECTION = re.compile(rf"\s*{BEGIN}(?:(?!{BEGIN}).)*?{END}", re.DOTALL)
 ROW = re.compile(r"^\| `(.+)` \| [\d,]+ \| `([0-9a-f]{64})` \|$", re.MULTILINE)
 
 
 def checksums_section(folder: Path) -> str:
-    """The collapsed table of a folder's weights, data and code: name, bytes, SHA-256; empty if it has none of them."""
+    """The collapsed table of a folder's files: name, bytes, SHA-256; empty if it has none that belong there."""
     rows = [
         f"| `{name}` | {(folder / name).stat().st_size:,} | `{file_sha256(folder / name)}` |"
         for name in _listed(Path(folder))
+        if not name.endswith(".pyc")  # Python leaves them there, and nobody publishes them
     ]
     if not rows:
         return ""
-    head = ["<details>", "<summary>SHA-256 of weights and code</summary>", "", "| file | bytes | SHA-256 |"]
+    head = ["<details>", "<summary>SHA-256 of the files</summary>", "", "| file | bytes | SHA-256 |"]
     return "\n".join([BEGIN, *head, "| --- | --- | --- |", *rows, "", "</details>", END])
 
 
@@ -77,7 +81,7 @@ def compare_checksums(card: str, folder: Path, *, complete: bool = True) -> list
     problems += [
         f"`{name}` must be in the card's list to be run, but is not. Read it, or remove it."
         for name in _listed(folder)
-        if name not in listed and PurePosixPath(name).suffix in CODE
+        if name not in listed and PurePosixPath(name).suffix.lower() in CODE
     ]
     return problems
 
@@ -86,5 +90,7 @@ def _listed(folder: Path) -> list[str]:
     """Names of the files that belong in the list, with forward slashes."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     if (folder / MANIFEST).is_file():  # index/ can be made again; no code is loaded from there
-        return sorted(p.as_posix() for p in paths if p.name == MANIFEST or p.suffix in CODE and p.parts[0] != "index")
-    return sorted(path.as_posix() for path in paths if path.suffix in WEIGHTS | CODE)
+        kept = (p for p in paths if p.as_posix() == MANIFEST or p.suffix.lower() in CODE and p.parts[0] != "index")
+    else:
+        kept = (path for path in paths if path.suffix.lower() in WEIGHTS | SETTINGS | CODE)
+    return sorted(path.as_posix() for path in kept)

@@ -49,7 +49,7 @@ model = AutoModel.from_pretrained("ORG/NAME", revision="COMMIT", trust_remote_co
 model.answer(["..."], documents=["...", "..."])
 ```
 
-`compressor/`, `reasoner/` and `generator/` are plain PEFT adapters of `{backbone}`.
+`compressor/`, `reasoner/` and `generator/` are plain PEFT adapters of {backbone}.
 """
 
 
@@ -200,8 +200,8 @@ def model_card(config: CLaRaConfig, include_backbone: bool) -> str:
     is_hub_id = not include_backbone and config.backbone_revision is not None
     return CARD.format(
         base_model=f"base_model: {name}\n" if is_hub_id else "",
-        memory_sizes=", ".join(map(str, config.memory_sizes)),
-        backbone=name if is_hub_id else "the backbone",
+        memory_sizes=" or ".join(map(str, config.memory_sizes)),
+        backbone=f"`{name}`" if is_hub_id else "its backbone",
     )
 
 

@@ -273,9 +273,8 @@ class CLaRaProcessor(ProcessorMixin):
                 memory_mask += [True] * n_slots
                 ids = self._text_ids(text_documents)
             else:
-                text = self._stripped(check_text(question, name))
-                text = text.rstrip() if template.trims and prompt.endswith(QUESTION) else text
-                ids = self.encode_text(text.join(template.around), name)
+                text = template.place(self._stripped(check_text(question, name)))
+                ids = self.encode_text(text, name)
             input_ids += ids + segment
             memory_mask += [False] * (len(ids) + len(segment))
         labels = [IGNORE_INDEX] * len(input_ids)
@@ -307,7 +306,7 @@ class CLaRaProcessor(ProcessorMixin):
             options = {"chat_template": self.chat_template, "tokenize": False, **self.chat_template_kwargs}
             render_chat = partial(self.tokenizer.apply_chat_template, **options) if template else None
             rendered = render_prompt(prompt, instruction, render_chat, self.system_joiner)
-            encoded = encode_prompt(self.tokenizer, rendered, self.pad_token_id, in_place=self.encode_in_place)
+            encoded = encode_prompt(self.tokenizer, rendered, prompt, self.pad_token_id, in_place=self.encode_in_place)
             if not template:
                 encoded.segments[0][:0] = self.bos_ids
             self._prompts[key] = encoded

@@ -33,7 +33,8 @@ class RenderedPrompt(NamedTuple):
     slots: list[str]  # `"{documents}"` or `"{question}"`, one fewer than `segments`
     answer_prefix: str  # text before an answer, a space in the plain format
     answer_end: str  # template text after an answer, empty if the tokenizer's EOS ends it
-    trims: bool = False  # whether the template strips the end of the user's text
+    answer_lead: str = ""  # text that the template puts between prompt and answer
+    trims: tuple[bool, bool] = (False, False)  # whether the template strips start and end of the user's text
 
 
 def check_prompt(prompt: str, *, name: str, has_question: bool) -> None:
@@ -65,24 +66,30 @@ def render_prompt(
     marks = [mark for mark in (_DOCUMENTS, _QUESTION) if mark in user]
     if render_chat is None:
         return _cut(f"{system_prompt}\n\n{user}\nAnswer:", marks, answer_prefix=" ", answer_end="")
-    messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": user}]
+    start, end = system_prompt.partition(system_prompt.strip())[::2] if system_prompt.strip() else (system_prompt, "")
+    system = f"{start}{_SYSTEM}{end}"  # blanks around the instruction are the template's to keep or to strip
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     try:
         text = render_chat(messages, add_generation_prompt=True)
     except TemplateError:
         text = ""
     if text.count(_SYSTEM) != 1:
-        messages = [{"role": "user", "content": f"{_SYSTEM}{joiner}{user}" if system_prompt else user}]
+        messages = [{"role": "user", "content": f"{system}{joiner}{user}" if system_prompt else user}]
         text = render_chat(messages, add_generation_prompt=True)
     if text.count(_SYSTEM) != bool(system_prompt or messages[0]["role"] == "system"):
         raise ValueError(
             "the chat template must show the instruction exactly once. Give the processor another `chat_template`."
         )
-    longer = [*messages[:-1], {"role": "user", "content": messages[-1]["content"] + " "}]
-    trims = render_chat(longer, add_generation_prompt=True) == text
+    content, longer = messages[-1]["content"], []
+    for padded in (f" {content}", f"{content} "):
+        padded = [*messages[:-1], {"role": "user", "content": padded}]
+        longer.append(render_chat(padded, add_generation_prompt=True) == text)
+    trims = (longer[0] and content == user, longer[1])
     closed = render_chat([*messages, {"role": "assistant", "content": _ANSWER}], add_generation_prompt=False)
-    answer_end = closed.rpartition(_ANSWER)[2] if _ANSWER in closed else ""
-    cut = _cut(text.replace(_SYSTEM, system_prompt), marks, answer_prefix="", answer_end=answer_end)
-    return cut._replace(trims=trims)
+    before, _, answer_end = closed.rpartition(_ANSWER) if _ANSWER in closed else ("", "", "")
+    cut = _cut(text.replace(_SYSTEM, system_prompt.strip()), marks, answer_prefix="", answer_end=answer_end)
+    lead = before.removeprefix(text) if before.startswith(text) else ""
+    return cut._replace(trims=trims, answer_lead=lead)
 
 
 def _cut(text: str, marks: list[str], *, answer_prefix: str, answer_end: str) -> RenderedPrompt:
@@ -104,13 +111,18 @@ class EncodedPrompt(NamedTuple):
     around: tuple[str, str]  # text of the template that is encoded together with the question, before and after it
     answer_prefix: str
     end_id: int  # ends an answer: the first token of the template's text after one if it is an added token, else EOS
-    trims: bool  # whether the end of the user's text is stripped
+    trims: tuple[bool, bool]  # whether start and end of the question are stripped
+
+    def place(self, question: str) -> str:
+        """The question with the text around it."""
+        question = question.lstrip() if self.trims[0] else question
+        return (question.rstrip() if self.trims[1] else question).join(self.around)
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, rendered: RenderedPrompt, pad_token_id: int, *, in_place: bool
+    tokenizer: PreTrainedTokenizerBase, rendered: RenderedPrompt, prompt: str, pad_token_id: int, *, in_place: bool
 ) -> EncodedPrompt:
-    """Ids of the template's text, each piece by itself, or `in_place` as the tokenizer would cut the whole prompt.
+    """Ids of a rendered `prompt`, each piece by itself, or `in_place` as the tokenizer would cut the whole.
 
     In place a slot counts as a special token, and the text between the question and the next special token on either
     side becomes `around`. `pad_token_id` ends answers if the tokenizer has no EOS.
@@ -133,7 +145,12 @@ def encode_prompt(
     end_ids = tokenizer(rendered.answer_end.lstrip(), add_special_tokens=False)["input_ids"]
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else pad_token_id
     end_id = end_ids[0] if end_ids and end_ids[0] in added else eos
-    return EncodedPrompt(ids, rendered.slots, around, rendered.answer_prefix, end_id, in_place and rendered.trims)
+    if not in_place:
+        return EncodedPrompt(ids, rendered.slots, around, rendered.answer_prefix, end_id, (False, False))
+    ends = (prompt.lstrip().startswith(QUESTION), prompt.rstrip().endswith(QUESTION))
+    trims = (rendered.trims[0] and ends[0], rendered.trims[1] and ends[1])
+    answer_prefix = rendered.answer_prefix + rendered.answer_lead
+    return EncodedPrompt(ids, rendered.slots, around, answer_prefix, end_id, trims)
 
 
 def _marks(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:

@@ -32,11 +32,16 @@ def main() -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"convert_reference: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("convert_reference: interrupted, nothing is left. Run the same command again.", file=sys.stderr)
+        return 130
     config = conversion.model.config
     print(f"{arguments.target}: {config.max_memory_size} memory vectors of {config.text_config.hidden_size} values")
     for role, name in ADAPTERS.items():
         copied = f"a copy of {ADAPTERS['compressor']}: the checkpoint has no {name}"
         print(f"  {role:<10}  {copied if role in conversion.missing else name}")
+    for note in conversion.notes:
+        print(f"  {note}")
     sizes = conversion.footprint().items()
     print("  weights with the backbone: " + ", ".join(f"{size:,.1f} GB at {name}" for name, size in sizes))
     print(f"try it: clara ask DOCUMENTS --model {arguments.target}")

@@ -1,5 +1,7 @@
 """`clara info`: what a checkpoint or a corpus is, and whether its files are there, fit, and are those of its card.
 
+Of a metric, a leaderboard or data, whose card lists the files, that alone is checked.
+
 Uses the checks of the loaders. A checkpoint is checked on a model without storage, so no backbone weights are read.
 """
 
@@ -23,8 +25,10 @@ COLUMN = 24  # in which values begin
 
 def add_parser(commands) -> argparse.ArgumentParser:
     """The options of the command."""
-    parser = commands.add_parser("info", help="describe a checkpoint or a corpus and check its files")
-    parser.add_argument("path", help="folder or Hub id of a checkpoint or a corpus")
+    parser = commands.add_parser(
+        "info", help="describe a checkpoint or a corpus, and check its files or those of a Space"
+    )
+    parser.add_argument("path", help="folder or Hub id of a checkpoint, a corpus, or of files that a card lists")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--verify", action="store_true", help="read every byte of a corpus")
     parser.set_defaults(run=run)
@@ -33,14 +37,17 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns the exit status."""
-    corpus = find_corpus(arguments.path, arguments.revision)
+    kind, folder = find_folder(arguments.path, arguments.revision)
+    corpus = folder if kind == "corpus" else None
     if corpus is not None:
         report = describe_corpus(corpus, arguments.verify)
         problems = report["problems"]
+    elif kind == "files":
+        report, problems = {"path": arguments.path, "problem": None}, []
     else:
         report = describe_checkpoint(arguments.path, arguments.revision)
         problems = [report["problem"]] if report["problem"] else []
-    report["checksums"], report["differs"] = describe_checksums(corpus or arguments.path, arguments.revision)
+    report["checksums"], report["differs"] = describe_checksums(folder or arguments.path, arguments.revision)
     problems = [*problems, *report["differs"]]
     if arguments.json:
         print(json.dumps(report, indent=2))
@@ -210,10 +217,11 @@ def check_code(files: "CheckpointFiles") -> None:
         )
 
 
-def find_corpus(path: str, revision: str | None = None) -> Path | None:
-    """The folder of a corpus: a local one, or the downloaded files of a dataset on the Hub; None for anything else.
+def find_folder(path: str, revision: str | None = None) -> tuple[str, Path | None]:
+    """What a folder or a Hub id is, looked up as a model, a dataset and a Space in turn, and where its files are.
 
-    A Hub id that is a model is not looked up as a dataset.
+    Returns:
+        "checkpoint" and None; "corpus", or "files" that a card lists, and their folder, downloaded if need be.
     """
     from ..files_clara import CheckpointFiles
     from ..manifest_clara import MANIFEST_FILE
@@ -221,15 +229,46 @@ def find_corpus(path: str, revision: str | None = None) -> Path | None:
 
     folder = Path(path)
     if folder.is_dir():
-        return folder if (folder / MANIFEST_FILE).exists() or (folder / "build").is_dir() else None
+        if (folder / MANIFEST_FILE).exists() or (folder / "build").is_dir():
+            return "corpus", folder
+        return ("files", folder) if has_list_alone(folder) else ("checkpoint", None)
     try:
         CheckpointFiles(path, revision=revision).json("config.json")
+        return "checkpoint", None
     except (OSError, ValueError):
-        try:
-            return download_corpus(path, revision, None, None, False)
-        except FileNotFoundError:
-            pass
-    return None
+        pass
+    try:
+        corpus = download_corpus(path, revision, None, None, False)
+    except FileNotFoundError:
+        corpus = None
+    if corpus is None or not (corpus / MANIFEST_FILE).exists():
+        for repo_type in ("dataset", "space"):
+            if (files := download_listed(path, repo_type, revision)) is not None:
+                return "files", files
+    return ("checkpoint", None) if corpus is None else ("corpus", corpus)
+
+
+def has_list_alone(folder: Path) -> bool:
+    """Whether the card of a folder lists files, and none of a checkpoint or a corpus."""
+    from ..checksums import MANIFEST, read_checksums
+    from ..files_clara import PARTS
+
+    card = folder / "README.md"
+    listed = read_checksums(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else {}
+    return bool(listed) and not {PARTS["rows"], MANIFEST} & set(listed)
+
+
+def download_listed(repo_id: str, repo_type: str, revision: str | None) -> Path | None:
+    """The files of a repo whose card lists them; None if there is none."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HTTPError
+
+    options = {"repo_type": repo_type, "revision": revision}
+    try:
+        folder = Path(hf_hub_download(repo_id, "README.md", **options)).parent
+        return Path(snapshot_download(repo_id, **options)) if has_list_alone(folder) else None
+    except (OSError, ValueError, HTTPError):
+        return None
 
 
 def describe_corpus(folder: Path, verify: bool = False) -> dict:

@@ -23,7 +23,7 @@ BODY = """{begin}
 
 # {name}
 
-{m.n_documents:,} documents in {m.n_spans:,} spans, each compressed into {m.memory_size} memory tokens of \
+{n_documents} in {n_spans}, each compressed into {m.memory_size} memory tokens of \
 {m.hidden_size}
 values by the compressor of a CLaRa model ([arXiv 2511.18659](https://arxiv.org/abs/2511.18659)). A question is
 compared with the memories and answered from them; the text is for people.
@@ -41,7 +41,7 @@ model.answer(["..."], corpus=corpus)
 | spans | at most {m.document_max_length} tokens with the title, overlap {m.document_overlap} |
 | memory | {m.memory_size} x {m.hidden_size}; also usable as {memory_sizes} |
 | codec | {m.codec}, {bytes_per_span:,.0f} bytes a span |
-| files | {n_shards} Parquet shards, {megabytes:,.1f} MB |
+| files | {n_shards}, {megabytes:,.1f} MB |
 | text | {text} |
 | metadata columns | {metadata} |
 | rows left out | {rejected} |
@@ -143,13 +143,19 @@ def render(manifest: Manifest) -> str:
         compressor=compressor,
         memory_sizes=" or ".join(map(str, manifest.memory_sizes)),
         bytes_per_span=n_bytes / spans if spans else 0,
-        n_shards=len(manifest.shards),
+        n_documents=_count(manifest.n_documents, "document"),
+        n_spans=_count(manifest.n_spans, "span"),
+        n_shards=_count(len(manifest.shards), "Parquet shard"),
         megabytes=n_bytes / 1e6,
         text=text or "source and license not stated",
         metadata=", ".join(f"`{column}` {kind}" for column, kind in manifest.metadata.items()) or "none",
         rejected=f"{manifest.n_rejected}, see `rejected.jsonl`" if manifest.n_rejected else "none",
         loss=_loss(manifest),
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _loss(manifest: Manifest) -> str:
@@ -159,8 +165,9 @@ def _loss(manifest: Manifest) -> str:
     measured, rows = manifest.measured, manifest.measured["codecs"].values()
     names = ("recall@5", "f1", "em", "containment")
     columns = [name for name in names if any(name in row for row in rows)]
+    questions = _count(measured["questions"], "question")
     lines = [
-        f"\nMeasured with {measured['questions']} questions of {measured['data']}; recall@5 is the share of the five "
+        f"\nMeasured with {questions} of {measured['data']}; recall@5 is the share of the five "
         "best documents of float16 memories that are found, answers are compared with the gold ones:\n",
         "| codec | bytes a memory | " + " | ".join(columns) + " |",
         "| --- |" + " --- |" * (len(columns) + 1),

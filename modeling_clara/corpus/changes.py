@@ -160,7 +160,7 @@ def delete(corpus, ids: Sequence[str]) -> int:
 
 
 def record_measurement(corpus, measured: dict) -> None:
-    """Write what a codec costs into corpus.json and the card.
+    """Write what a codec costs into corpus.json and the card, until documents change.
 
     Args:
         corpus: that was measured.
@@ -258,6 +258,7 @@ def replace_ids(corpus, manifest: Manifest, draft: ShardDraft, codec_states: Map
         delete_ids(corpus, manifest, draft.documents)
         manifest.codec_states |= codec_states
         manifest.shards.append(draft.shard)
+        manifest.measured = {}  # of other documents
 
 
 def delete_ids(corpus, manifest: Manifest, ids: Iterable[str]) -> int:
@@ -265,6 +266,8 @@ def delete_ids(corpus, manifest: Manifest, ids: Iterable[str]) -> int:
     found = [rows for rows in map(corpus.snapshot.find, dict.fromkeys(ids)) if rows is not None]
     for number, rows in map(corpus.snapshot.shard_rows, found):
         delete_rows(manifest.shards[number], rows)
+    if found:
+        manifest.measured = {}
     return len(found)
 
 

@@ -5,6 +5,7 @@ The facts of its format: docs/migration.md. Everything is read and checked befor
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import HTTPError
+from jinja2 import TemplateError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -36,6 +38,7 @@ class Conversion:
 
     model: CLaRaForRAG
     missing: list[str]
+    notes: list[str]  # what the user should know
     n_parameters: int  # of the backbone
 
     def footprint(self) -> dict[str, float]:
@@ -87,15 +90,53 @@ def convert(source: Path, target: Path, backbone: str | None = None, prompts: Pa
     adapters = load_torch_file(source / ADAPTERS_FILE)
     weights |= read_adapters(adapters, settings, model)
     missing = [role for role, name in ADAPTERS.items() if name not in adapters]
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "README.md").write_text(card(model.config, source), encoding="utf-8")
-    try:
-        model.save_pretrained(target, state_dict=weights)
-    except BaseException:
-        (target / "README.md").unlink()
-        raise
+    check_prompts(model)
+    write(model, weights, target, card(model.config))
     n_parameters = sum(p.numel() for name, p in model.backbone.named_parameters() if ".lora_" not in name)
-    return Conversion(model, missing, n_parameters)
+    return Conversion(model, missing, notes(adapters, tokenizer), n_parameters)
+
+
+def check_prompts(model: CLaRaForRAG) -> None:
+    """A ValueError unless the backbone's chat template takes instruction and text as the reference gives them."""
+    processor, source = model.processor, model.config.backbone_name_or_path
+    remedy = "Use the newest tokenizer files of the backbone that the checkpoint was trained on."
+    template = processor.tokenizer.chat_template
+    if not isinstance(template, str):
+        found = "none" if template is None else f"several: {sorted(template)}"
+        raise ValueError(f"the tokenizer of {source} must have one chat template, found {found}. {remedy}")
+    messages = [{"role": "system", "content": "SYSTEM"}, {"role": "user", "content": "USER"}]
+    options = {"tokenize": False, "add_generation_prompt": True, **processor.chat_template_kwargs}
+    try:
+        text = processor.tokenizer.apply_chat_template(messages, **options)
+        problem = None if "SYSTEM" in text else "it leaves out the instruction"
+    except TemplateError as error:
+        problem = None if "System role not supported" in str(error) else str(error)
+    try:
+        for question in ("a", None):
+            processor.build_prompt(question, 1, model.config.max_memory_size)
+    except (TemplateError, ValueError, TypeError) as error:
+        problem = problem or str(error)
+    if problem:
+        rule = "must show the instruction and the text, or say that it has no system role"
+        raise ValueError(f"the chat template of {source} {rule}, but: {problem} {remedy}")
+
+
+def write(model: CLaRaForRAG, weights: dict[str, torch.Tensor], target: Path, readme: str) -> None:
+    """The checkpoint; after an error the folder is as it was before."""
+    is_new = not target.exists()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "README.md").write_text(readme, encoding="utf-8")
+        model.save_pretrained(target, state_dict=weights)
+    except BaseException as error:
+        shutil.rmtree(target)  # it was empty
+        if not is_new:
+            target.mkdir()
+        if isinstance(error, OSError):
+            raise OSError(
+                f"DST must have room for the checkpoint, but {target}: {error}. Name another place."
+            ) from error
+        raise
 
 
 def read_settings(source: Path) -> dict:
@@ -118,6 +159,9 @@ def read_settings(source: Path) -> dict:
             raise ValueError(f"`{name}` in {path} must be an int >= 1, got {value!r}. Get the file again.")
     if settings["doc_max_length"] < settings["compr_rate"]:
         raise ValueError(f"`compr_rate` in {path} must leave a memory token of `doc_max_length`. Get the file again.")
+    top_k = settings.get("generation_top_k", 1)
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise ValueError(f"`generation_top_k` in {path} must be an int >= 1, got {top_k!r}. Get the file again.")
     for name in ("lora", "sep"):
         if settings.get(name, True) is not True:
             raise ValueError(f"`{name}` in {path} must be true, got {settings[name]!r}. Others cannot be converted.")
@@ -146,7 +190,11 @@ def find_backbone(settings: Mapping, given: str | None) -> BackboneFiles:
 
 def read_tokenizer(files: BackboneFiles, name: str) -> PreTrainedTokenizerFast:
     """The backbone's tokenizer, with the BOS and EOS that the reference gives to those that lack them."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(files.folder)  # tokenizer.json as it is, as the reference does
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(files.folder)  # tokenizer.json as it is, as the reference
+    except Exception as error:  # the library raises this very class
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the backbone {files.source} must have a tokenizer.json, but: {reason}. Add it.") from error
     extra = list(tokenizer.extra_special_tokens)
     for number, role in enumerate(("bos_token", "eos_token")):
         if getattr(tokenizer, role) is None and "qwen" in name.lower() and len(extra) > number:
@@ -161,12 +209,25 @@ def read_tokenizer(files: BackboneFiles, name: str) -> PreTrainedTokenizerFast:
 
 def build_model(settings: Mapping, files: BackboneFiles) -> CLaRaForRAG:
     """Our model of a checkpoint with all of its shapes and none of its weights (on the device "meta")."""
-    text_config = AutoConfig.from_pretrained(files.folder)
+    try:
+        text_config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"the backbone {files.source} must be a model that transformers has: {str(error).splitlines()[0]} Name "
+            "another one with `--backbone`."
+        ) from error
     text_config._name_or_path, text_config.dtype = "", None
     n = settings["doc_max_length"] // settings["compr_rate"]
     lora = {"rank": settings["lora_r"], "alpha": 2 * settings["lora_r"], "dropout": LORA_DROPOUT}
     with torch.device("meta"):
         backbone = AutoModelForCausalLM.from_config(deepcopy(text_config), dtype=torch.float32)
+    scale = float(getattr(backbone.get_input_embeddings(), "scalar_embed_scale", 1.0))
+    if scale != 1.0:
+        raise ValueError(
+            f"the backbone {files.source} must not scale its embeddings, but does by {scale:.1f}. Checkpoints of the "
+            "reference on such a backbone cannot be converted."
+        )
+    files.check(backbone)
     digests = read_digests(backbone, files)
     config = CLaRaConfig(
         text_config=text_config,
@@ -176,7 +237,7 @@ def build_model(settings: Mapping, files: BackboneFiles) -> CLaRaForRAG:
         memory_sizes=[n],
         start_embedding=True,
         document_max_length=settings["doc_max_length"],
-        retrieval_top_k=settings.get("generation_top_k") or 1,
+        retrieval_top_k=settings.get("generation_top_k", 1),
         retrieval_temperature=TEMPERATURE,
         alignment_weight=ALIGNMENT_WEIGHT,
         lora={role: {**lora, "target_modules": None} for role in ROLES},
@@ -211,10 +272,13 @@ def read_rows(tables: Mapping, settings: Mapping, model: CLaRaForRAG, files: Bac
         raise ValueError(f"{TABLES_FILE} must hold {name}, found {sorted(map(str, tables))}. Get the file again.")
     n, is_one = model.config.max_memory_size, settings.get("different_mem_tokens", True) is False
     n_rows = n_tokens + (1 if is_one else n) + 3 + bool(settings.get("kbtc_training"))
+    head = next((k for k, p in model.named_parameters() if p is model.get_output_embeddings().weight), place)
+    head = head.removeprefix("backbone.")
+    if head not in tables:
+        raise ValueError(f"{TABLES_FILE} must hold {head}, found {sorted(map(str, tables))}. Get the file again.")
     for key in tables:
         check_tensor(tables[key], (n_rows, hidden), f"{key} in {TABLES_FILE}")
-        head = next((k for k, p in model.named_parameters() if p is model.get_output_embeddings().weight), place)
-        if key in (name, head.removeprefix("backbone.")) and key in files.places:
+        if key in (name, head) and key in files.places:
             check_rows(tables[key], files, key, n_tokens, TABLES_FILE)
     table, first = tables[name], n_tokens + (1 if is_one else n)
     return {
@@ -247,7 +311,7 @@ def read_adapters(adapters: Mapping, settings: Mapping, model: CLaRaForRAG) -> d
                 )
             tensor = check_tensor(found[key], parameter.shape, f"{key} of {name}")
             weights["backbone." + re.sub(r"(lora_[AB])\.weight$", rf"\1.{role}.weight", key)] = tensor
-        unknown = sorted(key for key in found if ".lora_" in key and key not in expected)
+        unknown = sorted(key for key in map(str, found) if ".lora_" in key and key not in expected)
         if unknown:
             raise ValueError(
                 f"{name} in {ADAPTERS_FILE} must fit the backbone, but has {unknown[0]} ({len(unknown)} such). Name "
@@ -256,11 +320,23 @@ def read_adapters(adapters: Mapping, settings: Mapping, model: CLaRaForRAG) -> d
     return weights
 
 
-def card(config: CLaRaConfig, source: Path) -> str:
+def notes(adapters: Mapping, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """What is left out or read differently."""
+    found = [f"left out: the adapter {name}, which no role has" for name in set(adapters) - set(ADAPTERS.values())]
+    plain = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
+    if plain:
+        found.append(
+            f"the tokenizer has {len(plain)} added tokens that are not special, such as {plain[0]!r}: the reference "
+            "reads them in a text, here they are plain characters, so memories of such texts differ"
+        )
+    return found
+
+
+def card(config: CLaRaConfig) -> str:
     """The README.md of the result."""
+    size = f"{config.max_memory_size} memory vectors of {config.document_max_length} tokens"
     note = (
-        f"Converted from the checkpoint `{source.resolve().parent.name}/{source.resolve().name}` of the reference "
-        "implementation (apple/ml-clara) by `recipes/convert_reference.py`. The licence of that checkpoint applies: "
-        "write it into this card before you publish it.\n"
+        "Converted by `recipes/convert_reference.py` from a CLaRa checkpoint of the reference implementation "
+        f"(apple/ml-clara), {size}. The licence of that checkpoint applies.\n"
     )
     return f"{model_card(config, include_backbone=False).rstrip()}\n\n{note}"

@@ -3,6 +3,7 @@
 import ast
 import json
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def read_prompts(folder: Path, auto_map: Mapping[str, str] | None, given: Path |
         prompts, source = _read_json(given), given
     else:
         source = _code_file(folder, auto_map or {})
-        prompts = parse_prompts(source.read_text(encoding="utf-8"), str(source))
+        prompts = parse_prompts(source.read_bytes(), str(source))
     for name in ("system_prompt", "paraphrase_system_prompt", "answer_prompt"):
         if not isinstance(prompts[name], str):
             raise ValueError(f"`{name}` in {source} must be text, got {type(prompts[name]).__name__}. Correct it.")
@@ -51,7 +52,7 @@ def read_prompts(folder: Path, auto_map: Mapping[str, str] | None, given: Path |
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"`--prompts` must be a JSON file, but {path}: {error}. Correct it.") from error
     if not isinstance(content, dict) or set(content) != set(FIELDS):
@@ -62,51 +63,64 @@ def _read_json(path: Path) -> dict:
 
 def _code_file(folder: Path, auto_map: Mapping[str, str]) -> Path:
     """The Python file with the prompts: what `auto_map` names, else any that defines them."""
-    named = [str(entry).rpartition("--")[2].split(".")[0] + ".py" for entry in auto_map.values()]
-    files = [folder / name for name in dict.fromkeys(named)] + sorted(folder.glob("*.py"))
-    for path in files:
-        if path.is_file() and any(f"def {name}" in path.read_text(encoding="utf-8") for name in ANSWER_FUNCTIONS):
+    entries = auto_map.values() if isinstance(auto_map, Mapping) else ()
+    named = [str(entry).rpartition("--")[2].split(".")[0] + ".py" for entry in entries]
+    for path in [folder / name for name in dict.fromkeys(named)] + sorted(folder.glob("*.py")):
+        if path.is_file() and any(f"def {name}".encode() in path.read_bytes() for name in ANSWER_FUNCTIONS):
             return path
     raise ValueError(f"{folder} must have the Python file with the prompts of the reference, found none. {REMEDY}")
 
 
-def parse_prompts(code: str, name: str) -> dict:
-    """The prompts (`FIELDS`) that the code of the reference spells out; errors call it `name`."""
+def parse_prompts(code: str | bytes, name: str) -> dict:
+    """The prompts (`FIELDS`) that the code of the reference spells out; errors call it `name`.
+
+    A ValueError if a prompt is put together of parts that only running the code would tell, or the functions that
+    answer do not have the same.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the code has escapes that Python warns of
             tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{name} must be Python to read its prompts: {error}. {REMEDY}") from error
-    constants = {target: node.value for node in tree.body for target, node in _assignments(node)}
+    constants = _bound_once(tree, tree.body)
     functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    answer = next((functions[function] for function in ANSWER_FUNCTIONS if function in functions), None)
-    paraphrase = functions.get(PARAPHRASE_FUNCTION)
-    listed = constants.get(PARAPHRASE_LIST)
-    if answer is None or paraphrase is None or not isinstance(listed, ast.List | ast.Tuple):
+    answers = [functions[function] for function in ANSWER_FUNCTIONS if function in functions]
+    paraphrase, listed = functions.get(PARAPHRASE_FUNCTION), constants.get(PARAPHRASE_LIST)
+    if not answers or paraphrase is None or not isinstance(listed, ast.List | ast.Tuple):
         missing = f"{ANSWER_FUNCTIONS[0]}, {PARAPHRASE_FUNCTION} and {PARAPHRASE_LIST}"
         raise ValueError(f"{name} must define {missing}, which hold the prompts. {REMEDY}")
-    local = {
-        function.name: {target: inner.value for part in ast.walk(function) for target, inner in _assignments(part)}
-        for function in (answer, paraphrase)
-    }
     try:
-        return {
-            "system_prompt": _text(local[answer.name]["prompt_system"], constants),
-            "answer_prompt": _text(local[answer.name]["prompt_user"], constants),
-            "paraphrase_system_prompt": _text(local[paraphrase.name]["prompt_system"], constants),
-            "paraphrase_prompts": [_text(item, constants).replace("{docs}", DOCUMENTS) for item in listed.elts],
+        found = []
+        for function in answers:
+            local = _bound_once(function)
+            found.append(tuple(_text(local[part], constants) for part in ("prompt_system", "prompt_user")))
+        if len(set(found)) > 1:
+            raise ValueError(f"{name} must have one prompt for answers, but {ANSWER_FUNCTIONS} differ. {REMEDY}")
+        paraphrases = [_text(item, constants).format(docs=DOCUMENTS) for item in listed.elts]
+        prompts = {
+            "system_prompt": found[0][0],
+            "answer_prompt": found[0][1],
+            "paraphrase_system_prompt": _text(_bound_once(paraphrase)["prompt_system"], constants),
+            "paraphrase_prompts": paraphrases,
         }
-    except KeyError as error:
+    except (KeyError, IndexError) as error:
         raise ValueError(f"{name} must spell out {error} of its prompts. {REMEDY}") from error
+    if any("\\ " in text for text in [*prompts["paraphrase_prompts"], prompts["answer_prompt"]]):
+        raise ValueError(f"{name} must have prompts without backslashes, which its code replaces. {REMEDY}")
+    return prompts
 
 
-def _assignments(node: ast.AST):
-    """(name, statement) of an assignment to one plain name."""
-    if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-        yield node.targets[0].id, node
-    elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
-        yield node.target.id, node
+def _bound_once(scope: ast.AST, statements: list[ast.stmt] | None = None) -> dict[str, ast.AST]:
+    """Name -> value of the names that a scope binds exactly once, in one plain assignment (of `statements`)."""
+    stores = Counter(n.id for n in ast.walk(scope) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+    found = {}
+    for node in ast.walk(scope) if statements is None else statements:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if isinstance(node, ast.Assign | ast.AnnAssign) and len(targets) == 1 and isinstance(targets[0], ast.Name):
+            if node.value is not None and stores[targets[0].id] == 1:
+                found[targets[0].id] = node.value
+    return found
 
 
 def _text(node: ast.AST, constants: Mapping[str, ast.AST]) -> str:

@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 ROWS = 2048  # of a table that are compared at once
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def load_torch_file(path: Path) -> dict:
@@ -34,17 +36,21 @@ def load_torch_file(path: Path) -> dict:
             raise ValueError(f"it holds a {type(content).__name__}")
     except (ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch advises to load it all the same
+            reason = "it holds more than tensors"
         raise ValueError(
-            f"{path} must be a file of tensors as `torch.save` writes it: {reason}. It is damaged, or holds more than "
-            "tensors, and was not loaded: get it again from where you trust."
+            f"{path} must be a file of tensors as `torch.save` writes it: {reason}. It was not loaded: get it "
+            "again from where you trust."
         ) from error
     return content
 
 
 def check_tensor(tensor, shape: tuple, name: str) -> torch.Tensor:
     """Return a finite floating-point tensor of this shape, or raise a ValueError that names it."""
-    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-        raise ValueError(f"`{name}` must be a tensor of numbers, got {type(tensor).__name__}. Get the file again.")
+    is_tensor = isinstance(tensor, torch.Tensor)
+    if not is_tensor or tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in DTYPES:
+        found = f"{tensor.dtype}, {tensor.layout}" if is_tensor else type(tensor).__name__
+        raise ValueError(f"`{name}` must be a dense tensor of floats, got {found}. Get the file again.")
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(
             f"`{name}` must have the shape {tuple(shape)}, got {tuple(tensor.shape)}. Rank (`lora_r`), memory tokens "
@@ -62,15 +68,19 @@ class BackboneFiles:
     """
 
     def __init__(self, source: str):
-        self.source, self.commit = source, None
-        self.folder = Path(source)
-        if not self.folder.is_dir():
+        self.folder, self.commit = Path(source), None
+        is_local = self.folder.is_dir()
+        self.source = str(self.folder.resolve()) if is_local else source
+        if not is_local:
             patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
             self.folder = Path(snapshot_download(source, allow_patterns=patterns))
             self.commit = self.folder.name
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            self.places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            try:
+                self.places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{index} must be JSON with a weight_map: {error!r}. Get it again.") from error
         else:
             names = sorted(path.name for path in self.folder.glob("*.safetensors"))
             self.places = {key: name for name in names for key in self._open(name).keys()}  # noqa: SIM118
@@ -87,6 +97,23 @@ class BackboneFiles:
             raise ValueError(
                 f"{self.folder / name} must be a whole safetensors file: {error}. Get it again."
             ) from error
+
+    def check(self, backbone: nn.Module) -> None:
+        """Raise a ValueError unless the files have the tensors of a backbone, by name and shape; none is read."""
+        tied = set(backbone.all_tied_weights_keys) if backbone.config.tie_word_embeddings else set()
+        for name, parameter in backbone.named_parameters():
+            if name in self.places:
+                found = tuple(self._open(self.places[name]).get_slice(name).get_shape())
+                if found == tuple(parameter.shape):
+                    continue
+            elif name in tied:
+                continue
+            else:
+                found = "none"
+            raise ValueError(
+                f"the backbone {self.source} must have {name} of shape {tuple(parameter.shape)}, found {found}. "
+                "Get it again, or name another one with `--backbone`."
+            )
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor in the dtype of the file; a ValueError if there is none of this name."""

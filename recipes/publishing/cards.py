@@ -10,11 +10,9 @@ earlier card and what follows it stay, and so do its results.
 import argparse
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
-import yaml
 from huggingface_hub import DatasetCardData, ModelCard, ModelCardData
 
 from modeling_clara.checksums import insert_checksums, remove_checksums
@@ -22,10 +20,10 @@ from modeling_clara.cli.console import allow_any_console
 from modeling_clara.storage_clara import replacing
 from recipes.evaluation.report import BEGIN, compression_section
 from recipes.publishing.facts import data_facts, model_facts
+from recipes.publishing.fields import read_fields, render
 
 CARD_FILE = "README.md"
 REPO, COMMIT = "ORG/NAME", "COMMIT"  # placeholders
-TEMPLATES = Path(__file__).with_name("templates")
 MODEL_TAGS = ["clara", "soft-compression", "retrieval-augmented-generation"]
 
 
@@ -62,24 +60,23 @@ def model_card(folder: Path, source: Path) -> str:
             optional.
 
     Raises:
-        ValueError: a field is missing; it is named.
+        ValueError: a field is missing or wrong; it is named.
     """
     path, facts = Path(folder) / CARD_FILE, model_facts(Path(folder))
     earlier = ModelCard(path.read_text(encoding="utf-8")) if path.exists() else ModelCard("---\n---\n")
-    fields, metadata = read_fields(source, facts), {"library_name": "transformers"}
+    fields, metadata = read_fields(source, "model.md", facts), {"library_name": "transformers"}
     config, entries = facts["config"], earlier.data.get("eval_results") or []
     if config.get("backbone_revision"):
         metadata |= {"base_model": config["backbone_name_or_path"], "base_model_relation": "adapter"}
-    metadata |= _required(fields, "metadata", "model.md", source)
+    metadata |= fields["metadata"]
     tags = [*MODEL_TAGS, *metadata.pop("tags", [])]
-    _required(metadata, "license", "model.md", source, "metadata.")
-    results = {"model_name": earlier.data.model_name or fields.get("name"), "eval_results": entries} if entries else {}
+    results = {"model_name": earlier.data.model_name or fields["name"], "eval_results": entries} if entries else {}
     data = ModelCardData(**metadata, tags=tags, **results)
     known = fields.get("data", {})
     runs = [{**run, "data": "; ".join(known.get(name, name) for name in run["data"])} for run in facts["runs"]]
     fields |= {"card_data": data.to_yaml(), "runs": runs, "compression": compression_section(config, entries)}
     _, mark, rest = remove_checksums(earlier.text).partition(BEGIN)
-    return render("model.md", fields, source) + (f"\n{mark}{rest}" if mark else "")
+    return render("model.md", fields) + (f"\n{mark}{rest}" if mark else "")
 
 
 def data_card(folder: Path, source: Path | None, name: str = "") -> str:
@@ -92,70 +89,20 @@ def data_card(folder: Path, source: Path | None, name: str = "") -> str:
         name: of the data set, without CARD.yaml.
 
     Raises:
-        ValueError: a field is missing, or there is no data; the field or folder is named.
+        ValueError: a field is missing or wrong, or what `data_facts` raises; field or file is named.
     """
     facts = data_facts(Path(folder))
     fields = {"name": name, "description": "", "source": "Not stated.", "licences": "Not stated."}
     metadata = {"pretty_name": name}
     if source is not None:
-        fields = read_fields(source, facts)
-        metadata = dict(_required(fields, "metadata", "data.md", source))
-        _required(metadata, "license", "data.md", source, "metadata.")
+        fields = read_fields(source, "data.md", facts)
+        metadata = fields["metadata"]
     configs = [
         {"config_name": name, "data_files": [{"split": split["name"], "path": split["files"]} for split in splits]}
         for name, splits in facts["configs"].items()
     ]
     data = DatasetCardData(**metadata, size_categories=[facts["size"]], configs=configs)
-    return render("data.md", {**facts, **fields, "card_data": data.to_yaml()}, source)
-
-
-def read_fields(source: Path, facts: Mapping) -> dict:
-    """The fields of CARD.yaml, with facts of the folder filled into their texts."""
-    try:
-        fields = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{source} must be YAML: {error}. Correct it.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{source} must hold fields and their values, got {type(fields).__name__}. See the models'.")
-    fields = {name: value for name, value in fields.items() if value is not None}
-    known = set(fields.get("data", {}))
-    facts = {**facts, "unknown_data": sorted({n for run in facts.get("runs", ()) for n in run["data"]} - known)}
-
-    def fill(value):
-        if isinstance(value, str):
-            return render(value, facts, source, is_text=True).strip()
-        if isinstance(value, dict):
-            return {key: fill(entry) for key, entry in value.items()}
-        return [fill(entry) for entry in value] if isinstance(value, list) else value
-
-    return {name: fill(value) for name, value in fields.items()}
-
-
-def render(template: str, fields: Mapping, source: Path, *, is_text: bool = False) -> str:
-    """A template file, or with `is_text` a text, with its fields; a ValueError names one that is missing."""
-    options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "keep_trailing_newline": True}
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), **options)
-    environment.filters["code"] = _code
-    name = "a text" if is_text else f"the template {template}"
-    try:
-        return (environment.from_string(template) if is_text else environment.get_template(template)).render(fields)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"{name} of {source} must have all its fields, but {error}. Add the field.") from error
-
-
-def _required(fields: Mapping, name: str, template: str, source: Path, place: str = ""):
-    if not fields.get(name):
-        raise ValueError(
-            f"`{place}{name}` must be in {source} for the template {template}, found none. Add the field."
-        )
-    return fields[name]
-
-
-def _code(value) -> str:
-    """A value of YAML as Python, with the quotes of the house."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_code(key)}: {_code(entry)}" for key, entry in value.items()) + "}"
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' if isinstance(value, str) else str(value)
+    return render("data.md", {**facts, **fields, "card_data": data.to_yaml()})
 
 
 def write_card(folder: Path, source: Path) -> Path:

@@ -39,6 +39,7 @@ SECRETS = {
     "an AWS key": rb"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }
+A_PATH = re.compile(r"(?:/[\w.~+-]+){2,}/?|[A-Za-z]:\\[\w.\\ ~+-]+")  # a whole text
 SOMEBODYS_HOME = rb"(?<![\w.~])(?:/home/[\w.-]+/|/Users/[\w.-]+/|[A-Z]:\\+Users\\+[\w.-]+\\)"
 LINKS = re.compile(
     r"""!?\[[^\]]*\]\(\s*<?([^)\s>]+)[^)]*\)|<(?:img|source|a)\b[^>]*?\b(?:src|href)=["']([^"']+)["']"""
@@ -65,7 +66,7 @@ def check_names(folder: Path, source: Path) -> list[str]:
     problems, seen = [], {}
     for name in _names(folder):
         parts = name.split("/")
-        strange = re.search(r'[\x00-\x1f\x7f\\:*?"<>|]', name)
+        strange = re.search(r'[\x00-\x1f\x7f\\:*?"<>|\ud800-\udfff]', name)
         if strange or len(name.encode("utf-8", "replace")) > 255 or any(part.endswith((" ", ".")) for part in parts):
             problems.append(f"{name!r} must be a name that every system takes. Rename it.")
         if (other := seen.setdefault(name.casefold(), name)) != name:
@@ -129,10 +130,34 @@ def check_paths(folder: Path, source: Path) -> list[str]:
     patterns = {"of this machine": re.compile(rb"(?<![\w.~])(?:" + here + rb")")}
     patterns["of somebody's home"] = re.compile(SOMEBODYS_HOME)
     names = [name for name in _names(folder) if not name.endswith((*DATA_SUFFIXES, "tokenizer.json"))]
-    return [
+    found = [
         f"{name} must not hold an absolute path {what}. Take it out, or write it relative to the folder."
         for name, what in _search(folder, patterns, names)
     ]
+    flagged = {problem.partition(" ")[0] for problem in found}
+    for name in [name for name in names if name.endswith(".json") and name not in flagged]:
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except ValueError:
+            continue  # not what its name says: no setting can be in it
+        found += [
+            f"{name} must not hold an absolute path, but {key!r} is {value}. Take it out."
+            for key, value in _texts(content)
+            if A_PATH.fullmatch(value)
+        ]
+    return found
+
+
+def _texts(content, key: str = "") -> Iterator[tuple[str, str]]:
+    """(key, value) of all texts in a JSON value."""
+    if isinstance(content, str):
+        yield key, content
+    elif isinstance(content, dict):
+        for name, value in content.items():
+            yield from _texts(value, name)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _texts(value, key)
 
 
 def check_card(folder: Path, source: Path) -> list[str]:

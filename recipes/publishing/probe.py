@@ -37,12 +37,13 @@ def describe_model(model) -> dict:
         `fingerprint`; `memory` and `query_memory`, SHA-256 of their float32 bytes; `answers`, from memory and with the
         best document read as text.
     """
-    options = {"documents": DOCUMENTS, "top_k": 1, "min_score": -1.0, "max_new_tokens": 16}
+    documents = [model.processor.split_document(document)[0] for document in DOCUMENTS]  # of the first chunk
+    options = {"documents": documents, "top_k": 1, "min_score": -1.0, "max_new_tokens": 6}
     answers = [*model.answer(QUESTIONS, **options), *model.answer(QUESTIONS, **options, expand=1)]
     query_memory = model.encode_queries(QUESTIONS, memory_size=model.config.memory_sizes[0])
     return {
         "fingerprint": model.fingerprint,
-        "memory": _sha256(model.compress(DOCUMENTS)),
+        "memory": _sha256(model.compress(documents)),
         "query_memory": _sha256(query_memory),
         "answers": [answer.text for answer in answers],
     }
@@ -97,6 +98,8 @@ def clean_data(folder: str) -> dict:
         with tempfile.TemporaryDirectory() as cache:
             loaded = datasets.load_dataset(folder, config, cache_dir=cache)
         splits |= {f"{config}/{name}": [split.num_rows, split.column_names] for name, split in loaded.items()}
+    if empty := [name for name, (n_rows, _) in splits.items() if not n_rows]:
+        raise ValueError(f"every split must have rows, but {empty[0]} has no rows. Remove it, or write them.")
     return {"splits": splits}
 
 
@@ -122,9 +125,14 @@ def probe(kind: str, folder: Path, **arguments: str) -> dict:
         arguments: further ones of the function for the kind.
 
     Raises:
-        ValueError: the folder does not load there.
+        ValueError: the folder does not load there; of data the file and its line are named, if they are the reason.
     """
     threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 0
+    if kind == "data":
+        from recipes.publishing.facts import data_files, read_table
+
+        for path in data_files(folder):  # the library reads some wrong files, and names the line of none
+            read_table(path, path.relative_to(folder).as_posix())
     task = {"kind": kind, "threads": threads, "arguments": {"folder": str(folder.resolve()), **arguments}}
     with tempfile.TemporaryDirectory(prefix="clara-probe-") as place:
         command = [sys.executable, "-P", str(Path(__file__).resolve()), json.dumps(task)]
@@ -145,7 +153,21 @@ def main(task: Mapping) -> None:
         import torch
 
         torch.set_num_threads(task["threads"])
-    print(json.dumps(CLEAN[task["kind"]](**task["arguments"])))
+    try:
+        found = CLEAN[task["kind"]](**task["arguments"])
+    except Exception as error:
+        place = task["arguments"]["folder"] + os.sep  # gone when this is read
+        sys.exit(_reason(error).replace(place, ""))
+    print(json.dumps(found))
+
+
+def _reason(error: BaseException) -> str:
+    """An error as one line, with the first one behind it, which a library often hides behind a general one."""
+    root = error
+    while behind := root.__cause__ or (None if root.__suppress_context__ else root.__context__):
+        root = behind
+    texts = [" ".join(f"{type(one).__name__}: {one}".split()) for one in dict.fromkeys((error, root))]
+    return ", because of ".join(text[:500] for text in texts)
 
 
 if __name__ == "__main__":

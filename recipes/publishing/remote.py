@@ -4,6 +4,7 @@ All files go to a branch of their own, are downloaded and compared there, and be
 with the card that names the commit they were compared at. Whatever breaks, the same command finishes it.
 """
 
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +25,9 @@ from .errors import PublishError, explained
 from .files import File, content_id
 from .kinds import kind_of
 
-OF_THE_HUB = (".gitattributes", ".eval_results/*")  # the second: results that others have added stay
-WITHOUT_CONTENT = (*OF_THE_HUB, CARD_FILE, "LICENSE*")
+OF_THE_HUB = (".gitattributes", ".eval_results/*", "LICENSE*")  # what others have added there stays
+WITHOUT_CONTENT = (*OF_THE_HUB, CARD_FILE)
+NO_TAG = re.compile(r"[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|@\{|^[./-]|[./]$|//|\.lock$")  # as git has it
 Tree = Mapping[str, RepoFile]
 Files = Mapping[str, File]
 
@@ -103,6 +105,8 @@ def publish(built: Built, target: Target, *, dry_run: bool = False) -> tuple[Cha
     """
     if target.create_pr and (target.tag or target.branch != "main"):
         raise PublishError("`--create-pr` must go without `--tag` and `--revision`. Tag the commit after the merge.")
+    if target.tag and NO_TAG.search(target.tag):
+        raise PublishError(f"`--tag` must be a name that git takes, got {target.tag!r}. Choose one such as v1.0.")
     owner, _, name = target.repo_id.partition("/")
     if built.kind.is_named and f"{name}.py" not in built.files:
         module = next(one for one in built.files if one.endswith(".py") and one not in BESIDE_A_METRIC)
@@ -241,6 +245,7 @@ class Repo:
     def plan(self) -> tuple[Changes, File]:
         """What publishing would change."""
         changes, wanted, _ = self.compare()
+        self._check_tag(bool(changes))
         return changes, wanted[CARD_FILE]
 
     def publish(self) -> tuple[Changes, File]:
@@ -252,7 +257,12 @@ class Repo:
         if changes and self.built.kind.is_pinned and pinned is None:
             pinned = self._stage()
             wanted = self.wanted(pinned)
-        commit = self.commit(wanted, self.tree, self.head, self.target.branch) if changes else self.head
+        try:
+            commit = self.commit(wanted, self.tree, self.head, self.target.branch) if changes else self.head
+        except HTTPError as error:
+            if getattr(getattr(error, "response", None), "status_code", None) == 412:  # somebody else was first
+                self._remove_staging()
+            raise
         if changes:
             self.verify(commit, wanted, [CARD_FILE] if pinned else [*changes.added, *changes.changed])
         self._finish(commit)
@@ -261,6 +271,8 @@ class Repo:
         return changes, wanted[CARD_FILE]
 
     def _check_tag(self, changes: bool) -> None:
+        if self.target.tag in self.branches:
+            raise PublishError(f"`--tag` must not be the name of a branch, got {self.target.tag}. Choose another.")
         at = self.tags.get(self.target.tag)
         if at is not None and (changes or at != self.head):
             raise PublishError(
@@ -269,7 +281,7 @@ class Repo:
 
     def _stage(self) -> str:
         """Bring the files to a branch of their own and compare them there; the commit, which a tag keeps."""
-        wanted = self.wanted(None)
+        wanted = self.wanted(self.files_tag)  # the commit has no name yet
         head = self.branches.get(self.staging)
         if head is None:
             self.api.create_branch(**self.place, branch=self.staging, revision=self.head)
@@ -362,9 +374,7 @@ class Repo:
 
     def _finish(self, commit: str) -> None:
         """What comes after the commit: the staging branch goes, the tag and variables are set."""
-        if self.staging in self.branches:
-            with suppress(RevisionNotFoundError):
-                self.api.delete_branch(**self.place, branch=self.staging)
+        self._remove_staging()
         if self.target.tag and self.target.tag not in self.tags:
             self.api.create_tag(**self.place, tag=self.target.tag, revision=commit)
         if self.target.variables:
@@ -372,6 +382,11 @@ class Repo:
             for name, value in self.target.variables.items():
                 if name not in there or there[name].value != value:
                     self.api.add_space_variable(self.target.repo_id, name, value)
+
+    def _remove_staging(self) -> None:
+        if self.staging in self.branches:
+            with suppress(RevisionNotFoundError):
+                self.api.delete_branch(**self.place, branch=self.staging)
 
     def _url(self, page: str) -> str:
         folder = {"model": "", "dataset": "datasets/", "space": "spaces/"}[self.built.kind.repo_type]

@@ -311,10 +311,10 @@ def test_info_on_a_damaged_checkpoint_is_status_1(checkpoint_copy, capsys, name,
 
 
 def test_ctrl_c_is_one_line_and_status_130_and_a_fault_of_ours_keeps_its_traceback(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(cli.info, "find_corpus", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(cli.info, "find_folder", Mock(side_effect=KeyboardInterrupt))
     assert cli.main(["info", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "clara info: interrupted\n"
-    monkeypatch.setattr(cli.info, "find_corpus", Mock(side_effect=IndexError))
+    monkeypatch.setattr(cli.info, "find_folder", Mock(side_effect=IndexError))
     with pytest.raises(IndexError):
         cli.main(["info", str(tmp_path)])
 

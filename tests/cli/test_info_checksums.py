@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from test_hub_loading import upload
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus, cli
 from modeling_clara.checksums import insert_checksums
+from recipes.spaces.publish import LEADERBOARD, METRICS, build_space
 
 ROOT = Path(__file__).parents[2]
 REPO = "checksums/clara"
@@ -49,7 +50,7 @@ def info(capsys, *arguments) -> tuple[int, dict]:
 def test_a_copy_that_is_right_and_one_without_a_list(listed, checkpoint, capsys):
     status, report = info(capsys, listed)
     assert status == 0 and report["differs"] == []
-    n_files = sum(path.suffix in (".py", ".safetensors", ".jinja") for path in listed.rglob("*"))
+    n_files = sum(path.suffix in (".py", ".safetensors", ".jinja", ".json") for path in listed.rglob("*"))
     assert report["checksums"] == f"{n_files} of {n_files} listed files compared"
     status, report = info(capsys, checkpoint)
     assert (status, report["checksums"]) == (0, "none: the card has no list")
@@ -69,6 +70,55 @@ def test_files_that_differ_are_missing_or_not_listed_are_named_at_once(listed, c
     assert cli.main(["info", str(listed)]) == 1
     out = capsys.readouterr().out
     assert "payload_clara.py" in out and "all files are there and fit" not in out
+
+
+@pytest.mark.parametrize("name", ["config.json", "processor_config.json", "tokenizer_config.json"])
+def test_settings_that_were_altered_are_named(listed, capsys, name):
+    settings = json.loads((listed / name).read_text())
+    (listed / name).write_text(json.dumps(settings | {"note": "altered"}))
+    status, report = info(capsys, listed)
+    assert status == 1 and report["differs"][0].startswith(f"`{name}` must have the SHA-256")
+
+
+@pytest.fixture(params=["metric", "leaderboard", "data"])
+def files(request, tmp_path) -> tuple[Path, str, str]:
+    """What is neither checkpoint nor corpus, with a list: folder, type of its repo, one of its files."""
+    folder, sources = tmp_path / "files", {"metric": METRICS / "retrieval", "leaderboard": LEADERBOARD}
+    if request.param == "data":
+        folder.mkdir()
+        (folder / "rows.jsonl").write_text('{"a": 1}\n')
+        (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    else:
+        build_space(sources[request.param], folder)
+    card = folder / "README.md"
+    card.write_text(insert_checksums(card.read_text(), folder))
+    name = "rows.jsonl" if request.param == "data" else "requirements.txt"
+    return folder, "dataset" if request.param == "data" else "space", name
+
+
+def test_a_space_and_data_are_compared_as_well(files, capsys, hub, request):
+    folder, repo_type, name = files
+    repo = f"checksums/{request.node.callspec.id}"
+    for change, words in ((None, ""), ("\naltered\n", f"`{name}` must have the SHA-256")):
+        if change:
+            (folder / name).write_text((folder / name).read_text() + change)
+        HfApi().create_repo(
+            repo, repo_type=repo_type, exist_ok=True, **({"space_sdk": "gradio"} if repo_type == "space" else {})
+        )
+        HfApi().upload_folder(repo_id=repo, repo_type=repo_type, folder_path=folder)
+        for place in (folder, repo):
+            status, report = info(capsys, place)
+            assert (
+                status == bool(change) and "listed files compared" in report["checksums"] and report["problem"] is None
+            )
+            assert [text[: len(words)] for text in report["differs"]] == [words] * bool(change)
+    assert cli.main(["info", repo]) == 1 and cli.main(["info", "checksums/nothing"]) == 1
+
+
+def test_a_checkpoint_without_config_is_no_folder_of_files(listed, capsys):
+    (listed / "config.json").unlink()
+    status, report = info(capsys, listed)
+    assert status == 1 and "`config.json` must be in" in report["problem"]
 
 
 def test_a_corpus_that_was_exchanged(shared_model, tmp_path, capsys):

@@ -61,6 +61,14 @@ def test_the_same_documents_are_chosen_with_the_same_scores(case):
         assert [source.score for source in row] == pytest.approx(scores[chosen].tolist(), abs=1e-4)
 
 
+def test_the_card_names_the_sizes_and_no_folder(case):
+    reference, _ = case
+    card = (reference.source.parent / "ours" / "README.md").read_text()
+    size = f"{N} memory vectors of {MAX_LENGTH} tokens"
+    assert f"(apple/ml-clara), {size}. The licence of that checkpoint applies." in card
+    assert f"{reference.source.parent.name}/" not in card and "before you publish" not in card
+
+
 def test_prompts_are_token_for_token_the_same(case):
     reference, model = case
     for question in [*QUESTIONS, None]:
@@ -170,7 +178,7 @@ FAULTS = {
     "no backbone": "--backbone",
     "a backbone that the Hub has not": "--backbone",
     "a backbone on the Hub of its config only": "--backbone",
-    "another backbone": "must",
+    "another backbone": "must have",
     "another vocabulary": "must",
     "no adapters": "adapters.pth must be in",
     "no tables": "decoder_first_last_layers.pth must be in",
@@ -180,7 +188,7 @@ FAULTS = {
     "not finite": "must be finite",
     "trained rows": "row 7 differs",
     "too few rows": "must have the shape",
-    "code in a pickle": "holds more than",
+    "code in a pickle": "it holds more than tensors",
     "plain pickle": "as `torch.save` writes it",
     "compressed": "it is compressed",
     "cut off": "as `torch.save` writes it",

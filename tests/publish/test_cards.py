@@ -22,10 +22,12 @@ from test_hub_loading import upload
 from modeling_clara import CLaRaForRAG, CompressedCorpus
 from modeling_clara.checksums import compare_checksums, read_checksums
 from modeling_clara.corpus.card import render as render_corpus
+from modeling_clara.files_clara import model_card as first_card
 from modeling_clara.manifest_clara import Manifest
 from recipes.evaluation.report import update_card
 from recipes.models import pico, smollm2_135m
 from recipes.publishing.cards import data_card, main, model_card, published_card, write_card
+from recipes.spaces.publish import LEADERBOARD, METRICS, build_space
 
 ROOT = Path(__file__).parents[2]
 CARDS = ROOT / "model_cards"
@@ -64,6 +66,18 @@ def test_a_published_card_has_ids_commit_and_checksums(tmp_path):
 def test_a_folder_without_a_card_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"README.md must be the card"):
         published_card(tmp_path, "me/model", None)
+
+
+@pytest.mark.parametrize(
+    "space", [*METRICS.glob("*/README.md"), LEADERBOARD / "README.md"], ids=lambda p: p.parent.name
+)
+def test_a_published_space_has_its_id_and_needs_no_clone(tmp_path, space):
+    build_space(space.parent, tmp_path / "space")
+    card = published_card(tmp_path / "space", "me/space", None)
+    form = "ORG/NAME|OWNER|COMMIT|FOLDER_OR|<namespace>|<commit>|recipes/spaces"
+    assert "me/space" in card and not re.search(form, card)
+    blocks = "".join(re.findall(r"^```(?:bash|pycon)\n(.*?)^```$", card, re.M | re.S))
+    assert "me/space" in blocks and "recipes" not in blocks
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +122,22 @@ def test_a_corpus_that_changes_loses_its_checksums(tmp_path):
     assert not read_checksums((folder / "README.md").read_text())
 
 
+def test_a_corpus_that_changes_loses_what_was_measured(shared_model, tmp_path):
+    folder = tmp_path / "corpus"
+    corpus = CompressedCorpus.build(shared_model, ["one"], folder)
+    text = (folder / "README.md").read_text()
+    assert "\n1 document in 1 span, each" in text and "| 1 Parquet shard," in text
+    corpus = CompressedCorpus.open(folder, model=shared_model)
+    changes = [lambda: corpus.add([{"id": "x", "text": "two"}]), lambda: corpus.delete(["x"])]
+    for change in changes:
+        corpus.record_measurement({"data": "d", "questions": 1, "codecs": {"int8": {"bytes": 8, "f1": 1.0}}})
+        assert "Measured with 1 question of d" in (folder / "README.md").read_text()
+        corpus.compact()
+        assert "Measured with 1 question of d" in (folder / "README.md").read_text()
+        change()
+        assert "was not measured" in (folder / "README.md").read_text() and not Manifest.read(folder).measured
+
+
 # --- as it is rendered -----------------------------------------------------------------------------------------------
 
 
@@ -135,6 +165,13 @@ def test_metadata_and_files_of_shipped_cards_are_true(name):
     assert paths and all((ROOT / path).exists() for path in paths)
 
 
+def test_the_card_of_a_new_checkpoint_reads_like_no_form(shared_model):
+    config = shared_model.config
+    card = first_card(config, include_backbone=True)
+    assert f"into {' or '.join(map(str, config.memory_sizes))} memory tokens" in card
+    assert "are plain PEFT adapters of its backbone." in card
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A copy of clara-pico to change."""
@@ -152,20 +189,36 @@ def fields(tmp_path: Path, **changes) -> Path:
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"limits": "left out"}, "'limits' is undefined"),
-        ({"limits": None}, "'limits' is undefined"),
-        ({"example": {"documents": []}}, "has no attribute 'question'"),
-        ({"metadata": {"language": "en"}}, "`metadata.license`"),
-        ({"metadata": "left out"}, "`metadata`"),
+        ({"limits": "left out"}, "`limits` must be in"),
+        ({"limits": None}, "`limits` must be in"),
+        ({"limits": " "}, "`limits` of"),
+        ({"limits": {"a": 1}}, "`limits` of"),
+        ({"name": ["a"]}, "`name` of"),
+        ({"example": {"documents": ["a"]}}, "`example.question` must be in"),
+        ({"example": {"documents": ["a"], "question": 7}}, "`example.question` of"),
+        ({"example": {"documents": "a", "question": "b"}}, "`example.documents` of"),
+        ({"example": {"documents": [{"title": "a"}], "question": "b"}}, "`example.documents` of"),
+        ({"data": ["joint"]}, "`data` of"),
+        ({"limit": "Many."}, "`limit` of"),
+        ({"metadata": {"language": "en"}}, "`metadata.license` must be in"),
+        ({"metadata": {"license": "mit", "tags": "clara"}}, "`metadata.tags` of"),
+        ({"metadata": {"license": "mit", "language": False}}, "`metadata.language` of"),
+        ({"metadata": {"license": "mit", "model_name": "a"}}, "`metadata.model_name` of"),
+        ({"metadata": "left out"}, "`metadata` must be in"),
+        ({"metadata": "mit"}, "`metadata` of"),
         ({"licences": "{{ config.nothing }}"}, "has no attribute 'nothing'"),
-        ({"use": "{% if %}"}, "Expected an expression"),
+        ({"licences": "{{ nothing }}"}, "'nothing' is undefined"),
+        ({"licences": "{{ 1/0 }}"}, "`licences` of"),
+        ({"example": {"documents": ["{{ [].pop() }}"], "question": "b"}}, "`example.documents` of"),
+        ({"use": "{% if %}"}, "`use` of"),
     ],
 )
-def test_a_missing_field_is_named_and_nothing_is_written(folder, tmp_path, capsys, changes, name):
+def test_a_missing_or_wrong_field_is_named_and_nothing_is_written(folder, tmp_path, capsys, changes, name):
     before = (folder / "README.md").read_bytes()
     assert main([str(folder), str(fields(tmp_path, **changes))]) == 1
     error = capsys.readouterr().err
     assert name in error and str(tmp_path / "card.yaml") in error and error.startswith("error: ")
+    assert error.count("\n") == 1 and ("Add the field." in error) == ("must be in" in error)
     assert (folder / "README.md").read_bytes() == before and not list(folder.glob(".README*"))
 
 
@@ -201,8 +254,7 @@ def rows(tmp_path) -> Path:
     table = pa.table({"question": ["a", "b"], "pos_index": [[0], [1]]})
     for number in range(2):
         pq.write_table(table, folder / "data" / f"train-0000{number}-of-00002.parquet")
-    with gzip.open(folder / "dev.set.jsonl.gz", "wt") as file:
-        file.write('{"question": "c", "pos_index": null}\n\n{"question": "d", "pos_index": [2]}\n')
+    pq.write_table(pa.table({"question": ["c", "d"], "pos_index": pa.nulls(2)}), folder / "dev.set.parquet")
     return folder
 
 
@@ -212,13 +264,12 @@ def test_a_data_card_has_rows_columns_and_splits(rows, tmp_path):
     card = DatasetCard(data_card(rows, source))
     assert "| train | 4 | 0.0 | 2 |" in card.text and "| dev_set | 2 | 0.0 | 1 |" in card.text
     assert re.search(r"^\| `question` \| string \| what is asked \|$", card.text, re.M)
-    assert re.search(r"^\| `pos_index` \| list<element: int64> or null or list \|  \|$", card.text, re.M)
+    assert re.search(r"^\| `pos_index` \| list<element: int64> or null \|  \|$", card.text, re.M)
     assert card.data.license == "cc0-1.0" and card.data.size_categories == ["n<1K"]
-    train, dev = card.data.to_dict()["configs"]  # of two formats
-    assert dev == {"config_name": "dev_set", "data_files": [{"split": "dev_set", "path": ["dev.set.jsonl.gz"]}]}
+    (config,) = card.data.to_dict()["configs"]
     paths = [f"data/train-0000{number}-of-00002.parquet" for number in range(2)]
-    assert train == {"config_name": "train", "data_files": [{"split": "train", "path": paths}]}
-    assert "Its configurations are `train`, `dev_set`." in card.text
+    splits = [{"split": "train", "path": paths}, {"split": "dev_set", "path": ["dev.set.parquet"]}]
+    assert config == {"config_name": "default", "data_files": splits}
     assert main([str(rows), str(source)]) == 0 and (rows / "README.md").read_text() == data_card(rows, source)
     (code,) = snippets(card.text.replace("ORG/NAME", str(rows)))
     assert execute(code + "print(len(rows['train']))") == "4"
@@ -247,11 +298,75 @@ def test_a_data_card_needs_its_fields(rows, tmp_path, capsys, name):
     assert not (rows / "README.md").exists()
 
 
+def test_cells_of_a_data_card_stay_cells(tmp_path):
+    rows, source = tmp_path / "rows", tmp_path / "card.yaml"
+    rows.mkdir()
+    (rows / "train.jsonl").write_text('{"a|b\\nc": 1}\n')
+    source.write_text(yaml.safe_dump(DATA | {"columns": {"a|b\nc": "one|other\nline"}}))
+    assert r"| `a\|b c` | int | one\|other line |" in data_card(rows, source)
+
+
+LINE = b'{"a": 1}\n'
+UNREADABLE = {  # file -> (content, what is said)
+    "train.jsonl": (b"", "train.jsonl must have rows"),
+    "blank.jsonl": (b" \n\n", "blank.jsonl must have rows"),
+    "nan.jsonl": (LINE + b'\n{"a": NaN}\n', "line 3 of nan.jsonl must be JSON in UTF-8: NaN"),
+    "huge.jsonl": (LINE + b'{"a": 1e400}\n', "line 2 of huge.jsonl must be JSON in UTF-8: 1e400"),
+    "latin.jsonl": ('{"a": "caf\xe9"}\n'.encode("latin-1"), "line 1 of latin.jsonl must be JSON in UTF-8"),
+    "bom.jsonl": (b"\xef\xbb\xbf" + LINE, "line 1 of bom.jsonl must be JSON in UTF-8: Unexpected UTF-8 BOM"),
+    "broken.jsonl": (LINE + b"\n" + b'{"a": \n', "line 3 of broken.jsonl must be JSON in UTF-8"),
+    "list.jsonl": (LINE + b"[1]\n", "line 2 of list.jsonl must be an object"),
+    "deep.jsonl": (b"[" * 100_000, "line 1 of deep.jsonl must be JSON"),
+    "cut.jsonl.gz": (gzip.compress(LINE * 1000)[:-20], "cut.jsonl.gz must be a whole gzip file"),
+    "plain.jsonl.gz": (LINE, "plain.jsonl.gz must be a whole gzip file"),
+    "footer.parquet": (b"PAR1 and no footer", "footer.parquet must be a whole Parquet file"),
+    "empty.parquet": (None, "empty.parquet must have rows"),
+}
+
+
+def write_rows(path: Path, content: bytes | None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if content is None:
+        pq.write_table(pa.table({"a": pa.array([], pa.int64())}), path)
+    else:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, name):
+    content, words = UNREADABLE[name]
+    write_rows(tmp_path / name, content)
+    with pytest.raises(ValueError, match="^" + re.escape(words)):
+        data_card(tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("train.parquet", "test.jsonl"), "must be of one format, got train.parquet and test.jsonl"),
+        (("train.jsonl", "more.csv"), "got more.csv"),
+        (("train.jsonl", "more.TSV.gz"), "got more.TSV.gz"),
+        (("train.jsonl", "test.JSONL"), "got test.JSONL"),
+        (("de/train.jsonl", "en/train.jsonl"), "de/train.jsonl and en/train.jsonl must be of different splits"),
+        (("a/train-00000-of-00002.jsonl", "b/train-00001-of-00002.jsonl"), "must be of different splits"),
+        (("train.jsonl", "train.jsonl.gz"), "must be of different splits"),
+        (("a.b.jsonl", "a_b.jsonl"), "must be of different splits"),
+    ],
+)
+def test_files_that_cannot_be_published_together_are_named(tmp_path, names, words):
+    for name in names:
+        is_parquet, is_packed = name.endswith(".parquet"), name.endswith(".gz")
+        write_rows(tmp_path / name, None if is_parquet else gzip.compress(LINE) if is_packed else LINE)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        data_card(tmp_path, None)
+
+
 def test_a_folder_without_data_and_rows_that_are_none(rows, tmp_path, capsys):
     (tmp_path / "card.yaml").write_text(yaml.safe_dump(DATA))
-    (rows / "bad.jsonl").write_text("{}\n[1]\n")
+    shutil.rmtree(rows)
+    write_rows(rows / "bad.jsonl", b"{}\n[1]\n")
     assert main([str(rows), str(tmp_path / "card.yaml")]) == 1
-    assert "row 2 of" in capsys.readouterr().err
+    assert "line 2 of bad.jsonl" in capsys.readouterr().err
     shutil.rmtree(rows)
     rows.mkdir()
     assert main([str(rows), str(tmp_path / "card.yaml")]) == 1

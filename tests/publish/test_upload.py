@@ -106,11 +106,39 @@ def test_only_what_belongs_to_a_model_is_in_a_build(licensed, backbone_folder, t
     assert not [
         name for name in names if name.startswith(("optim", "rng", "checkpoint-", ".cache", "memories", "old"))
     ]
+    assert not [
+        name for name in names if name.endswith(".json") and str(backbone_folder) in (output / name).read_text()
+    ]
     backbone_folder.rename(backbone_folder.with_name("away"))  # nothing outside the folder is read
     try:
         assert probe("model", output)["memory"] == built.found["memory"]
     finally:
         backbone_folder.with_name("away").rename(backbone_folder)
+
+
+def test_a_card_alone_needs_no_new_build_and_its_faults_change_nothing(licensed, backbone_folder, tmp_path, capsys):
+    options = {"backbone": str(backbone_folder), "corpus": None}
+    first = build(licensed, tmp_path / "out", **options)
+    (licensed / "README.md").write_text(LICENSED + "\nNew.\n")
+    second = build(licensed, tmp_path / "out", **options)
+    assert second.is_reused and second.found == first.found and b"New." in second.card(None, None).content
+    assert (tmp_path / "out" / "README.md").read_text().endswith("New.\n")
+    (licensed / "README.md").write_text("---\ntags: [x]\n---\n")
+    with pytest.raises(ValueError, match="must name the licence"):
+        build(licensed, tmp_path / "out", **options)
+    assert (tmp_path / "out" / "README.md").read_text().endswith("New.\n")
+
+
+def test_a_model_of_short_documents_is_compared(tmp_path):
+    backbone = save_backbone(tmp_path / "backbone")
+    settings = {"document_max_length": 12}
+    overlap = {"document_overlap": 2}
+    model = CLaRaForRAG.from_backbone(
+        backbone, memory_sizes=(2,), lora_rank=2, config_kwargs=settings, processor_kwargs=overlap
+    )
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text(LICENSED)
+    assert build(tmp_path / "model", tmp_path / "out").found["fingerprint"] == model.fingerprint
 
 
 def test_a_build_is_used_again_until_something_changes(tmp_path):

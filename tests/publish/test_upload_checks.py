@@ -86,11 +86,23 @@ def test_what_must_not_be_there_is_named(folder, name, content, words):
     assert HF not in problem and GITHUB not in problem
 
 
+NO_PATHS = ("/a/b c", "/resolve", "a/b/c")
+
+
+@pytest.mark.parametrize("value", ["/data/run1/x.pt", "/tmp/backbone", "D:\\\\models\\\\x", *NO_PATHS])
+def test_a_setting_that_is_a_path_is_named_by_its_key(value, folder):
+    (folder / "more.json").write_text('{"settings": [{"from": "' + value + '"}]}')
+    found = problems(folder)
+    assert len(found) == (value not in NO_PATHS) and all(
+        "'from' is" in problem and "more.json" in problem for problem in found
+    )
+
+
 def test_own_paths_and_the_own_token_are_found(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "unusual-token")
     (tmp_path / "run").mkdir()
     (folder / "log.json").write_text(f'["{tmp_path / "run"}", "unusual-token"]')
-    (folder / "other.json").write_text(f'["{tmp_path / "runs"}"]')  # another place
+    (folder / "other.md").write_text(f"In {tmp_path / 'runs'}.")  # another place
     found = problems(folder, source=tmp_path / "run")
     assert len(found) == 2 and "your own token" in found[0] and "log.json must not hold an absolute path" in found[1]
 

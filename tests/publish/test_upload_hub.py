@@ -111,9 +111,9 @@ def test_a_card_that_was_edited_on_the_hub_stays_until_the_one_here_is_edited(hu
     assert contents(repo, last.overwritten)["README.md"] == b"other"
 
 
-def test_results_that_others_added_stay(hub, built, changed, repo_id):
+@pytest.mark.parametrize("name", [".eval_results/theirs.yaml", "LICENSE"])
+def test_what_others_added_on_the_hub_stays(hub, built, changed, repo_id, name):
     publish(built, Target(repo_id))
-    name = ".eval_results/theirs.yaml"
     HfApi().upload_file(path_or_fileobj=b"- theirs\n", path_in_repo=name, repo_id=repo_id)
     assert not publish(built, Target(repo_id))[0]
     publish(changed, Target(repo_id))
@@ -198,7 +198,7 @@ def test_of_two_publishers_one_wins_and_the_other_says_so(hub, built, changed, r
     hub.before("POST", f"/api/models/{repo_id}/{at}", lambda: publish(other, Target(repo_id)))
     with pytest.raises(PublishError, match="changed by somebody else.*nothing is mixed"):
         publish(changed, Target(repo_id))
-    assert is_at(hub, repo_id, other)
+    assert is_at(hub, repo_id, other) and list(hub.repos["model", repo_id].refs["branch"]) == ["main"]
     publish(changed, Target(repo_id))
     assert is_at(hub, repo_id, changed) and list(hub.repos["model", repo_id].refs["branch"]) == ["main"]
 
@@ -222,6 +222,14 @@ def test_two_publishers_at_once_make_one_state_of_one(hub, repo_id, tmp_path):
     last = [seed for seed in range(2) if is_at(hub, repo_id, built[seed])]
     assert len(last) == 1 and not isinstance(outcomes[last[0]], Exception)
     assert all("changed by somebody else" in str(o) for o in outcomes if isinstance(o, Exception))
+
+
+@pytest.mark.parametrize("tag", ["bad tag", "a..b", "-x", "main", "v1.lock", "x/"])
+def test_a_tag_that_cannot_be_is_refused_before_anything_is_sent(hub, built, changed, repo_id, tag):
+    publish(built, Target(repo_id))
+    with pytest.raises(PublishError, match="`--tag` must"):
+        publish(changed, Target(repo_id, tag=tag))
+    assert is_at(hub, repo_id, built)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -191,6 +191,39 @@ def test_data_of_several_kinds_of_rows_is_read_whole(tmp_path, capsys):
     assert "questions: 1 rows of question" in said and "passages: 1 rows of title, text" in said
 
 
+CARD = "---\nlicense: mit\n---\n\n# Rows\n"
+
+
+@pytest.mark.parametrize("card", ["", CARD], ids=["no card", "a card"])
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"train.jsonl": b'{"a": 1}\n\n{"a": NaN}\n'}, "line 3 of train.jsonl must be JSON"),
+        ({"train.jsonl": b'{"a": "caf\xe9"}\n'}, "line 1 of train.jsonl must be JSON in UTF-8"),
+        ({"train.jsonl": b""}, "train.jsonl must have rows"),
+        ({"train.parquet": b"PAR1"}, "train.parquet must be a whole Parquet file"),
+        ({"train.jsonl": b'{"a": 1}\n', "more.csv": b"a\n1\n"}, "got more.csv"),
+        ({"train.jsonl": b'{"a": 1}\n', "test.parquet": b"PAR1"}, "got test.parquet and train.jsonl"),
+    ],
+)
+def test_data_that_cannot_be_loaded_are_named_by_file(tmp_path, capsys, files, words, card):
+    source = tmp_path / "rows"
+    source.mkdir()
+    for name, content in (files | ({"README.md": card.encode()} if card else {})).items():
+        (source / name).write_bytes(content)
+    assert main(["data", str(source), "--build", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert words in said and ".building" not in said and not (tmp_path / "out").exists()
+
+
+def test_the_first_error_behind_a_general_one_is_said(tmp_path, capsys):
+    for name, content in {"README.md": CARD, "train.jsonl": '{"a": 1}\n', "test.jsonl": '{"a": 1, "b": 1}\n'}.items():
+        (tmp_path / name).write_text(content)
+    assert main(["data", str(tmp_path), "--build", str(tmp_path.with_name("out"))]) == 1
+    said = capsys.readouterr().err
+    assert "because of CastError" in said and "column names don't match" in said and ".building" not in said
+
+
 @pytest.mark.parametrize("kind", IDS)
 def test_a_folder_of_another_kind_is_refused(kind, tmp_path, capsys):
     source = CARDS / "clara-pico" if kind not in ("model", "leaderboard") else SPACES / "metrics" / "retrieval"
