@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from modeling_clara.cli.console import allow_any_console
 from modeling_clara.synthesis import features
 from modeling_clara.synthesis.ask import Asker
 from modeling_clara.synthesis.backends import Endpoint
@@ -164,6 +165,7 @@ def failing(rows: Sequence[Mapping]) -> Iterator[tuple[Mapping, Mapping, list[st
 
 def main() -> None:
     """The command line."""
+    allow_any_console()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("passages", help="rows {title?, text, qas}: .jsonl, .jsonl.gz or .parquet")
     parser.add_argument("--planted", type=int, default=N_PLANTED, help=f"errors of each kind (default: {N_PLANTED})")
