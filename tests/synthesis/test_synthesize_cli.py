@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,11 @@ def test_ctrl_c_keeps_what_is_done(documents, tmp_path):
     with TeacherServer(latency=0.05) as server:
         command = [sys.executable, "-m", "modeling_clara.cli", *arguments_of(server, documents, tmp_path / "data")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        options = {"env": environment, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        # whoever runs the tests in the background ignores Ctrl-C, and so would the command
+        process = subprocess.Popen(
+            command, preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL), **options
+        )
         while server.answered.total() < 20 and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
