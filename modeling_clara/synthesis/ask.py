@@ -132,7 +132,8 @@ class Asker:
         """
         messages = self.prompts.render(name, fields)
         max_tokens, answer = self.max_tokens, Answer(None, "no request was made")
-        for number in range(attempt, attempt + self.retries + 1):
+        first = attempt * (self.retries + 1)  # no retry of one attempt is a request of another
+        for number in range(first, first + self.retries + 1):
             sampling = {"temperature": WARM, "seed": self.seed + number} if number else {"temperature": 0.0}
             try:
                 completion = await self.complete(messages, schema=schema, max_tokens=max_tokens, **sampling)

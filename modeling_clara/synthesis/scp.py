@@ -138,7 +138,7 @@ async def uncovered_facts(work: Work, pairs: list[dict], round: int) -> list[str
 
 async def paraphrased(work: Work, attempts: int) -> str | None:
     """The first paraphrase that passes, or None."""
-    document, problem = full_text(work.document), None
+    document, problem, refused = full_text(work.document), None, set()
     for attempt in range(attempts):
         answer = await work.asker.ask("paraphrase", schema=PARAPHRASE, attempt=attempt, problem=problem, **work.place)
         if answer.problem:
@@ -147,7 +147,10 @@ async def paraphrased(work: Work, attempts: int) -> str | None:
         text = answer.value["paraphrase"].strip()
         work.counts["paraphrase_written"] += 1
         reasons = run_checks(document, paraphrase=text, guard=work.guard)
+        if text in refused:
+            reasons = ["duplicate: the same paraphrase was refused before"]
         problem = "; ".join(reasons) or await compare(work, text)
+        refused.add(text)
         if problem is None:
             work.counts["paraphrase_accepted"] += 1
             return text

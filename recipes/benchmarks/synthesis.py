@@ -18,27 +18,11 @@ import openai
 
 from modeling_clara.synthesis.backends import Endpoint
 from modeling_clara.synthesis.client import Teacher
+from modeling_clara.synthesis.schemas import SIMPLE_PAIRS
 from recipes.benchmarks.shared import add_outputs, describe_machine, figures, medians, ratio, show
 
 SERVER = Path(__file__).parents[2] / "tests" / "teacher_server.py"
 MODEL, MAX_TOKENS = "loopback-teacher", 256
-SCHEMA = {
-    "title": "simple_pairs",
-    "type": "object",
-    "properties": {
-        "pairs": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "properties": {"question": {"type": "string"}, "answer": {"type": "string"}},
-                "required": ["question", "answer"],
-                "additionalProperties": False,
-            },
-        }
-    },
-    "required": ["pairs"],
-    "additionalProperties": False,
-}
 
 
 def prompts(n: int) -> list[list[dict]]:
@@ -53,7 +37,10 @@ def prompts(n: int) -> list[list[dict]]:
 async def bare(base_url: str, chats: list, concurrency: int, *, typed: bool = True) -> None:
     """The `openai` client and a semaphore: as its users call it, or without the typed reply, as ours calls it."""
     slots = asyncio.Semaphore(concurrency)
-    form = {"type": "json_schema", "json_schema": {"name": SCHEMA["title"], "schema": SCHEMA, "strict": True}}
+    form = {
+        "type": "json_schema",
+        "json_schema": {"name": SIMPLE_PAIRS["title"], "schema": SIMPLE_PAIRS, "strict": True},
+    }
     options = {"model": MODEL, "max_tokens": MAX_TOKENS, "temperature": 0.0, "response_format": form}
     async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
 
@@ -71,7 +58,7 @@ async def bare(base_url: str, chats: list, concurrency: int, *, typed: bool = Tr
 async def ours(base_url: str, chats: list, concurrency: int) -> None:
     """The same through `Teacher`, with a budget to count."""
     async with Teacher(Endpoint(base_url), MODEL, concurrency=concurrency, max_tokens_total=10**12) as teacher:
-        await asyncio.gather(*(teacher.complete(chat, schema=SCHEMA, max_tokens=MAX_TOKENS) for chat in chats))
+        await asyncio.gather(*(teacher.complete(chat, schema=SIMPLE_PAIRS, max_tokens=MAX_TOKENS) for chat in chats))
 
 
 def seconds_of(run: Callable[..., Awaitable], *arguments) -> tuple[float, float]:

@@ -89,7 +89,7 @@ def test_what_must_not_be_there_is_named(folder, name, content, words):
 NO_PATHS = ("/a/b c", "/resolve", "a/b/c")
 
 
-@pytest.mark.parametrize("value", ["/data/run1/x.pt", "/tmp/backbone", "D:\\\\models\\\\x", *NO_PATHS])
+@pytest.mark.parametrize("value", ["/one/two/x.pt", "/one/two", "D:\\\\one\\\\two", *NO_PATHS])
 def test_a_setting_that_is_a_path_is_named_by_its_key(value, folder):
     (folder / "more.json").write_text('{"settings": [{"from": "' + value + '"}]}')
     found = problems(folder)

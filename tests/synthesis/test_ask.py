@@ -137,6 +137,15 @@ def test_a_bad_answer_is_asked_for_again_in_another_way(fault, limits):
     assert [(call["temperature"], call["seed"]) for call in teacher.options] == [(0.0, None), (0.7, 6), (0.7, 7)]
 
 
+def test_no_retry_is_the_request_of_a_later_attempt():
+    """A request cache would answer it with what was refused before."""
+    teacher, (document,) = RuleTeacher(dict.fromkeys(range(9), "broken")), documents(1)
+    asker, place = Asker(teacher.complete), {"title": document["title"], "text": document["text"]}
+    for attempt in range(3):
+        asyncio.run(asker.ask("coverage", schema=SCHEMAS["coverage"], pairs=[], attempt=attempt, **place))
+    assert [call["seed"] for call in teacher.options] == [None, *range(1, 9)]
+
+
 def test_retries_end_and_the_last_problem_stays():
     teacher = RuleTeacher(dict.fromkeys(range(9), "truncated"))
     answer = ask(teacher, retries=1)
