@@ -8,7 +8,7 @@ import hashlib
 import re
 import shutil
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,14 +60,30 @@ class Bm25:
         self.index, self.n_rows = index, n_rows
 
     @classmethod
-    def of_words(cls, words: Sequence[list[str]]) -> "Bm25":
+    def of_words(cls, words: Iterable[list[str]]) -> "Bm25":
         """An index of the words of some rows, see `split_words`: rarity is counted among these rows."""
         require_bm25()
         numbers, index = {}, bm25s.BM25()
         rows = [[numbers.setdefault(word, len(numbers)) for word in row] for row in words]
         if numbers:
             index.index((rows, numbers), show_progress=False)
-        return cls(index if numbers else None, len(words))
+        return cls(index if numbers else None, len(rows))
+
+    @classmethod
+    def stored(cls, folder: Path, n_rows: int, words: Callable[[], Iterable[list[str]]]) -> "Bm25":
+        """The index in a folder, memory-mapped; unless it is there, it is made of `words()` before."""
+        require_bm25()
+        if not (folder / "complete").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            made = cls.of_words(words())
+            folder.mkdir(parents=True)
+            if made.index is None:
+                (folder / "empty").touch()
+            else:
+                made.index.save(str(folder))
+            (folder / "complete").touch()
+        is_empty = (folder / "empty").exists()  # no row has a word
+        return cls(None if is_empty else bm25s.BM25.load(str(folder), mmap=True, show_progress=False), n_rows)
 
     def scores(self, words: Sequence[str]) -> np.ndarray:
         """(rows,) float32 for the words of one question."""
@@ -143,22 +159,15 @@ class LexicalIndex:
         folder = snapshot.index_folder / f"bm25-{self.key}"
         with FileLock(snapshot.index_folder / "lock"):  # whoever builds for another snapshot removes this one
             if not (folder / "complete").exists():
-                self._build(snapshot, folder)
-            is_empty = (folder / "empty").exists()  # no text has a word
-            index = None if is_empty else bm25s.BM25.load(str(folder), mmap=True, show_progress=False)
-        self.bm25 = Bm25(index, snapshot.n_rows)
+                for old in snapshot.index_folder.glob("bm25-*"):
+                    shutil.rmtree(old, ignore_errors=True)
+            self.bm25 = Bm25.stored(folder, snapshot.n_rows, lambda: self._words(snapshot))
 
-    def _build(self, snapshot: Snapshot, folder: Path) -> None:
-        for old in snapshot.index_folder.glob("bm25-*"):
-            shutil.rmtree(old, ignore_errors=True)
-        rows = (row for segment in snapshot.segments for row in segment.table.select(["title", "text"]).to_pylist())
-        bm25 = Bm25.of_words(split_words(["{title} {text}".format(**row) for row in rows]))
-        folder.mkdir(parents=True)
-        if bm25.index is None:
-            (folder / "empty").touch()
-        else:
-            bm25.index.save(str(folder))
-        (folder / "complete").touch()
+    @staticmethod
+    def _words(snapshot: Snapshot) -> Iterable[list[str]]:
+        for segment in snapshot.segments:
+            rows = segment.table.select(["title", "text"]).to_pylist()
+            yield from split_words(["{title} {text}".format(**row) for row in rows])
 
     def shortlist(
         self, questions: Sequence[str], n: int, allowed: np.ndarray | None

@@ -1,30 +1,43 @@
 """Documents that look like the right one: by BM25, or by any function from a question to documents, best first."""
 
+import itertools
 import random
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from ..lexical_clara import Bm25, split_words
 
 # From a question and a number to as many documents `{id, title, text}`, best first.
 Search = Callable[[str, int], Sequence[Mapping]]
+INDEXED = 1024  # documents that are split into words together
 
 
 class Bm25Search:
     """Searches documents `{id, title, text}` by BM25; what no word finds is filled up by others.
 
-    All texts and their words are in memory, some 2 kB a chunk.
+    Args:
+        documents: to search; `Lines` are read from their file one by one.
+        folder: where the index is, or is made; it is then memory-mapped. Without one it is in memory.
     """
 
-    def __init__(self, documents: Iterable[Mapping]):
-        self.documents = list(documents)
-        if not self.documents:
+    def __init__(self, documents: Sequence[Mapping], folder: Path | None = None):
+        self.documents = documents
+        if not len(documents):
             raise ValueError("`documents` must have at least one document, got none. Pass the chunks to search.")
-        self._bm25 = Bm25.of_words(
-            split_words([f"{document.get('title') or ''} {document['text']}" for document in self.documents])
-        )
+        if folder is None:
+            self._bm25 = Bm25.of_words(self._words())
+        else:
+            with FileLock(f"{folder}.lock"):  # other ranks wait for the one that makes it
+                self._bm25 = Bm25.stored(folder, len(documents), self._words)
+
+    def _words(self) -> Iterator[list[str]]:
+        texts = (f"{document.get('title') or ''} {document['text']}" for document in self.documents)
+        while batch := list(itertools.islice(texts, INDEXED)):
+            yield from split_words(batch)
 
     def __call__(self, question: str, n: int) -> list[Mapping]:
         """The n best documents; those without a word of the question come last, and differ from question to question.

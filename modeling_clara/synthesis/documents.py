@@ -3,10 +3,12 @@
 A chunk has all fields of its document; its id is the document's with the number of the chunk, as in a corpus.
 """
 
+import array
+import io
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..corpus.sources import DocumentSource, InputRow
@@ -114,6 +116,23 @@ def left_out(row: InputRow) -> dict:
     """A line of rejects.jsonl."""
     reason = f"{row.status or 'failed'}: {row.problem}"
     return {"kind": DOCUMENT, "reason": reason, "value": None, "document_id": row.place, "round": 0}
+
+
+class Lines(Sequence):
+    """The chunks of a run by number, each read from the file when it is asked for; 8 bytes of memory a chunk."""
+
+    def __init__(self, work: Path):
+        self.file = open(work / DOCUMENTS_FILE, "rb") if (work / DOCUMENTS_FILE).exists() else io.BytesIO()
+        self.starts = array.array("q", itertools.accumulate(map(len, self.file), initial=0))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, number: int) -> dict:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        self.file.seek(self.starts[number])
+        return json.loads(self.file.readline())
 
 
 def iter_chunks(work: Path, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, dict]]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from ..corpus.sources import InputRow
 from .ask import Asker
 from .client import Completion
+from .distractors import Bm25Search
 from .documents import read_chunks
 from .output import cost_of
 from .run import Run, needs_search, task_call
@@ -33,7 +34,7 @@ def first_chunks(run: Run, n: int | None = None) -> Iterator[dict]:
 def preview(run: Run, teacher: Callable, n: int) -> list[dict]:
     """What becomes of the first n chunks: `{document, calls: [{messages, answer}], record, rejects}` of each."""
     chunks = list(first_chunks(run, None if needs_search(run) else n))
-    ask_task = task_call(run, chunks)
+    ask_task = task_call(run, Bm25Search(chunks) if needs_search(run) else run.search)
 
     async def look() -> list[dict]:
         async with teacher() as opened:

@@ -20,7 +20,7 @@ from ..storage_clara import file_sha256, read_json, write_json
 from .ask import Asker, Prompts
 from .client import Completion, Teacher
 from .distractors import Bm25Search, Search
-from .documents import iter_chunks, load_splitter, prepare
+from .documents import Lines, iter_chunks, load_splitter, prepare
 from .leakage import LeakageGuard
 from .output import Places, Tally, cost_of, finish, iter_done, used_tokens
 
@@ -182,7 +182,8 @@ def run_rank(run: Run, teacher: Callable[[], Teacher], n_chunks: int, concurrenc
     work, tally = run.places.work, Tally()
     for outcome in iter_done(work, run.rank):
         tally.add(outcome)
-    ask_task = task_call(run, [chunk for _, chunk in iter_chunks(work)] if needs_search(run) else [])
+    search = Bm25Search(Lines(work), work / "bm25") if needs_search(run) else run.search
+    ask_task = task_call(run, search)
     mine = iter_chunks(work, run.rank, run.world_size)
     rows = (Document(text=chunk["id"], id=str(number), metadata={"chunk": chunk}) for number, chunk in mine)
     with _bar(-(-(n_chunks - run.rank) // run.world_size), tally) as show:
@@ -201,16 +202,15 @@ def run_rank(run: Run, teacher: Callable[[], Teacher], n_chunks: int, concurrenc
 
 
 def needs_search(run: Run) -> bool:
-    """Whether all chunks are needed, to find others for each."""
+    """Whether the task looks for other documents, and the run does not say how."""
     return run.search is None and "search" in inspect.signature(run.task.synthesize).parameters
 
 
-def task_call(run: Run, chunks: Sequence[Mapping]) -> Callable:
-    """From a chunk and an `Asker` to the task's outcome; `chunks` are searched if nothing else is."""
+def task_call(run: Run, search: Search | None) -> Callable:
+    """From a chunk and an `Asker` to the task's outcome; `search` finds other documents if the task looks for some."""
     keywords = {"guard": run.guard}
     if "search" in inspect.signature(run.task.synthesize).parameters:
-        names = ("id", "title", "text", "span")
-        keywords["search"] = run.search or Bm25Search({name: chunk[name] for name in names} for chunk in chunks)
+        keywords["search"] = search
     return lambda chunk, asker: run.task.synthesize(chunk, asker, run.settings, **keywords)
 
 

@@ -161,10 +161,11 @@ def test_a_run_goes_on_only_as_it_began(tmp_path):
         with pytest.raises(OutOfBudget):  # what was used before counts
             run(documents, output, server.base_url, teacher={"max_tokens_total": 20_000})
         report = run(documents, output, server.base_url)
-        assert 0 < begun and set(server.answered.values()) == {1}
         calls = server.answered.total()
+        repeated = calls - len(server.answered)  # what was answered while the budget ended the run
+        assert 0 < begun and repeated <= 2 * CONCURRENCY
         assert run(documents, output, server.base_url) == report
-        assert server.answered.total() == calls == report["calls"]
+        assert server.answered.total() == calls == report["calls"] + repeated
         with pytest.raises(ValueError, match="`rounds` was 1, got 2"):
             run(documents, output, server.base_url, settings={"rounds": 2})
         (tmp_path / "mine.jsonl").write_text("")

@@ -9,9 +9,11 @@ from tiny import build_tokenizer
 from trl.scripts.utils import DatasetConfig
 
 from modeling_clara import CLaRaProcessor, CompressedCorpus
+from modeling_clara.corpus.storage import append_lines
 from modeling_clara.synthesis import instruct, retrieval, scp
 from modeling_clara.synthesis.checks import stands_in
 from modeling_clara.synthesis.distractors import Bm25Search, MemorySearch
+from modeling_clara.synthesis.documents import DOCUMENTS_FILE, Lines
 from recipes.evaluation.questions import read_data
 from recipes.training.mixtures import load_records
 from recipes.training.records import RecordReader
@@ -121,6 +123,23 @@ def test_bm25_finds_what_looks_alike_and_fills_up():
     assert len(fills) > 3 and SEARCH("zzz1", 99) == SEARCH("zzz1", 10)
     with pytest.raises(ValueError, match="`documents` must have at least one document"):
         Bm25Search([])
+
+
+def test_chunks_on_disk_are_found_like_those_in_memory(tmp_path):
+    chunks = [{**row, "title": row["title"] + " \N{SNOWMAN}", "page": 3} for row in ROWS]
+    append_lines(tmp_path / DOCUMENTS_FILE, chunks)
+    (tmp_path / "bm25").mkdir()  # of a run that was killed while it wrote the index
+    (tmp_path / "bm25" / "data.csc.index.npy").write_bytes(b"half")
+    lines = Lines(tmp_path)
+    assert [lines[number] for number in (2, 0, 1)] == [chunks[number] for number in (2, 0, 1)]
+    with pytest.raises(IndexError):
+        lines[len(chunks)]
+    for search in (Bm25Search(lines, tmp_path / "bm25"), Bm25Search(Lines(tmp_path), tmp_path / "bm25")):
+        for question in ("When was the tower of Selby built?", "zzz1"):
+            assert search(question, 4) == Bm25Search(chunks)(question, 4)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / DOCUMENTS_FILE).touch()
+    assert len(Lines(tmp_path / "none")) == len(Lines(tmp_path / "nowhere")) == 0
 
 
 def test_a_model_searches_its_own_corpus(shared_model, tmp_path):
