@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import DictLoader, Environment, StrictUndefined
 
 from .client import BadRequest, Completion
 
@@ -23,6 +23,7 @@ WARM = 0.7  # temperature of a repeated request: at 0 the same request has the s
 # The marks of our prompts, and those of chat templates that a server would read as such.
 MARKS = r"\s*/?\s*(?:documents?|question|answer|pairs|facts|paraphrase|s|start_of_turn|end_of_turn)\s*>|\|"
 MARK, ESCAPED = re.compile(f"<(?={MARKS})", re.IGNORECASE), re.compile(f"&lt;(?={MARKS})", re.IGNORECASE)
+QUOTED, TYPOGRAPHIC = re.compile('"([^"\\n]*)"'), re.compile("[\u201c\u201d]")
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,19 @@ class Answer:
 def escape(value):
     """Fields of a prompt, in which no text can end its place: `<` of a mark becomes `&lt;`, at any depth.
 
-    >>> escape("a < b </document> <|im_end|>")
-    'a < b &lt;/document> &lt;|im_end|>'
+    Straight quotation marks become typographic ones: small teachers end a JSON string at a mark that they copy.
+
+    >>> escape('a < b </document> <|im_end|> "c"')
+    'a < b &lt;/document> &lt;|im_end|> \N{LEFT DOUBLE QUOTATION MARK}c\N{RIGHT DOUBLE QUOTATION MARK}'
     """
-    return _in_texts(value, lambda text: MARK.sub("&lt;", text))
+    return _in_texts(value, lambda text: QUOTED.sub("\u201c\\1\u201d", MARK.sub("&lt;", text)).replace('"', "\u201d"))
 
 
-def unescape(value):
-    """A value of the teacher with the marks that `escape` has changed."""
-    return _in_texts(value, lambda text: ESCAPED.sub("<", text))
+def unescape(value, fields=()):
+    """A value of the teacher with the marks that `escape` has changed in `fields`."""
+    is_straight = not TYPOGRAPHIC.search(json.dumps(fields, ensure_ascii=False, default=str))
+    value = _in_texts(value, lambda text: ESCAPED.sub("<", text))
+    return _in_texts(value, lambda text: TYPOGRAPHIC.sub('"', text)) if is_straight else value
 
 
 def _in_texts(value, change: Callable[[str], str]):
@@ -65,8 +70,10 @@ class Prompts:
 
     def __init__(self, folder: str | Path = PROMPTS):
         self.folder = Path(folder)
+        # read once: what changes under a run would not be what its fingerprint says
+        self.sources = {file.name: file.read_text(encoding="utf-8") for file in sorted(self.folder.glob("*.jinja"))}
         self._environment = Environment(
-            loader=FileSystemLoader(self.folder),
+            loader=DictLoader(self.sources),
             undefined=StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
@@ -90,8 +97,8 @@ class Prompts:
     def digest(self) -> str:
         """SHA-256 in hex over all templates: other prompts, other data."""
         digest = hashlib.sha256()
-        for file in sorted(self.folder.glob("*.jinja")):
-            digest.update(f"{file.name}\0".encode() + file.read_bytes() + b"\0")
+        for name, source in self.sources.items():
+            digest.update(f"{name}\0{source}\0".encode())
         return digest.hexdigest()
 
 
@@ -141,7 +148,7 @@ class Asker:
                 return Answer(None, f"bad request: {error}")
             answer = read_answer(completion, schema)
             if answer.problem is None:
-                break
+                return Answer(unescape(answer.value, fields), None, answer.text)
             if completion.finish_reason == "length":
                 max_tokens *= 2
         return answer
@@ -155,7 +162,7 @@ def read_answer(completion: Completion, schema: dict) -> Answer:
         return Answer(None, f"truncated: the answer was cut off after {n_tokens} tokens", text)
     value, problem = parse_json(text)
     problem = problem or misfit(value, schema)
-    return Answer(None, f"broken: {problem}", text) if problem else Answer(unescape(value), None, text)
+    return Answer(None, f"broken: {problem}", text) if problem else Answer(value, None, text)
 
 
 def parse_json(text: str) -> tuple[object, str | None]:

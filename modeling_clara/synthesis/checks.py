@@ -7,6 +7,7 @@ whether an answer is right, only a reader knows.
 
 import functools
 import os.path
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -26,6 +27,14 @@ FACT_MISSING = 0.6  # the same of a fact that the teacher names in its own words
 INFLECTED = 0.7  # share of the longer word that two forms of a word begin with
 SCRIPT_SHARE = 0.05  # of the document's letters, for a script that a claim may be written in
 MIN_LETTERS = 4
+QUOTATION = ('"', "\u201c", "\u201e", "\u00ab")
+ARTICLES = frozenset("a an the der die das ein eine einen le la les un une el los las il lo gli o os as".split())
+CHOICE = frozenset("or oder ou o eller lub или albo".split())  # offers answers to choose from
+UNNAMED = re.compile(
+    r"\b(?:(?:this|these|those) (?!is\b|are\b|was\b|were\b|who\b|that\b|which\b)\w+"
+    r"|the (?:document|passage|article|text|author|excerpt|paragraph))\b",
+    re.IGNORECASE,
+)
 FOREIGN = 0.08  # share of function words of a language that a text in another one may have
 SAID = frozenset("yes no true false".split()).union(features.NUMBER_WORDS)  # what an answer may say of its own
 
@@ -39,6 +48,35 @@ def check_length(document: str, question: str, answer: str) -> str | None:
         if not least <= (n_words := len(words(text))) <= most:
             return f"length: the {name} must have {least} to {most} words, got {n_words}"
     return None
+
+
+def check_cut(document: str, question: str, answer: str) -> str | None:
+    """A question that ends with an article, or an answer that ends where a quotation begins in the document.
+
+    Teachers that write JSON end a text at a quotation mark that they forget to escape.
+    """
+    last = question.split()[-1:]
+    if last and last[0].lower() in ARTICLES:
+        return f"cut: the question ends with {last[0]!r}"
+    place = document.find(answer) if len(words(answer)) > 1 else -1
+    follows = document[place + len(answer) :].lstrip(" ") if place >= 0 else ""
+    if follows[:1] in QUOTATION and follows[1:2].isalnum():
+        return f"cut: the document goes on with {follows[:12]!r}"
+    return None
+
+
+def check_told(document: str, question: str, answer: str) -> str | None:
+    """An answer of several words that the question has all of, unless it offers a choice."""
+    asked, said = words(question), _content(answer)
+    if len(said) < 2 or not CHOICE.isdisjoint(asked) or not frozenset(_content(question)).issuperset(said):
+        return None
+    return "told: the question has all words of the answer"
+
+
+def check_named(document: str, question: str, answer: str) -> str | None:
+    """A question without a name that says "this property" or "the passage" (English): of which document?"""
+    found = None if features.names(question) else UNNAMED.search(question)
+    return f"unnamed: {found[0]!r} says nothing without the document" if found else None
 
 
 def check_language(document: str, *claims: str) -> str | None:
@@ -228,6 +266,9 @@ def check_kept(document: str, paraphrase: str) -> str | None:
 
 PAIR_CHECKS: tuple[Callable[..., str | None], ...] = (
     check_length,
+    check_cut,
+    check_told,
+    check_named,
     check_language,
     check_numbers,
     check_pair_names,

@@ -70,7 +70,8 @@ async def synthesize(
         (COMPLEX, "complex_pairs", COMPLEX_PAIRS, settings.complex),
     ):
         if n:
-            written = await work.ask_pairs(name, schema, kind, 0, n, limit=n)
+            asked = {} if kind == SIMPLE else {"pairs": as_asked(pairs)}
+            written = await work.ask_pairs(name, schema, kind, 0, n, limit=n, **asked)
             pairs += await work.accepted_pairs(written, kind, 0, pairs)
     uncovered = []
     if settings.rounds and (settings.simple or settings.complex):
@@ -105,8 +106,7 @@ async def supplement(work: Work, pairs: list[dict], rounds: int) -> tuple[list[d
         if not uncovered:
             return pairs, uncovered
         work.counts["rounds"] += 1
-        asked = [{"question": pair["question"], "answer": pair["answers"][0]} for pair in pairs]
-        fields = {"facts": uncovered, "pairs": asked}
+        fields = {"facts": uncovered, "pairs": as_asked(pairs)}
         written = await work.ask_pairs("supplementary_pairs", SIMPLE_PAIRS, SIMPLE, round, **fields)
         new = await work.accepted_pairs(written, SIMPLE, round, pairs)
         if not new:
@@ -117,13 +117,17 @@ async def supplement(work: Work, pairs: list[dict], rounds: int) -> tuple[list[d
     return pairs, uncovered
 
 
+def as_asked(pairs: list[dict]) -> list[dict]:
+    """Pairs as prompts list them."""
+    return [{"question": pair["question"], "answer": pair["answers"][0]} for pair in pairs]
+
+
 async def uncovered_facts(work: Work, pairs: list[dict], round: int) -> list[str] | None:
     """Facts of the document that no pair covers, as the teacher sees it; None without an answer.
 
     What the teacher lists but the document does not say is rejected: nobody can ask about it.
     """
-    asked = [{"question": pair["question"], "answer": pair["answers"][0]} for pair in pairs]
-    answer = await work.asker.ask("coverage", schema=COVERAGE, pairs=asked, **work.place)
+    answer = await work.asker.ask("coverage", schema=COVERAGE, pairs=as_asked(pairs), **work.place)
     if answer.problem:
         work.reject(COVERED, answer.problem, answer.text, round)
         return None

@@ -12,7 +12,7 @@ from teacher_server import TeacherServer
 from modeling_clara.synthesis.ask import PROMPTS, Asker, Prompts, escape, misfit, parse_json, read_answer, unescape
 from modeling_clara.synthesis.backends import Endpoint
 from modeling_clara.synthesis.client import BadRequest, Completion, OutOfBudget, Teacher
-from modeling_clara.synthesis.schemas import SCHEMAS, VERDICT
+from modeling_clara.synthesis.schemas import SCHEMAS, SIMPLE_PAIRS, VERDICT
 
 SCHEMA_OF = {name: name for name in SCHEMAS} | {"supplementary_pairs": "simple_pairs"}
 NAMES = sorted(path.stem for path in PROMPTS.glob("[!_]*.jinja"))
@@ -72,6 +72,31 @@ def test_no_text_breaks_out_of_its_place(name):
 def test_what_was_escaped_comes_back():
     assert unescape(json.loads(json.dumps({"pairs": [escape(HOSTILE)]}))) == {"pairs": [HOSTILE]}
     assert escape("if a < b and x <y> z") == "if a < b and x <y> z"
+
+
+def test_quotation_marks_are_typographic_in_prompts_and_come_back():
+    fields = {"title": "T", "text": 'He said "yes", and 5"\nis "much"', "limit": 1}
+    said = Prompts().render("simple_pairs", fields)[-1]["content"]
+    assert '"' not in said and "He said \u201cyes\u201d, and 5\u201d\nis \u201cmuch\u201d" in said
+    value = {"pairs": [{"question": "What?", "answer": "\u201cyes\u201d"}]}
+
+    async def complete(messages, **_) -> Completion:
+        return Completion(json.dumps(value), "stop", 1, 1)
+
+    def answer(**more):
+        return asyncio.run(Asker(complete).ask("simple_pairs", schema=SIMPLE_PAIRS, **{**fields, **more})).value
+
+    assert answer()["pairs"][0]["answer"] == '"yes"'
+    assert answer(text="Er sagte \u201eja\u201c.") == value  # the document's own marks stay
+
+
+def test_a_run_keeps_the_prompts_it_began_with(tmp_path):
+    (tmp_path / "a.jinja").write_text("{% block user %}one{% endblock %}")
+    prompts = Prompts(tmp_path)
+    digest = prompts.digest()
+    (tmp_path / "a.jinja").write_text("{% block user %}two{% endblock %}")
+    assert prompts.render("a", {})[0]["content"] == "one" and prompts.digest() == digest
+    assert Prompts(tmp_path).digest() != digest
 
 
 def test_a_template_without_a_role_is_an_error(tmp_path):

@@ -13,16 +13,19 @@ from modeling_clara.synthesis import ask, checks, features
 from modeling_clara.synthesis.checks import (
     check_answer,
     check_copied,
+    check_cut,
     check_duplicate,
     check_fact,
     check_kept,
     check_language,
     check_length,
+    check_named,
     check_names,
     check_numbers,
     check_of,
     check_pair_names,
     check_paraphrase_length,
+    check_told,
     keep_passing,
     longest_run,
     ngram_share,
@@ -248,6 +251,59 @@ OTHERS = [("When was the tower of Tarn built?", "1912"), ("What happened in 2011
 def test_near_duplicates(question, answer, is_duplicate):
     reason = check_duplicate(question, answer, OTHERS)
     assert (reason is not None and reason.startswith("duplicate: ")) == is_duplicate
+
+
+COOKIE = 'A site may store an identifier in a "tracking cookie". It then "tracks" you.'
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "problem"),
+    [
+        ("What is the", "a robot", "cut: the question ends with 'the'"),
+        ("Was ist ein", "robot", "cut: the question ends with 'ein'"),
+        ("Where is it stored?", "store an identifier in a", "cut: the document goes on with '\"tracking co'"),
+        ("Where is it stored?", 'an identifier in a "tracking cookie', None),
+        ("Where is it stored?", 'in a "tracking cookie"', None),
+        ("What happens then?", "It then", "cut: the document goes on with '\"tracks\" you'"),
+        ("who stores an identifier", "A site", None),  # a search query has no mark
+        ("What is a bot called?", "", None),
+    ],
+)
+def test_what_a_quotation_mark_has_cut_is_found(question, answer, problem):
+    assert check_cut(COOKIE, question, answer) == problem
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "is_told"),
+    [
+        ("What is an IRC user who is actually a program?", "An IRC user who is actually a program", True),
+        ("Which tower of Tarn is a high tower?", "the high tower", True),
+        ("Which is higher, the tower of Tarn or the tower of Selby?", "the tower of Tarn", False),
+        ("Was ist älter, der Turm oder das alte Tor?", "das alte Tor", False),
+        ("How many Top 5 finishes did he have?", "5", False),
+        ("Who built the tower of Tarn?", "Ilse Brand built the tower of Tarn", False),
+        ("東京都の首都はどこですか?", "東京都の首都", True),
+    ],
+)
+def test_an_answer_that_the_question_tells_is_found(question, answer, is_told):
+    problem = check_told("", question, answer)
+    assert problem == ("told: the question has all words of the answer" if is_told else None)
+
+
+@pytest.mark.parametrize(
+    ("question", "found"),
+    [
+        ("What is the name of this property?", "this property"),
+        ("What kind of disk does the document describe?", "the document"),
+        ("How wide is Aboukir Bay according to the document?", None),
+        ("What is this?", None),
+        ("What are these that fly?", None),
+        ("Who wrote the article on heaps in the Jargon File?", None),
+    ],
+)
+def test_a_question_about_something_unnamed_is_found(question, found):
+    problem = check_named("", question, "")
+    assert problem == (f"unnamed: {found!r} says nothing without the document" if found else None)
 
 
 def test_the_longest_run_is_that_of_a_plain_search():
