@@ -172,6 +172,7 @@ def main() -> None:
     parser.add_argument("--failing", type=int, default=0, metavar="N", help="also print N of the pairs that fail")
     parser.add_argument("--teacher", metavar="URL", help="endpoint that also verifies the planted errors")
     parser.add_argument("--model", help="its model")
+    parser.add_argument("--verified", type=int, metavar="N", help="errors of each kind for it (default: all planted)")
     arguments = add_outputs(parser).parse_args()
     if bool(arguments.teacher) != bool(arguments.model):
         parser.error("--teacher and --model go together")
@@ -192,7 +193,8 @@ def main() -> None:
     )
     verified = []
     if arguments.teacher:
-        verified = asyncio.run(verify_planted(claims, arguments.planted, arguments.teacher, arguments.model))
+        n = arguments.verified or arguments.planted
+        verified = asyncio.run(verify_planted(claims, n, arguments.teacher, arguments.model))
         text += f"\n\nVerified by {arguments.model}:\n\n" + figures(
             "planted error | n | found | the same pairs untouched",
             "{error} | {n} | {found:.1%} | {alarms:.1%}",
