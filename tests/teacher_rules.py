@@ -127,15 +127,15 @@ class Rules:
         have = words(self.tag("pairs"))
         return all(word in have for word in words(sentence) if len(word) > 3 or word[0].isdigit())
 
-    def facts(self, all_of_them: bool = False) -> list[dict]:
-        """Right pairs of the sentences to ask about: those that the prompt's pairs do not cover."""
+    def facts(self) -> list[dict]:
+        """Right pairs of the sentences to ask about."""
         facts, wanted = self.tag("facts"), sentences(self.documents[0])
         if facts:
             wanted = [sentence for sentence in wanted if sentence in facts]
         else:
             skip = self.settings.skip_every
             wanted = [sentence for sentence in wanted if not chosen(skip, self.seed, self.prompt, sentence)]
-        return [pair_of(sentence) for sentence in wanted if all_of_them or not self.covered(sentence)]
+        return [pair_of(sentence) for sentence in wanted if not self.covered(sentence)]
 
     def some_wrong(self, pairs: list[dict]) -> Reply:
         every, given = self.settings.wrong_every, []
@@ -150,7 +150,7 @@ class Rules:
         return self.some_wrong(self.facts())
 
     def complex_pairs(self) -> Reply:
-        facts = self.facts(all_of_them=True)
+        facts = self.facts()
         return self.some_wrong([join(*pair) for pair in zip(facts, facts[1:], strict=False)])
 
     def verdict(self) -> Reply:

@@ -106,8 +106,7 @@ def expected_calls(run: Run, chunk: Mapping) -> Iterator[tuple[str, float, float
     if settings.simple:
         yield "simple_pairs", 1, n_simple * token["pair"], {**place, "limit": settings.simple}
     if settings.complex:
-        fields = {**place, "limit": settings.complex, "pairs": pairs[:n_simple]}
-        yield "complex_pairs", 1, n_complex * token["pair"], fields
+        yield "complex_pairs", 1, n_complex * token["pair"], {**place, "limit": settings.complex}
     yield "verdict", len(pairs), token["verdict"], {**place, **pair}
     if settings.rounds and pairs:  # one of them finds something to ask for
         yield "coverage", min(2, settings.rounds + 1), token["coverage"], {**place, "pairs": pairs}

@@ -70,8 +70,7 @@ async def synthesize(
         (COMPLEX, "complex_pairs", COMPLEX_PAIRS, settings.complex),
     ):
         if n:
-            asked = {} if kind == SIMPLE else {"pairs": as_asked(pairs)}
-            written = await work.ask_pairs(name, schema, kind, 0, n, limit=n, **asked)
+            written = await work.ask_pairs(name, schema, kind, 0, n, limit=n)
             pairs += await work.accepted_pairs(written, kind, 0, pairs)
     uncovered = []
     if settings.rounds and (settings.simple or settings.complex):

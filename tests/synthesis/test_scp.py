@@ -64,19 +64,6 @@ def test_a_document_becomes_pairs_of_both_kinds_and_a_paraphrase():
     assert run(synthesize, document, RuleTeacher(), Settings()) == outcome  # the same once more
 
 
-def test_complex_pairs_are_asked_for_after_the_simple_ones_and_told_them():
-    (document,), teacher, said = documents(1), RuleTeacher(), []
-
-    async def complete(messages, **options):
-        said.append(messages)
-        return await teacher.complete(messages, **options)
-
-    outcome = asyncio.run(synthesize(document, Asker(complete), Settings(rounds=0, paraphrases=0)))
-    simple = [pair for pair in outcome.record["qas"] if pair["kind"] == "simple"]
-    (asked,) = [messages[-1]["content"] for messages in said if "hard questions" in messages[0]["content"]]
-    assert simple and all(f"{pair['question']} -> {pair['answers'][0]}" in asked for pair in simple)
-
-
 def test_end_to_end_on_an_endpoint_that_fails_and_lies():
     rows = documents(10)
 
