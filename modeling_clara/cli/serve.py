@@ -49,9 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Returns the exit status."""
     start = time.perf_counter()
     try:
-        import uvicorn
-
         from ..service.app import create_app
+        from ..service.server import build_server
     except ImportError as error:
         raise ImportError(f"`clara serve` needs {error.name}: pip install 'clara-rag[serve]'.") from error
     from .. import CompressedCorpus
@@ -74,16 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         cors_origins=arguments.cors_origin,
         hosts=known_hosts(arguments, any(keys)),
     )
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        ws="none",
-        timeout_graceful_shutdown=int(arguments.timeout) + 1,
-        h11_max_incomplete_event_size=2**16,
-    )
-    return serve(uvicorn.Server(config), listener, f"{len(corpus):,} documents", start)
+    return serve(build_server(app, arguments.timeout), listener, f"{len(corpus):,} documents", start)
 
 
 def serve(server, listener: socket.socket, what: str, start: float) -> int:

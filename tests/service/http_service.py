@@ -14,10 +14,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import openai
-import uvicorn
 
 from modeling_clara.service.app import create_app
 from modeling_clara.service.engine import Engine
+from modeling_clara.service.server import build_server
 
 ROOT = Path(__file__).parents[2]
 KEY, READ_KEY = "a-key-that-may-do-everything", "a-key-that-may-only-read"
@@ -86,9 +86,7 @@ class Served:
     def __init__(self, model, corpus, *, max_batch=16, max_queue=64, **options):
         self.engine = Engine(model, corpus, max_batch=max_batch, max_queue=max_queue)
         self.app = create_app(self.engine, model_id=MODEL, **options)
-        self.server = uvicorn.Server(
-            uvicorn.Config(self.app, host="127.0.0.1", port=0, log_config=None, access_log=False, ws="none")
-        )
+        self.server = build_server(self.app, host="127.0.0.1", port=0)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
 
     def __enter__(self):
