@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from ..generation_clara import NAN_LOGITS
 from .engine import Overloaded, Stopping
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -95,6 +96,8 @@ async def told_to_client(seconds: float) -> AsyncIterator[None]:
             code="timeout",
         ) from error
     except (ValueError, TypeError) as error:
+        if str(error) == NAN_LOGITS:  # no client's fault
+            raise
         raise ApiError(400, str(error), code="invalid_value") from error
 
 
