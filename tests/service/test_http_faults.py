@@ -169,19 +169,17 @@ def test_a_request_has_an_id(service):
 
 
 def test_a_full_queue_says_when_to_come_back(strict):
-    """The model is busy with one question, another one waits, the third is told."""
-    with ThreadPoolExecutor(2) as pool, strict.engine.model.lock:
+    """While the model is held, one question waits, and the next one is told."""
+    with ThreadPoolExecutor(1) as pool, strict.engine.model.lock:
         first = pool.submit(strict.send, "POST", CHAT, chat())
-        wait_until(lambda: strict.engine.n_running == 1)
-        second = pool.submit(strict.send, "POST", CHAT, chat())
         wait_until(lambda: strict.engine.n_waiting == 1)
         got = strict.send("POST", CHAT, chat())
         assert got.status == 429 and got.error["type"] == "rate_limit_error" and int(got.headers["retry-after"]) >= 1
         assert strict.send("POST", CHAT, chat(stream=True)).status == 429
         assert strict.send("GET", "/health").status == 200
         with pytest.raises(openai.RateLimitError):
-            strict.client().models.list() and strict.client().chat.completions.create(**chat())
-    assert first.result().status == second.result().status == 200
+            strict.client().chat.completions.create(**chat())
+    assert first.result().status == 200
     assert is_up(strict)
 
 
@@ -223,13 +221,10 @@ def test_a_stream_that_nobody_reads(strict):
 def test_a_client_that_leaves_frees_its_place(strict, stream):
     body = json.dumps(chat(stream=stream, max_tokens=300)).encode()
     with strict.engine.model.lock:
-        running, waiting = raw(strict.url, body), None
-        wait_until(lambda: strict.engine.n_running == 1)
         waiting = raw(strict.url, body)
         wait_until(lambda: strict.engine.n_waiting == 1)
         waiting.close()
         wait_until(lambda: strict.engine.n_waiting == 0)  # though the model has not moved
-        running.close()
     assert is_up(strict)
 
 
