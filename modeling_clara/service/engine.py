@@ -23,7 +23,7 @@ from ..corpus_clara import CompressedCorpus
 from ..generation_clara import Answer, Pieces, Reading, decode_answer, prepare_reading
 from ..text_clara import check_count, check_list, check_text
 from .decoding import Decoder, Draft, check_sampling, prompt_embeddings
-from .history import History, check_history, prompts_of, query_of
+from .history import History, check_history, query_of
 from .queueing import Overloaded, Request, RequestQueue, Stopping
 
 __all__ = ["AskOptions", "Engine", "Overloaded", "Stopping"]
@@ -138,7 +138,8 @@ class Engine:
         Args:
             question: the last one of a conversation.
             options: as a request may give them.
-            history: earlier turns, the oldest first, as pairs of question and answer; see `history.py`.
+            history: earlier turns, the oldest first, as pairs of question and answer: context for the search, see
+                `history.py`.
         """
         result = await self._result(self._ask(question, options, history))
         if isinstance(result, Answer):
@@ -355,7 +356,10 @@ class Engine:
                 results.append(Answer("", [], keywords, abstained=True))
                 continue
             try:
-                reading = self._read(request, row)
+                generation = self._generation(request.options.max_new_tokens)
+                reading = prepare_reading(
+                    self.model, request.content, row, options.memory_size, options.expand, generation, "question"
+                )
             except (ValueError, TypeError) as error:
                 results.append(error)
                 continue
@@ -365,17 +369,6 @@ class Engine:
             else:
                 results.append(_Prepared(answer, prompt_embeddings(self.model, reading)))
         return results
-
-    def _read(self, request: Request, row: list) -> Reading:
-        """What the generator reads: the longest of the prompts with earlier turns that fits into the window."""
-        options = request.options
-        generation = self._generation(options.max_new_tokens)
-        *longer, shortest = prompts_of(request.content, request.history)
-        arguments = (row, options.memory_size, options.expand, generation, "question")
-        for text in longer:
-            with contextlib.suppress(ValueError):
-                return prepare_reading(self.model, text, *arguments)
-        return prepare_reading(self.model, shortest, *arguments)
 
     def _view(self, options: AskOptions) -> CompressedCorpus:
         try:
