@@ -5,6 +5,7 @@ Callers are coroutines, of any event loop. It knows nothing of HTTP.
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import threading
@@ -12,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import torch
 
@@ -22,7 +23,7 @@ from ..corpus_clara import CompressedCorpus
 from ..generation_clara import Answer, Pieces, Reading, decode_answer, prepare_reading
 from ..text_clara import check_count, check_list, check_text
 from .decoding import Decoder, Draft, check_sampling, prompt_embeddings
-from .history import History, check_history, prompts_of, query_of
+from .history import History, check_history, query_of
 from .queueing import Overloaded, Request, RequestQueue, Stopping
 
 __all__ = ["AskOptions", "Engine", "Overloaded", "Stopping"]
@@ -81,7 +82,7 @@ class _Prepared(NamedTuple):
 
 
 class Engine:
-    """Answers, searches and changes a corpus for many callers.
+    """Answers, searches and changes a corpus for many callers; `async with` starts and closes it.
 
     Args:
         model: a `CLaRaForRAG`, which belongs to the engine while it runs.
@@ -113,6 +114,8 @@ class Engine:
         self._n_here = self._n_remote = 0
         self.on_pass: Callable[[int], None] = lambda n_requests: None  # called by the model's thread
         self._counting = threading.Lock()
+        build = functools.partial(model.build_generation_config, None)
+        self._generation = functools.lru_cache(maxsize=64, typed=True)(build)  # by `max_new_tokens`
         self._decoder: Decoder | None = None
         self._stack = contextlib.ExitStack()
 
@@ -136,7 +139,8 @@ class Engine:
         Args:
             question: the last one of a conversation.
             options: as a request may give them.
-            history: earlier turns, the oldest first, as pairs of question and answer; see `history.py`.
+            history: earlier turns, the oldest first, as pairs of question and answer: context for the search, see
+                `history.py`.
         """
         result = await self._result(self._ask(question, options, history))
         if isinstance(result, Answer):
@@ -210,6 +214,13 @@ class Engine:
             await self.generator.close()
         self._stack.close()
 
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exception) -> None:
+        await self.close()
+
     # --- requests ----------------------------------------------------------------------------------------------------
 
     def _ask(self, question: str, options: AskOptions, history: History, *, wants_pieces: bool = False) -> Request:
@@ -222,9 +233,8 @@ class Engine:
             return await anext(request)
 
     def _remote_options(self, options: AskOptions) -> dict:
-        ends = self.model.build_generation_config(None, options.max_new_tokens).eos_token_id
         given = {name: getattr(options, name) for name in WRITING}
-        return {**given, "stop_ids": ends}
+        return {**given, "stop_ids": self._generation(options.max_new_tokens).eos_token_id}
 
     @contextlib.contextmanager
     def _remotely(self):
@@ -349,7 +359,10 @@ class Engine:
                 results.append(Answer("", [], keywords, abstained=True))
                 continue
             try:
-                reading = self._read(request, row)
+                generation = self._generation(request.options.max_new_tokens)
+                reading = prepare_reading(
+                    self.model, request.content, row, options.memory_size, options.expand, generation, "question"
+                )
             except (ValueError, TypeError) as error:
                 results.append(error)
                 continue
@@ -359,17 +372,6 @@ class Engine:
             else:
                 results.append(_Prepared(answer, prompt_embeddings(self.model, reading)))
         return results
-
-    def _read(self, request: Request, row: list) -> Reading:
-        """What the generator reads: the longest of the prompts with earlier turns that fits into the window."""
-        options = request.options
-        generation = self.model.build_generation_config(None, options.max_new_tokens)
-        *longer, shortest = prompts_of(request.content, request.history)
-        arguments = (row, options.memory_size, options.expand, generation, "question")
-        for text in longer:
-            with contextlib.suppress(ValueError):
-                return prepare_reading(self.model, text, *arguments)
-        return prepare_reading(self.model, shortest, *arguments)
 
     def _view(self, options: AskOptions) -> CompressedCorpus:
         try:
