@@ -47,7 +47,6 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns the exit status."""
-    start = time.perf_counter()
     try:
         from ..service.app import create_app
         from ..service.server import build_server
@@ -60,8 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
     keys = read_keys(KEYS, arguments.api_keys), read_keys(READ_KEYS, arguments.read_keys)
     check_address(arguments, any(keys))
     listener = listen(arguments.host, arguments.port)  # before what takes long
+    start = time.perf_counter()
     corpus = CompressedCorpus.open(arguments.corpus, arguments.revision)
     model = load_model_of(corpus, arguments.model, arguments.backbone, dtype=arguments.dtype)
+    loaded = time.perf_counter()
     log_to(sys.stdout)
     app = create_app(
         build_engine(model, corpus, arguments),
@@ -73,11 +74,14 @@ def run(arguments: argparse.Namespace) -> int:
         cors_origins=arguments.cors_origin,
         hosts=known_hosts(arguments, any(keys)),
     )
-    return serve(build_server(app, arguments.timeout), listener, f"{len(corpus):,} documents", start)
+    return serve(build_server(app, arguments.timeout), listener, f"{len(corpus):,} documents", (start, loaded))
 
 
-def serve(server, listener: socket.socket, what: str, start: float) -> int:
-    """Answer until a signal says to stop; what runs then is finished. Returns the exit status."""
+def serve(server, listener: socket.socket, what: str, times: tuple[float, float]) -> int:
+    """Answer until a signal says to stop; what runs then is finished. Returns the exit status.
+
+    `times` are those before and after loading, in seconds of `time.perf_counter`.
+    """
     from ..service.logs import logger
 
     host, port = listener.getsockname()[:2]
@@ -85,9 +89,10 @@ def serve(server, listener: socket.socket, what: str, start: float) -> int:
 
     async def tell(startup, sockets=None):
         await startup(sockets)
-        seconds = time.perf_counter() - start
+        seconds = {"load_seconds": times[1] - times[0], "start_seconds": time.perf_counter() - times[1]}
         print(f"clara serve: {url} answers from {what}; Ctrl-C stops it", file=sys.stderr, flush=True)
-        logger.info("ready", extra={"fields": {"url": url, "seconds": round(seconds, 2)}})
+        seconds = {name: round(value, 2) for name, value in seconds.items()}
+        logger.info("ready", extra={"fields": {"url": url, **seconds}})
 
     startup = server.startup
     server.startup = lambda sockets=None: tell(startup, sockets)

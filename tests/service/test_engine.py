@@ -14,7 +14,7 @@ from tiny import HIDDEN, randomize_adapters, save_backbone
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus
 from modeling_clara.generation_clara import decode_answer
-from modeling_clara.service import engine as engine_module
+from modeling_clara.service import writing
 from modeling_clara.service.engine import AskOptions, Engine, Overloaded, Stopping
 
 PLACES = ["Paris", "Berlin", "Rome", "Vienna", "Oslo", "Madrid", "Lisbon", "Athens"]
@@ -96,9 +96,9 @@ BARE = {"prefix_bytes": 0, "merge": False, "max_batch": 3}
 def test_answers_in_any_company_are_those_of_the_model_alone(name, settings, request, tmp_path):
     model = request.getfixturevalue(name)
     corpus = CompressedCorpus.build(model, ROWS, tmp_path / "corpus")
-    jobs = [(question, options) for question in ASKED[:5] for options in OPTIONS]
+    jobs = [(question, options) for question in ASKED[:4] for options in OPTIONS]
     wanted = [directly(model, corpus, *job) for job in jobs]
-    assert len({answer.text for answer in wanted}) > 8 and any(answer.abstained for answer in wanted)
+    assert len({answer.text for answer in wanted}) > 6 and any(answer.abstained for answer in wanted)
 
     async def ask_twice(engine):
         for _ in range(2):  # the second time beginnings of prompts are there
@@ -282,19 +282,17 @@ def test_a_stream_that_is_closed_stops(shared_model, corpus):
         await anext(first)
         await first.aclose()
         assert await collect(first) == []
-        n_pieces, second = 0, aiter(second)
-        async for item in second:
-            n_pieces += 1
-            if n_pieces == 3:
-                assert engine.n_running == 1  # the row of the first is gone, and the second goes on
+        pieces = [await anext(second) for _ in range(3)]
+        assert engine.n_running == 1  # the row of the first is gone, and the second goes on
+        pieces += await collect(second)
         async with contextlib.aclosing(engine.stream(questions[0], options)) as stream:
             await anext(stream)
         await until(lambda: not engine.n_running)
-        return item, n_pieces
+        return pieces
 
-    answer, n_pieces = run(work, shared_model, corpus)
+    *pieces, answer = run(work, shared_model, corpus)
     assert_same(answer, wanted[1])
-    assert n_pieces > 50
+    assert "".join(pieces) == answer.text and len(pieces) > 50
 
 
 def test_a_short_answer_does_not_wait_for_a_long_one(shared_model, corpus):
@@ -304,7 +302,7 @@ def test_a_short_answer_does_not_wait_for_a_long_one(shared_model, corpus):
         stream = engine.stream(questions[0], options)
         await anext(stream)
         await engine.answer(ASKED[1], AskOptions(max_new_tokens=2))
-        assert engine.n_running == 1
+        assert engine.n_running  # the long one
         return (await collect(stream))[-1]
 
     assert_same(run(work, shared_model, corpus), wanted[0])
@@ -381,7 +379,7 @@ def test_writes_run_one_after_the_other_and_answers_go_on_meanwhile(shared_model
 
 
 def test_many_small_writes_are_compacted(shared_model, own_corpus, monkeypatch):
-    monkeypatch.setattr(engine_module, "SMALL_SHARDS", 3)
+    monkeypatch.setattr(writing, "SMALL_SHARDS", 3)
 
     async def work(engine):
         rows = [{"id": f"new{n}", "text": f"Text {n} of France.", "year": n} for n in range(6)]

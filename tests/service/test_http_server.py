@@ -77,7 +77,7 @@ def test_it_finishes_what_runs_and_logs_no_text(corpus_folder, checkpoint):
     assert first["prompt_tokens"] > 0 and first["completion_tokens"] == 8 and first["ms"] > 0
     assert {line["status"] for line in requests} == {200, 400, 401}
     assert log[-1]["event"] == "stopped"
-    assert served.ready["seconds"] > 0
+    assert served.ready["load_seconds"] > 0 and served.ready["start_seconds"] < 20  # 2 on a machine that is not busy
 
 
 def test_a_signal_while_nothing_runs_ends_it_at_once(shared_model, corpus_folder):
