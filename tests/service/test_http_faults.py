@@ -315,6 +315,12 @@ def test_a_fault_of_ours_is_told_as_such(strict, caplog):
     assert is_up(strict)
 
 
+def test_broken_weights_are_no_fault_of_a_client(strict):
+    strict.engine.model.get_output_embeddings().weight.data.fill_(float("nan"))
+    assert strict.send("POST", CHAT, chat()).status == 500
+    assert strict.send("POST", "/search", {"query": QUESTION}).status == 200
+
+
 # --- what is counted -------------------------------------------------------------------------------------------------
 
 
