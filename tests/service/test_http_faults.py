@@ -181,7 +181,7 @@ def test_how_many_of_each(http_model, http_corpus):
     with Served(http_model, http_corpus, limits=limits) as served:
         turns = [{"role": "user", "content": "Where?"}] * 4
         assert "at most 3, got 4" in served.send("POST", CHAT, chat(messages=turns)).error["message"]
-        assert "at most 20 characters, got 28" in served.send("POST", CHAT, chat()).error["message"]
+        assert "at most 20 characters, got 29" in served.send("POST", CHAT, chat()).error["message"]
         got = served.send("POST", "/v1/embeddings", {"model": MODEL, "input": ["a", "b", "c"]})
         assert got.status == 400 and "at most 2 texts, got 3" in got.error["message"]
         rows = [{"text": f"Text {n}."} for n in range(3)]
