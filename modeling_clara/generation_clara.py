@@ -7,7 +7,7 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ class Answer:
     `keywords` explains the query if `explain=True`, else it is None. `abstained` is True if every source scored
     below `min_score`: then `text` is empty and nothing was generated. `prompt_tokens` counts the positions of the
     generator's input: tokens of the prompt and of sources read as text, memory vectors and separators; 0 if it
-    abstained.
+    abstained. The service fills in `completion_tokens`, those that it wrote, without the end token.
     """
 
     text: str
@@ -39,6 +39,7 @@ class Answer:
     keywords: list[str] | None = None
     abstained: bool = False
     prompt_tokens: int = 0
+    completion_tokens: int | None = field(default=None, compare=False)
 
 
 class Reading(NamedTuple):
@@ -49,7 +50,7 @@ class Reading(NamedTuple):
     sources: list[Source]  # all that are read, best first, `read_as` filled in
 
 
-class _RefuseNaN(LogitsProcessor):
+class RefuseNaN(LogitsProcessor):
     """Turns NaN logits, which greedy search would read as token 0, into an error."""
 
     def __call__(self, input_ids, scores):
@@ -65,26 +66,39 @@ class _ReaderLeft(Exception):
     """Ends generation when nobody reads the stream any more."""
 
 
-class _Pieces(BaseStreamer):
-    """Text as it is generated, for the thread that reads it; the pieces join to the text of all ids."""
+class Pieces:
+    """Cuts a text that grows into pieces, which join to it; a character that is unfinished so far waits."""
+
+    def __init__(self):
+        self.n_sent = 0  # characters
+
+    def cut(self, text: str, is_whole: bool = False) -> str:
+        """What `text` has beyond the pieces before."""
+        text = text if is_whole else text.rstrip("\ufffd")
+        piece = text[self.n_sent :]
+        self.n_sent += len(piece)
+        return piece
+
+
+class _Streamer(BaseStreamer):
+    """Pieces of a text as it is generated, for the thread that iterates over them."""
 
     def __init__(self, decode: Callable[[list[int]], str]):  # longer with more ids, but for an unfinished character
-        self.decode, self.ids, self.n_sent = decode, [], 0
+        self.decode, self.ids, self.pieces = decode, [], Pieces()
         self.queue, self.reader_left = queue.SimpleQueue(), False
 
     def put(self, value):
         if self.reader_left:
             raise _ReaderLeft
         self.ids += value.flatten().tolist()
-        self._send(self.decode(self.ids).rstrip("\ufffd"))
+        self._send()
 
     def end(self):
-        self._send(self.decode(self.ids))
+        self._send(is_whole=True)
 
-    def _send(self, text: str):
-        if len(text) > self.n_sent:
-            self.queue.put(text[self.n_sent :])
-            self.n_sent = len(text)
+    def _send(self, is_whole: bool = False):
+        if piece := self.pieces.cut(self.decode(self.ids), is_whole):
+            self.queue.put(piece)
 
     def __iter__(self):
         return iter(self.queue.get, None)
@@ -199,7 +213,7 @@ def generate_texts(
                 inputs_embeds=inputs_embeds,
                 attention_mask=inputs["attention_mask"],
                 generation_config=generation,
-                logits_processor=LogitsProcessorList([_RefuseNaN()]),
+                logits_processor=LogitsProcessorList([RefuseNaN()]),
                 **kwargs,
             )
         for row, ids in zip(rows, generated.tolist(), strict=True):
@@ -225,7 +239,7 @@ def stream_text(
     """Pieces of one prompt's text; the return value is `answer` with the whole text, as it is without a reading."""
     if reading is None:
         return answer
-    streamer = _Pieces(lambda ids: decode_answer(model, ids, generation.eos_token_id))
+    streamer = _Streamer(lambda ids: decode_answer(model, ids, generation.eos_token_id))
     outcome = {}
 
     def work():
