@@ -5,14 +5,14 @@ import asyncio
 import pytest
 import torch
 from completions_server import CompletionsServer
+from service_readings import embed_prompts
 from tiny import DOCUMENTS, QUESTIONS, randomize_adapters, save_backbone
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_clara import CLaRaForRAG
-from modeling_clara.generation_clara import prepare_reading
 from modeling_clara.generator import generator_fingerprint, merge_generator, read_marker, served_name
 from modeling_clara.service import remote
-from modeling_clara.service.remote import GeneratorError, RemoteGenerator, reading_embeddings
+from modeling_clara.service.remote import GeneratorError, RemoteGenerator
 
 TOKENS = 12
 
@@ -36,26 +36,14 @@ def short_waits(monkeypatch):
 
 def readings(model) -> list[torch.Tensor]:
     """Embeddings of prompts of different length, with memories and, the last, with text."""
-    with model.lock, torch.no_grad():
-        memories, found = model.compress(TEXTS), []
-        for place, question in enumerate([*QUESTIONS, QUESTIONS[0]]):
-            hits = [
-                (source, memories[int(source.document_id)])
-                for source in model.retrieve([question], documents=TEXTS)[0]
-            ]
-            generation = model.build_generation_config(None, TOKENS)
-            reading = prepare_reading(model, question, hits, None, int(place == 2), generation, "question")
-            found.append(reading_embeddings(model, reading))
-    return found
-
-
-TEXTS = [document if isinstance(document, str) else document["text"] for document in DOCUMENTS]
+    prompts = embed_prompts(model, QUESTIONS, DOCUMENTS, TOKENS)
+    return [*prompts, *embed_prompts(model, QUESTIONS[:1], DOCUMENTS, TOKENS, expand=1)]
 
 
 def expected(model) -> list[str]:
     """The answers in process to what `readings` asks."""
-    texts = [model.answer([question], documents=TEXTS, max_new_tokens=TOKENS)[0].text for question in QUESTIONS]
-    return [*texts, model.answer(QUESTIONS[:1], documents=TEXTS, max_new_tokens=TOKENS, expand=1)[0].text]
+    texts = [model.answer([question], documents=DOCUMENTS, max_new_tokens=TOKENS)[0].text for question in QUESTIONS]
+    return [*texts, model.answer(QUESTIONS[:1], documents=DOCUMENTS, max_new_tokens=TOKENS, expand=1)[0].text]
 
 
 def use(server, clara, work, **options):
