@@ -40,7 +40,21 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument(
         "--timeout", type=float, default=120.0, metavar="SECONDS", help="for an answer, before 504 (default: 120)"
     )
-    parser.add_argument("--generator", metavar="URL", help="a vLLM server with the merged generator, http://HOST/v1")
+    parser.add_argument(
+        "--generator",
+        metavar="URL",
+        help="vLLM that writes the answers with the merged generator, http://HOST:8000/v1; its key in "
+        "CLARA_GENERATOR_KEY (default: this process writes them)",
+    )
+    parser.add_argument(
+        "--generator-model", metavar="NAME", help="name of the generator on that server (default: the only one there)"
+    )
+    parser.add_argument(
+        "--milvus",
+        metavar="URI",
+        help="Milvus that finds the shortlists, http://HOST:19530; its token in MILVUS_TOKEN",
+    )
+    parser.add_argument("--collection", metavar="NAME", help="beginning of the collection's name in Milvus")
     parser.set_defaults(run=run)
     return parser
 
@@ -51,29 +65,17 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         import uvicorn
 
-        from ..service.app import create_app
+        from ..service.app import create_app  # noqa: F401
     except ImportError as error:
         raise ImportError(f"`clara serve` needs {error.name}: pip install 'clara-rag[serve]'.") from error
-    from .. import CompressedCorpus
     from ..service.auth import KEYS, READ_KEYS, read_keys
     from ..service.logs import log_to
 
     keys = read_keys(KEYS, arguments.api_keys), read_keys(READ_KEYS, arguments.read_keys)
     check_address(arguments, any(keys))
     listener = listen(arguments.host, arguments.port)  # before what takes long
-    corpus = CompressedCorpus.open(arguments.corpus, arguments.revision)
-    model = load_model_of(corpus, arguments.model, arguments.backbone, dtype=arguments.dtype)
+    app = build_app(arguments, keys)
     log_to(sys.stdout)
-    app = create_app(
-        build_engine(model, corpus, arguments),
-        api_keys=keys[0],
-        read_keys=keys[1],
-        read_only=arguments.read_only,
-        limits=build_limits(arguments),
-        model_id=arguments.served_name,
-        cors_origins=arguments.cors_origin,
-        hosts=known_hosts(arguments, any(keys)),
-    )
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -83,7 +85,26 @@ def run(arguments: argparse.Namespace) -> int:
         timeout_graceful_shutdown=int(arguments.timeout) + 1,
         h11_max_incomplete_event_size=2**16,
     )
-    return serve(uvicorn.Server(config), listener, f"{len(corpus):,} documents", start)
+    return serve(uvicorn.Server(config), listener, f"{len(app.state.service.engine.corpus):,} documents", start)
+
+
+def build_app(arguments: argparse.Namespace, keys: tuple):
+    """The app of a corpus and its model, which it loads; `keys` are those of clients, and of those that only read."""
+    from .. import CompressedCorpus
+    from ..service.app import create_app
+
+    corpus = CompressedCorpus.open(arguments.corpus, arguments.revision, **index_options(arguments))
+    model = load_model_of(corpus, arguments.model, arguments.backbone, dtype=arguments.dtype)
+    return create_app(
+        build_engine(model, corpus, arguments),
+        api_keys=keys[0],
+        read_keys=keys[1],
+        read_only=arguments.read_only,
+        limits=build_limits(arguments),
+        model_id=arguments.served_name,
+        cors_origins=arguments.cors_origin,
+        hosts=known_hosts(arguments, any(keys)),
+    )
 
 
 def serve(server, listener: socket.socket, what: str, start: float) -> int:
@@ -144,15 +165,27 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def index_options(arguments: argparse.Namespace) -> dict:
+    """Keywords of `CompressedCorpus.open` for the index that finds shortlists."""
+    if arguments.milvus is None and arguments.collection is not None:
+        raise ValueError("`collection` must go with `milvus`. Add its URI.")
+    if arguments.milvus is None:
+        return {}
+    return {"backend": "milvus", "uri": arguments.milvus, "collection": arguments.collection}
+
+
 def build_engine(model, corpus, arguments: argparse.Namespace):
     """The engine, with another server as generator if one is named."""
     from ..service.engine import Engine
 
     generator = None
+    if arguments.generator is None and arguments.generator_model is not None:
+        raise ValueError("`generator_model` must go with `generator`. Add the address of its server.")
     if arguments.generator is not None:
         from ..service.remote import RemoteGenerator
 
-        generator = RemoteGenerator(arguments.generator, api_key=os.environ.get("CLARA_GENERATOR_KEY"))
+        key, name = os.environ.get("CLARA_GENERATOR_KEY"), arguments.generator_model
+        generator = RemoteGenerator(arguments.generator, name, key, timeout=arguments.timeout)
     options = {"max_batch": arguments.max_batch, "max_queue": arguments.max_queue}
     return Engine(model, corpus, generator=generator, **options)
 
