@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-READY_SECONDS = 600
+READY_SECONDS = 1200
 
 
 @contextlib.contextmanager
