@@ -22,16 +22,27 @@ logger = logging.getLogger(__name__)
 
 
 class CallLock:
-    """A re-entrant lock that copies and pickles as a fresh one, so that models stay copyable."""
+    """A re-entrant lock that copies and pickles as a fresh one, so that models stay copyable.
+
+    It is fair: a thread that takes it again and again, as one that compresses a corpus does, lets others in between.
+    """
 
     def __init__(self):
-        self._lock = threading.RLock()
+        self._lock, self._turn = threading.Lock(), threading.Lock()
+        self._owner, self._depth = None, 0
 
     def __enter__(self):
-        self._lock.acquire()
+        if self._owner != threading.get_ident():
+            with self._turn:  # who waits for the lock holds it, and whoever comes later stands behind
+                self._lock.acquire()
+            self._owner = threading.get_ident()
+        self._depth += 1
 
     def __exit__(self, *exception):
-        self._lock.release()
+        self._depth -= 1
+        if not self._depth:
+            self._owner = None
+            self._lock.release()
 
     def __reduce__(self):
         return CallLock, ()

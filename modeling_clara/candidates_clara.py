@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from transformers.utils.logging import tqdm
 
+from .adapters_clara import eval_mode
 from .packing_clara import can_pack, cut_batches
 from .passes_clara import CLaRaPasses
 from .processing_clara import CLaRaProcessor
@@ -87,7 +88,8 @@ def _encode_ids(
     for rows in tqdm(batches, desc=f"{role} passes", delay=2, leave=False):  # a bar after two seconds
         batch = processor.pad([ids[row] for row in rows], processor.pad_token_id)
         lengths = torch.tensor([len(ids[row]) for row in rows])
-        encoded, _ = model.encode(role, batch.to(device), lengths.to(device), memory_size)
+        with model.lock, eval_mode(model):  # for one pass: between those of `compress` other threads have their turn
+            encoded, _ = model.encode(role, batch.to(device), lengths.to(device), memory_size)
         memory[torch.tensor(rows, device=device)] = encoded.float()
     broken = (~memory.isfinite().flatten(1).all(-1)).nonzero()
     if len(broken):

@@ -23,6 +23,11 @@ from .text_clara import check_count
 
 PROMPTS_PER_BATCH, ON_ACCELERATOR = 8, 32  # an accelerator takes as long for one token of many prompts as of one
 
+NAN_LOGITS = (
+    "the generator must give finite logits, got NaN. Its weights are broken: reload them with `from_pretrained` or "
+    "lower the learning rate."
+)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -54,10 +59,7 @@ class _RefuseNaN(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         if scores.isnan().any():
-            raise ValueError(
-                "the generator must give finite logits, got NaN. Its weights are broken: reload them with "
-                "`from_pretrained` or lower the learning rate."
-            )
+            raise ValueError(NAN_LOGITS)
         return scores
 
 
@@ -65,26 +67,39 @@ class _ReaderLeft(Exception):
     """Ends generation when nobody reads the stream any more."""
 
 
-class _Pieces(BaseStreamer):
-    """Text as it is generated, for the thread that reads it; the pieces join to the text of all ids."""
+class Pieces:
+    """Cuts a text that grows into pieces, which join to it; a character that is unfinished so far waits."""
+
+    def __init__(self):
+        self.n_sent = 0  # characters
+
+    def cut(self, text: str, is_whole: bool = False) -> str:
+        """What `text` has beyond the pieces before."""
+        text = text if is_whole else text.rstrip("\ufffd")
+        piece = text[self.n_sent :]
+        self.n_sent += len(piece)
+        return piece
+
+
+class _Streamer(BaseStreamer):
+    """Pieces of a text as it is generated, for the thread that iterates over them."""
 
     def __init__(self, decode: Callable[[list[int]], str]):  # longer with more ids, but for an unfinished character
-        self.decode, self.ids, self.n_sent = decode, [], 0
+        self.decode, self.ids, self.pieces = decode, [], Pieces()
         self.queue, self.reader_left = queue.SimpleQueue(), False
 
     def put(self, value):
         if self.reader_left:
             raise _ReaderLeft
         self.ids += value.flatten().tolist()
-        self._send(self.decode(self.ids).rstrip("\ufffd"))
+        self._send()
 
     def end(self):
-        self._send(self.decode(self.ids))
+        self._send(is_whole=True)
 
-    def _send(self, text: str):
-        if len(text) > self.n_sent:
-            self.queue.put(text[self.n_sent :])
-            self.n_sent = len(text)
+    def _send(self, is_whole: bool = False):
+        if piece := self.pieces.cut(self.decode(self.ids), is_whole):
+            self.queue.put(piece)
 
     def __iter__(self):
         return iter(self.queue.get, None)
@@ -225,7 +240,7 @@ def stream_text(
     """Pieces of one prompt's text; the return value is `answer` with the whole text, as it is without a reading."""
     if reading is None:
         return answer
-    streamer = _Pieces(lambda ids: decode_answer(model, ids, generation.eos_token_id))
+    streamer = _Streamer(lambda ids: decode_answer(model, ids, generation.eos_token_id))
     outcome = {}
 
     def work():

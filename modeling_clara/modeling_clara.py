@@ -56,11 +56,11 @@ class CLaRaForRAG(CLaRaCheckpoint):
     generate_texts = generate_texts
     decode_answer = decode_answer
 
-    @text_call
+    @torch.no_grad()
     def compress(
         self, documents: Sequence[str | Mapping], *, memory_size: int | None = None, batch_size: int = 16
     ) -> torch.Tensor:
-        """Compress documents of one chunk each into memories.
+        """Compress documents of one chunk each into memories; calls of other threads may run between its passes.
 
         A TypeError or ValueError names the document that is malformed, empty or longer than one chunk (split it with
         `processor.split_document()`), or whose memory is not finite.
@@ -157,7 +157,7 @@ class CLaRaForRAG(CLaRaCheckpoint):
                 than that of the sources reads all as text. The prompt has the memories first, then the text.
         """
         searched = (documents, corpus, top_k, retrieval_memory_size, min_score)
-        hits, words = self._search_to_read(questions, searched, memory_size, expand, explain)
+        hits, words = self.search_to_read(questions, searched, memory_size, expand, explain)
         generation = self.build_generation_config(generation_config, max_new_tokens)
         readings = {
             index: prepare_reading(self, question, row, memory_size, expand, generation, f"questions[{index}]")
@@ -196,7 +196,7 @@ class CLaRaForRAG(CLaRaCheckpoint):
         """
         check_text(question, "question")
         searched = (documents, corpus, top_k, retrieval_memory_size, min_score)
-        hits, words = self._search_to_read([question], searched, memory_size, expand, explain)
+        hits, words = self.search_to_read([question], searched, memory_size, expand, explain)
         generation = self.build_generation_config(generation_config, max_new_tokens)
         if (generation.num_beams or 1) > 1:
             raise ValueError(f"`num_beams` must be 1 to stream, got {generation.num_beams}. Use `answer` for beams.")
@@ -207,8 +207,8 @@ class CLaRaForRAG(CLaRaCheckpoint):
         return stream_text(self, reading, generation, answer)
 
     @text_call
-    def _search_to_read(self, questions, searched: tuple, memory_size, expand, explain):
-        """Hits and keywords, or None for each question, of `answer` and `stream`."""
+    def search_to_read(self, questions, searched: tuple, memory_size, expand, explain):
+        """Hits, and keywords or None, of each question: the first half of `answer`, `stream` and of a service."""
         largest = self.config.check_memory_size(memory_size)
         check_count(expand, "expand", "Pass 0 to read memories only.", least=0)
         hits, queries = search(self, questions, *searched, largest)

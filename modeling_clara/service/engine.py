@@ -1,40 +1,48 @@
-"""Answers questions of many callers: one thread runs the model, and what waited while it was busy is one batch.
+"""Answers questions of many callers with one model: one thread runs it, on all that waits at a time.
 
 Callers are coroutines, of any event loop. It knows nothing of HTTP.
 """
 
 import asyncio
+import contextlib
 import json
+import logging
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple, TypeVar
 
 import torch
 
+from ..adapters_clara import eval_mode
 from ..candidates_clara import Source
 from ..corpus_clara import CompressedCorpus
-from ..generation_clara import Answer
+from ..generation_clara import Answer, Pieces, Reading, decode_answer, prepare_reading
 from ..text_clara import check_count, check_list, check_text
+from .decoding import Decoder, Draft, check_sampling, prompt_embeddings
+from .history import History, check_history, prompts_of, query_of
+from .queueing import Overloaded, Request, RequestQueue, Stopping
 
+__all__ = ["AskOptions", "Engine", "Overloaded", "Stopping"]
+
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
-History = Sequence[tuple[str, str]]  # earlier turns, the oldest first: question and answer
+TURN_SECONDS = 1.0  # of the model's thread, after which a write may compress its next documents
+SMALL_SHARDS = 64  # of small writes, after which the corpus is compacted
 
 
 @dataclass(frozen=True)
 class AskOptions:
-    """All that a request may say; see `CLaRaForRAG.answer`.
+    """All that a request may say; most of it is explained at `CLaRaForRAG.answer`.
 
     Attributes:
         where: JSON text of a filter.
         hybrid: also rank by BM25 over the text.
         temperature: 0 is greedy search.
         top_p: the share of probability that is sampled from.
-        seed: of the sampling; the same seed gives the same text.
+        seed: of the sampling; with equal seeds an answer is the same.
     """
 
     top_k: int | None = None
@@ -51,49 +59,25 @@ class AskOptions:
     seed: int | None = None
 
 
-class Overloaded(Exception):
-    """The queue is full. `retry_after` is in seconds."""
-
-    def __init__(self, message: str, retry_after: float):
-        super().__init__(message)
-        self.retry_after = retry_after
+WRITING = {"max_new_tokens", "temperature", "top_p", "seed"}  # what a search does not depend on
+SEARCHING = [field.name for field in fields(AskOptions) if field.name not in WRITING]
 
 
-class Stopping(Overloaded):
-    """The engine takes no more requests, because it is being closed."""
+class _Reply(Draft):
+    """An answer that is being written for a request."""
+
+    def __init__(self, request: Request, answer: Answer, reading: Reading):
+        options = request.options
+        sampler = check_sampling(options.temperature, options.top_p, options.seed)
+        super().__init__(reading, options.max_new_tokens, sampler)
+        self.request, self.answer, self.pieces = request, answer, Pieces()
 
 
-class Request:
-    """One call that waits or runs. Its caller iterates over it: pieces of text, the result last."""
+class _Prepared(NamedTuple):
+    """What a remote generator needs."""
 
-    def __init__(self, kind: str, content, options, history: History = (), *, wants_pieces: bool = False):
-        self.kind, self.content, self.options, self.history = kind, content, options, tuple(history)
-        self.wants_pieces = wants_pieces
-        self.is_left = self.is_done = False  # by its caller; on the caller's side
-        self._loop, self._items = asyncio.get_running_loop(), asyncio.Queue()
-
-    def send(self, item) -> None:
-        """Hand a piece, the result or an exception to the caller, from any thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._items.put_nowait, item)
-        except RuntimeError:  # the loop is closed
-            self.is_left = True
-
-    def __aiter__(self):
-        return self
-
-    async def __anext__(self):
-        if self.is_done:
-            raise StopAsyncIteration
-        item = await self._items.get()
-        self.is_done = not isinstance(item, str)
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-    async def aclose(self) -> None:
-        """Leave: what has not begun will not begin, and generation stops."""
-        self.is_left = self.is_done = True
+    answer: Answer  # without its text
+    embeddings: torch.Tensor  # (tokens, hidden)
 
 
 class Engine:
@@ -102,152 +86,315 @@ class Engine:
     Args:
         model: a `CLaRaForRAG`, which belongs to the engine while it runs.
         corpus: a `CompressedCorpus` of this model.
-        max_batch: requests that are answered together.
+        max_batch: answers that are written together.
         max_queue: requests that wait; further ones are `Overloaded`.
         generator: a `RemoteGenerator` that writes the answers; default this process.
+        merge: reasoner and generator are merged while it runs: faster, for two more copies of the adapted weights.
+        prefix_bytes: for beginnings of prompts, whose documents were read before; 0 switches that off.
     """
 
-    def __init__(self, model, corpus: CompressedCorpus, *, max_batch: int = 16, max_queue: int = 64, generator=None):
+    def __init__(
+        self,
+        model,
+        corpus: CompressedCorpus,
+        *,
+        max_batch: int = 16,
+        max_queue: int = 64,
+        generator=None,
+        merge: bool = True,
+        prefix_bytes: int = 256 * 2**20,
+    ):
         check_count(max_batch, "max_batch", "Default: 16.")
         check_count(max_queue, "max_queue", "Default: 64.")
+        check_count(prefix_bytes, "prefix_bytes", "Default: 256 MiB.", least=0)
         self.model, self.corpus, self.generator = model, corpus, generator
-        self.max_batch, self.max_queue = max_batch, max_queue
-        self.n_running = 0
-        self._waiting: deque[Request] = deque()
-        self._changed = threading.Condition()
-        self._is_open, self._batch_seconds = False, 1.0
-        self._thread: threading.Thread | None = None
-        self._writer: ThreadPoolExecutor | None = None
-
-    # --- calls -------------------------------------------------------------------------------------------------------
-
-    async def answer(self, question: str, options: AskOptions = AskOptions(), history: History = ()) -> Answer:
-        """What `model.answer` gives; the last question is asked, earlier turns are its context."""
-        check_text(question, "question")
-        return await self._result(Request("answer", question, options, history))
-
-    def stream(
-        self, question: str, options: AskOptions = AskOptions(), history: History = ()
-    ) -> AsyncIterator[str | Answer]:
-        """Pieces of text as they are generated, the `Answer` last; `aclose` stops the generation."""
-        check_text(question, "question")
-        return self._submit(Request("answer", question, options, history, wants_pieces=True))
-
-    async def search(self, question: str, options: AskOptions = AskOptions()) -> list[Source]:
-        """What `model.retrieve` gives."""
-        check_text(question, "question")
-        return await self._result(Request("search", question, options))
-
-    async def embed(self, questions: list[str], memory_size: int | None = None) -> torch.Tensor:
-        """What `model.encode_queries` gives: (questions, k, hidden) float32."""
-        return await self._result(Request("embed", check_list(questions, "questions"), memory_size))
-
-    async def write(self, change: Callable[[CompressedCorpus], T]) -> T:
-        """Run `change(corpus)` in the one thread that writes; returns when the next search sees it."""
-
-        def run():
-            result = change(self.corpus)
-            self.corpus.refresh()
-            return result
-
-        if not self._is_open:
-            raise Stopping("the service is stopping.", 5.0)
-        return await asyncio.get_running_loop().run_in_executor(self._writer, run)
+        self.merge, self.prefix_bytes = merge, prefix_bytes
+        self._queue = RequestQueue(max_batch, max_queue)
+        self._n_here = self._n_remote = 0
+        self._counting = threading.Lock()
+        self._decoder: Decoder | None = None
+        self._stack = contextlib.ExitStack()
 
     @property
     def n_waiting(self) -> int:
         """Requests that wait."""
-        with self._changed:
-            return sum(not request.is_left for request in self._waiting)
+        return len(self._queue)
 
-    # --- running -----------------------------------------------------------------------------------------------------
+    @property
+    def n_running(self) -> int:
+        """Requests that are worked on, here or by the remote generator."""
+        return self._n_here + self._n_remote
+
+    # --- calls -------------------------------------------------------------------------------------------------------
+
+    async def answer(self, question: str, options: AskOptions = AskOptions(), history: History = ()) -> Answer:
+        """The answer to a question; with its options and without history that of `model.answer`.
+
+        A TypeError or ValueError says what is wrong with the request.
+
+        Args:
+            question: the last one of a conversation.
+            options: as a request may give them.
+            history: earlier turns, the oldest first, as pairs of question and answer; see `history.py`.
+        """
+        result = await self._result(self._ask(question, options, history))
+        if isinstance(result, Answer):
+            return result
+        with self._remotely():
+            texts = await self.generator.generate([result.embeddings], **self._remote_options(options))
+        return replace(result.answer, text=texts[0])
+
+    def stream(
+        self, question: str, options: AskOptions = AskOptions(), history: History = ()
+    ) -> AsyncIterator[str | Answer]:
+        """Pieces of an answer's text as it is written, then the `Answer`; `aclose` of the iterator stops the writing.
+
+        The arguments are those of `answer`. A full queue and a wrong type raise here, other errors at the first item.
+        """
+        request = self._queue.put(self._ask(question, options, history, wants_pieces=True), self._n_remote)
+        return request if self.generator is None else self._stream_remote(request)
+
+    async def search(self, question: str, options: AskOptions = AskOptions()) -> list[Source]:
+        """What `model.retrieve` finds."""
+        return await self._result(Request("search", check_text(question, "question"), options))
+
+    async def embed(self, questions: list[str], memory_size: int | None = None) -> torch.Tensor:
+        """Queries (questions, k, hidden) float32 of `model.encode_queries`."""
+        questions = [check_text(text, f"questions[{n}]") for n, text in enumerate(check_list(questions, "questions"))]
+        return await self._result(Request("embed", questions, memory_size))
+
+    async def write(self, change: Callable[[CompressedCorpus], T]) -> T:
+        """Run `change(corpus)` in the thread that writes, one after the other; the next search sees what it did.
+
+        Answers wait for a pass of the compressor at most: pass `batch_size=4` to `add` and the like to keep it short.
+        """
+        self._queue.check_open()
+
+        def run() -> T:
+            result = change(self.corpus)
+            self.corpus.refresh()
+            return result
+
+        result = await asyncio.get_running_loop().run_in_executor(self._writer, run)
+        if self._has_small_shards():
+            with contextlib.suppress(RuntimeError):  # it is being closed
+                self._writer.submit(self._compact)
+        return result
 
     async def start(self) -> None:
-        """Start the threads."""
+        """Get ready and take requests."""
         self.corpus.attach(self.model)
-        self._is_open = True
+        if self.generator is not None:
+            await self.generator.connect(self.model)
+        if self.merge:
+            roles = ("reasoner",) if self.generator is not None else ("reasoner", "generator")
+            self._stack.enter_context(self.model.roles.merged(roles, self.model.lock))
+        if self.generator is None:
+            self._decoder = Decoder(self.model, self.prefix_bytes)
         self._writer = ThreadPoolExecutor(1, "corpus-writer")
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
+        self._queue.open()
         self._thread.start()
 
     async def close(self) -> None:
-        """Take no more requests, finish those that were taken, and stop the threads."""
-        with self._changed:
-            self._is_open = False
-            self._changed.notify()
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
-            await asyncio.to_thread(self._writer.shutdown)
-            self._thread = self._writer = None
+        """Take no more requests, finish those that were taken, and leave the model as it was."""
+        if not self._queue.is_open:
+            return
+        self._queue.close()
+        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._writer.shutdown)
+        while self._n_remote:
+            await asyncio.sleep(0.02)
+        if self.generator is not None:
+            await self.generator.close()
+        self._stack.close()
 
-    def _submit(self, request: Request) -> Request:
-        with self._changed:
-            if not self._is_open:
-                raise Stopping("the service is stopping.", 5.0)
-            n_waiting = sum(not waiting.is_left for waiting in self._waiting)
-            if n_waiting >= self.max_queue:
-                retry_after = self._batch_seconds * n_waiting / self.max_batch
-                raise Overloaded(f"{n_waiting} requests wait already. Try again later.", retry_after)
-            self._waiting.append(request)
-            self._changed.notify()
-        return request
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    def _ask(self, question: str, options: AskOptions, history: History, *, wants_pieces: bool = False) -> Request:
+        check_text(question, "question")
+        check_sampling(options.temperature, options.top_p, options.seed)
+        return Request("answer", question, options, check_history(history), wants_pieces=wants_pieces)
 
     async def _result(self, request: Request):
-        async with aclosing(self._submit(request)):
+        async with contextlib.aclosing(self._queue.put(request, self._n_remote)):
             return await anext(request)
 
-    def _take(self) -> list[Request]:
-        """The oldest requests; none once the engine is closed and nothing waits."""
-        with self._changed:
-            while True:
-                self._waiting = deque(request for request in self._waiting if not request.is_left)
-                if self._waiting or not self._is_open:
-                    break
-                self._changed.wait()
-            first = list(self._waiting)[:1]
-            batch = [r for r in self._waiting if (r.kind, r.options) == (first[0].kind, first[0].options)]
-            batch = batch[: self.max_batch]
-            self._waiting = deque(request for request in self._waiting if request not in batch)
-            self.n_running = len(batch)
-            return batch
+    def _remote_options(self, options: AskOptions) -> dict:
+        ends = self.model.build_generation_config(None, options.max_new_tokens).eos_token_id
+        given = {name: getattr(options, name) for name in WRITING}
+        return {**given, "stop_ids": ends}
+
+    @contextlib.contextmanager
+    def _remotely(self):
+        with self._counting:
+            self._n_remote += 1
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._n_remote -= 1
+
+    async def _stream_remote(self, request: Request) -> AsyncIterator[str | Answer]:
+        async with contextlib.aclosing(request):
+            result = await anext(request)
+        if isinstance(result, _Prepared):
+            text = ""
+            pieces = self.generator.stream(result.embeddings, **self._remote_options(request.options))
+            with self._remotely():
+                async with contextlib.aclosing(pieces):
+                    async for piece in pieces:
+                        text += piece
+                        yield piece
+            result = replace(result.answer, text=text)
+        yield result
+
+    # --- the model's thread ------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while batch := self._take():
-            start = time.monotonic()
-            self._run(batch)
-            self._batch_seconds = time.monotonic() - start
-            self.n_running = 0
+        drafts = [] if self._decoder is None else self._decoder.drafts
+        while drafts or self._queue.wait():
+            until = time.monotonic() + TURN_SECONDS
+            with self.model.lock, eval_mode(self.model), torch.no_grad():
+                while time.monotonic() < until:
+                    batch = self._queue.take(len(drafts), at_once=("search", "embed"))
+                    if not batch and not drafts:
+                        break
+                    self._n_here = len(batch) + len(drafts)
+                    self._advance(batch)
+                    drafts = [] if self._decoder is None else self._decoder.drafts
+                    self._n_here = len(drafts)
 
-    def _run(self, batch: list[Request]) -> None:
-        """Give each request of a kind and of equal options its result; if one is wrong, each runs alone."""
+    def _advance(self, batch: list[Request]) -> None:
+        """Do what can be done at once for new requests, and write the next token of the others."""
+        decoder = self._decoder
         try:
-            results = getattr(self, f"_{batch[0].kind}")([request.content for request in batch], batch[0].options)
-        except Exception as error:
-            if len(batch) == 1:
-                batch[0].send(error)
-            else:
-                for request in batch:
-                    self._run([request])
+            if decoder is not None:
+                decoder.drop([draft for draft in decoder.drafts if draft.request.is_left])
+                if decoder.drafts:
+                    decoder.step()
+            replies = [reply for requests in _groups(batch) for reply in self._begin(requests)]
+            if replies:
+                decoder.add(replies)
+        except Exception as error:  # no fault of a single request
+            running = [] if decoder is None else [draft.request for draft in (*decoder.drafts, *decoder.ended)]
+            self._decoder = None if decoder is None else Decoder(self.model, self.prefix_bytes)
+            for request in (*batch, *running):
+                request.send(error)
             return
-        for request, result in zip(batch, results, strict=True):
-            if request.wants_pieces and result.text:
-                request.send(result.text)
-            request.send(result)
+        if decoder is not None:
+            self._deliver(decoder)
 
-    def _view(self, options: AskOptions) -> CompressedCorpus:
-        where = None if options.where is None else json.loads(options.where)
-        return self.corpus.with_options(where=where, hybrid=options.hybrid)
+    def _deliver(self, decoder: Decoder) -> None:
+        """Send the new pieces, and the answers that are whole."""
+        ended, decoder.ended = decoder.ended, []
+        for reply, is_whole in [*((reply, False) for reply in decoder.drafts), *((reply, True) for reply in ended)]:
+            request = reply.request
+            if reply.error is not None:
+                request.send(reply.error)
+            elif is_whole or request.wants_pieces:
+                text = decode_answer(self.model, reply.ids, list(decoder.ends))
+                if request.wants_pieces and (piece := reply.pieces.cut(text, is_whole)):
+                    request.send(piece)
+                if is_whole:
+                    self._finish(request, replace(reply.answer, text=text))
 
-    def _answer(self, questions: list[str], options: AskOptions) -> list[Answer]:
-        names = ("top_k", "memory_size", "retrieval_memory_size", "min_score", "max_new_tokens", "expand", "explain")
-        given = {name: getattr(options, name) for name in names}
-        return self.model.answer(questions, corpus=self._view(options), **given)
+    def _finish(self, request: Request, result) -> None:
+        request.send(result)
+        self._queue.last_seconds = time.monotonic() - request.arrived
 
-    def _search(self, questions: list[str], options: AskOptions) -> list[list[Source]]:
+    def _begin(self, requests: list[Request]) -> list[_Reply]:
+        """Send the results of one kind and equal options, or return the answers to be written.
+
+        If something is wrong, each request is tried alone: an error is for the one that caused it.
+        """
+        options = requests[0].options
+        try:
+            results = getattr(self, f"_{requests[0].kind}")(requests, options)
+        except Exception as error:
+            if len(requests) > 1:
+                return [reply for request in requests for reply in self._begin([request])]
+            requests[0].send(error)
+            return []
+        for request, result in zip(requests, results, strict=True):
+            if isinstance(result, Exception):
+                request.send(result)
+            elif not isinstance(result, _Reply):
+                self._finish(request, result)
+        return [result for result in results if isinstance(result, _Reply)]
+
+    def _search(self, requests: list[Request], options: AskOptions) -> list[list[Source]]:
         names = ("top_k", "retrieval_memory_size", "min_score")
         given = {name: getattr(options, name) for name in names}
-        return self.model.retrieve(questions, corpus=self._view(options), **given)
+        return self.model.retrieve([request.content for request in requests], corpus=self._view(options), **given)
 
-    def _embed(self, questions: list[list[str]], memory_size: int | None) -> list[torch.Tensor]:
-        flat = [question for row in questions for question in row]
-        return self.model.encode_queries(flat, memory_size=memory_size).split([len(row) for row in questions])
+    def _embed(self, requests: list[Request], memory_size: int | None) -> Sequence[torch.Tensor]:
+        rows = [request.content for request in requests]
+        memory = self.model.encode_queries([text for row in rows for text in row], memory_size=memory_size)
+        return memory.split([len(row) for row in rows])
+
+    def _answer(self, requests: list[Request], options: AskOptions) -> list:
+        """Of each request an answer to be written, one that needs no writing, or what is wrong."""
+        searched = (None, self._view(options), options.top_k, options.retrieval_memory_size, options.min_score)
+        queries = [query_of(request.content, request.history) for request in requests]
+        hits, words = self.model.search_to_read(
+            queries, searched, options.memory_size, options.expand, options.explain
+        )
+        results = []
+        for request, row, keywords in zip(requests, hits, words, strict=True):
+            if not row:
+                results.append(Answer("", [], keywords, abstained=True))
+                continue
+            try:
+                reading = self._read(request, row)
+            except (ValueError, TypeError) as error:
+                results.append(error)
+                continue
+            answer = Answer("", reading.sources, keywords, prompt_tokens=len(reading.prompt.input_ids))
+            if self.generator is None:
+                results.append(_Reply(request, answer, reading))
+            else:
+                results.append(_Prepared(answer, prompt_embeddings(self.model, reading)))
+        return results
+
+    def _read(self, request: Request, row: list) -> Reading:
+        """What the generator reads: the longest of the prompts with earlier turns that fits into the window."""
+        options = request.options
+        generation = self.model.build_generation_config(None, options.max_new_tokens)
+        *longer, shortest = prompts_of(request.content, request.history)
+        arguments = (row, options.memory_size, options.expand, generation, "question")
+        for text in longer:
+            with contextlib.suppress(ValueError):
+                return prepare_reading(self.model, text, *arguments)
+        return prepare_reading(self.model, shortest, *arguments)
+
+    def _view(self, options: AskOptions) -> CompressedCorpus:
+        try:
+            where = None if options.where is None else json.loads(options.where)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"`where` must be JSON, got {options.where[:80]!r}. Correct it.") from error
+        return self.corpus.with_options(where=where, hybrid=options.hybrid)
+
+    # --- the writer's thread -----------------------------------------------------------------------------------------
+
+    def _has_small_shards(self) -> bool:
+        """Whether there are many more shards than the chunks need: every small write makes one."""
+        manifest = self.corpus.manifest
+        return len(manifest.shards) > SMALL_SHARDS + 2 * manifest.n_spans / 1024
+
+    def _compact(self) -> None:
+        if self._has_small_shards():
+            try:
+                self.corpus.compact()
+            except (OSError, ValueError, RuntimeError):
+                logger.warning("the corpus could not be compacted; call `compact` when it can be.", exc_info=True)
+
+
+def _groups(batch: Iterable[Request]) -> list[list[Request]]:
+    """Requests that are searched for together."""
+    groups: dict[Hashable, list[Request]] = {}
+    for request in batch:
+        options = request.options
+        asked = tuple(getattr(options, name) for name in SEARCHING) if isinstance(options, AskOptions) else options
+        groups.setdefault((request.kind, asked), []).append(request)
+    return list(groups.values())
