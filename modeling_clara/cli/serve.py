@@ -63,9 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Returns the exit status."""
     start = time.perf_counter()
     try:
-        import uvicorn
-
         from ..service.app import create_app  # noqa: F401
+        from ..service.server import build_server
     except ImportError as error:
         raise ImportError(f"`clara serve` needs {error.name}: pip install 'clara-rag[serve]'.") from error
     from ..service.auth import KEYS, READ_KEYS, read_keys
@@ -76,16 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     listener = listen(arguments.host, arguments.port)  # before what takes long
     app = build_app(arguments, keys)
     log_to(sys.stdout)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        ws="none",
-        timeout_graceful_shutdown=int(arguments.timeout) + 1,
-        h11_max_incomplete_event_size=2**16,
-    )
-    return serve(uvicorn.Server(config), listener, f"{len(app.state.service.engine.corpus):,} documents", start)
+    server = build_server(app, arguments.timeout)
+    return serve(server, listener, f"{len(app.state.service.engine.corpus):,} documents", start)
 
 
 def build_app(arguments: argparse.Namespace, keys: tuple):

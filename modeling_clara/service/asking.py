@@ -147,7 +147,8 @@ async def _pieces(service: Service, request: Request, ask: Ask) -> AsyncIterator
 
 
 def _finish(service: Service, request: Request, ask: Ask, answer: Answer) -> Reply:
-    n_tokens = len(service.engine.model.processor.encode_text(answer.text))
+    # Counted of the text: a model may spell it with more tokens than the tokenizer would.
+    n_tokens = min(len(service.engine.model.processor.encode_text(answer.text)), ask.options.max_new_tokens)
     is_cut = n_tokens >= ask.options.max_new_tokens and cut(answer.text, ask.stop) == answer.text
     text = ABSTAINED if answer.abstained else cut(answer.text, ask.stop)
     service.metrics.count_answer(answer.abstained, answer.prompt_tokens, n_tokens)

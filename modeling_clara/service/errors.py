@@ -136,6 +136,8 @@ def _invalid(error: Mapping) -> ApiError:
     place = [part for part in error["loc"] if part != "body"]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     kind, message = error["type"], error["msg"]
+    if kind.startswith("unsupported"):
+        return ApiError(400, message, param=name or error["ctx"]["param"], code=kind)
     if kind == "json_invalid":
         reason = error["ctx"]["error"]
         return ApiError(400, f"the body must be JSON: {reason} (character {place[0]}).", code="invalid_json")
@@ -145,6 +147,4 @@ def _invalid(error: Mapping) -> ApiError:
         return ApiError(400, f"`{name}` is no parameter here. Leave it out.", param=name, code="unknown_parameter")
     if kind == "missing":
         return ApiError(400, f"`{name}` must be given. Add it.", param=name, code="missing_parameter")
-    code = kind if kind.startswith("unsupported") else "invalid_value"
-    message = message if code != "invalid_value" or kind == "refused" else f"{message[0].lower()}{message[1:]}"
-    return ApiError(400, f"`{name}`: {message}{'' if message.endswith('.') else '.'}", param=name, code=code)
+    return ApiError(400, f"`{name}`: {message[0].lower()}{message[1:]}.", param=name, code="invalid_value")

@@ -39,9 +39,9 @@ REFUSED |= dict.fromkeys(
 )
 
 
-def refuse(message: str, kind: str = "refused") -> PydanticCustomError:
-    """An error whose message is told as it is."""
-    return PydanticCustomError(kind, "{message}", {"message": message})
+def refuse(param: str, message: str, kind: str) -> PydanticCustomError:
+    """An error of a parameter, whose message is told as it is."""
+    return PydanticCustomError(kind, "{message}", {"message": message, "param": param})
 
 
 def join_parts(content: Any) -> Any:
@@ -53,6 +53,7 @@ def join_parts(content: Any) -> Any:
         if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise refuse(
+                "content",
                 f"parts must have the type 'text' and a text, got {str(kind)[:40]!r}. Only text is read here.",
                 "unsupported_part",
             )
@@ -128,13 +129,13 @@ class Sampling(Options):
         kept = {}
         for name, value in given.items():
             if name in REFUSED and value is not None:
-                raise refuse(f"`{name}` is not accepted: {REFUSED[name]}.", "unsupported_parameter")
+                raise refuse(name, f"`{name}` is not accepted: {REFUSED[name]}.", "unsupported_parameter")
             if name in IGNORED or (name in NEUTRAL and _is_neutral(name, value)):
                 continue
             if name in NEUTRAL and name not in cls.model_fields and value is not None:
                 allowed = " or ".join(repr(known) for known in NEUTRAL[name])
                 message = f"`{name}` must be {allowed}, if it is given: nothing else is supported. Leave it out."
-                raise refuse(message, "unsupported_value")
+                raise refuse(name, message, "unsupported_value")
             kept[name] = value
         return kept
 

@@ -1,0 +1,44 @@
+"""A real service on loopback for the session: uvicorn in a thread, a tiny model, a corpus of four documents."""
+
+import copy
+
+import pytest
+from http_service import KEY, READ_KEY, Served
+
+from modeling_clara import CompressedCorpus
+from modeling_clara.service.limits import Limits
+
+DOCUMENTS = [
+    {"id": "paris", "title": "Paris", "text": "Paris is the capital of France.", "url": "https://example.org/paris"},
+    {"id": "berlin", "title": "Berlin", "text": "Berlin is the capital of Germany, a city of 3.7 million people."},
+    {"id": "seine/river", "text": "The Seine flows through Paris.", "year": 2020},
+    {"id": "rome", "title": "Rome", "text": "Rome is the capital of Italy.", "year": 2021},
+]
+
+
+@pytest.fixture(scope="session")
+def http_model(shared_model):
+    """A copy of the model: while it is served, it is the engine's."""
+    return copy.deepcopy(shared_model)
+
+
+@pytest.fixture
+def http_corpus(http_model, tmp_path) -> CompressedCorpus:
+    """A corpus to change."""
+    return CompressedCorpus.build(http_model, DOCUMENTS, tmp_path / "corpus")
+
+
+@pytest.fixture(scope="session")
+def service(http_model, tmp_path_factory):
+    """A service that tests only read, with keys."""
+    corpus = CompressedCorpus.build(http_model, DOCUMENTS, tmp_path_factory.mktemp("service") / "corpus")
+    with Served(http_model, corpus, api_keys=[KEY], read_keys=[READ_KEY]) as served:
+        yield served
+
+
+@pytest.fixture
+def strict(http_model, http_corpus):
+    """A service that a test may change, without keys, that gives little time and has room for two."""
+    limits = Limits(body_seconds=1.0, answer_seconds=1.5, write_seconds=20, send_seconds=1.0, question_chars=2000)
+    with Served(http_model, http_corpus, max_batch=1, max_queue=1, limits=limits) as served:
+        yield served

@@ -1,0 +1,233 @@
+"""Search and documents over HTTP: a change is on the disk when it is answered, and an id is text."""
+
+import datetime
+import json
+import signal
+import subprocess
+import sys
+import threading
+from urllib.parse import quote
+
+import pytest
+from http_service import QUESTION, Process, Served, send, wait_until
+
+from modeling_clara import CompressedCorpus
+from modeling_clara.service.sources import json_value
+
+IDS = [
+    "a/b",
+    "../../etc/passwd",
+    "..",
+    "%2e%2e",
+    "a?b#c",
+    "a&b=c",
+    " x ",
+    "Größe",
+    "日本",
+    "a\\b",
+    "con",
+    "-rf",
+    "'; --",
+    "💥",
+]
+
+
+def documents(*ids: str, text: str = "Text of {}.") -> dict:
+    return {"documents": [{"id": name, "text": text.format(name)} for name in ids]}
+
+
+def stored(served) -> dict[str, str]:
+    """What another reader of the folder finds."""
+    corpus = CompressedCorpus.open(served.engine.corpus.folder)
+    return {row["document_id"]: row["text"] for row in corpus.rows()}
+
+
+def test_a_search_is_that_of_the_model(strict):
+    got = strict.send("POST", "/search", {"query": QUESTION, "top_k": 3})
+    (expected,) = strict.engine.model.retrieve([QUESTION], corpus=strict.engine.corpus, top_k=3)
+    rows = got.json["sources"]
+    assert [(row["document_id"], row["text"]) for row in rows] == [(s.document_id, s.text) for s in expected]
+    assert [row["score"] for row in rows] == pytest.approx([s.score for s in expected], abs=1e-6)
+    got = strict.send("POST", "/search", {"query": QUESTION, "where": {"year": 2020}})
+    assert [row["document_id"] for row in got.json["sources"]] == ["seine/river"]
+    for wrong in (
+        {"query": " "},
+        {"query": QUESTION, "where": {"$nope": 1}},
+        {"query": QUESTION, "embedding": [1]},
+        {},
+    ):
+        assert strict.send("POST", "/search", wrong).status == 400
+
+
+def test_documents_are_added_replaced_and_deleted(strict):
+    got = strict.send("POST", "/documents", documents("new"))
+    assert got.json == {"documents": 1, "chunks": 1, "unchanged": 0, "rejected": []}
+    assert stored(strict)["new"] == "Text of new."
+    assert strict.send("GET", "/documents/new").json == {
+        "document_id": "new",
+        "title": "",
+        "metadata": {"url": None, "year": None},
+        "chunks": [{"chunk": 0, "text": "Text of new.", "n_tokens": 8}],
+    }
+    body = {"documents": [{"id": "new", "text": "Another text.", "title": "T", "metadata": {"year": 7}}]}
+    assert strict.send("PUT", "/documents", body).json["documents"] == 1
+    assert strict.send("PUT", "/documents", body).json == {"documents": 0, "chunks": 0, "unchanged": 1, "rejected": []}
+    got = strict.send("GET", "/documents/new").json
+    assert (got["title"], got["metadata"]["year"], got["chunks"][0]["text"]) == ("T", 7, "Another text.")
+    assert strict.send("PUT", "/documents", {**documents("other"), "create": False}).status == 422
+    assert strict.send("PUT", "/documents", documents("other")).json["documents"] == 1
+    assert strict.send("DELETE", "/documents/new").json == {"deleted": 1, "documents": 5}
+    for method in ("GET", "DELETE"):
+        got = strict.send(method, "/documents/new")
+        assert got.status == 404 and got.error["code"] == "document_not_found"
+    assert strict.send("DELETE", "/documents?id=other&id=rome").json == {"deleted": 2, "documents": 3}
+    assert strict.send("DELETE", "/documents?id=paris&id=rome").status == 404  # all or none
+    assert set(stored(strict)) == {"paris", "berlin", "seine/river"}
+
+
+def test_a_document_is_found_once_it_is_acknowledged(strict):
+    strict.send("POST", "/documents", documents("new", text="Which words are these"))
+    got = strict.send("POST", "/search", {"query": "Which words are these", "top_k": 5})
+    assert "new" in [row["document_id"] for row in got.json["sources"]]
+    strict.send("DELETE", "/documents/new")
+    got = strict.send("POST", "/search", {"query": "Which words are these", "top_k": 5})
+    assert "new" not in [row["document_id"] for row in got.json["sources"]]
+
+
+def test_rejected_documents_are_listed(strict):
+    rows = [{"id": "good", "text": "Good."}, {"id": "rome", "text": "x"}, {"text": " "}, {"id": "bad", "text": "x"}]
+    rows[-1]["metadata"] = {"year": "not a number"}
+    got = strict.send("POST", "/documents", {"documents": rows}).json
+    assert got["documents"] == 1
+    assert [row["row"] for row in got["rejected"]] == [1, 2, 3]
+    reasons = [row["reason"] for row in got["rejected"]]
+    assert "already" in reasons[0] and "empty" in reasons[1] and "int64" in reasons[2]
+    got = strict.send("POST", "/documents", documents("rome"))
+    assert got.status == 422 and got.error["code"] == "rejected" and got.json["rejected"][0]["id"] == "rome"
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"text": "x", "memory": [[0.0] * 32] * 4},
+        {"text": "x", "metadata": {"memory": [[0.0] * 32] * 4}},
+        {"text": "x", "metadata": {"document_id": "paris"}},
+        {"text": "x", "metadata": {"_id": "paris"}},
+        {"text": "x", "metadata": {"span": 1}},
+        {"id": "", "text": "x"},
+        {"id": 1, "text": "x"},
+        {"id": "x"},
+        {"id": "\ud800", "text": "x"},
+        "text",
+    ],
+    ids=str,
+)
+def test_documents_that_are_none(strict, document):
+    assert strict.send("POST", "/documents", {"documents": [document]}).status == 400
+    assert len(strict.engine.corpus) == 4
+
+
+def test_ids_are_text(strict):
+    """No id is a path, in the address or on the disk."""
+    before = {path for path in strict.engine.corpus.folder.parent.rglob("*") if "corpus" not in path.parts[-2:]}
+    assert strict.send("POST", "/documents", documents(*IDS)).json["documents"] == len(IDS)
+    for name in IDS:
+        for path in (f"/documents/{quote(name, safe='')}", f"/documents?id={quote(name, safe='')}"):
+            got = strict.send("GET", path)
+            assert (got.status, got.json["document_id"]) == (200, name), path
+            assert got.json["chunks"][0]["text"] == f"Text of {name}."
+    assert strict.send("GET", "/documents/a/b").json["document_id"] == "a/b"
+    for name in IDS:
+        assert strict.send("DELETE", f"/documents?id={quote(name, safe='')}").status == 200
+    assert len(strict.engine.corpus) == 4
+    for path in (
+        "/documents/..%2fcorpus.json",
+        "/documents//etc/passwd",
+        "/documents/%00",
+        "/documents/%ff",
+        "/documents/",
+    ):
+        got = strict.send("GET", path)
+        assert got.status == 404 and got.error["code"] == "document_not_found", path
+    assert {
+        path for path in strict.engine.corpus.folder.parent.rglob("*") if "corpus" not in path.parts[-2:]
+    } >= before
+
+
+def test_times_and_odd_values_are_json(http_model, tmp_path):
+    rows = [{"id": "a", "text": "A text.", "day": datetime.date(2024, 5, 1), "weight": float("nan"), "tags": ["x"]}]
+    rows[0]["at"] = datetime.datetime(2024, 5, 1, 12)
+    corpus = CompressedCorpus.build(http_model, rows, tmp_path / "corpus")
+    with Served(http_model, corpus) as served:
+        expected = {"day": "2024-05-01", "weight": None, "tags": ["x"], "at": "2024-05-01T12:00:00"}
+        assert served.send("GET", "/documents/a").json["metadata"] == expected
+        metadata = {"day": "2025-01-02", "at": "2025-01-02T03:04:05", "weight": 1.5}
+        got = served.send("POST", "/documents", {"documents": [{"id": "b", "text": "B.", "metadata": metadata}]})
+        assert got.json["documents"] == 1, got.body
+        got = served.send("POST", "/search", {"query": "A?", "where": {"day": "2025-01-02"}}).json["sources"]
+        assert [row["metadata"] for row in got] == [{**metadata, "tags": None}]
+    assert json_value({1: b"x", "inf": float("inf"), "t": (1, None)}) == {"1": "b'x'", "inf": None, "t": [1, None]}
+
+
+def test_a_service_that_only_reads(http_model, http_corpus):
+    with Served(http_model, http_corpus, read_only=True) as served:
+        got = served.send("POST", "/documents", documents("new"))
+        assert got.status == 403 and got.error["code"] == "read_only"
+        assert served.send("GET", "/documents/rome").status == 200
+
+
+def test_another_writer_is_waited_for(strict):
+    script = (
+        "import sys, time; from pathlib import Path; from modeling_clara.corpus.storage import corpus_lock\n"
+        "with corpus_lock(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.readline()"
+    )
+    command = [sys.executable, "-c", script, str(strict.engine.corpus.folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        got = strict.send("POST", "/documents", documents("new"))
+        assert got.status == 503 and got.error["code"] == "locked" and got.headers["retry-after"] == "5"
+        assert str(strict.engine.corpus.folder) not in got.body.decode()
+        other.stdin.write("\n")
+    assert strict.send("POST", "/documents", documents("new")).status == 200
+
+
+@pytest.mark.slow
+def test_nothing_acknowledged_is_lost(http_model, http_corpus, checkpoint):
+    """kill -9 while documents are written, twenty times; each time what was acknowledged is there, and it verifies."""
+    folder, expected = http_corpus.folder, {row["document_id"]: row["text"] for row in http_corpus.rows()}
+    number = 0
+    for kill in range(20):
+        with Process(folder, checkpoint) as served:
+            unknown: dict[str, str] = {}
+            is_over = threading.Event()
+
+            def write(url=served.url, unknown=unknown, is_over=is_over, kill=kill):
+                nonlocal number
+                while not is_over.is_set():
+                    number += 1
+                    name, text = f"doc-{number}", f"Document {number} of round {kill}."
+                    unknown.clear()
+                    unknown[name] = text
+                    try:
+                        got = send(url, "POST", "/documents", documents(name, text=text))
+                    except OSError:
+                        return
+                    assert got.status == 200 and got.json["documents"] == 1
+                    expected[name] = text
+
+            writer = threading.Thread(target=write)
+            writer.start()
+            least = len(expected) + 1 + kill % 4
+            wait_until(lambda least=least: len(expected) >= least, 120)
+            served.process.send_signal(signal.SIGKILL)
+            is_over.set()
+            writer.join(60)
+            assert not writer.is_alive()
+        corpus = CompressedCorpus.open(folder)
+        found = {row["document_id"]: row["text"] for row in corpus.rows()}
+        for name, text in unknown.items():
+            if found.get(name) == text:  # it was written, and the answer did not arrive
+                expected.setdefault(name, text)
+        assert found == expected
+        assert not corpus.verify()
+    assert json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
