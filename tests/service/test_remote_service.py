@@ -1,5 +1,6 @@
 """The service with a generator on another server: the same answers, and its failures as those of HTTP."""
 
+import argparse
 import asyncio
 
 import openai
@@ -10,6 +11,7 @@ from tiny import QUESTIONS
 
 from modeling_clara.service.engine import AskOptions, Engine
 from modeling_clara.service.remote import GeneratorError, RemoteGenerator
+from recipes.benchmarks import generator
 
 TOKENS = 12
 
@@ -60,8 +62,8 @@ def ask(client, stream: bool = False):
 
 
 def test_failures_of_the_generator_are_those_of_a_gateway(server, http_model, http_corpus):
-    generator = RemoteGenerator(server.base_url)
-    with Served(http_model, http_corpus, generator=generator) as served:
+    remote = RemoteGenerator(server.base_url)
+    with Served(http_model, http_corpus, generator=remote) as served:
         client = served.client()
         wanted = ask(client).choices[0].message.content
         server.faults = ["429", "503"]
@@ -75,11 +77,11 @@ def test_failures_of_the_generator_are_those_of_a_gateway(server, http_model, ht
         server.faults = ["cut"]
         with pytest.raises(openai.APIError):
             list(ask(client, stream=True))
-        generator.timeout, server.faults = 0.3, ["hang"]
+        remote.timeout, server.faults = 0.3, ["hang"]
         with pytest.raises(openai.InternalServerError) as error:
             ask(client)
         assert error.value.status_code == 504
-        generator.timeout = 30
+        remote.timeout = 30
         assert ask(client).choices[0].message.content == wanted  # the service is as it was
         assert served.server.started and client.models.list().data
 
@@ -91,3 +93,11 @@ def test_the_service_does_not_start_with_another_generator(server, http_model, h
         with pytest.raises(kind):
             asyncio.run(engine.start())
         asyncio.run(engine.close())
+
+
+def test_the_benchmark_gives_both_the_same_questions(server, http_model, http_corpus):
+    generators = {"here": None, "there": lambda: RemoteGenerator(server.base_url)}
+    arguments = argparse.Namespace(max_new_tokens=4, rounds=1, clients=3)
+    results = asyncio.run(generator.measure(http_model, http_corpus, generators, QUESTIONS * 4, arguments))
+    assert results["here"]["texts"] == results["there"]["texts"] and len(results["here"]["texts"]) == 8
+    assert all(row["answers_per_second"] > 0 and row["p95_seconds"] > 0 for row in results.values())
