@@ -9,7 +9,7 @@ from service_readings import embed_prompts
 from tiny import DOCUMENTS, QUESTIONS, randomize_adapters, save_backbone
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_clara import CLaRaForRAG
+from modeling_clara import CLaRaForRAG, CompressedCorpus, cli
 from modeling_clara.generator import generator_fingerprint, merge_generator, read_marker, served_name
 from modeling_clara.service import remote
 from modeling_clara.service.remote import GeneratorError, RemoteGenerator
@@ -281,3 +281,33 @@ def test_servers_that_cannot_serve(merged, shared_model):
         RemoteGenerator("localhost:8000")
     with pytest.raises(RuntimeError, match="not connected"):
         asyncio.run(RemoteGenerator("http://localhost/v1").generate([], 1))
+
+
+def test_the_command_prints_how_to_serve(shared_model, merged, tmp_path, capsys):
+    shared_model.save_pretrained(tmp_path / "model", include_backbone=True)
+    command = ["merge", str(tmp_path / "model"), "-o", str(tmp_path / "generator"), "--dtype", "float32"]
+    assert cli.main(command) == 0
+    name = served_name(generator_fingerprint(shared_model))
+    line = f"vllm serve {tmp_path / 'generator'} --served-model-name {name} --enable-prompt-embeds"
+    assert line in capsys.readouterr().out and name in (tmp_path / "generator" / "README.md").read_text()
+    weights = (tmp_path / "generator" / "model.safetensors").read_bytes()
+    assert weights == (merged / "model.safetensors").read_bytes()
+    assert cli.main([*command, "--json"]) == 0 and name in capsys.readouterr().out
+    assert cli.main([*command[:3], str(tmp_path / "model")]) == 1
+    assert "`--output` must be a new folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--collection", "c"], "`--collection` must go with `--milvus`"),
+        (["--generator-model", "m"], "`--generator-model` must go with `--generator`"),
+        (["--generator", "localhost:8000"], "must be an address such as http://HOST:8000/v1"),
+    ],
+)
+def test_wrong_options_of_serve(options, message, shared_model, tmp_path, capsys):
+    pytest.importorskip("fastapi")
+    shared_model.save_pretrained(tmp_path / "model", include_backbone=True)
+    CompressedCorpus.build(shared_model, DOCUMENTS, tmp_path / "corpus")
+    command = ["serve", str(tmp_path / "corpus"), "--model", str(tmp_path / "model"), "--port", "0", *options]
+    assert cli.main(command) == 1 and message in capsys.readouterr().err
