@@ -104,20 +104,22 @@ class Prefixes:
     """Beginnings of prompts that were read before: the template up to the documents, and the documents after it.
 
     Prompts that read the same documents part at the question. The latest are kept, up to `limit` bytes. A key holds
-    the tokens and a digest of the memories, so a document that has changed is another one.
+    the tokens and a digest of the memories, so a document that has changed is another one. Drafts of more than
+    `longest` tokens have none: a sliding window counts the padding between a beginning and the rest as well.
     """
 
-    def __init__(self, processor: CLaRaProcessor, limit: int):
-        self.processor, self.limit, self.n_bytes = processor, limit, 0
+    def __init__(self, processor: CLaRaProcessor, limit: int, longest: int):
+        self.processor, self.limit, self.longest, self.n_bytes = processor, limit, longest, 0
         self.kept: OrderedDict[tuple, Rows] = OrderedDict()
         slots = [processor.build_prompt(question, 1, 1) for question in QUESTIONS]
         self.n_head = min(_n_common(*slots), slots[0].memory_mask.index(True))
 
-    def keys(self, reading: Reading) -> list[tuple]:
-        """Of the beginnings of a prompt that others may have too, the longest first; empty if nothing is kept."""
-        if not self.limit:
+    def keys(self, draft: Draft) -> list[tuple]:
+        """Of the beginnings of a prompt that others may have too, the longest first; empty if none is to be kept."""
+        reading, prompt = draft.reading, draft.reading.prompt
+        if not self.limit or len(prompt.input_ids) + draft.max_new_tokens > self.longest:
             return []
-        prompt, n_slots = reading.prompt, sum(reading.prompt.memory_mask)
+        n_slots = sum(prompt.memory_mask)
         documents = [{"title": s.title, "text": s.text} for s in reading.sources if s.read_as == "text"]
         n_memories, k = reading.memory.shape[:2]
         others = [
@@ -169,14 +171,16 @@ class Decoder:
     def __init__(self, model, prefix_bytes: int):
         self.model, self.drafts, self.ended = model, [], []
         self.ends = set(model.build_generation_config(None, 1).eos_token_id or ())
-        self._prefixes = Prefixes(model.processor, prefix_bytes)
+        window = model.backbone.config.to_dict().get("sliding_window")
+        longest = window // 2 if window else model.config.text_config.max_position_embeddings
+        self._prefixes = Prefixes(model.processor, prefix_bytes, longest)
         self._rows: Rows | None = None
 
     def add(self, drafts: list[Draft]) -> None:
         """Read the prompts of new drafts, and choose their first tokens."""
         found = []
         for draft in drafts:
-            keys = self._prefixes.keys(draft.reading)
+            keys = self._prefixes.keys(draft)
             found.append((draft, keys, *self._prefixes.find(keys)))
         for group in self._alike(found):
             rows, logits = self._read(group)

@@ -5,6 +5,7 @@ Callers are coroutines, of any event loop. It knows nothing of HTTP.
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import threading
@@ -12,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import torch
 
@@ -81,7 +82,7 @@ class _Prepared(NamedTuple):
 
 
 class Engine:
-    """Answers, searches and changes a corpus for many callers.
+    """Answers, searches and changes a corpus for many callers; `async with` starts and closes it.
 
     Args:
         model: a `CLaRaForRAG`, which belongs to the engine while it runs.
@@ -112,6 +113,8 @@ class Engine:
         self._queue = RequestQueue(max_batch, max_queue)
         self._n_here = self._n_remote = 0
         self._counting = threading.Lock()
+        build = functools.partial(model.build_generation_config, None)
+        self._generation = functools.lru_cache(maxsize=64, typed=True)(build)  # by `max_new_tokens`
         self._decoder: Decoder | None = None
         self._stack = contextlib.ExitStack()
 
@@ -209,6 +212,13 @@ class Engine:
             await self.generator.close()
         self._stack.close()
 
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exception) -> None:
+        await self.close()
+
     # --- requests ----------------------------------------------------------------------------------------------------
 
     def _ask(self, question: str, options: AskOptions, history: History, *, wants_pieces: bool = False) -> Request:
@@ -221,9 +231,8 @@ class Engine:
             return await anext(request)
 
     def _remote_options(self, options: AskOptions) -> dict:
-        ends = self.model.build_generation_config(None, options.max_new_tokens).eos_token_id
         given = {name: getattr(options, name) for name in WRITING}
-        return {**given, "stop_ids": ends}
+        return {**given, "stop_ids": self._generation(options.max_new_tokens).eos_token_id}
 
     @contextlib.contextmanager
     def _remotely(self):
@@ -360,7 +369,7 @@ class Engine:
     def _read(self, request: Request, row: list) -> Reading:
         """What the generator reads: the longest of the prompts with earlier turns that fits into the window."""
         options = request.options
-        generation = self.model.build_generation_config(None, options.max_new_tokens)
+        generation = self._generation(options.max_new_tokens)
         *longer, shortest = prompts_of(request.content, request.history)
         arguments = (row, options.memory_size, options.expand, generation, "question")
         for text in longer:
