@@ -7,7 +7,7 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ class Answer:
     `keywords` explains the query if `explain=True`, else it is None. `abstained` is True if every source scored
     below `min_score`: then `text` is empty and nothing was generated. `prompt_tokens` counts the positions of the
     generator's input: tokens of the prompt and of sources read as text, memory vectors and separators; 0 if it
-    abstained.
+    abstained. The service fills in `completion_tokens`, those that it wrote, without the end token.
     """
 
     text: str
@@ -44,6 +44,7 @@ class Answer:
     keywords: list[str] | None = None
     abstained: bool = False
     prompt_tokens: int = 0
+    completion_tokens: int | None = field(default=None, compare=False)
 
 
 class Reading(NamedTuple):

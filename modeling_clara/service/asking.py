@@ -147,10 +147,11 @@ async def _pieces(service: Service, request: Request, ask: Ask) -> AsyncIterator
 
 
 def _finish(service: Service, request: Request, ask: Ask, answer: Answer) -> Reply:
-    # Counted of the text: a model may spell it with more tokens than the tokenizer would.
-    n_tokens = min(len(service.engine.model.processor.encode_text(answer.text)), ask.options.max_new_tokens)
-    is_cut = n_tokens >= ask.options.max_new_tokens and cut(answer.text, ask.stop) == answer.text
+    n_tokens, most = answer.completion_tokens, ask.options.max_new_tokens
+    if n_tokens is None:  # of another server, or of nothing; a model may spell a text with other tokens
+        n_tokens = min(len(service.engine.model.processor.encode_text(answer.text)), most)
     text = ABSTAINED if answer.abstained else cut(answer.text, ask.stop)
+    is_cut = n_tokens >= most and text == answer.text
     service.metrics.count_answer(answer.abstained, answer.prompt_tokens, n_tokens)
     counts = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": n_tokens, "sources": len(answer.sources)}
     note(request, **counts, abstained=answer.abstained)

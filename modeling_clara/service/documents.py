@@ -22,6 +22,7 @@ from .sources import json_value, source_row
 
 T = TypeVar("T")
 OURS = (*RESERVED_COLUMNS, "_id")  # a `memory` would be an embedding that is not made here
+PASS = 4  # documents that are compressed at once: answers wait for it
 RETRY_SECONDS = 5.0  # after which another writer may be done
 router = APIRouter()
 
@@ -107,7 +108,7 @@ async def _change(request: Request, body: DocumentsBody, mode: str) -> Json:
         raise ApiError(400, message, param="documents", code="too_long")
     kinds = service.engine.corpus.manifest.metadata
     rows = [_row(document, kinds, f"documents[{index}]") for index, document in enumerate(body.documents)]
-    changes: Changes = await _write(service, lambda corpus: getattr(corpus, mode)(rows))
+    changes: Changes = await _write(service, lambda corpus: getattr(corpus, mode)(rows, batch_size=PASS))
     rejected = [{name: row[name] for name in ("row", "id", "reason")} for row in changes.rejected]
     counts = {"documents": changes.n_documents, "chunks": changes.n_spans, "unchanged": changes.n_unchanged}
     service.metrics.changes.labels(mode).inc(changes.n_documents)

@@ -112,6 +112,7 @@ class Engine:
         self.merge, self.prefix_bytes = merge, prefix_bytes
         self._queue = RequestQueue(max_batch, max_queue)
         self._n_here = self._n_remote = 0
+        self.on_pass: Callable[[int], None] = lambda n_requests: None  # called by the model's thread
         self._counting = threading.Lock()
         build = functools.partial(model.build_generation_config, None)
         self._generation = functools.lru_cache(maxsize=64, typed=True)(build)  # by `max_new_tokens`
@@ -270,6 +271,7 @@ class Engine:
                     if not batch and not drafts:
                         break
                     self._n_here = len(batch) + len(drafts)
+                    self.on_pass(self._n_here)
                     self._advance(batch)
                     drafts = [] if self._decoder is None else self._decoder.drafts
                     self._n_here = len(drafts)
@@ -306,7 +308,8 @@ class Engine:
                 if request.wants_pieces and (piece := reply.pieces.cut(text, is_whole)):
                     request.send(piece)
                 if is_whole:
-                    self._finish(request, replace(reply.answer, text=text))
+                    n_tokens = sum(token not in decoder.ends for token in reply.ids)
+                    self._finish(request, replace(reply.answer, text=text, completion_tokens=n_tokens))
 
     def _finish(self, request: Request, result) -> None:
         request.send(result)

@@ -89,7 +89,14 @@ async def _read(scope: Scope, receive: Receive, most: int) -> bytes | None:
         if size > most:
             raise too_large
         is_more = message.get("more_body", False)
-    return b"".join(parts)
+    body = b"".join(parts)
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        raise ApiError(
+            400, f"the body must be UTF-8, byte {error.start} is not. Encode it.", code="not_utf8"
+        ) from error
+    return body
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

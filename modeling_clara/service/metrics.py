@@ -25,7 +25,8 @@ class Metrics:
         self.prompt_tokens = Counter("clara_prompt_tokens", "Positions that the generator read.", **options)
         self.completion_tokens = Counter("clara_completion_tokens", "Tokens of answers.", **options)
         self.changes = Counter("clara_document_changes", "Documents changed, by the change.", ("change",), **options)
-        self.batches = Histogram("clara_batch_size", "Requests run together.", ("kind",), buckets=SIZES, **options)
+        batches = Histogram("clara_batch_size", "Requests of one pass of the model.", buckets=SIZES, **options)
+        engine.on_pass = batches.observe
         for name, text, value in (
             ("clara_waiting_requests", "Requests in the queue.", lambda: engine.n_waiting),
             ("clara_running_requests", "Requests that the model works on.", lambda: engine.n_running),

@@ -16,7 +16,7 @@ DOCUMENTS = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def http_model(shared_model):
     """A copy of the model: while it is served, it is the engine's."""
     return copy.deepcopy(shared_model)
@@ -29,16 +29,17 @@ def http_corpus(http_model, tmp_path) -> CompressedCorpus:
 
 
 @pytest.fixture(scope="session")
-def service(http_model, tmp_path_factory):
-    """A service that tests only read, with keys."""
-    corpus = CompressedCorpus.build(http_model, DOCUMENTS, tmp_path_factory.mktemp("service") / "corpus")
-    with Served(http_model, corpus, api_keys=[KEY], read_keys=[READ_KEY]) as served:
+def service(shared_model, tmp_path_factory):
+    """A service that tests only read, with keys; `reference` is its model outside of it."""
+    corpus = CompressedCorpus.build(shared_model, DOCUMENTS, tmp_path_factory.mktemp("service") / "corpus")
+    with Served(copy.deepcopy(shared_model), corpus, api_keys=[KEY], read_keys=[READ_KEY]) as served:
+        served.reference = shared_model
         yield served
 
 
 @pytest.fixture
 def strict(http_model, http_corpus):
-    """A service that a test may change, without keys, that gives little time and has room for two."""
-    limits = Limits(body_seconds=1.0, answer_seconds=1.5, write_seconds=20, send_seconds=1.0, question_chars=2000)
+    """A service that a test may change, without keys, in which one question runs and one waits."""
+    limits = Limits(body_seconds=1.0)
     with Served(http_model, http_corpus, max_batch=1, max_queue=1, limits=limits) as served:
         yield served

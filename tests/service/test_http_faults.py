@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from http_service import KEY, MODEL, QUESTION, READ_KEY, chat, raw, send, wait_until
+from http_service import KEY, MODEL, QUESTION, READ_KEY, Served, chat, raw, send, wait_until
 
 from modeling_clara.service.auth import Keys, is_loopback, read_keys
+from modeling_clara.service.limits import Limits
 from modeling_clara.service.logs import JsonLines
 
 CHAT = "/v1/chat/completions"
@@ -144,9 +145,8 @@ def test_a_form_of_a_web_page_is_no_request(service):
 def test_other_origins_are_not_allowed(service, strict):
     got = service.send("GET", "/v1/models", key=KEY, headers={"Origin": "https://evil.example"})
     assert "access-control-allow-origin" not in got.headers
-    got = service.send(
-        "OPTIONS", CHAT, headers={"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
-    )
+    preflight = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+    got = service.send("OPTIONS", CHAT, headers=preflight)
     assert got.status == 405 and "access-control-allow-origin" not in got.headers
 
 
@@ -181,18 +181,19 @@ def test_a_full_queue_says_when_to_come_back(strict):
         assert strict.send("GET", "/health").status == 200
         with pytest.raises(openai.RateLimitError):
             strict.client().models.list() and strict.client().chat.completions.create(**chat())
-    assert {first.result().status, second.result().status} <= {200, 504}
+    assert first.result().status == second.result().status == 200
     assert is_up(strict)
 
 
-def test_an_answer_that_takes_too_long(strict):
-    with strict.engine.model.lock:
-        start = time.monotonic()
-        got = strict.send("POST", CHAT, chat())
-        assert got.status == 504 and got.error["code"] == "timeout" and time.monotonic() - start >= 1.5
-        assert strict.send("POST", CHAT, chat(stream=True)).status == 504
-        assert strict.send("POST", "/search", {"query": QUESTION}).status == 504
-    assert is_up(strict)
+def test_an_answer_that_takes_too_long(http_model, http_corpus):
+    with Served(http_model, http_corpus, limits=Limits(answer_seconds=0.5)) as served:
+        with http_model.lock:
+            got = served.send("POST", CHAT, chat())
+            assert got.status == 504 and got.error["code"] == "timeout"
+            assert served.send("POST", CHAT, chat(stream=True)).status == 504
+            assert served.send("POST", "/search", {"query": QUESTION}).status == 504
+        wait_until(lambda: served.engine.n_waiting == served.engine.n_running == 0)
+        assert served.send("POST", CHAT, chat(max_tokens=1)).status == 200
 
 
 def test_a_body_byte_by_byte(strict):
@@ -214,10 +215,8 @@ def test_a_body_byte_by_byte(strict):
 def test_a_stream_that_nobody_reads(strict):
     """The answer is generated and its place is free for others."""
     body = json.dumps(chat(stream=True, max_tokens=100)).encode()
-    connections = [raw(strict.url, body)]
-    assert is_up(strict)
-    for connection in connections:
-        connection.close()
+    with raw(strict.url, body):
+        assert is_up(strict)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -268,6 +267,7 @@ def test_a_fault_of_ours_is_told_as_such(strict, caplog):
         got = strict.send("POST", "/search", {"query": QUESTION}, headers={"X-Request-ID": "mine"})
     assert got.status == 500 and got.error["type"] == "server_error" and got.headers["x-request-id"] == "mine"
     assert b"secret" not in got.body
+    wait_until(lambda: any(record.exc_info for record in caplog.records))
     record = next(record for record in caplog.records if record.exc_info)
     line = json.loads(JsonLines().format(record))
     assert line["error"] == "LookupError" and "secret" not in json.dumps(line) and "broken" in line["where"][-1]
@@ -304,8 +304,8 @@ def test_metrics_count_what_happened(service):
     assert grown("clara_completion_tokens_total") == answer["usage"]["completion_tokens"]
     assert (after["clara_documents"], after["clara_waiting_requests"], after["clara_running_requests"]) == (4, 0, 0)
     assert not any("such" in name for name in after)  # ids are no labels
-    sizes = [name for name in after if name.startswith("clara_batch_size_count")]
-    assert sum(map(grown, sizes)) == 2
+    assert grown("clara_batch_size_count") >= 8  # a pass for each token
+    assert grown("clara_batch_size_sum") == grown("clara_batch_size_count")
 
 
 def test_answers_go_on_while_documents_change(strict):

@@ -21,7 +21,7 @@ def client(service):
 
 def offline(service, question=QUESTION, **options):
     """The same question without HTTP."""
-    (answer,) = service.engine.model.answer([question], corpus=service.engine.corpus, **OPTIONS | options)
+    (answer,) = service.reference.answer([question], corpus=service.engine.corpus, **OPTIONS | options)
     return answer
 
 
@@ -74,7 +74,7 @@ def test_options_of_ours(service, client, options):
     corpus_options = {name: options[name] for name in ("where", "hybrid") if name in options}
     given = {name: value for name, value in options.items() if name not in corpus_options}
     corpus = service.engine.corpus.with_options(**corpus_options)
-    (expected,) = service.engine.model.answer([QUESTION], corpus=corpus, **OPTIONS, **given)
+    (expected,) = service.reference.answer([QUESTION], corpus=corpus, **OPTIONS, **given)
     assert got.choices[0].message.content == expected.text
     assert [s["document_id"] for s in got.sources] == [s.document_id for s in expected.sources]
     assert [s["read_as"] for s in got.sources] == [s.read_as for s in expected.sources]
@@ -224,7 +224,7 @@ def test_embeddings_are_the_vectors_of_a_search(service, client):
     torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(2))
     stored = torch.stack([d["memory"][0] for d in service.engine.corpus.get(["rome", "paris"])]).flatten(1)
     scores = vectors @ torch.nn.functional.normalize(stored, dim=-1).T
-    hits = service.engine.model.retrieve(questions, corpus=service.engine.corpus, top_k=4)
+    hits = service.reference.retrieve(questions, corpus=service.engine.corpus, top_k=4)
     expected = [[{s.document_id: s.score for s in row}[name] for name in ("rome", "paris")] for row in hits]
     torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-5, rtol=0)
     raw = service.send(
@@ -238,7 +238,7 @@ def test_embeddings_are_the_vectors_of_a_search(service, client):
 def test_shorter_embeddings_are_the_first_vectors(service, client):
     long = client.embeddings.create(model=MODEL, input=QUESTION, dimensions=4 * 32).data[0].embedding
     short = client.embeddings.create(model=MODEL, input=QUESTION, dimensions=2 * 32).data[0].embedding
-    memory = service.engine.model.encode_queries([QUESTION], memory_size=2).flatten(1)
+    memory = service.reference.encode_queries([QUESTION], memory_size=2).flatten(1)
     torch.testing.assert_close(torch.tensor([short]), torch.nn.functional.normalize(memory, dim=-1), atol=1e-5, rtol=0)
     assert (len(long), len(short)) == (128, 64)
     with pytest.raises(openai.BadRequestError, match=r"one of \[64, 128\], got 7"):
