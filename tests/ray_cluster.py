@@ -33,6 +33,8 @@ class RayCluster:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_raylet_start_wait_time_s": str(READY_SECONDS),
             "RAY_health_check_timeout_ms": "60000",  # tests may be slow; a killed process is noticed at once
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "300",
+            "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
             "RAY_worker_niceness": "0",  # 15 otherwise: on a busy machine they would wait for all others
         }
 
