@@ -161,7 +161,7 @@ class CompletionsServer(ThreadingHTTPServer):
         embeds = embeds.to(self.model.dtype)
         if embeds.shape[1] != (hidden := self.model.config.hidden_size):
             raise Refused(400, f"`prompt_embeds` hidden_size {embeds.shape[1]} does not match the model's {hidden}.")
-        if len(embeds) + body["max_tokens"] > self.max_length:
+        if len(embeds) >= self.max_length:  # vLLM shortens an answer that does not fit
             raise Refused(400, f"This model's maximum context length is {self.max_length} tokens.")
         sampling = {"do_sample": False}
         if body["temperature"]:

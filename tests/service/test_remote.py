@@ -237,7 +237,7 @@ def test_what_does_not_fit_the_window_or_is_not_finite(server, shared_model):
             await generator.generate([prompt * float("nan")], TOKENS)
         generator.max_length = None  # as if the server had not told
         with pytest.raises(ValueError, match="too long.*maximum context length is 512"):
-            await generator.generate([prompt], 600)
+            await generator.generate([prompt.repeat(20, 1)], TOKENS)
 
     use(server, shared_model, work)
 

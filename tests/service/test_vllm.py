@@ -68,9 +68,9 @@ def test_greedy_answers_equal_those_in_process(model, merged, tmp_path, record_p
         other = {i: await generator._generate(prompts[i], options) for i in differing(texts, wanted)}
         with pytest.raises(ValueError, match="window of the generator's server"):
             await generator.generate(prompts[:1], 2048)
-        generator.max_length = None
+        generator.max_length = None  # as if the server had not told
         with pytest.raises(ValueError, match="too long"):
-            await generator.generate(prompts[:1], 2048)
+            await generator.generate([prompts[0].repeat(2048 // len(prompts[0]) + 1, 1)], 1)
         await generator.close()
         return texts, pieces, other
 
