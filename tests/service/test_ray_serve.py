@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -25,7 +24,7 @@ openai = pytest.importorskip("openai")
 
 def wait_for(url: str, process: subprocess.Popen, log: Path, seconds: int = 600) -> None:
     for _ in range(seconds):
-        with contextlib.suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(url, timeout=10):
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=10):
             return
         assert process.poll() is None, log.read_text()[-3000:]
         time.sleep(1)

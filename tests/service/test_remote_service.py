@@ -17,8 +17,8 @@ TOKENS = 12
 
 
 @pytest.fixture(scope="module")
-def merged(http_model, tmp_path_factory):
-    return http_model.merge_generator(tmp_path_factory.mktemp("merged") / "generator")
+def merged(shared_model, tmp_path_factory):
+    return shared_model.merge_generator(tmp_path_factory.mktemp("merged") / "generator")
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -49,7 +48,7 @@ def _wait(process: subprocess.Popen, url: str, log: Path) -> None:
     for _ in range(READY_SECONDS):
         if process.poll() is not None:
             raise RuntimeError(f"vLLM ended with status {process.returncode}: {log.read_text()[-2000:]}")
-        with contextlib.suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(f"{url}/health"):
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health"):
             return
         time.sleep(1)
     raise RuntimeError(f"vLLM was not ready after {READY_SECONDS} s: {log.read_text()[-2000:]}")
