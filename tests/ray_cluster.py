@@ -1,4 +1,4 @@
-"""Nodes of a Ray cluster on loopback addresses, each a group of processes that can be killed like a machine."""
+"""Nodes of a Ray cluster on loopback addresses, each a session of processes that can be killed like a machine."""
 
 import contextlib
 import os
@@ -54,15 +54,16 @@ class RayCluster:
 
     def kill(self, node: subprocess.Popen) -> None:
         """End all processes of a node at once, as when its machine is lost."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(node.pid, signal.SIGKILL)
+        for pid in [node.pid, *self.processes(node)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         node.wait()
 
-    def processes(self, node: subprocess.Popen, name: str) -> list[int]:
+    def processes(self, node: subprocess.Popen, name: str = "") -> list[int]:
         """Ids of the processes of a node whose command line has a name, as Ray writes it there."""
-        listed = subprocess.run(["ps", "-eo", "pid,pgid,args"], capture_output=True, text=True, check=True).stdout
-        rows = [line.split(None, 2) for line in listed.splitlines()[1:]]
-        return [int(pid) for pid, group, command in rows if int(group) == node.pid and name in command]
+        listed = subprocess.run(["ps", "-eo", "pid,sid,args"], capture_output=True, text=True, check=True).stdout
+        rows = [line.split(None, 2) for line in listed.splitlines()[1:]]  # Ray's workers have groups of their own
+        return [int(pid) for pid, session, command in rows if int(session) == node.pid and name in command]
 
     def _start(self, number: int) -> None:
         log = self.folder / f"node-{number}.log"
