@@ -62,12 +62,12 @@ def test_a_replica_that_dies_is_replaced_and_its_questions_are_answered(tmp_path
             url = f"http://127.0.0.1:{port}/v1"
             with openai.OpenAI(base_url=url, api_key="none", max_retries=20, timeout=120) as client:
                 first = ask(client, "What is the colour of item 1?")
-                replicas = cluster.processes(cluster.nodes[0], "ray::ServeReplica")
+                replicas = cluster.processes(cluster.nodes[0], "ServeReplica:default:clara")
                 assert len(replicas) == 2
                 os.kill(replicas[0], signal.SIGKILL)
                 assert {ask(client, "What is the colour of item 1?") for _ in range(QUESTIONS)} == {first}
                 for _ in range(300):
-                    now = cluster.processes(cluster.nodes[0], "ray::ServeReplica")
+                    now = cluster.processes(cluster.nodes[0], "ServeReplica:default:clara")
                     if len(now) == 2 and replicas[0] not in now:
                         break
                     time.sleep(1)
