@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .errors import ApiError
+from .limits import refuse
 
 KEYS, READ_KEYS = "CLARA_API_KEYS", "CLARA_READ_KEYS"  # environment: keys with commas between them
 LEAST = 16  # characters of a key
@@ -87,10 +88,8 @@ class RequireKey:
         error = self._refusal(scope) if scope["type"] == "http" else None
         if error is None:
             await self.app(scope, receive, send)
-            return
-        response = error.response()
-        response.headers["Connection"] = "close"  # the body is not read
-        await response(scope, receive, send)
+        else:
+            await refuse(error, scope, receive, send)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         if self.hosts is not None and _host(scope) not in self.hosts:

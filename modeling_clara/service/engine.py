@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import NamedTuple, Self, TypeVar
 
 import torch
@@ -23,7 +23,8 @@ from ..corpus_clara import CompressedCorpus
 from ..generation_clara import Answer, Pieces, Reading, decode_answer, prepare_reading
 from ..text_clara import check_count, check_list, check_text
 from .decoding import Decoder, Draft, check_sampling, prompt_embeddings
-from .history import History, check_history, prompts_of, query_of
+from .history import History, check_history, query_of
+from .options import SEARCHING, WRITING, AskOptions
 from .queueing import Overloaded, Request, RequestQueue, Stopping
 
 __all__ = ["AskOptions", "Engine", "Overloaded", "Stopping"]
@@ -32,36 +33,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 TURN_SECONDS = 1.0  # of the model's thread, after which a write may compress its next documents
 SMALL_SHARDS = 64  # of small writes, after which the corpus is compacted
-
-
-@dataclass(frozen=True)
-class AskOptions:
-    """All that a request may say; most of it is explained at `CLaRaForRAG.answer`.
-
-    Attributes:
-        where: JSON text of a filter.
-        hybrid: also rank by BM25 over the text.
-        temperature: 0 is greedy search.
-        top_p: the share of probability that is sampled from.
-        seed: of the sampling; with equal seeds an answer is the same.
-    """
-
-    top_k: int | None = None
-    memory_size: int | None = None
-    retrieval_memory_size: int | None = None
-    min_score: float | None = None
-    max_new_tokens: int = 64
-    expand: int = 0
-    explain: bool = False
-    where: str | None = None
-    hybrid: bool = False
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-
-
-WRITING = {"max_new_tokens", "temperature", "top_p", "seed"}  # what a search does not depend on
-SEARCHING = [field.name for field in fields(AskOptions) if field.name not in WRITING]
 
 
 class _Reply(Draft):
@@ -139,7 +110,8 @@ class Engine:
         Args:
             question: the last one of a conversation.
             options: as a request may give them.
-            history: earlier turns, the oldest first, as pairs of question and answer; see `history.py`.
+            history: earlier turns, the oldest first, as pairs of question and answer: context for the search, see
+                `history.py`.
         """
         result = await self._result(self._ask(question, options, history))
         if isinstance(result, Answer):
@@ -358,7 +330,10 @@ class Engine:
                 results.append(Answer("", [], keywords, abstained=True))
                 continue
             try:
-                reading = self._read(request, row)
+                generation = self._generation(request.options.max_new_tokens)
+                reading = prepare_reading(
+                    self.model, request.content, row, options.memory_size, options.expand, generation, "question"
+                )
             except (ValueError, TypeError) as error:
                 results.append(error)
                 continue
@@ -368,17 +343,6 @@ class Engine:
             else:
                 results.append(_Prepared(answer, prompt_embeddings(self.model, reading)))
         return results
-
-    def _read(self, request: Request, row: list) -> Reading:
-        """What the generator reads: the longest of the prompts with earlier turns that fits into the window."""
-        options = request.options
-        generation = self._generation(options.max_new_tokens)
-        *longer, shortest = prompts_of(request.content, request.history)
-        arguments = (row, options.memory_size, options.expand, generation, "question")
-        for text in longer:
-            with contextlib.suppress(ValueError):
-                return prepare_reading(self.model, text, *arguments)
-        return prepare_reading(self.model, shortest, *arguments)
 
     def _view(self, options: AskOptions) -> CompressedCorpus:
         try:

@@ -1,15 +1,32 @@
-"""Earlier turns of a conversation: what is searched for, and what the generator is told of them."""
+"""Earlier turns of a conversation: the search is told of them, the generator is not.
+
+Measured with clara-smollm2-135m over the passages of the demo: 16 questions that follow another one ("And into which
+sea does it flow?") and 4 of another subject than the one before. The best document was the right one for
+
+    16 and 4 if the earlier question stands before the last one in the query,
+    16 and 3 if its answer does so too,
+     8 and 4 if the last question is searched for alone;
+
+and from its memory the answer was right for
+
+    7 and 3 if the generator is asked the last question alone, or earlier turns stand before it, marked as turns,
+    5 and 2 if the earlier question and its answer stand before it as a sentence,
+    2 and 1 if the earlier question alone does so: the generator answers that one again.
+"""
 
 from collections.abc import Sequence
 
 from ..text_clara import check_string
 
 History = Sequence[tuple[str, str]]  # question and answer of each turn, the oldest first
-TURNS = 2  # that count
+TURNS, CHARACTERS = (
+    2,
+    500,
+)  # earlier questions that are searched for, and their length: longer ones would drown the last
 
 
 def check_history(history: History) -> tuple[tuple[str, str], ...]:
-    """The turns that count; a TypeError names one that is no pair of texts."""
+    """The turns as they were given; a TypeError names one that is no pair of texts."""
     if isinstance(history, str) or not isinstance(history, Sequence):
         raise TypeError(f"`history` must be a list of (question, answer), got {type(history).__name__}. Pass pairs.")
     for number, turn in enumerate(history):
@@ -17,14 +34,15 @@ def check_history(history: History) -> tuple[tuple[str, str], ...]:
             raise TypeError(f"`history[{number}]` must be (question, answer), got {turn!r}. Pass two texts.")
         for text in turn:
             check_string(text, f"history[{number}]")
-    return tuple((question, answer) for question, answer in history[-TURNS:])
+    return tuple((question, answer) for question, answer in history)
 
 
 def query_of(question: str, history: History) -> str:
-    """What is searched for: the earlier questions and the last one."""
-    return " ".join([*(earlier for earlier, _ in history), question])
-
-
-def prompts_of(question: str, history: History) -> list[str]:
-    """The question as the generator is asked it, with all turns, with fewer, without any."""
-    return [question]
+    """What is searched for: the last earlier questions, as far as they are short, and the question."""
+    earlier, n_left = [], CHARACTERS
+    for text, _ in reversed(history[-TURNS:]):
+        n_left -= len(text)
+        if n_left < 0:
+            break
+        earlier.append(text.strip())
+    return " ".join([*reversed(earlier), question])

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .errors import ApiError, told_to_client
 
 T = TypeVar("T")
+DRAIN_BYTES, DRAIN_SECONDS = 2**23, 5.0  # of a body that is refused
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,24 @@ class BodyLimit:
             if body is not None:
                 await self.app(scope, _replay(body, receive), send)
             return
-        response = error.response()
-        response.headers["Connection"] = "close"  # what is left of the body is not read
-        await response(scope, receive, send)
+        await refuse(error, scope, receive, send)
+
+
+async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Send an error instead of reading a body, and close the connection.
+
+    Some of the body is read all the same: most clients look for a response when they have sent everything.
+    """
+    is_waiting = (b"expect", b"100-continue") in scope["headers"]  # for a sign to send it
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            n_left = 0 if is_waiting or error.status == 408 else DRAIN_BYTES
+            while n_left > 0:
+                message = await receive()
+                n_left = n_left - len(message.get("body", b"")) if message.get("more_body") else 0
+    response = error.response()
+    response.headers["Connection"] = "close"
+    await response(scope, receive, send)
 
 
 async def _read(scope: Scope, receive: Receive, most: int) -> bytes | None:

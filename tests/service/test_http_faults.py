@@ -21,7 +21,10 @@ CHAT = "/v1/chat/completions"
 
 def is_up(served) -> bool:
     """Whether an answer still comes, and nothing waits or runs when it is there."""
-    assert served.send("POST", CHAT, chat(), key=KEY).status == 200
+    got = served.send("POST", CHAT, chat(), key=KEY)
+    while got.status == 429:  # what was there before is still being answered
+        got = served.send("POST", CHAT, chat(), key=KEY)
+    assert got.status == 200
     wait_until(lambda: served.engine.n_waiting == served.engine.n_running == 0)
     return True
 
@@ -120,7 +123,7 @@ def test_a_long_question_is_named(service):
     assert got.status == 400
 
 
-def test_a_body_that_is_too_large_is_not_read(service):
+def test_a_body_that_is_too_large_is_refused(service):
     got = service.send("POST", CHAT, b" " * (2**20 + 1), key=KEY)
     assert got.status == 413 and got.headers["connection"] == "close"
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -131,7 +134,9 @@ def test_a_body_that_is_too_large_is_not_read(service):
         with contextlib.suppress(ConnectionError):
             for _ in range(40):
                 connection.sendall(piece)
+            connection.sendall(b"0\r\n\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
+    assert service.send("POST", "/documents", b" " * 2**22, key="a-wrong-key-of-some-length").status == 401
     assert is_up(service)
 
 
@@ -169,19 +174,17 @@ def test_a_request_has_an_id(service):
 
 
 def test_a_full_queue_says_when_to_come_back(strict):
-    """The model is busy with one question, another one waits, the third is told."""
-    with ThreadPoolExecutor(2) as pool, strict.engine.model.lock:
+    """While the model is held, one question waits, and the next one is told."""
+    with ThreadPoolExecutor(1) as pool, strict.engine.model.lock:
         first = pool.submit(strict.send, "POST", CHAT, chat())
-        wait_until(lambda: strict.engine.n_running == 1)
-        second = pool.submit(strict.send, "POST", CHAT, chat())
         wait_until(lambda: strict.engine.n_waiting == 1)
         got = strict.send("POST", CHAT, chat())
         assert got.status == 429 and got.error["type"] == "rate_limit_error" and int(got.headers["retry-after"]) >= 1
         assert strict.send("POST", CHAT, chat(stream=True)).status == 429
         assert strict.send("GET", "/health").status == 200
         with pytest.raises(openai.RateLimitError):
-            strict.client().models.list() and strict.client().chat.completions.create(**chat())
-    assert first.result().status == second.result().status == 200
+            strict.client().chat.completions.create(**chat())
+    assert first.result().status == 200
     assert is_up(strict)
 
 
@@ -223,13 +226,10 @@ def test_a_stream_that_nobody_reads(strict):
 def test_a_client_that_leaves_frees_its_place(strict, stream):
     body = json.dumps(chat(stream=stream, max_tokens=300)).encode()
     with strict.engine.model.lock:
-        running, waiting = raw(strict.url, body), None
-        wait_until(lambda: strict.engine.n_running == 1)
         waiting = raw(strict.url, body)
         wait_until(lambda: strict.engine.n_waiting == 1)
         waiting.close()
         wait_until(lambda: strict.engine.n_waiting == 0)  # though the model has not moved
-        running.close()
     assert is_up(strict)
 
 
