@@ -11,7 +11,7 @@ from tiny import QUESTIONS
 
 from modeling_clara.service.engine import AskOptions, Engine
 from modeling_clara.service.remote import GeneratorError, RemoteGenerator
-from recipes.benchmarks import generator
+from recipes.benchmarks import service
 
 TOKENS = 12
 
@@ -96,8 +96,9 @@ def test_the_service_does_not_start_with_another_generator(server, http_model, h
 
 
 def test_the_benchmark_gives_both_the_same_questions(server, http_model, http_corpus):
-    generators = {"here": None, "there": lambda: RemoteGenerator(server.base_url)}
-    arguments = argparse.Namespace(max_new_tokens=4, rounds=1, clients=3)
-    results = asyncio.run(generator.measure(http_model, http_corpus, generators, QUESTIONS * 4, arguments))
-    assert results["here"]["texts"] == results["there"]["texts"] and len(results["here"]["texts"]) == 8
-    assert all(row["answers_per_second"] > 0 and row["p95_seconds"] > 0 for row in results.values())
+    options = {"max_new_tokens": 4, "expand": 0, "top_k": None, "rounds": 1, "clients": 3, "max_batch": 4, "check": 0}
+    options |= {"unmerged": False, "prefix_mb": 1, "url": None, "generator": server.base_url}
+    rows = asyncio.run(service.measure(http_model, http_corpus, QUESTIONS * 2, argparse.Namespace(**options)))
+    ways = [f"{name}, {many}" for name in ("engine", "generator") for many in ("1 client", "3 clients")]
+    assert [row["way"] for row in rows] == ["model.answer", *ways]
+    assert all(row["different"] == 0 and row["per_second"] > 0 for row in rows)
