@@ -8,6 +8,7 @@ and opens the corpus, which all machines must see. Keys of clients are read from
 
 import asyncio
 import contextlib
+import logging
 import shlex
 
 from ray import serve
@@ -17,6 +18,7 @@ from modeling_clara.cli import parse
 from modeling_clara.cli.serve import build_app, check_address
 from modeling_clara.service.auth import KEYS, READ_KEYS, read_keys
 
+logger = logging.getLogger("modeling_clara.service")
 REFRESH_SECONDS = 5.0  # after which every replica sees what others have changed
 
 
@@ -57,4 +59,7 @@ async def refresh(engine) -> None:
     """Open the newest state of the corpus again and again."""
     while True:
         await asyncio.sleep(REFRESH_SECONDS)
-        await engine.write(lambda corpus: None)
+        try:
+            await engine.write(lambda corpus: None)
+        except (OSError, ValueError) as error:  # of the shared folder; what is open is served meanwhile
+            logger.warning("refresh", extra={"fields": {"problem": str(error)}})

@@ -1,6 +1,7 @@
 """recipes/deploy/ray_serve.py on a Ray node: OpenAI's client against two replicas, one of which is killed."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -12,6 +13,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+
+from modeling_clara import CLaRaForRAG, CompressedCorpus
 
 ROOT = Path(__file__).parents[2]
 MODEL, CORPUS = ROOT / "model_cards" / "clara-pico", ROOT / "model_cards" / "clara-pico-corpus"
@@ -35,6 +38,18 @@ def ask(client, question: str) -> str:
     model = client.models.list().data[0].id
     messages = [{"role": "user", "content": question}]
     return client.chat.completions.create(model=model, messages=messages, max_tokens=8).choices[0].message.content
+
+
+def see_all(url: str, n_documents: int) -> None:
+    """Wait until all replicas see that many documents: twenty answers in a row."""
+    seen = 0
+    for _ in range(600):
+        with urllib.request.urlopen(url, timeout=60) as response:
+            seen = seen + 1 if json.load(response)["documents"] == n_documents else 0
+        if seen == 20:
+            return
+        time.sleep(0.2)
+    raise AssertionError("a replica does not see what was added")
 
 
 def test_a_replica_that_dies_is_replaced_and_its_questions_are_answered(tmp_path):
@@ -73,6 +88,10 @@ def test_a_replica_that_dies_is_replaced_and_its_questions_are_answered(tmp_path
                     time.sleep(1)
                 assert len(now) == 2 and replicas[0] not in now
                 assert ask(client, "What is the colour of item 1?") == first
+            model = CLaRaForRAG.from_pretrained(MODEL)
+            opened = CompressedCorpus.open(corpus, model=model)
+            opened.add([{"id": "new", "text": "Item 99 is green."}])
+            see_all(f"http://127.0.0.1:{port}/health", len(opened))
         finally:
             server.terminate()
             server.wait(60)
