@@ -61,7 +61,7 @@ class RayCluster:
 
     def processes(self, node: subprocess.Popen, name: str = "") -> list[int]:
         """Ids of the processes of a node whose command line has a name, as Ray writes it there."""
-        listed = subprocess.run(["ps", "-eo", "pid,sid,args"], capture_output=True, text=True, check=True).stdout
+        listed = subprocess.run(["ps", "-wweo", "pid,sid,args"], capture_output=True, text=True, check=True).stdout
         rows = [line.split(None, 2) for line in listed.splitlines()[1:]]  # Ray's workers have groups of their own
         return [int(pid) for pid, session, command in rows if int(session) == node.pid and name in command]
 
