@@ -23,11 +23,6 @@ from .text_clara import check_count
 
 PROMPTS_PER_BATCH, ON_ACCELERATOR = 8, 32  # an accelerator takes as long for one token of many prompts as of one
 
-NAN_LOGITS = (
-    "the generator must give finite logits, got NaN. Its weights are broken: reload them with `from_pretrained` or "
-    "lower the learning rate."
-)
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -55,12 +50,15 @@ class Reading(NamedTuple):
     sources: list[Source]  # all that are read, best first, `read_as` filled in
 
 
-class _RefuseNaN(LogitsProcessor):
+class RefuseNaN(LogitsProcessor):
     """Turns NaN logits, which greedy search would read as token 0, into an error."""
 
     def __call__(self, input_ids, scores):
         if scores.isnan().any():
-            raise ValueError(NAN_LOGITS)
+            raise ValueError(
+                "the generator must give finite logits, got NaN. Its weights are broken: reload them with "
+                "`from_pretrained` or lower the learning rate."
+            )
         return scores
 
 
@@ -215,7 +213,7 @@ def generate_texts(
                 inputs_embeds=inputs_embeds,
                 attention_mask=inputs["attention_mask"],
                 generation_config=generation,
-                logits_processor=LogitsProcessorList([_RefuseNaN()]),
+                logits_processor=LogitsProcessorList([RefuseNaN()]),
                 **kwargs,
             )
         for row, ids in zip(rows, generated.tolist(), strict=True):

@@ -61,7 +61,6 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns the exit status."""
-    start = time.perf_counter()
     try:
         from ..service.app import create_app  # noqa: F401
         from ..service.server import build_server
@@ -73,19 +72,26 @@ def run(arguments: argparse.Namespace) -> int:
     keys = read_keys(KEYS, arguments.api_keys), read_keys(READ_KEYS, arguments.read_keys)
     check_address(arguments, any(keys))
     listener = listen(arguments.host, arguments.port)  # before what takes long
-    app = build_app(arguments, keys)
+    start = time.perf_counter()
+    model, corpus = load(arguments)
+    loaded = time.perf_counter()
     log_to(sys.stdout)
-    server = build_server(app, arguments.timeout)
-    return serve(server, listener, f"{len(app.state.service.engine.corpus):,} documents", start)
+    server = build_server(build_app(model, corpus, keys, arguments), arguments.timeout)
+    return serve(server, listener, f"{len(corpus):,} documents", (start, loaded))
 
 
-def build_app(arguments: argparse.Namespace, keys: tuple):
-    """The app of a corpus and its model, which it loads; `keys` are those of clients, and of those that only read."""
+def load(arguments: argparse.Namespace) -> tuple:
+    """The model and the corpus."""
     from .. import CompressedCorpus
-    from ..service.app import create_app
 
     corpus = CompressedCorpus.open(arguments.corpus, arguments.revision, **index_options(arguments))
-    model = load_model_of(corpus, arguments.model, arguments.backbone, dtype=arguments.dtype)
+    return load_model_of(corpus, arguments.model, arguments.backbone, dtype=arguments.dtype), corpus
+
+
+def build_app(model, corpus, keys: tuple, arguments: argparse.Namespace):
+    """The app of a corpus and its model; `keys` are those of clients, and of those that only read."""
+    from ..service.app import create_app
+
     return create_app(
         build_engine(model, corpus, arguments),
         api_keys=keys[0],
@@ -98,8 +104,11 @@ def build_app(arguments: argparse.Namespace, keys: tuple):
     )
 
 
-def serve(server, listener: socket.socket, what: str, start: float) -> int:
-    """Answer until a signal says to stop; what runs then is finished. Returns the exit status."""
+def serve(server, listener: socket.socket, what: str, times: tuple[float, float]) -> int:
+    """Answer until a signal says to stop; what runs then is finished. Returns the exit status.
+
+    `times` are those before and after loading, in seconds of `time.perf_counter`.
+    """
     from ..service.logs import logger
 
     host, port = listener.getsockname()[:2]
@@ -107,9 +116,10 @@ def serve(server, listener: socket.socket, what: str, start: float) -> int:
 
     async def tell(startup, sockets=None):
         await startup(sockets)
-        seconds = time.perf_counter() - start
+        seconds = {"load_seconds": times[1] - times[0], "start_seconds": time.perf_counter() - times[1]}
         print(f"clara serve: {url} answers from {what}; Ctrl-C stops it", file=sys.stderr, flush=True)
-        logger.info("ready", extra={"fields": {"url": url, "seconds": round(seconds, 2)}})
+        seconds = {name: round(value, 2) for name, value in seconds.items()}
+        logger.info("ready", extra={"fields": {"url": url, **seconds}})
 
     startup = server.startup
     server.startup = lambda sockets=None: tell(startup, sockets)

@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request, Security
 from fastapi.security import HTTPBearer
 from sse_starlette.sse import AppStatus
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from ..version import __version__
 from . import chat, documents, embeddings, responses
@@ -96,6 +96,7 @@ def create_app(
     app.state.service = Service(engine, model_id or model_name(engine.model), limits, metrics, int(time.time()))
     app.state.is_ready = False
     add_handlers(app)
+    _document_model(app)
     for part in (chat, responses, embeddings, documents):
         app.include_router(part.router)
     _add_small_routes(app)
@@ -113,6 +114,20 @@ def model_name(model) -> str:
     """A model's id for clients: that of the Hub, or the name of its folder; no path."""
     name = str(model.name_or_path or "").rstrip("/")
     return os.path.basename(name) if os.path.isabs(name) or os.path.isdir(name) else name or "clara"
+
+
+def _document_model(app: FastAPI) -> None:
+    """Let the OpenAPI document name the one model that `model` may be."""
+    build, name = app.openapi, app.state.service.model_id
+
+    def openapi() -> dict:
+        document = build()
+        for schema in document["components"]["schemas"].values():
+            if "model" in schema.get("properties", {}):
+                schema["properties"]["model"] = {"type": "string", "enum": [name]}
+        return document
+
+    app.openapi = openapi
 
 
 def _add_small_routes(app: FastAPI) -> None:
@@ -140,6 +155,6 @@ def _add_small_routes(app: FastAPI) -> None:
     async def live():
         return Json({"status": "live"})
 
-    @app.get("/metrics", summary="For Prometheus")
+    @app.get("/metrics", summary="For Prometheus", response_class=PlainTextResponse)
     async def metrics():
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")

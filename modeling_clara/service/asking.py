@@ -21,6 +21,7 @@ from .metrics import Metrics
 from .schemas import Message, Options, Sampling, where_text
 
 ABSTAINED = "No document of the corpus answers this."
+STREAMED = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}  # for the OpenAPI document
 PING_SECONDS = 15  # a comment in a stream that is silent, so that proxies keep it open
 
 

@@ -9,7 +9,18 @@ from contextlib import aclosing
 
 from fastapi import APIRouter, Request
 
-from .asking import Ask, Reply, Service, ask_all, ask_stream, event_response, new_id, read_options, read_turns
+from .asking import (
+    STREAMED,
+    Ask,
+    Reply,
+    Service,
+    ask_all,
+    ask_stream,
+    event_response,
+    new_id,
+    read_options,
+    read_turns,
+)
 from .errors import ApiError, Json, to_event
 from .schemas import ChatBody
 from .sources import annotations, source_row
@@ -17,7 +28,7 @@ from .sources import annotations, source_row
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", summary="Ask, as with OpenAI's chat completions")
+@router.post("/v1/chat/completions", summary="Ask, as with OpenAI's chat completions", responses=STREAMED)
 async def complete(body: ChatBody, request: Request):
     """Retrieve, read and answer; with `stream` as server-sent events."""
     service: Service = request.app.state.service

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
 
-from ..generation_clara import NAN_LOGITS, Reading
+from ..generation_clara import Reading, RefuseNaN
 from ..packing_clara import MAX_TOKENS
 from ..processing_clara import CLaRaProcessor, Prompt
 
@@ -254,13 +254,13 @@ class Decoder:
 
     def _take(self, rows: Rows, drafts: list[Draft], logits: torch.Tensor) -> None:
         """Give each draft its token; the rows of those that go on join the others."""
-        best, is_broken = logits.argmax(-1).tolist(), logits.isnan().any(-1).tolist()
-        kept = []
+        best, kept = logits.argmax(-1).tolist(), []
         for place, draft in enumerate(drafts):
-            if is_broken[place]:
-                draft.error = ValueError(NAN_LOGITS)
-            else:
+            try:
+                RefuseNaN()(None, logits[place])
                 draft.ids.append(best[place] if draft.sampler is None else draft.sampler(logits[place]))
+            except ValueError as error:
+                draft.error = error
             is_ended = draft.error or draft.ids[-1] in self.ends or len(draft.ids) >= draft.max_new_tokens
             (self.ended if is_ended else kept).append(draft if is_ended else place)
         if kept:

@@ -7,11 +7,9 @@ import asyncio
 import contextlib
 import functools
 import json
-import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple, Self, TypeVar
 
@@ -26,13 +24,12 @@ from .decoding import Decoder, Draft, check_sampling, prompt_embeddings
 from .history import History, check_history, query_of
 from .options import SEARCHING, WRITING, AskOptions
 from .queueing import Overloaded, Request, RequestQueue, Stopping
+from .writing import Writer
 
 __all__ = ["AskOptions", "Engine", "Overloaded", "Stopping"]
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 TURN_SECONDS = 1.0  # of the model's thread, after which a write may compress its next documents
-SMALL_SHARDS = 64  # of small writes, after which the corpus is compacted
 
 
 class _Reply(Draft):
@@ -145,17 +142,7 @@ class Engine:
         Answers wait for a pass of the compressor at most: pass `batch_size=4` to `add` and the like to keep it short.
         """
         self._queue.check_open()
-
-        def run() -> T:
-            result = change(self.corpus)
-            self.corpus.refresh()
-            return result
-
-        result = await asyncio.get_running_loop().run_in_executor(self._writer, run)
-        if self._has_small_shards():
-            with contextlib.suppress(RuntimeError):  # it is being closed
-                self._writer.submit(self._compact)
-        return result
+        return await self._writer.run(change)
 
     async def start(self) -> None:
         """Get ready and take requests."""
@@ -167,7 +154,7 @@ class Engine:
             self._stack.enter_context(self.model.roles.merged(roles, self.model.lock))
         if self.generator is None:
             self._decoder = Decoder(self.model, self.prefix_bytes)
-        self._writer = ThreadPoolExecutor(1, "corpus-writer")
+        self._writer = Writer(self.corpus)
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._queue.open()
         self._thread.start()
@@ -178,7 +165,7 @@ class Engine:
             return
         self._queue.close()
         await asyncio.to_thread(self._thread.join)
-        await asyncio.to_thread(self._writer.shutdown)
+        await asyncio.to_thread(self._writer.close)
         while self._n_remote:
             await asyncio.sleep(0.02)
         if self.generator is not None:
@@ -350,20 +337,6 @@ class Engine:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"`where` must be JSON, got {options.where[:80]!r}. Correct it.") from error
         return self.corpus.with_options(where=where, hybrid=options.hybrid)
-
-    # --- the writer's thread -----------------------------------------------------------------------------------------
-
-    def _has_small_shards(self) -> bool:
-        """Whether there are many more shards than the chunks need: every small write makes one."""
-        manifest = self.corpus.manifest
-        return len(manifest.shards) > SMALL_SHARDS + 2 * manifest.n_spans / 1024
-
-    def _compact(self) -> None:
-        if self._has_small_shards():
-            try:
-                self.corpus.compact()
-            except (OSError, ValueError, RuntimeError):
-                logger.warning("the corpus could not be compacted; call `compact` when it can be.", exc_info=True)
 
 
 def _groups(batch: Iterable[Request]) -> list[list[Request]]:

@@ -10,8 +10,8 @@ sea does it flow?") and 4 of another subject than the one before. The best docum
 and the answer was right from its memory, and from its text (`expand=1`), for
 
     7 and 3, 15 and 3 if the generator is asked the last question alone,
-    7 and 3           if the earlier turn stands before it, marked as a turn,
-    5 and 2           if the earlier question and its answer stand before it as a sentence,
+    7 and 3, 14 and 2 if the earlier turn stands before it, marked as a turn,
+    5 and 2,  8 and 1 if the earlier question and its answer stand before it as a sentence,
     2 and 1,  6 and 1 if the earlier question alone does so: the generator answers that one again.
 """
 

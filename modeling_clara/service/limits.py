@@ -9,13 +9,15 @@ from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, told_to_client
 
 T = TypeVar("T")
-DRAIN_BYTES, DRAIN_SECONDS = 2**23, 5.0  # of a body that is refused
+# Of a body that is refused so much is read and dropped: most clients look for a response when they have sent it.
+DRAIN_BYTES, DRAIN_SECONDS = 2**23, 5.0
 
 
 @dataclass(frozen=True)
@@ -69,49 +71,51 @@ class BodyLimit:
             if body is not None:
                 await self.app(scope, _replay(body, receive), send)
             return
-        await refuse(error, scope, receive, send)
+        await close_with(error, scope, receive, send)
 
 
-async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Send an error instead of reading a body, and close the connection.
-
-    Some of the body is read all the same: most clients look for a response when they have sent everything.
-    """
-    is_waiting = (b"expect", b"100-continue") in scope["headers"]  # for a sign to send it
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(DRAIN_SECONDS):
-            n_left = 0 if is_waiting or error.status == 408 else DRAIN_BYTES
-            while n_left > 0:
-                message = await receive()
-                n_left = n_left - len(message.get("body", b"")) if message.get("more_body") else 0
+async def close_with(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Send an error, and close the connection: what is left of a body is not read."""
     response = error.response()
     response.headers["Connection"] = "close"
     await response(scope, receive, send)
 
 
+async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Send an error instead of reading the body, see `DRAIN_BYTES`."""
+    with contextlib.suppress(TimeoutError, ApiError):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            await _read(scope, receive, 0)
+    await close_with(error, scope, receive, send)
+
+
 async def _read(scope: Scope, receive: Receive, most: int) -> bytes | None:
     """The body; None if the client has left."""
     too_large = ApiError(413, f"the body must have at most {most:,} bytes. Send less at a time.", code="too_large")
-    for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit() and int(value) > most:
-            raise too_large
+    headers = Headers(scope=scope)
+    length = headers.get("content-length", "")
+    size = int(length) if length.isdigit() else 0
+    if size > most + DRAIN_BYTES or (size > most and headers.get("expect")):  # the client waits for a sign to send it
+        raise too_large
     parts, size, is_more = [], 0, True
     while is_more:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > most:
-            raise too_large
+        size += len(message.get("body", b""))
+        if size > most + DRAIN_BYTES:
+            break
+        if size <= most:
+            parts.append(message.get("body", b""))
         is_more = message.get("more_body", False)
+    if size > most:
+        raise too_large
     body = b"".join(parts)
     try:
         body.decode()
     except UnicodeDecodeError as error:
-        raise ApiError(
-            400, f"the body must be UTF-8, byte {error.start} is not. Encode it.", code="not_utf8"
-        ) from error
+        message = f"the body must be UTF-8, byte {error.start} is not. Encode it."
+        raise ApiError(400, message, code="not_utf8") from error
     return body
 
 

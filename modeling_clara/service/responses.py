@@ -10,7 +10,18 @@ from contextlib import aclosing
 
 from fastapi import APIRouter, Request
 
-from .asking import Ask, Reply, Service, ask_all, ask_stream, event_response, new_id, read_options, read_turns
+from .asking import (
+    STREAMED,
+    Ask,
+    Reply,
+    Service,
+    ask_all,
+    ask_stream,
+    event_response,
+    new_id,
+    read_options,
+    read_turns,
+)
 from .errors import ApiError, Json, to_event
 from .schemas import ResponsesBody
 from .sources import annotations, source_row
@@ -18,7 +29,7 @@ from .sources import annotations, source_row
 router = APIRouter()
 
 
-@router.post("/v1/responses", summary="Ask, as with OpenAI's responses")
+@router.post("/v1/responses", summary="Ask, as with OpenAI's responses", responses=STREAMED)
 async def respond(body: ResponsesBody, request: Request):
     """Retrieve, read and answer; with `stream` as server-sent events."""
     service: Service = request.app.state.service

@@ -15,7 +15,7 @@ from ray import serve
 from ray.serve import Application
 
 from modeling_clara.cli import parse
-from modeling_clara.cli.serve import build_app, check_address
+from modeling_clara.cli.serve import build_app, check_address, load
 from modeling_clara.service.auth import KEYS, READ_KEYS, read_keys
 
 logger = logging.getLogger("modeling_clara.service")
@@ -30,7 +30,7 @@ def build(settings: dict[str, str]) -> Application:
     def app():  # called in each replica
         keys = read_keys(KEYS, arguments.api_keys), read_keys(READ_KEYS, arguments.read_keys)
         check_address(arguments, any(keys))
-        app = build_app(arguments, keys)
+        app = build_app(*load(arguments), keys, arguments)
         app.router.lifespan_context = refreshing(app.router.lifespan_context)
         return app
 

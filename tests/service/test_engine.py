@@ -1,87 +1,21 @@
-"""The engine of the service: equal answers in any company, a bounded queue, callers that leave, durable writes."""
+"""The engine of the service: the same answers in any company, errors for whom they are, other generators."""
 
 import asyncio
-import contextlib
-import dataclasses
-import itertools
-import json
-import threading
-import time
 
 import pytest
 import torch
+from asked import ASKED, OPTIONS, ROWS, assert_same, collect, directly, run, until
 from tiny import HIDDEN, randomize_adapters, save_backbone
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus
 from modeling_clara.generation_clara import decode_answer
-from modeling_clara.service import engine as engine_module
-from modeling_clara.service.engine import AskOptions, Engine, Overloaded, Stopping
-
-PLACES = ["Paris", "Berlin", "Rome", "Vienna", "Oslo", "Madrid", "Lisbon", "Athens"]
-ROWS = [
-    {"id": place, "title": place, "text": f"{place} is the capital of country {n}, a city.", "year": 2000 + n}
-    for n, place in enumerate(PLACES)
-]
-ASKED = [f"What is the capital of country {n}{', and why is that so?' if n % 3 else '?'}" for n in range(8)]
-OPTIONS = [
-    AskOptions(max_new_tokens=12),
-    AskOptions(max_new_tokens=5, expand=1, explain=True),
-    AskOptions(top_k=3, memory_size=2, retrieval_memory_size=2, max_new_tokens=9),
-    AskOptions(max_new_tokens=7, expand=9, hybrid=True),
-    AskOptions(max_new_tokens=4, where='{"year": {"$gte": 2004}}'),
-    AskOptions(max_new_tokens=4, min_score=1.0),  # abstains
-]
+from modeling_clara.service.engine import AskOptions
 
 
 @pytest.fixture(scope="module")
 def corpus(shared_model, tmp_path_factory) -> CompressedCorpus:
     """For tests that only read it."""
     return CompressedCorpus.build(shared_model, ROWS, tmp_path_factory.mktemp("corpora") / "corpus")
-
-
-@pytest.fixture
-def own_corpus(shared_model, tmp_path) -> CompressedCorpus:
-    """To change."""
-    return CompressedCorpus.build(shared_model, ROWS, tmp_path / "corpus")
-
-
-def directly(model, corpus, question: str, options: AskOptions):
-    """What `model.answer` gives."""
-    given = dataclasses.asdict(options)
-    where, hybrid = given.pop("where"), given.pop("hybrid")
-    assert not given.pop("temperature") and given.pop("top_p") == 1.0 and given.pop("seed") is None
-    view = corpus.with_options(where=where and json.loads(where), hybrid=hybrid)
-    return model.answer([question], corpus=view, **given)[0]
-
-
-def assert_same(found, wanted) -> None:
-    """Equal answers; the cosines of a batch are rounded differently."""
-
-    def plain(answer):
-        return dataclasses.replace(answer, sources=[dataclasses.replace(s, score=0.0) for s in answer.sources])
-
-    assert plain(found) == plain(wanted)
-    scores = ([source.score for source in answer.sources] for answer in (found, wanted))
-    assert next(scores) == pytest.approx(next(scores), abs=1e-5)
-
-
-def run(work, *arguments, **options):
-    """The result of `work(engine)` with a running engine of these arguments."""
-
-    async def main():
-        async with asyncio.timeout(60), Engine(*arguments, **options) as engine:
-            return await work(engine)
-
-    return asyncio.run(main())
-
-
-async def until(condition) -> None:
-    while not condition():
-        await asyncio.sleep(0.005)
-
-
-async def collect(stream) -> list:
-    return [item async for item in stream]
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -96,9 +30,9 @@ BARE = {"prefix_bytes": 0, "merge": False, "max_batch": 3}
 def test_answers_in_any_company_are_those_of_the_model_alone(name, settings, request, tmp_path):
     model = request.getfixturevalue(name)
     corpus = CompressedCorpus.build(model, ROWS, tmp_path / "corpus")
-    jobs = [(question, options) for question in ASKED[:5] for options in OPTIONS]
+    jobs = [(question, options) for question in ASKED[:4] for options in OPTIONS]
     wanted = [directly(model, corpus, *job) for job in jobs]
-    assert len({answer.text for answer in wanted}) > 8 and any(answer.abstained for answer in wanted)
+    assert len({answer.text for answer in wanted}) > 6 and any(answer.abstained for answer in wanted)
 
     async def ask_twice(engine):
         for _ in range(2):  # the second time beginnings of prompts are there
@@ -226,190 +160,6 @@ def test_a_seed_gives_the_same_text_in_any_company(shared_model, corpus):
     alone, together, narrow = run(work, shared_model, corpus)
     assert alone == together and alone[::2] != alone[1::2]
     assert narrow.text == directly(shared_model, corpus, ASKED[0], AskOptions(max_new_tokens=9)).text
-
-
-# --- the queue and callers that leave --------------------------------------------------------------------------------
-
-
-def test_the_queue_is_bounded(shared_model, corpus):
-    async def work(engine):
-        with shared_model.lock:
-            tasks = [asyncio.ensure_future(engine.answer(question, OPTIONS[0])) for question in ASKED]
-            await until(lambda: engine.n_waiting == 4)
-            with pytest.raises(Overloaded) as error:
-                engine.stream(ASKED[0])
-            assert error.value.retry_after > 0 and not isinstance(error.value, Stopping)
-        return await asyncio.gather(*tasks, return_exceptions=True)
-
-    found = run(work, shared_model, corpus, max_queue=4)
-    refused = [answer for answer in found if isinstance(answer, Overloaded)]
-    assert len(refused) == len(ASKED) - 4  # the lock is ours: nothing ran
-    for answer, question in zip(found, ASKED, strict=True):
-        if answer not in refused:
-            assert_same(answer, directly(shared_model, corpus, question, OPTIONS[0]))
-
-
-def test_what_has_not_begun_is_cancelled_with_its_caller(shared_model, corpus):
-    async def work(engine):
-        with shared_model.lock:
-            tasks = [asyncio.ensure_future(engine.answer(question, OPTIONS[0])) for question in ASKED]
-            await until(lambda: engine.n_waiting == 8)
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(tasks[0], 0.01)
-            tasks[1].cancel()
-            await until(lambda: engine.n_waiting == 6)
-        answers = await asyncio.gather(*tasks[2:])
-        await until(lambda: not engine.n_running)
-        return answers
-
-    for answer, question in zip(run(work, shared_model, corpus), ASKED[2:], strict=True):
-        assert_same(answer, directly(shared_model, corpus, question, OPTIONS[0]))
-
-
-def two_long(model, corpus) -> tuple[AskOptions, list[str], list]:
-    """Options, two questions, and their answers of as many tokens as the options allow."""
-    options = AskOptions(max_new_tokens=120)
-    answers = ((question, directly(model, corpus, question, options)) for question in ASKED)
-    pairs = list(itertools.islice((pair for pair in answers if len(pair[1].text) > 150), 2))
-    return options, [question for question, _ in pairs], [answer for _, answer in pairs]
-
-
-def test_a_stream_that_is_closed_stops(shared_model, corpus):
-    options, questions, wanted = two_long(shared_model, corpus)
-
-    async def work(engine):
-        first, second = (engine.stream(question, options) for question in questions)
-        await anext(first)
-        await first.aclose()
-        assert await collect(first) == []
-        pieces = [await anext(second) for _ in range(3)]
-        assert engine.n_running == 1  # the row of the first is gone, and the second goes on
-        pieces += await collect(second)
-        async with contextlib.aclosing(engine.stream(questions[0], options)) as stream:
-            await anext(stream)
-        await until(lambda: not engine.n_running)
-        return pieces
-
-    *pieces, answer = run(work, shared_model, corpus)
-    assert_same(answer, wanted[1])
-    assert "".join(pieces) == answer.text and len(pieces) > 50
-
-
-def test_a_short_answer_does_not_wait_for_a_long_one(shared_model, corpus):
-    options, questions, wanted = two_long(shared_model, corpus)
-
-    async def work(engine):
-        stream = engine.stream(questions[0], options)
-        await anext(stream)
-        await engine.answer(ASKED[1], AskOptions(max_new_tokens=2))
-        assert engine.n_running  # the long one
-        return (await collect(stream))[-1]
-
-    assert_same(run(work, shared_model, corpus), wanted[0])
-
-
-def test_close_finishes_what_was_taken(shared_model, corpus):
-    async def main():
-        engine = Engine(shared_model, corpus, max_batch=3)
-        with pytest.raises(Stopping):
-            await engine.answer(ASKED[0])
-        await engine.start()
-        tasks = [asyncio.ensure_future(engine.answer(question, OPTIONS[0])) for question in ASKED]
-        await until(lambda: engine.n_waiting + engine.n_running)
-        closing = asyncio.ensure_future(engine.close())
-        await asyncio.sleep(0)
-        for call in (engine.answer(ASKED[0]), engine.search(ASKED[0]), engine.embed(ASKED), engine.write(len)):
-            with pytest.raises(Stopping):
-                await call
-        await closing
-        await engine.close()
-        assert not shared_model.roles.merged_weights
-        return [task.result() for task in tasks]
-
-    for answer, question in zip(asyncio.run(main()), ASKED, strict=True):
-        assert_same(answer, directly(shared_model, corpus, question, OPTIONS[0]))
-
-
-# --- writes ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_write_is_durable_and_seen_by_the_next_search(shared_model, own_corpus):
-    new = {"id": "Quito", "title": "Quito", "text": "Quito is the capital of country 99, a city.", "year": 2020}
-    asked = "What is the capital of country 99?"
-    changed = {**ROWS[0], "text": "Paris flows through Italy."}
-
-    async def work(engine):
-        before = await engine.answer(asked, AskOptions(where='{"year": 2020}'))
-        changes = await engine.write(lambda corpus: corpus.add([new], batch_size=4))
-        assert changes.n_documents == 1 and "Quito" in CompressedCorpus.open(own_corpus.folder)
-        after = await engine.answer(asked, AskOptions(where='{"year": 2020}'))
-        paris = AskOptions(where='{"document_id": "Paris"}', max_new_tokens=9)
-        answers = [await engine.answer(asked, paris)]
-        await engine.write(lambda corpus: corpus.update([changed]))
-        answers.append(await engine.answer(asked, paris))  # no beginning of the old text is read
-        assert_same(answers[1], directly(shared_model, own_corpus, asked, paris))
-        with pytest.raises(KeyError):
-            await engine.write(lambda corpus: corpus.delete(["nobody"]))
-        assert await engine.write(lambda corpus: corpus.delete(["Quito"])) == 1
-        return before, after, answers
-
-    before, after, answers = run(work, shared_model, own_corpus)
-    assert before.abstained and [source.document_id for source in after.sources] == ["Quito"]
-    assert answers[0].sources[0].text != answers[1].sources[0].text == "Paris flows through Italy."
-
-
-def test_writes_run_one_after_the_other_and_answers_go_on_meanwhile(shared_model, own_corpus):
-    running, gate = [], threading.Event()
-
-    def change(corpus):
-        running.append(1)
-        assert len(running) == 1
-        gate.wait(30)
-        running.pop()
-
-    async def work(engine):
-        writes = [asyncio.ensure_future(engine.write(change)) for _ in range(3)]
-        await until(lambda: running)
-        answer = await engine.answer(ASKED[0], OPTIONS[0])
-        gate.set()
-        await asyncio.gather(*writes)
-        return answer
-
-    assert_same(run(work, shared_model, own_corpus), directly(shared_model, own_corpus, ASKED[0], OPTIONS[0]))
-
-
-def test_many_small_writes_are_compacted(shared_model, own_corpus, monkeypatch):
-    monkeypatch.setattr(engine_module, "SMALL_SHARDS", 3)
-
-    async def work(engine):
-        rows = [{"id": f"new{n}", "text": f"Text {n} of France.", "year": n} for n in range(6)]
-        await asyncio.gather(*(engine.write(lambda corpus, row=row: corpus.add([row])) for row in rows))
-
-    run(work, shared_model, own_corpus)
-    opened = CompressedCorpus.open(own_corpus.folder)
-    assert len(opened) == len(own_corpus) == len(ROWS) + 6 and len(opened.manifest.shards) <= 3
-    assert sum(1 for _ in opened.folder.glob("data/*.parquet")) == len(opened.manifest.shards)
-
-
-def test_the_lock_of_a_model_is_fair(shared_model):
-    stop, passes = threading.Event(), []
-
-    def compress():
-        while not stop.is_set():
-            with shared_model.lock, shared_model.lock:
-                passes.append(1)
-                time.sleep(0.001)
-
-    thread = threading.Thread(target=compress)
-    thread.start()
-    try:
-        for _ in range(20):
-            n_before = len(passes)
-            with shared_model.lock:
-                assert len(passes) - n_before <= 3
-    finally:
-        stop.set()
-        thread.join()
 
 
 # --- several turns, another generator --------------------------------------------------------------------------------

@@ -148,6 +148,13 @@ def test_a_service_that_only_reads(http_model, http_corpus):
         assert served.send("GET", "/documents/rome").status == 200
 
 
+def test_a_corpus_of_the_hub_is_not_changed(strict):
+    strict.engine.corpus.repo_id = "someone/corpus"
+    for method, path in (("POST", "/documents"), ("PUT", "/documents"), ("DELETE", "/documents/rome")):
+        got = strict.send(method, path, documents("new"))
+        assert got.status == 403 and got.error["code"] == "read_only"
+
+
 def test_another_writer_is_waited_for(strict):
     with corpus_lock(strict.engine.corpus.folder):
         got = strict.send("POST", "/documents", documents("new"))

@@ -155,6 +155,47 @@ def test_other_origins_are_not_allowed(service, strict):
     assert got.status == 405 and "access-control-allow-origin" not in got.headers
 
 
+def test_an_origin_may_be_allowed(http_model, http_corpus):
+    origin = {"Origin": "https://good.example"}
+    with Served(http_model, http_corpus, cors_origins=["https://good.example"], api_keys=[KEY]) as served:
+        preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "Authorization"}
+        got = served.send("OPTIONS", CHAT, headers=origin | preflight)
+        assert (got.status, got.headers["access-control-allow-origin"]) == (200, "https://good.example")
+        got = served.send("POST", CHAT, chat(max_tokens=1), key=KEY, headers=origin)
+        assert (got.status, got.headers["access-control-allow-origin"]) == (200, "https://good.example")
+        got = served.send("GET", "/health", headers={"Origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in got.headers
+
+
+def test_without_keys_the_host_is_this_machine(http_model, http_corpus):
+    """A page of the web whose name leads to 127.0.0.1 has another Host."""
+    with Served(http_model, http_corpus, hosts={"127.0.0.1", "localhost", "::1"}) as served:
+        for host, status in (("localhost:1", 200), ("[::1]:8000", 200), ("LOCALHOST", 200), ("evil.example", 421)):
+            assert served.send("GET", "/health", headers={"Host": host}).status == status
+        for host in ("", "[", "127.0.0.1.evil.example", "evil.example#@localhost"):
+            assert served.send("GET", "/health", headers={"Host": host}).status in (400, 421)
+
+
+def test_how_many_of_each(http_model, http_corpus):
+    limits = Limits(messages=3, inputs=2, documents=2, writes=1, question_chars=20, body_bytes=1000)
+    with Served(http_model, http_corpus, limits=limits) as served:
+        turns = [{"role": "user", "content": "Where?"}] * 4
+        assert "at most 3, got 4" in served.send("POST", CHAT, chat(messages=turns)).error["message"]
+        assert "at most 20 characters, got 29" in served.send("POST", CHAT, chat()).error["message"]
+        got = served.send("POST", "/v1/embeddings", {"model": MODEL, "input": ["a", "b", "c"]})
+        assert got.status == 400 and "at most 2 texts, got 3" in got.error["message"]
+        rows = [{"text": f"Text {n}."} for n in range(3)]
+        assert "at most 2, got 3" in served.send("POST", "/documents", {"documents": rows}).error["message"]
+        assert served.send("POST", CHAT, chat("x" * 1000)).status == 413
+        assert served.send("POST", "/documents", {"documents": [{"text": "x " * 1000}]}).status == 200
+        with ThreadPoolExecutor(1) as pool, http_model.lock:  # a change waits for the compressor
+            first = pool.submit(served.send, "POST", "/documents", {"documents": rows[:1]})
+            wait_until(lambda: served.app.state.service.n_writes == 1)
+            got = served.send("POST", "/documents", {"documents": rows[:1]})
+            assert got.status == 429 and got.headers["retry-after"] == "5"
+        assert first.result().status == 200
+
+
 def test_paths_and_methods_that_are_not_there(service):
     for method, path in (("GET", "/nowhere"), ("GET", "/../../etc/passwd"), ("GET", "/docs"), ("GET", "//")):
         got = service.send(method, path, key=KEY)
@@ -272,6 +313,12 @@ def test_a_fault_of_ours_is_told_as_such(strict, caplog):
     line = json.loads(JsonLines().format(record))
     assert line["error"] == "LookupError" and "secret" not in json.dumps(line) and "broken" in line["where"][-1]
     assert is_up(strict)
+
+
+def test_broken_weights_are_no_fault_of_a_client(strict):
+    strict.engine.model.get_output_embeddings().weight.data.fill_(float("nan"))
+    assert strict.send("POST", CHAT, chat()).status == 500
+    assert strict.send("POST", "/search", {"query": QUESTION}).status == 200
 
 
 # --- what is counted -------------------------------------------------------------------------------------------------

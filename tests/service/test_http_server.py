@@ -2,11 +2,9 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +16,7 @@ from modeling_clara import CompressedCorpus, cli
 from modeling_clara.service.auth import KEYS
 
 CHAT = "/v1/chat/completions"
-FUZZ_SECONDS = float(os.environ.get("CLARA_FUZZ_SECONDS", 600))
+FUZZ_SECONDS = int(os.environ.get("CLARA_FUZZ_SECONDS", 600))
 
 
 @pytest.fixture
@@ -79,7 +77,7 @@ def test_it_finishes_what_runs_and_logs_no_text(corpus_folder, checkpoint):
     assert first["prompt_tokens"] > 0 and first["completion_tokens"] == 8 and first["ms"] > 0
     assert {line["status"] for line in requests} == {200, 400, 401}
     assert log[-1]["event"] == "stopped"
-    assert served.ready["seconds"] > 0
+    assert served.ready["load_seconds"] > 0 and served.ready["start_seconds"] < 20  # 2 on a machine that is not busy
 
 
 def test_a_signal_while_nothing_runs_ends_it_at_once(shared_model, corpus_folder):
@@ -96,19 +94,13 @@ def test_a_signal_while_nothing_runs_ends_it_at_once(shared_model, corpus_folder
 @pytest.mark.slow
 def test_it_withstands_its_own_document(corpus_folder, checkpoint, tmp_path):
     """schemathesis: whatever the OpenAPI document allows or forbids is answered, and never with 5xx."""
-    command = [Path(sys.executable).with_name("st"), "run", "--phases=examples,coverage,fuzzing,stateful"]
+    command = [str(Path(sys.executable).with_name("st")), "run", f"--max-time={FUZZ_SECONDS}", "--no-color"]
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
-    options = [f"--checks={checks}", "--workers=2", "--max-failures=20", "--no-color", "--request-timeout=60"]
-    options += ["--continue-on-failure", f"--header=Authorization: Bearer {KEY}", "--max-examples=100000"]
+    command += [f"--checks={checks}", f"--header=Authorization: Bearer {KEY}", "--request-timeout=60"]
     with Process(corpus_folder, checkpoint, "--served-name", "tiny", environment={KEYS: KEY}) as served:
-        fuzz = [*map(str, command), f"{served.url}/openapi.json", *options]
-        with subprocess.Popen(fuzz, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
-            timer = threading.Timer(FUZZ_SECONDS, run.send_signal, (signal.SIGINT,))
-            timer.start()
-            out = run.communicate()[0]
-            timer.cancel()
-        shutil.rmtree(tmp_path / ".hypothesis", ignore_errors=True)
-        assert "Server error" not in out and "failures" not in out.lower().rpartition("summary")[2][:2000], out[-6000:]
+        command += [f"{served.url}/openapi.json"]
+        fuzz = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert fuzz.returncode == 0, fuzz.stdout[-6000:]
         metrics = send(served.url, "GET", "/metrics", key=KEY).body.decode()
         assert not [line for line in metrics.splitlines() if 'status="5' in line]
         assert send(served.url, "POST", CHAT, chat(model="tiny"), key=KEY).status == 200

@@ -1,0 +1,55 @@
+"""Changes of a corpus, one after the other in a thread of their own.
+
+A change is on the disk when its call returns, and the next search sees it.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from ..corpus_clara import CompressedCorpus
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+SMALL_SHARDS = 64  # of small changes, after which the corpus is compacted
+
+
+class Writer:
+    """The one thread that changes a corpus."""
+
+    def __init__(self, corpus: CompressedCorpus):
+        self.corpus = corpus
+        self._thread = ThreadPoolExecutor(1, "corpus-writer")
+
+    async def run(self, change: Callable[[CompressedCorpus], T]) -> T:
+        """The result of `change(corpus)`. It does not begin if its caller leaves before."""
+
+        def work() -> T:
+            result = change(self.corpus)
+            self.corpus.refresh()
+            return result
+
+        result = await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        if self._has_small_shards():
+            with contextlib.suppress(RuntimeError):  # it is being closed
+                self._thread.submit(self._compact)
+        return result
+
+    def close(self) -> None:
+        """Finish the changes that were taken."""
+        self._thread.shutdown()
+
+    def _has_small_shards(self) -> bool:
+        """Whether there are many more shards than the chunks need: every small change makes one."""
+        manifest = self.corpus.manifest
+        return len(manifest.shards) > SMALL_SHARDS + 2 * manifest.n_spans / 1024
+
+    def _compact(self) -> None:
+        if self._has_small_shards():
+            try:
+                self.corpus.compact()
+            except (OSError, ValueError, RuntimeError):
+                logger.warning("the corpus could not be compacted; call `compact` when it can be.", exc_info=True)
