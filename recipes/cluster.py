@@ -67,7 +67,8 @@ def build_executor(arguments: argparse.Namespace, step: type[PipelineStep] = Com
     common |= {"workers": arguments.workers or -1}
     common |= {"cpus_per_task": arguments.cpus_per_task, "mem_per_cpu_gb": arguments.mem_per_cpu_gb}
     if arguments.executor == "ray":
-        return RayPipelineExecutor(**common)
+        # Ray hides the GPUs of a machine from who has not asked for them.
+        return RayPipelineExecutor(gpus_per_task=arguments.gpus_per_task, **common)
     common["sbatch_args"] = {"gres": arguments.gres} if arguments.gres else {}
     return SlurmPipelineExecutor(
         time=arguments.time, partition=arguments.partition, job_name=f"clara-{step.__name__.lower()}", **common
@@ -84,5 +85,6 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--partition", default="gpu", help="of Slurm (default: gpu)")
     parser.add_argument("--time", default="24:00:00", help="limit of a task on Slurm (default: 24:00:00)")
     parser.add_argument("--gres", help="of Slurm, such as gpu:1")
+    parser.add_argument("--gpus-per-task", type=int, default=0, help="on Ray (default: 0)")
     parser.add_argument("--cpus-per-task", type=int, default=4, help="on Slurm and Ray (default: 4)")
     parser.add_argument("--mem-per-cpu-gb", type=int, default=4, help="on Slurm and Ray (default: 4)")

@@ -2,11 +2,12 @@
 
     python -m recipes.compress INPUT -o CORPUS --model MODEL --tasks 8 --workers 2
     python -m recipes.compress INPUT -o CORPUS --model MODEL --tasks 256 --executor slurm --partition gpu --gres gpu:1
+    RAY_ADDRESS=HOST:6379 python -m recipes.compress INPUT -o CORPUS --model MODEL --tasks 64 --executor ray
 
 Every task is one rank of `CompressedCorpus.build`: it takes every N-th document and writes its own shards. The last to
 finish completes the corpus. A task that was killed, or a machine that was lost, goes on after its last whole shard
-when the same command is given again; finished tasks are not repeated. INPUT and CORPUS must be seen by all machines.
-Slurm and Ray have not been run by the tests; two local workers have.
+when the same command is given again; finished tasks are not repeated. Ray does that by itself for a machine that was
+lost. INPUT and CORPUS must be seen by all machines. Slurm has not been run by the tests; Ray on one machine has.
 """
 
 import argparse

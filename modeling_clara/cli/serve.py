@@ -40,7 +40,21 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument(
         "--timeout", type=float, default=120.0, metavar="SECONDS", help="for an answer, before 504 (default: 120)"
     )
-    parser.add_argument("--generator", metavar="URL", help="a vLLM server with the merged generator, http://HOST/v1")
+    parser.add_argument(
+        "--generator",
+        metavar="URL",
+        help="vLLM that writes the answers with the merged generator, http://HOST:8000/v1; its key in "
+        "CLARA_GENERATOR_KEY (default: this process writes them)",
+    )
+    parser.add_argument(
+        "--generator-model", metavar="NAME", help="name of the generator on that server (default: the only one there)"
+    )
+    parser.add_argument(
+        "--milvus",
+        metavar="URI",
+        help="Milvus that finds the shortlists, http://HOST:19530; its token in MILVUS_TOKEN",
+    )
+    parser.add_argument("--collection", metavar="NAME", help="beginning of the collection's name in Milvus")
     parser.set_defaults(run=run)
     return parser
 
@@ -48,11 +62,10 @@ def add_parser(commands) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Returns the exit status."""
     try:
-        from ..service.app import create_app
+        from ..service.app import create_app  # noqa: F401
         from ..service.server import build_server
     except ImportError as error:
         raise ImportError(f"`clara serve` needs {error.name}: pip install 'clara-rag[serve]'.") from error
-    from .. import CompressedCorpus
     from ..service.auth import KEYS, READ_KEYS, read_keys
     from ..service.logs import log_to
 
@@ -60,11 +73,26 @@ def run(arguments: argparse.Namespace) -> int:
     check_address(arguments, any(keys))
     listener = listen(arguments.host, arguments.port)  # before what takes long
     start = time.perf_counter()
-    corpus = CompressedCorpus.open(arguments.corpus, arguments.revision)
-    model = load_model_of(corpus, arguments.model, arguments.backbone, dtype=arguments.dtype)
+    model, corpus = load(arguments)
     loaded = time.perf_counter()
     log_to(sys.stdout)
-    app = create_app(
+    server = build_server(build_app(model, corpus, keys, arguments), arguments.timeout)
+    return serve(server, listener, f"{len(corpus):,} documents", (start, loaded))
+
+
+def load(arguments: argparse.Namespace) -> tuple:
+    """The model and the corpus."""
+    from .. import CompressedCorpus
+
+    corpus = CompressedCorpus.open(arguments.corpus, arguments.revision, **index_options(arguments))
+    return load_model_of(corpus, arguments.model, arguments.backbone, dtype=arguments.dtype), corpus
+
+
+def build_app(model, corpus, keys: tuple, arguments: argparse.Namespace):
+    """The app of a corpus and its model; `keys` are those of clients, and of those that only read."""
+    from ..service.app import create_app
+
+    return create_app(
         build_engine(model, corpus, arguments),
         api_keys=keys[0],
         read_keys=keys[1],
@@ -74,7 +102,6 @@ def run(arguments: argparse.Namespace) -> int:
         cors_origins=arguments.cors_origin,
         hosts=known_hosts(arguments, any(keys)),
     )
-    return serve(build_server(app, arguments.timeout), listener, f"{len(corpus):,} documents", (start, loaded))
 
 
 def serve(server, listener: socket.socket, what: str, times: tuple[float, float]) -> int:
@@ -139,15 +166,27 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def index_options(arguments: argparse.Namespace) -> dict:
+    """Keywords of `CompressedCorpus.open` for the index that finds shortlists."""
+    if arguments.milvus is None and arguments.collection is not None:
+        raise ValueError("`collection` must go with `milvus`. Add its URI.")
+    if arguments.milvus is None:
+        return {}
+    return {"backend": "milvus", "uri": arguments.milvus, "collection": arguments.collection}
+
+
 def build_engine(model, corpus, arguments: argparse.Namespace):
     """The engine, with another server as generator if one is named."""
     from ..service.engine import Engine
 
     generator = None
+    if arguments.generator is None and arguments.generator_model is not None:
+        raise ValueError("`generator_model` must go with `generator`. Add the address of its server.")
     if arguments.generator is not None:
         from ..service.remote import RemoteGenerator
 
-        generator = RemoteGenerator(arguments.generator, api_key=os.environ.get("CLARA_GENERATOR_KEY"))
+        key, name = os.environ.get("CLARA_GENERATOR_KEY"), arguments.generator_model
+        generator = RemoteGenerator(arguments.generator, name, key, timeout=arguments.timeout)
     options = {"max_batch": arguments.max_batch, "max_queue": arguments.max_queue}
     return Engine(model, corpus, generator=generator, **options)
 

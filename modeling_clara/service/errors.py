@@ -6,6 +6,7 @@ What the service did not foresee is "internal error" to a client: its message ma
 import asyncio
 import contextlib
 import json
+import logging
 from collections.abc import AsyncIterator, Mapping
 
 from fastapi import FastAPI
@@ -15,7 +16,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from .engine import Overloaded, Stopping
+from .remote import GeneratorError
 
+logger = logging.getLogger("modeling_clara.service")
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -94,6 +97,10 @@ async def told_to_client(seconds: float) -> AsyncIterator[None]:
             f"the request must be done in {seconds:g} seconds, and was not. Try again, or ask for less.",
             code="timeout",
         ) from error
+    except GeneratorError as error:  # its message is for us: it names the server and says what it answered
+        logger.error("generator", extra={"fields": {"problem": str(error)}})
+        message = "the generator's server failed. Try again later."
+        raise ApiError(error.status, message, code="generator", retry_after=5) from error
     except (ValueError, TypeError) as error:
         if "are broken: reload" in str(error):  # weights, which are no client's fault
             raise

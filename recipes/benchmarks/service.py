@@ -1,8 +1,9 @@
 """Measures the service: `python -m recipes.benchmarks.service --model MODEL --corpus CORPUS --clients 16`.
 
-The same questions go to `model.answer` one by one, to the engine by one client and by many, and with `--url` to a
-running `clara serve` of the same model and corpus as well. All answers must be equal to those of `model.answer` before
-anything was merged; otherwise the exit status is 1. It knows nothing of answer quality.
+The same questions go to `model.answer` one by one, to the engine by one client and by many, with `--generator` to an
+engine whose answers vLLM writes, and with `--url` to a running `clara serve` of the same model and corpus. All answers
+must be equal to those of `model.answer` before anything was merged; otherwise the exit status is 1. It knows nothing
+of answer quality.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import numpy as np
 from modeling_clara import CompressedCorpus
 from modeling_clara.cli.models import load_model, load_model_of
 from modeling_clara.service.engine import AskOptions, Engine
+from modeling_clara.service.remote import RemoteGenerator
 from recipes.benchmarks import shared
 from recipes.evaluation.results import public_name
 
@@ -34,6 +36,15 @@ def direct(model, corpus, options: AskOptions) -> Ask:
     async def ask(question: str) -> str:
         given = {"expand": options.expand, "max_new_tokens": options.max_new_tokens, "top_k": options.top_k}
         return model.answer([question], corpus=corpus, **given)[0].text
+
+    return ask
+
+
+def through(engine: Engine, options: AskOptions) -> Ask:
+    """The engine, in this process or with another server's generator."""
+
+    async def ask(question: str) -> str:
+        return (await engine.answer(question, options)).text
 
     return ask
 
@@ -81,12 +92,15 @@ async def measure(model, corpus, questions: list[str], arguments: argparse.Names
         limits |= {"merge": not arguments.unmerged, "prefix_bytes": arguments.prefix_mb * 2**20}
         engine = await stack.enter_async_context(Engine(model, corpus, **limits))
 
-        async def through_engine(question: str) -> str:
-            return (await engine.answer(question, options)).text
-
         many = f"{arguments.clients} clients"
+        ask = through(engine, options)
         ways = {ALONE: (direct(model, corpus, options), 1)}
-        ways |= {"engine, 1 client": (through_engine, 1), f"engine, {many}": (through_engine, arguments.clients)}
+        ways |= {"engine, 1 client": (ask, 1), f"engine, {many}": (ask, arguments.clients)}
+        if arguments.generator:
+            remote = RemoteGenerator(arguments.generator, timeout=600)  # what is merged is merged already
+            engine = Engine(model, corpus, **limits | {"merge": False}, generator=remote)
+            ask = through(await stack.enter_async_context(engine), options)
+            ways |= {"generator, 1 client": (ask, 1), f"generator, {many}": (ask, arguments.clients)}
         if arguments.url:
             ask = await stack.enter_async_context(over_http(arguments, options))
             ways |= {"HTTP, 1 client": (ask, 1), f"HTTP, {many}": (ask, arguments.clients)}
@@ -157,6 +171,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=64, help="length limit of an answer (default: 64)")
     parser.add_argument("--unmerged", action="store_true", help="keep the adapters beside the weights")
     parser.add_argument("--prefix-mb", type=int, default=256, help="for beginnings of prompts (default: 256)")
+    parser.add_argument(
+        "--generator", help="also write answers with the merged generator on vLLM: http://HOST:PORT/v1"
+    )
     parser.add_argument("--url", help="also ask a running service: http://HOST:PORT/v1")
     parser.add_argument("--api-key", help="of that service")
     parser.add_argument("--check", type=int, default=0, help="requests of a last run, such as 10000, of the last way")

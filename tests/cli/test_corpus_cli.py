@@ -1,5 +1,6 @@
 """`clara compress`, `ask`, `info`, `convert`: a folder becomes a corpus and answers; errors are one line, status 1."""
 
+import argparse
 import io
 import json
 import sys
@@ -12,6 +13,7 @@ from huggingface_hub import HfApi
 
 from modeling_clara import CompressedCorpus, cli
 from recipes import compress
+from recipes.cluster import add_cluster_options, build_executor
 
 CAPITALS = {"rome": "Rome is the capital of Italy.", "paris": "Paris is the capital of France.", "bad": ""}
 
@@ -221,3 +223,14 @@ def test_two_workers_of_the_recipe_make_the_corpus(checkpoint, tmp_path, monkeyp
     assert seen[0] == seen[1] and {path.name.split("-")[0] for path in seen[0]} == {"00000", "00001", "00002"}
     corpus = CompressedCorpus.open(tmp_path / "corpus")
     assert set(corpus.document_ids()) == {f"rows.jsonl:{n}" for n in range(1, 31)} and corpus.verify() == []
+
+
+def test_a_task_on_ray_asks_for_its_cores_and_gpus():
+    """Ray hides the GPUs of a machine from who has not asked for them."""
+    parser = argparse.ArgumentParser()
+    cli.add_build_options(parser)
+    add_cluster_options(parser)
+    command = "rows.jsonl -o corpus --model m --tasks 3 --executor ray --gpus-per-task 1 --cpus-per-task 2"
+    executor = build_executor(parser.parse_args(command.split()))
+    asked = (executor.gpus_per_task, executor.cpus_per_task, executor.tasks, executor.workers)
+    assert type(executor).__name__ == "RayPipelineExecutor" and asked == (1, 2, 3, 3)

@@ -83,8 +83,8 @@ def wait_until(is_so, seconds: float = 30) -> None:
 class Served:
     """A service in a thread of this process: `engine`, `app`, `url`."""
 
-    def __init__(self, model, corpus, *, max_batch=16, max_queue=64, **options):
-        self.engine = Engine(model, corpus, max_batch=max_batch, max_queue=max_queue)
+    def __init__(self, model, corpus, *, max_batch=16, max_queue=64, generator=None, **options):
+        self.engine = Engine(model, corpus, max_batch=max_batch, max_queue=max_queue, generator=generator)
         self.app = create_app(self.engine, model_id=MODEL, **options)
         self.server = build_server(self.app, host="127.0.0.1", port=0)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
