@@ -1,0 +1,1 @@
+"""The service: an engine that batches questions, and what speaks HTTP in front of it."""
