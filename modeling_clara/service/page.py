@@ -5,6 +5,7 @@ It runs in the process of the model, one call at a time. What it does is in `pag
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -18,6 +19,7 @@ from .page_session import Asked, Limits, Stopped, Visitors, ask, paraphrase  # n
 
 OWN = "Your files"
 MAX_TOP_K = 10
+SECONDS_BETWEEN = 1.0  # of two reports of a compression, which screen readers read out
 ERRORS = (ValueError, TypeError, OSError, KeyError, RuntimeError)  # what is said to the visitor
 ALONE = {"concurrency_id": "model", "concurrency_limit": 1}
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}
@@ -145,7 +147,7 @@ class _Page:
                 self.compress_button = gr.Button("Compress", variant="primary", min_width=100, elem_id="compress")
                 self.stop_button = gr.Button("Stop", min_width=100, elem_id="stop")
                 self.remove_button = gr.Button("Remove my files", min_width=100, elem_id="remove")
-            self.files_told = gr.HTML(elem_id="files-told", min_height=60)
+            self.files_told = gr.HTML(elem_id="files-told")
 
     def _rates(self) -> None:
         rates = read_rates(self.model)
@@ -171,9 +173,9 @@ class _Page:
             self.compress,
             self.files,
             [self.files_told, self.where],
-            api_visibility="private",
             concurrency_id="files",
-            concurrency_limit=1,
+            concurrency_limit=2,
+            **QUIET,
         )
         self.stop_button.click(self.stop, None, None, queue=False, **QUIET)
         self.remove_button.click(self.remove, None, [self.files, self.files_told, self.where], queue=False, **QUIET)
@@ -245,22 +247,32 @@ class _Page:
         except ERRORS as error:
             yield {self.told: show.message_html(f"From the full text: {describe(error)}", kind="problem")}
 
-    def compress(self, paths, request: gr.Request, progress=gr.Progress()) -> dict:  # noqa: B008, as Gradio finds it
-        """A corpus of the visitor's own files."""
-        visitor = self.visitors.get(request.session_hash)
+    def compress(self, paths, request: gr.Request) -> Iterator[dict]:
+        """A corpus of the visitor's own files; meanwhile what is done of it."""
+        visitor, done = self.visitors.get(request.session_hash), [0, 0]
+        visitor.stop.clear()
 
-        def report(done: int, total: int) -> None:
-            progress((done, total), desc="Compressing", unit="pieces")
+        def report(*counts: int) -> None:
+            done[:] = counts
 
+        with ThreadPoolExecutor(1) as pool:
+            task = pool.submit(self.visitors.compress, visitor, paths or [], report)
+            try:
+                while wait([task], timeout=SECONDS_BETWEEN).not_done:
+                    yield {self.files_told: show.progress_html(*done)}
+            except GeneratorExit:  # the page is closed
+                visitor.stop.set()
+                raise
         try:
-            problems = self.visitors.compress(visitor, paths or [], report)
+            problems = task.result()
         except Stopped:
-            return {self.files_told: show.message_html("Stopped. Nothing was changed.")}
+            yield {self.files_told: show.message_html("Stopped. Nothing was changed.")}
         except ERRORS as error:
-            return {self.files_told: show.message_html(*describe(error).splitlines(), kind="problem")}
-        lines = show.compressed_lines(visitor.corpus)
-        told = show.message_html(*lines) + show.message_html(*problems, kind="problem")
-        return {self.files_told: told, self.where: gr.Radio([self.name, OWN], value=OWN, visible=True)}
+            yield {self.files_told: show.message_html(*describe(error).splitlines(), kind="problem")}
+        else:
+            told = show.message_html(*show.compressed_lines(visitor.corpus))
+            told += show.message_html(*problems, kind="problem")
+            yield {self.files_told: told, self.where: gr.Radio([self.name, OWN], value=OWN, visible=True)}
 
     def stop(self, request: gr.Request) -> None:
         """Stop the compression of this visitor."""

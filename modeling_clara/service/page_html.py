@@ -102,6 +102,14 @@ def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def progress_html(done: int, total: int) -> str:
+    """How far a compression is; a total of 0 is not known yet."""
+    if not total:
+        return message_html("Reading the files ...")
+    bar = f"<progress value='{done}' max='{total}' aria-label='Compressed pieces'></progress>"
+    return f"<div class='clara-note'><p>Compressing: {done:,} of {_counted(total, 'piece')}</p>{bar}</div>"
+
+
 # --- passages --------------------------------------------------------------------------------------------------------
 
 
@@ -117,8 +125,8 @@ def passages_html(asked: "Asked", min_score: float | None) -> str:
     title = "Nearest passages" if asked.answer.abstained else "Passages that were read"
     line = "" if min_score is None else " The line across it is the least that one passage must have."
     return (
-        f"<h2>{title}</h2><p class='place'>The bar is the similarity of the question's vectors and the passage's, at most "
-        f"1.{line} What the vectors hold is marked; the text around it is another piece of the same document.</p>"
+        f"<h2>{title}</h2><p class='place'>The bar is the similarity of the question's vectors and the passage's, at "
+        f"most 1.{line} What the vectors hold is marked; the text around it is another piece of the same document.</p>"
     )
 
 
@@ -164,8 +172,9 @@ def words_html(words: Sequence[str]) -> str:
         return "<p>No words: the vectors of this question name punctuation only.</p>"
     items = "".join(f"<li>{escaped(word)}</li>" for word in words[:N_WORDS])
     return (
-        f"<h2>What the question's vectors stand for</h2><ul class='clara-words'>{items}</ul><p class='place'>Words of the "
-        "model's vocabulary that are nearest to these vectors. The search compares the vectors, not the words.</p>"
+        f"<h2>What the question's vectors stand for</h2><ul class='clara-words'>{items}</ul>"
+        "<p class='place'>Pieces of words that the model finds nearest to these vectors, the commonest first. "
+        "The search compares the vectors, not the words.</p>"
     )
 
 
@@ -201,12 +210,14 @@ def costs_html(memory: "Cost", text: "Cost | None", codec: str) -> str:
     return (
         "<table class='clara-costs'><thead><tr><th></th><th scope='col'>From memory</th>"
         f"<th scope='col'>From full text</th></tr></thead><tbody>{cells}</tbody></table>"
-        "<p class='place'>A memory takes more bytes than its text and fewer positions. Positions are what the model "
-        "works through at every question.</p><details><summary>What is counted</summary><p>A position is a token or a vector: both cost the model the "
+        "<p class='place'>A memory takes more bytes than its text, but fewer positions if the passage is long. "
+        "Positions are what the model works through at every question.</p>"
+        "<details><summary>What is counted</summary><p>A position is a token or a vector: both cost the model the "
         f"same work. Stored bytes are those of the vectors that were read, as {escaped(codec)}, without what all "
         "share; of text those of its title and words in UTF-8. The cache holds keys and values of all layers for the "
         "prompt, in the model's own precision. Times are of this machine, now. They begin with the question: encoding "
-        "it, searching, reading and writing. Both answers search. The text that is read is that of the same passages.</p>"
+        "it, searching, reading and writing. Both answers search. The text that is read is that of the same "
+        "passages.</p>"
         "</details>"
     )
 

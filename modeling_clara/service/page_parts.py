@@ -31,6 +31,7 @@ CSS = """
 .clara-note, .clara-problem { border-left: 4px solid var(--primary-500); padding: .35rem .8rem; }
 .clara-problem { border-color: #d97706; }
 .clara-note p, .clara-problem p { margin: .1rem 0; overflow-wrap: anywhere; }
+.clara-note progress { width: 100%; max-width: 24rem; accent-color: var(--primary-500); }
 .clara-passage h3 { font-size: 1rem; font-weight: 600; margin: 0; overflow-wrap: anywhere; }
 .clara-passage .score { display: flex; gap: .6rem; align-items: center; font-variant-numeric: tabular-nums; }
 .clara-passage .bar { position: relative; width: 16rem; max-width: 65%; height: .6rem; border-radius: .3rem;

@@ -20,6 +20,7 @@ from ..corpus.sources import DocumentSource
 from ..generation_clara import default_memory_size, prepare_reading, stream_text
 
 MB = 2**20
+ANSWER_TOKENS, PARAPHRASE_TOKENS = 64, 128
 PASS_CHUNKS = 8  # compressed between two reports; other visitors' questions come in between
 Report = Callable[[int, int], None]  # chunks that are done, chunks in all
 
@@ -100,6 +101,7 @@ def ask(model, corpus, question: str, *, memory_size: int, top_k: int, expand: i
     if memory_size == model.config.memory_sizes[-1]:
         memory_size = None
     options = {"corpus": corpus, "top_k": top_k, "memory_size": memory_size, "expand": expand}
+    options["max_new_tokens"] = ANSWER_TOKENS
     start, first, text = time.perf_counter(), None, ""
     stream = model.stream(question, **options)
     with contextlib.closing(stream):
@@ -120,9 +122,8 @@ def ask(model, corpus, question: str, *, memory_size: int, top_k: int, expand: i
     size = default_memory_size(model, remembered) if memory_size is None else memory_size
     passages = [find_passage(model, corpus, source, size, not answer.abstained) for source in sources]
     first_ms = None if first is None else 1e3 * (first - start)
-    yield Asked(
-        corpus, question, answer, passages, _cost(model, corpus, answer, passages, first_ms, 1e3 * (end - start))
-    )
+    cost = _cost(model, corpus, answer, passages, first_ms, 1e3 * (end - start))
+    yield Asked(corpus, question, top_k, answer, passages, cost)
 
 
 def _cost(model, corpus, answer: Answer, passages: Sequence[Passage], first_ms: float | None, total_ms: float) -> Cost:
@@ -155,13 +156,13 @@ def find_passage(model, corpus, source: Source, n_vectors: int, is_read: bool) -
     return Passage(source, before, after, max(len(rows), 1), n_tokens, n_vectors, is_read)
 
 
-def paraphrase(model, corpus, source: Source, memory_size: int, max_new_tokens: int = 128) -> Iterator[str]:
+def paraphrase(model, corpus, source: Source, memory_size: int) -> Iterator[str]:
     """What the generator says of a passage from its stored memory alone: the text so far, again and again."""
     rows = corpus.snapshot.find(source.document_id)
     if rows is None or source.span >= len(rows):
         raise ValueError("This passage is no longer in the corpus. Ask again.")
     memory = corpus.decode([rows[source.span]], memory_size)[0].to(model.memory_embeddings.device)
-    generation = model.build_generation_config(None, max_new_tokens)
+    generation = model.build_generation_config(None, PARAPHRASE_TOKENS)
     reading = prepare_reading(model, None, [(source, memory)], memory_size, 0, generation, "passage")
     text = ""
     with contextlib.closing(stream_text(model, reading, generation, Answer("", reading.sources))) as stream:
@@ -240,7 +241,6 @@ class Visitors:
             ValueError: nothing can be read, or it is too much.
             Stopped: `visitor.stop` was set.
         """
-        visitor.stop.clear()
         self._check(paths)
         folder = Path(tempfile.mkdtemp(dir=self.root.name))
         try:
