@@ -6,7 +6,7 @@ import json
 from .demo import PASSAGES, UNANSWERABLE
 from .models import add_model_options, load_model_of
 
-N_EXAMPLES = 4
+N_EXAMPLES, LONGEST = 4, 60  # longer ones are cut on the page
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .. import CompressedCorpus
 
     try:
-        from ..service.page import build_page, launch_options
+        from ..service.page import build_page, serve
     except ImportError as error:
         raise ImportError(
             f"the page needs gradio: pip install 'gradio>=6,<7', or the extra `ui` ({error})."
@@ -39,13 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
     corpus = corpus.attach(model)
     name = arguments.corpus.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
     app = build_page(model, corpus, name=name, examples=arguments.example or example_questions(corpus))
-    address = {"server_name": arguments.host, "server_port": arguments.port}
-    try:
-        _, url, _ = app.launch(**launch_options(), **address, prevent_thread_lock=True, quiet=True)
+
+    def show_address(url: str) -> None:
         print(json.dumps({"url": url}) if arguments.json else f"{url}    (Ctrl-C ends it)", flush=True)
-        app.block_thread()
-    finally:
-        app.visitors.close()
+
+    serve(app, show_address, server_name=arguments.host, server_port=arguments.port)
     return 0
 
 
@@ -53,8 +51,10 @@ def example_questions(corpus) -> list[str]:
     """Questions on offer: those of the packaged passages if the corpus has them, else one for each first title."""
     from ..corpus.storage import read_lines
 
-    known = [row["questions"][0]["question"] for row in read_lines(PASSAGES) if row["id"] in corpus]
+    packaged = [row["questions"][0]["question"] for row in read_lines(PASSAGES) if row["id"] in corpus]
+    known = [question for question in packaged if len(question) < LONGEST]
     if known:
         return [*known[:: max(1, len(known) // N_EXAMPLES)][:N_EXAMPLES], UNANSWERABLE]
     titles = dict.fromkeys(row["title"] for row, _ in zip(corpus.rows(["title"]), range(50), strict=False))
-    return [f"What is said about {title}?" for title in titles if title and len(title) < 60][:N_EXAMPLES]
+    questions = [f"What is said about {title}?" for title in titles if title]
+    return [question for question in questions if len(question) < LONGEST][:N_EXAMPLES]

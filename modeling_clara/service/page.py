@@ -4,7 +4,9 @@ It runs in the process of the model, one call at a time. What it does is in `pag
 """
 
 import os
-from collections.abc import Iterator, Sequence
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 
@@ -96,7 +98,7 @@ class _Page:
             gr.Examples([[text] for text in self.examples], self.question, label="Examples", elem_id="examples")
         with gr.Row():
             self.size = size_slider(self.sizes, "Memory size", min_width=280, elem_id="size")
-            options = {"step": 1, "precision": 0, "min_width": 220}
+            options = {"step": 1, "precision": 0, "min_width": 220, "buttons": []}
             start = min(self.model.config.retrieval_top_k, MAX_TOP_K)
             self.top_k = gr.Slider(1, MAX_TOP_K, start, label="Passages to read", elem_id="top-k", **options)
             self.expand = gr.Slider(0, MAX_TOP_K, 0, label="Of these, read as text", elem_id="expand", **options)
@@ -104,7 +106,7 @@ class _Page:
     def _answers(self) -> None:
         self.told = gr.HTML(elem_id="told")
         with gr.Row():
-            box = {"interactive": False, "lines": 2, "min_width": 280, "buttons": ["copy"]}
+            box = {"interactive": False, "lines": 2, "min_width": 280}
             self.memory = gr.Textbox(label="Answer from memory", elem_id="memory", **box)
             self.text = gr.Textbox(label="Answer from full text", elem_id="text", **box)
         self.costs = gr.HTML(visible=False, elem_id="costs", padding=True)
@@ -169,6 +171,7 @@ class _Page:
             **ALONE,
             **QUIET,
         ).then(self.compare, None, [self.told, self.text, self.costs], **ALONE, **QUIET)
+        self.files.upload(self.note_uploads, self.files, None, queue=False, **QUIET)
         self.compress_button.click(
             self.compress,
             self.files,
@@ -214,7 +217,8 @@ class _Page:
 
     def _answered(self, asked: Asked, words: Sequence[str]) -> dict:
         """What an answer shows at once."""
-        answer, words = asked.answer, gr.HTML(show.words_html(words), visible=True)
+        answer, text = asked.answer, asked.answer.text or show.NOTHING
+        words = gr.HTML(show.words_html(words), visible=True)
         if answer.abstained:
             return {
                 self.told: show.message_html(*show.abstained_lines(asked, self.model.config.min_score)),
@@ -223,8 +227,8 @@ class _Page:
                 self.words: words,
             }
         return {
-            self.told: show.message_html("Answered from memory. Now from the full text ..."),
-            self.memory: answer.text or show.NOTHING,
+            self.told: show.message_html("Answered from memory. Now from the full text ...", heard=text),
+            self.memory: text,
             self.costs: gr.HTML(show.costs_html(asked.cost, None, asked.corpus.manifest.codec), visible=True),
             self.words: words,
         }
@@ -240,8 +244,9 @@ class _Page:
             for part in ask(self.model, asked.corpus, asked.question, **options):
                 if isinstance(part, Asked):
                     costs = show.costs_html(asked.cost, part.cost, asked.corpus.manifest.codec)
-                    said = show.message_html("Answered from memory and from the full text.")
-                    yield {self.told: said, self.text: part.answer.text or show.NOTHING, self.costs: costs}
+                    text = part.answer.text or show.NOTHING
+                    told = show.message_html("Answered from memory and from the full text.", heard=text)
+                    yield {self.told: told, self.text: text, self.costs: costs}
                 else:
                     yield {self.text: part}
         except ERRORS as error:
@@ -274,6 +279,10 @@ class _Page:
             told += show.message_html(*problems, kind="problem")
             yield {self.files_told: told, self.where: gr.Radio([self.name, OWN], value=OWN, visible=True)}
 
+    def note_uploads(self, paths, request: gr.Request) -> None:
+        """Remember what Gradio keeps of a visitor, to remove it."""
+        self.visitors.get(request.session_hash).uploads.update(paths or [])
+
     def stop(self, request: gr.Request) -> None:
         """Stop the compression of this visitor."""
         self.visitors.get(request.session_hash).stop.set()
@@ -287,6 +296,20 @@ class _Page:
     def leave(self, request: gr.Request) -> None:
         """The page of a visitor is closed."""
         self.visitors.leave(request.session_hash)
+
+
+def serve(app: gr.Blocks, show_address: Callable[[str], None], **options) -> None:
+    """Serve a page until it is interrupted or terminated, then remove all files of visitors.
+
+    `show_address` takes the page's address; `options` are further ones of `Blocks.launch`.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        _, url, _ = app.launch(**launch_options(), **options, prevent_thread_lock=True, quiet=True)
+        show_address(url)
+        app.block_thread()
+    finally:
+        app.visitors.close()
 
 
 def describe(error: Exception) -> str:

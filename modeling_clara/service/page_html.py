@@ -27,9 +27,12 @@ def escaped(text) -> str:
     return html.escape(str(text)).translate(TEMPLATE)
 
 
-def message_html(*lines: str, kind: str = "note") -> str:
-    """Lines for the reader: a "note", or a "problem"; nothing if there are none."""
-    return f"<div class='clara-{kind}'>{''.join(f'<p>{escaped(line)}</p>' for line in lines)}</div>" if lines else ""
+def message_html(*lines: str, kind: str = "note", heard: str = "") -> str:
+    """Lines for the reader, a "note" or a "problem", and what only screen readers say; nothing if there are none."""
+    if not lines:
+        return ""
+    said = f"<p class='clara-heard'>{escaped(heard)}</p>" if heard else ""
+    return f"<div class='clara-{kind}'>{''.join(f'<p>{escaped(line)}</p>' for line in lines)}{said}</div>"
 
 
 # --- what happens ----------------------------------------------------------------------------------------------------

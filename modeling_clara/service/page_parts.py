@@ -34,7 +34,8 @@ CSS = """
 .clara-note progress { width: 100%; max-width: 24rem; accent-color: var(--primary-500); }
 .clara-passage h3 { font-size: 1rem; font-weight: 600; margin: 0; overflow-wrap: anywhere; }
 .clara-passage .score { display: flex; gap: .6rem; align-items: center; font-variant-numeric: tabular-nums; }
-.clara-passage .bar { position: relative; width: 16rem; max-width: 65%; height: .6rem; border-radius: .3rem;
+.clara-passage .score span { white-space: nowrap; }
+.clara-passage .bar { position: relative; width: 16rem; max-width: 55%; height: .6rem; border-radius: .3rem;
   background: var(--border-color-primary); }
 .clara-passage .bar b { display: block; height: 100%; border-radius: .3rem; background: var(--primary-500); }
 .clara-passage .bar i { position: absolute; top: -.2rem; height: 1rem; width: 2px;
@@ -50,15 +51,17 @@ CSS = """
   margin: 0; overflow-wrap: anywhere; }
 .prose table.clara-costs.clara-costs { width: 100%; max-width: 40rem; border: 0; border-collapse: collapse;
   font-variant-numeric: tabular-nums; }
+.prose .clara-costs.clara-costs tr { border: 0; }
 .prose .clara-costs.clara-costs :is(th, td) { border: 0; border-bottom: 1px solid var(--border-color-primary);
   padding: .25rem .4rem; text-align: right; font-weight: 400; color: var(--body-text-color); }
 .prose .clara-costs.clara-costs tr > th:first-child { text-align: left; padding-left: 0; }
 .prose .clara-costs.clara-costs thead th { font-weight: 600; }
 .passage { border: 1px solid var(--border-color-primary); border-radius: var(--block-radius); padding: .8rem; }
+.passage .html-container { padding: 0; }
 .passage button { align-self: flex-start; }
-#size { padding: var(--block-padding); }
+.clara-heard { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .clara-size { display: block; }
-.clara-size .head { display: flex; justify-content: space-between; font-size: var(--block-label-text-size);
+.clara-size .head { display: flex; justify-content: space-between; font-size: var(--block-title-text-size);
   color: var(--block-title-text-color); }
 .clara-size input { width: 100%; accent-color: var(--slider-color); margin: .6rem 0 .2rem; }
 .clara-size .marks { display: flex; justify-content: space-between; font-size: .8rem;

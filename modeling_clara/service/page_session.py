@@ -176,11 +176,12 @@ def paraphrase(model, corpus, source: Source, memory_size: int) -> Iterator[str]
 
 @dataclass
 class Visitor:
-    """One session of the page: what was asked last, and the corpus of own files."""
+    """One session of the page: what was asked last, the corpus of own files, and the files as Gradio has them."""
 
     asked: Asked | None = None
     corpus: CompressedCorpus | None = None
     folder: Path | None = None
+    uploads: set[str] = field(default_factory=set)
     stop: threading.Event = field(default_factory=threading.Event)
     leaving: threading.Timer | None = None
 
@@ -221,6 +222,13 @@ class Visitors:
 
     def remove_files(self, visitor: Visitor) -> None:
         """Remove the files of a session and what was made of them."""
+        self._remove_corpus(visitor)
+        uploads, visitor.uploads = visitor.uploads, set()
+        others = set().union(*(other.uploads for other in self._known.values()))  # equal files have one place
+        for path in map(Path, uploads - others):
+            path.unlink(missing_ok=True)
+
+    def _remove_corpus(self, visitor: Visitor) -> None:
         folder, visitor.folder, visitor.corpus = visitor.folder, None, None
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -257,7 +265,7 @@ class Visitors:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        self.remove_files(visitor)
+        self._remove_corpus(visitor)
         visitor.folder, visitor.corpus = folder, corpus
         if visitor.stop.is_set():  # who left meanwhile has nothing removed any more
             self.remove_files(visitor)
