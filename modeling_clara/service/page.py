@@ -75,7 +75,6 @@ class _Page:
             self._rates()
             self._events()
             self.size.input(lambda size: show.picture_html(n_tokens, size), self.size, picture, queue=False, **QUIET)
-            app.load(None, js=LIVE)
             app.unload(self.leave)
         app.queue(max_size=64)
         app.visitors = self.visitors  # to be closed by who launches
@@ -104,7 +103,7 @@ class _Page:
             self.expand = gr.Slider(0, MAX_TOP_K, 0, label="Of these, read as text", elem_id="expand", **options)
 
     def _answers(self) -> None:
-        self.told = gr.HTML(elem_id="told")
+        self.told = gr.HTML(elem_id="told", **LIVE)
         with gr.Row():
             box = {"interactive": False, "lines": 2, "min_width": 280}
             self.memory = gr.Textbox(label="Answer from memory", elem_id="memory", **box)
@@ -149,7 +148,7 @@ class _Page:
                 self.compress_button = gr.Button("Compress", variant="primary", min_width=100, elem_id="compress")
                 self.stop_button = gr.Button("Stop", min_width=100, elem_id="stop")
                 self.remove_button = gr.Button("Remove my files", min_width=100, elem_id="remove")
-            self.files_told = gr.HTML(elem_id="files-told")
+            self.files_told = gr.HTML(elem_id="files-told", **LIVE)
 
     def _rates(self) -> None:
         rates = read_rates(self.model)

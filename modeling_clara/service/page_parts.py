@@ -70,11 +70,8 @@ CSS = """
   outline: 3px solid var(--primary-500); outline-offset: 2px; }
 """
 
-# What changes while one waits is read out by screen readers.
-LIVE = """() => { for (const id of ["told", "files-told"]) {
-  const region = document.getElementById(id);
-  if (region) { region.setAttribute("role", "status"); region.setAttribute("aria-live", "polite"); }
-} }"""
+# Of `gr.HTML`: what changes while one waits is read out by screen readers.
+LIVE = {"html_template": "<div role='status' aria-live='polite'>${value}</div>", "value": ""}
 
 SLIDE = """
 element.addEventListener("input", event => {

@@ -21,6 +21,7 @@ from ..generation_clara import default_memory_size, prepare_reading, stream_text
 
 MB = 2**20
 ANSWER_TOKENS, PARAPHRASE_TOKENS = 64, 128
+SHOWN_PROBLEMS = 10
 PASS_CHUNKS = 8  # compressed between two reports; other visitors' questions come in between
 Report = Callable[[int, int], None]  # chunks that are done, chunks in all
 
@@ -31,7 +32,7 @@ class Limits:
 
     Attributes:
         files: at a time.
-        file_bytes: of one file, packed as it is sent; `unpacked_bytes` are those of its content.
+        file_bytes: of one file as it is sent; `unpacked_bytes` are those of the content of all.
         chunks: of all files of a visitor.
         question: characters.
         visitors: that have files at the same time.
@@ -285,26 +286,29 @@ class Visitors:
 
     def _good_files(self, files: Sequence[InputFile], problems: list[str]) -> list[InputFile]:
         """Files that are small enough; of the others a problem each."""
-        good = []
+        good, left = [], self.limits.unpacked_bytes
         for file in files:
+            n_bytes = unpacked_bytes(file, left)
             if file.size > self.limits.file_bytes:
                 problems.append(f"{file.name} has more than {self.limits.file_bytes // MB} MB and was left out.")
-            elif is_larger_unpacked(file, self.limits.unpacked_bytes):
-                problems.append(
-                    f"{file.name} has more than {self.limits.unpacked_bytes // MB} MB when unpacked and was left out."
-                )
+            elif n_bytes > left:
+                most = self.limits.unpacked_bytes // MB
+                problems.append(f"{file.name} was left out: all files may have {most} MB when unpacked.")
             else:
                 good.append(file)
+                left -= n_bytes
         return good
 
     def _count_chunks(self, files: Sequence[InputFile], problems: list[str], stop: threading.Event) -> int:
         """Chunks of all files; adds what cannot be read. A ValueError if nothing can, or if they are too many."""
-        n_chunks = 0
+        n_chunks = n_bad = 0
         for row in DocumentSource(files):
             if stop.is_set():
                 raise Stopped
             if row.document is None:
-                problems.append(row.problem.replace("`", ""))
+                n_bad += 1
+                if n_bad <= SHOWN_PROBLEMS:
+                    problems.append(row.problem.replace("`", ""))
                 continue
             fields = {name: row.document.get(name) for name in ("title", "text")}
             n_chunks += len(self.model.processor.split_document(fields, row.place))
@@ -314,6 +318,8 @@ class Visitors:
                     f"The files have more than {self.limits.chunks} pieces of {size} tokens, which takes too long "
                     "here. Take fewer or shorter files, or use `clara compress` on your own machine."
                 )
+        if n_bad > SHOWN_PROBLEMS:
+            problems.append(f"... and {n_bad - SHOWN_PROBLEMS:,} more.")
         if not n_chunks:
             raise ValueError("\n".join(problems) or "The files have no text.")
         return n_chunks
@@ -329,21 +335,21 @@ def copy_files(paths: Sequence[str], folder: Path) -> None:
         shutil.copyfile(path, target)
 
 
-def is_larger_unpacked(file: InputFile, most: int) -> bool:
-    """Whether the content of a packed file has more bytes; of what cannot be unpacked its reader will say so."""
+def unpacked_bytes(file: InputFile, most: int) -> int:
+    """Bytes of a file unpacked, counted up to `most` + 1; of one that is damaged those before the damage."""
     if format_of(file) is None:
-        return False
+        return 0
+    n_bytes = 0
     try:
         if zipfile.is_zipfile(file.path):
             with zipfile.ZipFile(file.path) as archive:
-                return sum(entry.file_size for entry in archive.infolist()) > most
-        n_bytes = 0
+                return sum(entry.file_size for entry in archive.infolist())
         with file.open() as stream:
-            while n_bytes <= most and (block := stream.read(MB)):
+            while n_bytes <= most and (block := stream.read(min(MB, most - n_bytes + 1))):
                 n_bytes += len(block)
-        return n_bytes > most
+        return n_bytes
     except Exception:  # of other people's formats
-        return False
+        return n_bytes
 
 
 class _Watched:

@@ -3,8 +3,8 @@
     python -m recipes.spaces.publish build recipes/spaces/leaderboard OUT
     python -m recipes.spaces.publish describe questions.jsonl.gz more.jsonl.gz > data_files.json
 
-`upload.py metric`, `upload.py leaderboard` and `upload.py page` publish them. A Space is a folder that stands by itself: its own files,
-and copies of what it shares with others (`SHARED`).
+`upload.py` publishes them as the kinds metric, leaderboard and page. A Space is a folder that stands by itself: its
+own files, and copies of what it shares with others (`SHARED`).
 """
 
 import argparse

@@ -244,7 +244,7 @@ def test_own_files_become_a_corpus_of_one_session(visitors, tmp_path):
         ({"a__png": "x"}, "a.png has the ending"),
         ({"a__txt": " "}, "a.txt is empty"),
         ({"a__txt": "x " * 15_000}, "a.txt has more than 0 MB"),
-        ({"a__txt__gz": gzip.compress(b"x " * 50_000)}, "when unpacked"),
+        ({"a__txt__gz": gzip.compress(b"x " * 50_000)}, "all files may have 0 MB when unpacked"),
         ({"a__txt": "word " * 3000}, "more than 30 pieces"),
     ],
     ids=["none", "many", "unknown", "empty", "large", "bomb", "long"],
@@ -256,6 +256,12 @@ def test_what_is_refused_leaves_the_corpus_before(visitors, tmp_path, files, tol
     with pytest.raises(ValueError, match=told):
         visitors.compress(visitor, write(tmp_path, **files), lambda *counts: None)
     assert visitor.corpus is before and sorted(Path(visitors.root.name).iterdir()) == left
+
+
+def test_a_thousand_bad_rows_are_counted(visitors, tmp_path):
+    paths = write(tmp_path, rows__jsonl='{"text": ""}\n' * 1000 + '{"text": "Lyon is a city."}\n')
+    problems = visitors.compress(visitors.get("one"), paths, lambda *counts: None)
+    assert len(problems) == 11 and problems[-1] == "... and 990 more." and len(visitors.get("one").corpus) == 1
 
 
 def test_stopping_and_leaving(visitors, tmp_path):

@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,8 +35,8 @@ SHEETS = [
     {"id": f"x{ATTACK}", "title": f"Ines {ATTACK}", "text": f"Ines speaks Danish at home. {ATTACK}"},
     {"id": "long", "title": "Hugo Archer", "text": " ".join(["Hugo is a miner by trade. Hugo keeps a goat."] * 14)},
 ]
-QUESTION, ANSWER = "Where does Otto Garner live?", "Lima"
-UNKNOWN = "zq xv?"
+QUESTION, ANSWER = "What is the job of Mira Hollis?", "baker"
+UNKNOWN = "Vera Stone"
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +84,8 @@ def browser():
 
 
 @contextlib.contextmanager
-def visiting(browser, address: str, **options) -> Iterator[object]:
-    """A page of a new visitor; at the end nothing may have left the machine or gone wrong."""
+def visiting(browser, address: str, logged=(), **options) -> Iterator[object]:
+    """A page of a new visitor; at the end nothing may have left the machine or gone wrong but what is `logged`."""
     requests, errors = [], []
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
     try:
@@ -98,11 +97,11 @@ def visiting(browser, address: str, **options) -> Iterator[object]:
         page.on("dialog", lambda dialog: (errors.append(dialog.message), dialog.dismiss()))
         page.goto(address)
         page.wait_for_selector("#question input")
-        page.wait_for_selector("#told[role=status]", state="attached")
+        page.wait_for_selector("#told [role=status]", state="attached")
         yield page
     finally:
         context.close()
-    assert errors == []
+    assert [error for error in errors if not error.startswith(tuple(logged))] == []
     away = [url for url in requests if not url.startswith((f"{address}/", "data:", "blob:", "about:"))]
     assert requests and away == []
 
@@ -156,9 +155,9 @@ def test_each_control(browser, address):
         told(page, "from the full text.")
         assert ANSWER in value(page, "#memory") and value(page, "#text")
         assert page.locator("#words li").count() > 3
-        assert page.locator(".clara-passage h3").all_inner_texts() == ["1. Otto Garner"]
-        assert "otto" in page.locator(".clara-passage .place").inner_text()
-        assert page.locator(".clara-passage mark").inner_text() == SHEETS[0]["text"]
+        assert page.locator(".clara-passage h3").all_inner_texts() == ["1. Mira Hollis"]
+        assert "mira" in page.locator(".clara-passage .place").inner_text()
+        assert page.locator(".clara-passage mark").inner_text() == SHEETS[1]["text"]
         assert cell(page, "of these for the passages", 0) == 8 and cell(page, "Until the end", 1) > 0
         page.locator("#size input").focus()
         page.keyboard.press("ArrowLeft")
@@ -203,10 +202,9 @@ def test_an_abstained_answer_and_errors_lose_nothing(browser, address):
 
 
 def test_own_files(browser, address, folder, tmp_path):
-    good, broken, large = tmp_path / "sheet.md", tmp_path / "broken.pdf", tmp_path / "large.txt"
+    good, broken = tmp_path / "sheet.md", tmp_path / "broken.pdf"
     good.write_text("Nora Field works as a judge. Nora lives in Quito.\n" * 20)
     broken.write_bytes(b"%PDF-1.4 nothing")
-    large.write_bytes(b"x" * 11 * 2**20)
     with visiting(browser, address) as page:
         open_files(page)
         page.click("#compress")
@@ -214,39 +212,45 @@ def test_own_files(browser, address, folder, tmp_path):
         upload(page, good, broken)
         assert "broken.pdf cannot be read" in page.locator("#files-told .clara-problem").inner_text()
         assert page.locator("#where input:checked").get_attribute("value") == "Your files"
-        ask(page, "Where does Nora Field live?")
+        ask(page, "What is the job of Nora Field?", end="nswered")
         first = page.locator(".clara-passage").first
         assert "sheet" in first.locator("h3").inner_text() and "of" in first.locator(".place").inner_text()
         assert first.locator("mark").count() == 1 and first.locator(".near").count() >= 1
         page.locator("#where").get_by_label("corpus").check()
         ask(page, QUESTION)
-        assert page.locator(".clara-passage h3").first.inner_text() == "1. Otto Garner"
+        assert page.locator(".clara-passage h3").first.inner_text() == "1. Mira Hollis"
         assert list((folder / "tmp").glob("clara-ui-*/*/files/sheet.md"))
         page.click("#remove")
         told(page, "Your files are removed.", "#files-told")
         assert not list((folder / "tmp").glob("clara-ui-*/*")) and not list((folder / "tmp").rglob("sheet.md"))
         page.locator("#where").wait_for(state="hidden")
-    requested = []
-    with contextlib.suppress(AssertionError), visiting(browser, address) as page:  # the browser logs the refusal
+
+
+def test_a_file_that_is_too_large(browser, address, tmp_path):
+    good, large = tmp_path / "good.md", tmp_path / "large.txt"
+    good.write_text("Nora Field works as a judge.")
+    large.write_bytes(b"x" * 11 * 2**20)
+    with visiting(
+        browser, address, ("Failed to load resource: the server responded with a status of 404", "Response")
+    ) as page:
         open_files(page)
-        page.on("response", lambda response: requested.append(response.status) if "upload" in response.url else None)
         page.set_input_files("#files input[type=file]", large)
-        page.get_by_text("exceed", exact=False).first.wait_for()
-        ask(page, QUESTION)
-        requested.append(value(page, "#memory"))
-    assert 413 in requested and requested[-1].startswith(ANSWER)
+        page.get_by_text('exceed the maximum allowed size of 10.0 Mb: "large.txt"').wait_for()
+        upload(page, good)
+        ask(page, QUESTION, end="nswered")
+        assert page.locator(".clara-passage h3").all_inner_texts() == ["1. good"]
 
 
 def test_a_compression_can_be_stopped(browser, address, tmp_path):
-    long = tmp_path / "long.txt"
-    long.write_text("Nora Field works as a judge. Nora lives in Quito. " * 2500)
+    long = tmp_path / "long.jsonl"
+    long.write_text('{"text": ""}\n' * 750_000)
     with visiting(browser, address) as page:
         open_files(page)
         page.set_input_files("#files input[type=file]", long)
-        page.wait_for_selector("#files :text('.txt')")
+        page.wait_for_selector("#files :text('.jsonl')")
         page.click("#compress")
-        page.wait_for_selector("#files-told progress, #files-told .clara-note")
-        assert page.locator("#files-told").get_attribute("aria-live") == "polite"
+        told(page, "Reading the files", "#files-told")
+        assert page.locator("#files-told [aria-live=polite] p").count() >= 1
         page.click("#stop")
         told(page, "Stopped. Nothing was changed.", "#files-told")
         assert not page.locator("#where").is_visible()
@@ -259,7 +263,6 @@ def test_hostile_input_is_text(browser, address, tmp_path):
         page.locator("#top-k input[type=number]").fill("4")
         page.locator("#top-k input[type=number]").blur()
         ask(page, f"Does Ines speak Danish? {ATTACK}", end="nswered")
-        told(page, ATTACK, ".clara-passage:has-text('Danish')")
         assert ATTACK in page.locator(".clara-passage:has-text('Danish') h3").inner_text()
         open_files(page)
         upload(page, path)
@@ -368,15 +371,16 @@ def test_two_sessions_at_once(browser, address, folder, tmp_path):
         open_files(one)
         upload(one, path)
         assert not other.locator("#where").is_visible()
-        one.fill("#question input", "Where does Nora Field live?")
+        one.fill("#question input", "What is the job of Nora Field?")
         other.fill("#question input", QUESTION)
         one.press("#question input", "Enter")
         other.press("#question input", "Enter")
         for page in (one, other):
-            told(page, "nswered from memory and from")
+            told(page, "nswered")
             page.wait_for_selector(".clara-passage")
         assert one.locator(".clara-passage h3").all_inner_texts() == ["1. sheet"]
-        assert other.locator(".clara-passage h3").all_inner_texts() == ["1. Otto Garner"]
+        assert other.locator(".clara-passage h3").all_inner_texts() == ["1. Mira Hollis"]
+        told(other, "from the full text.")
         assert value(other, "#memory").startswith(ANSWER)
 
 
@@ -400,8 +404,7 @@ def test_the_space_serves_the_same_page(folder, browser, tmp_path):
     finally:
         process.terminate()
         process.wait(30)
-    started = time.monotonic()
     environment.pop("CORPUS")
     options = {"cwd": tmp_path / "space", "env": environment, "capture_output": True, "text": True, "check": False}
     refused = subprocess.run(command, **options)
-    assert refused.returncode == 1 and "`CORPUS` must name" in refused.stderr and time.monotonic() - started < 60
+    assert refused.returncode == 1 and "`CORPUS` must name" in refused.stderr
