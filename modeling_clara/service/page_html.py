@@ -129,7 +129,7 @@ def passages_html(asked: "Asked", min_score: float | None) -> str:
     line = "" if min_score is None else " The line across it is the least that one passage must have."
     return (
         f"<h2>{title}</h2><p class='place'>The bar is the similarity of the question's vectors and the passage's, at "
-        f"most 1.{line} What the vectors hold is marked; the text around it is another piece of the same document.</p>"
+        f"most 1.{line} What the vectors hold is marked; grey text belongs to the pieces beside it.</p>"
     )
 
 

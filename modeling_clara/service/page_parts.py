@@ -52,9 +52,9 @@ CSS = """
 .prose table.clara-costs.clara-costs { width: 100%; max-width: 40rem; border: 0; border-collapse: collapse;
   font-variant-numeric: tabular-nums; }
 .prose .clara-costs.clara-costs tr { border: 0; }
-.prose .clara-costs.clara-costs :is(th, td) { border: 0; border-bottom: 1px solid var(--border-color-primary);
-  padding: .25rem .4rem; text-align: right; font-weight: 400; color: var(--body-text-color); }
-.prose .clara-costs.clara-costs tr > th:first-child { text-align: left; padding-left: 0; }
+.prose .clara-costs.clara-costs tr > * { border: 0; border-bottom: 1px solid var(--border-color-primary);
+  padding: .25rem .4rem; text-align: right; white-space: nowrap; font-weight: 400; color: var(--body-text-color); }
+.prose .clara-costs.clara-costs tr > th:first-child { text-align: left; white-space: normal; padding-left: 0; }
 .prose .clara-costs.clara-costs thead th { font-weight: 600; }
 .passage { border: 1px solid var(--border-color-primary); border-radius: var(--block-radius); padding: .8rem; }
 .passage .html-container { padding: 0; }

@@ -3,6 +3,7 @@
 import gzip
 import json
 import threading
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -335,3 +336,17 @@ def test_examples_are_questions_of_the_documents(corpus):
 def test_the_command_needs_a_corpus(tmp_path, capsys):
     assert cli.main(["ui", str(tmp_path), "--json"]) == 1
     assert "corpus.json" in json.loads(capsys.readouterr().out)["problem"]
+
+
+def test_the_space_needs_what_the_package_needs():
+    """Its requirements are those of the package and of the extras that the page uses."""
+    root = Path(__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = [project["optional-dependencies"][name] for name in ("corpus", "documents", "demo", "ui")]
+    needed = {
+        line for lines in (project["dependencies"], *extras) for line in lines if not line.startswith("clara-rag")
+    }
+    lines = (root / "recipes" / "spaces" / "ask" / "requirements.txt").read_text().splitlines()
+    pinned = {line for line in lines if line.startswith("gradio==")}
+    assert len(pinned) == 1 and set(lines) - pinned == needed - {"gradio>=6,<7"}
+    assert pinned <= set((root / "constraints.txt").read_text().splitlines())
