@@ -119,7 +119,8 @@ class _Page:
                 self._passages(asked)
 
     def _passages(self, asked: Asked) -> None:
-        gr.HTML(show.passages_html(asked, self.model.config.min_score), padding=True)
+        name = self.name if asked.corpus is self.corpus else OWN.lower()
+        gr.HTML(show.passages_html(asked, self.model.config.min_score, name), padding=True)
         for number, passage in enumerate(asked.passages, 1):
             with gr.Column(elem_classes="passage"):
                 gr.HTML(show.passage_html(number, passage, self.model.config.min_score))

@@ -123,13 +123,14 @@ def without_overlap(before: str, text: str) -> str:
     return before[: len(before) - shared]
 
 
-def passages_html(asked: "Asked", min_score: float | None) -> str:
-    """What stands above the passages."""
+def passages_html(asked: "Asked", min_score: float | None, name: str) -> str:
+    """What stands above the passages, which come from the documents of this name."""
     title = "Nearest passages" if asked.answer.abstained else "Passages that were read"
     line = "" if min_score is None else " The line across it is the least that one passage must have."
     return (
-        f"<h2>{title}</h2><p class='place'>The bar is the similarity of the question's vectors and the passage's, at "
-        f"most 1.{line} What the vectors hold is marked; grey text belongs to the pieces beside it.</p>"
+        f"<h2>{title}, from {escaped(name)}</h2><p class='place'>The bar is the similarity of the question's vectors "
+        f"and the passage's, at most 1.{line} What the vectors hold is marked; grey text belongs to the pieces beside "
+        "it.</p>"
     )
 
 

@@ -103,7 +103,7 @@ def last(parts):
         lambda text: show.message_html(text, kind="problem"),
         lambda text: show.words_html([text]),
         lambda text: show.passage_html(1, Passage(Source(text, 0, 0.5, text, text), text, text, 3), 0.2),
-        lambda text: show.passages_html(Asked(None, text, 1, Answer(text, []), [], COST), None),
+        lambda text: show.passages_html(Asked(None, text, 1, Answer(text, []), [], COST), None, text),
         lambda text: show.costs_html(COST, COST, text),
     ],
     ids=["message", "words", "passage", "passages", "costs"],

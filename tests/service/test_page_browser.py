@@ -213,12 +213,14 @@ def test_own_files(browser, address, folder, tmp_path):
         assert "broken.pdf cannot be read" in page.locator("#files-told .clara-problem").inner_text()
         assert page.locator("#where input:checked").get_attribute("value") == "Your files"
         ask(page, "What is the job of Nora Field?", end="nswered")
+        page.get_by_text("from your files").wait_for()
         first = page.locator(".clara-passage").first
         assert "sheet" in first.locator("h3").inner_text() and "of" in first.locator(".place").inner_text()
         assert first.locator("mark").count() == 1 and first.locator(".near").count() >= 1
         page.locator("#where").get_by_label("corpus").check()
         ask(page, QUESTION)
         assert page.locator(".clara-passage h3").first.inner_text() == "1. Mira Hollis"
+        page.get_by_text("Passages that were read, from corpus").wait_for()
         assert list((folder / "tmp").glob("clara-ui-*/*/files/sheet.md"))
         page.click("#remove")
         told(page, "Your files are removed.", "#files-told")
