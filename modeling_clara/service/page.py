@@ -139,10 +139,11 @@ class _Page:
 
     def _own_files(self) -> None:
         limits, size = self.limits, self.limits.file_bytes // 2**20
+        minutes = f"{limits.keep_seconds / 60:.0f} minutes"
         with gr.Accordion("Ask your own files", open=False, elem_id="own"):
             gr.HTML(
                 f"<p>Up to {limits.files} files of {size} MB: text, HTML, PDF, Word, PowerPoint, EPUB, Excel, CSV, "
-                "JSON or Parquet. They are compressed here, for you alone, and removed when you leave the page.</p>"
+                f"JSON or Parquet. They are compressed here, for you alone, and removed {minutes} after you leave.</p>"
             )
             self.files = gr.File(label="Files", file_count="multiple", height=160, elem_id="files")
             with gr.Row():
