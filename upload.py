@@ -1,4 +1,4 @@
-"""Builds a model, a corpus, a metric, the leaderboard or data as it is published, checks it, and publishes one state.
+"""Builds a model, a corpus, a metric, the leaderboard, the page or data as published, checks it, publishes one state.
 
     python upload.py model model_cards/clara-smollm2-135m --repo-id org/clara-smollm2-135m --dry-run
     python upload.py model model_cards/clara-smollm2-135m --build build/clara-smollm2-135m

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from ..version import __version__
-from . import add, ask, compress, convert, delete, demo, info, merge, serve, sync, synthesize, update
+from . import add, ask, compress, convert, delete, demo, info, merge, serve, sync, synthesize, ui, update
 from .compress import add_build_options, build_options
 from .console import allow_any_console
 from .errors import describe_error
@@ -19,7 +19,7 @@ from .models import DTYPES, silence_libraries, weight_options
 
 __all__ = ["DTYPES", "add_build_options", "build_options", "build_parser", "main", "weight_options"]
 
-COMMANDS = (demo, compress, ask, serve, sync, add, update, delete, convert, info, merge, synthesize)
+COMMANDS = (demo, compress, ask, ui, serve, sync, add, update, delete, convert, info, merge, synthesize)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -86,6 +86,15 @@ KINDS = {
             is_pinned=False,
         ),
         Kind(
+            "page",
+            "the page",
+            "space",
+            find,
+            assemble.assemble_space,
+            marks=("modeling_clara/service/page.py",),
+            is_pinned=False,
+        ),
+        Kind(
             "data",
             "data",
             "dataset",

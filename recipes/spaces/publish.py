@@ -1,10 +1,10 @@
-"""Builds a metric or the leaderboard as a Space, and describes the data that a leaderboard accepts.
+"""Builds a metric, the leaderboard or the page as a Space, and describes the data that a leaderboard accepts.
 
     python -m recipes.spaces.publish build recipes/spaces/leaderboard OUT
     python -m recipes.spaces.publish describe questions.jsonl.gz more.jsonl.gz > data_files.json
 
-`upload.py metric` and `upload.py leaderboard` publish them. A Space is a folder that stands by itself: its own files,
-and copies of what it shares with others (`SHARED`).
+`upload.py` publishes them as the kinds metric, leaderboard and page. A Space is a folder that stands by itself: its
+own files, and copies of what it shares with others (`SHARED`).
 """
 
 import argparse
@@ -15,10 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SPACES = Path(__file__).resolve().parent
-METRICS, LEADERBOARD, EVALUATION = SPACES / "metrics", SPACES / "leaderboard", SPACES.parent / "evaluation"
+METRICS, LEADERBOARD, PAGE = SPACES / "metrics", SPACES / "leaderboard", SPACES / "ask"
+EVALUATION, PACKAGE = SPACES.parent / "evaluation", SPACES.parents[1] / "modeling_clara"
 SHARED = {  # name in the Space -> file that is copied there
     "metric": {"app.py": METRICS / "space_app.py", "checked_rows.py": METRICS / "checked_rows.py"},
     "leaderboard": {name: EVALUATION / name for name in ("validation.py", "results.schema.json")},
+    "page": {path.relative_to(PACKAGE.parent).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+    | {"modeling_clara/cli/demo_passages.jsonl": PACKAGE / "cli" / "demo_passages.jsonl"},
 }
 IN_THE_CLONE, IN_A_SPACE = b"from recipes.spaces.metrics.checked_rows import", b"from .checked_rows import"
 SUFFIXES = (".py", ".md", ".txt", ".json", ".js")
@@ -27,7 +30,7 @@ SUFFIXES = (".py", ".md", ".txt", ".json", ".js")
 def space_files(folder: Path) -> dict[str, bytes]:
     """Path in the Space -> content of every file: those of the folder, and those that it shares with others."""
     folder = Path(folder).resolve()
-    kind = "metric" if folder.parent == METRICS else "leaderboard" if folder == LEADERBOARD else None
+    kind = "metric" if folder.parent == METRICS else {LEADERBOARD: "leaderboard", PAGE: "page"}.get(folder)
     paths = [path for path in folder.rglob("*") if path.suffix in SUFFIXES and "__pycache__" not in path.parts]
     sources = {path.relative_to(folder).as_posix(): path for path in paths} | SHARED.get(kind, {})
     for name in ("README.md", "app.py"):
