@@ -1,0 +1,78 @@
+"""What the retrievers of all frameworks share: a corpus and its model by object or by name, one search, one id.
+
+It imports no framework. Every retriever gives what `model.retrieve` gives, in the framework's own objects.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+
+from ..candidates_clara import Source, open_corpus
+from ..names import CLaRaForRAG, corpus_class
+
+logger = logging.getLogger(__name__)
+
+
+def missing_extra(package: str, extra: str) -> ImportError:
+    """The error of a module whose framework is not installed."""
+    return ImportError(
+        f"`modeling_clara.integrations.{extra.replace('-', '_')}` needs {package}: pip install {package}, or the extra "
+        f"`{extra}` from a clone of the repository."
+    )
+
+
+def load(corpus, model=None, *, backbone: str | None = None, revision: str | None = None, dtype: str | None = None):
+    """A corpus and the model that searches it; a ValueError if another compressor made the corpus.
+
+    Args:
+        corpus: a `CompressedCorpus`, or its folder or id on the Hub. A name stays one, so that every search shows what
+            was changed since; with `revision` it is opened, as it is there.
+        model: a `CLaRaForRAG`, or its folder or id; default the corpus's, else the one that made it.
+        backbone: folder or id of the backbone of a model that is loaded; default the one it was trained on.
+        revision: branch, tag or commit of the corpus on the Hub.
+        dtype: of the weights of a model that is loaded: float32, bfloat16, float16, int8 or int4.
+    """
+    from ..cli.models import load_model, load_model_of  # which knows where the backbone's weights come from
+
+    options = {"backbone": backbone, "dtype": dtype, "report": logger.info}
+    if revision is not None:
+        corpus = corpus_class().open(corpus, revision)
+    elif isinstance(corpus, str | os.PathLike):
+        corpus = os.path.abspath(corpus) if os.path.isdir(corpus) else str(corpus)
+    if model is None:
+        opened = corpus_class().open(corpus) if isinstance(corpus, str) else corpus
+        model = getattr(opened, "model", None)
+        if model is None and not (hasattr(opened, "manifest") and opened.manifest.compressor.get("name_or_path")):
+            raise ValueError("`model` must be given, because the corpus does not name the one that made it. Pass it.")
+        model = model or load_model_of(opened, **options)
+    elif isinstance(model, str | os.PathLike):
+        model = load_model(str(model), **options)
+    elif not hasattr(model, "retrieve"):
+        raise TypeError(f"`model` must be a CLaRaForRAG, its folder or its id, got {type(model).__name__}. Pass one.")
+    elif backbone is not None or dtype is not None:
+        raise ValueError("`backbone` and `dtype` must go with the name of a model. Leave them out, or pass its name.")
+    opened = open_corpus(model, corpus)
+    if hasattr(opened, "check_model"):
+        opened.check_model(model)
+    return corpus, model
+
+
+def search(
+    model: CLaRaForRAG, corpus, question: str, *, where: Mapping | None = None, hybrid: bool | str | None = None, **rest
+) -> list[Source]:
+    """`model.retrieve` of one question; `where` and `hybrid`, if given, replace those of the corpus."""
+    corpus = open_corpus(model, corpus)
+    if where is not None or hybrid is not None:
+        corpus = corpus.with_options(where=where, hybrid=hybrid)
+    (sources,) = model.retrieve([question], corpus=corpus, **rest)
+    return sources
+
+
+def chunk_id(source: Source) -> str:
+    """An id that no other chunk has: DOCUMENT#CHUNK."""
+    return f"{source.document_id}#{source.span}"
+
+
+def describe(source: Source) -> dict:
+    """Metadata of a chunk: the corpus's columns, and title, document_id and chunk, which win over such columns."""
+    return {**source.metadata, "title": source.title, "document_id": source.document_id, "chunk": source.span}
