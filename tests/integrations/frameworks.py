@@ -26,7 +26,7 @@ OPTIONS = [
     ({"k": 6, "where": {"lang": "de"}}, {"where": {"lang": "de"}}, {"top_k": 6}),
     ({"k": 6, "hybrid": True}, {"hybrid": True}, {"top_k": 6}),
     ({"k": 6, "hybrid": "scores", "where": {"year": {"$gte": 2019}}}, {"hybrid": "scores", "where": {"year": {"$gte": 2019}}}, {"top_k": 6}),
-    ({"k": 6, "min_score": 0.2}, {}, {"top_k": 6, "min_score": 0.2}),
+    ({"k": 6, "min_score": -0.15}, {}, {"top_k": 6, "min_score": -0.15}),
 ]  # fmt: skip
 
 
