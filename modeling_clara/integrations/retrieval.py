@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 
 from ..candidates_clara import Source, open_corpus
+from ..cli.models import load_model, load_model_of  # which know where the weights of a backbone come from
 from ..names import CLaRaForRAG, corpus_class
 
 logger = logging.getLogger(__name__)
@@ -32,29 +33,38 @@ def load(corpus, model=None, *, backbone: str | None = None, revision: str | Non
         revision: branch, tag or commit of the corpus on the Hub.
         dtype: of the weights of a model that is loaded: float32, bfloat16, float16, int8 or int4.
     """
-    from ..cli.models import load_model, load_model_of  # which knows where the backbone's weights come from
-
-    options = {"backbone": backbone, "dtype": dtype, "report": logger.info}
     if revision is not None:
         corpus = corpus_class().open(corpus, revision)
     elif isinstance(corpus, str | os.PathLike):
         corpus = os.path.abspath(corpus) if os.path.isdir(corpus) else str(corpus)
     if model is None:
-        opened = corpus_class().open(corpus) if isinstance(corpus, str) else corpus
-        model = getattr(opened, "model", None)
-        if model is None and not (hasattr(opened, "manifest") and opened.manifest.compressor.get("name_or_path")):
-            raise ValueError("`model` must be given, because the corpus does not name the one that made it. Pass it.")
-        model = model or load_model_of(opened, **options)
-    elif isinstance(model, str | os.PathLike):
-        model = load_model(str(model), **options)
-    elif not hasattr(model, "retrieve"):
-        raise TypeError(f"`model` must be a CLaRaForRAG, its folder or its id, got {type(model).__name__}. Pass one.")
-    elif backbone is not None or dtype is not None:
-        raise ValueError("`backbone` and `dtype` must go with the name of a model. Leave them out, or pass its name.")
+        model = _load_maker(corpus_class().open(corpus) if isinstance(corpus, str) else corpus, backbone, dtype)
+    else:
+        model = load_by_name(model, backbone=backbone, dtype=dtype)
     opened = open_corpus(model, corpus)
     if hasattr(opened, "check_model"):
         opened.check_model(model)
     return corpus, model
+
+
+def load_by_name(model, *, backbone: str | None = None, dtype: str | None = None) -> CLaRaForRAG:
+    """A model as it is, or loaded from its folder or id on the backbone that it was trained on."""
+    if isinstance(model, str | os.PathLike):
+        return load_model(str(model), backbone=backbone, dtype=dtype, report=logger.info)
+    if not hasattr(model, "retrieve"):
+        raise TypeError(f"`model` must be a CLaRaForRAG, its folder or its id, got {type(model).__name__}. Pass one.")
+    if backbone is not None or dtype is not None:
+        raise ValueError("`backbone` and `dtype` must go with the name of a model. Leave them out, or pass its name.")
+    return model
+
+
+def _load_maker(corpus, backbone: str | None, dtype: str | None) -> CLaRaForRAG:
+    """The model of an open corpus, or the one that its manifest names."""
+    if getattr(corpus, "model", None) is not None:
+        return load_by_name(corpus.model, backbone=backbone, dtype=dtype)
+    if not hasattr(corpus, "manifest") or not corpus.manifest.compressor.get("name_or_path"):
+        raise ValueError("`model` must be given, because the corpus does not name the one that made it. Pass it.")
+    return load_model_of(corpus, backbone=backbone, dtype=dtype, report=logger.info)
 
 
 def search(
