@@ -11,8 +11,13 @@ from langchain_tests.integration_tests import RetrieversIntegrationTests
 from modeling_clara.integrations.langchain import CLaRaRetriever
 
 
+@pytest.mark.anyio
 class TestStandard(RetrieversIntegrationTests):
     """The suite of langchain-tests."""
+
+    @pytest.fixture
+    def anyio_backend(self):
+        return "asyncio"
 
     @pytest.fixture(autouse=True)
     def given(self, corpus, clara):

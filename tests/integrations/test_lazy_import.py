@@ -1,35 +1,26 @@
-"""No framework is imported before its own module is, and one that is not installed is named with its extra."""
+"""A framework that is not installed is named, with its extra; that none is imported at once is tested in tests/cli."""
 
-import os
-import subprocess
+import importlib
 import sys
-from pathlib import Path
 
-import modeling_clara
+import pytest
 
-ROOT = Path(modeling_clara.__file__).parents[1]
-CODE = """
-import importlib, sys
-import modeling_clara, modeling_clara.integrations.retrieval
-extras = {
-    "langchain": ("langchain_core", "langchain-core"),
-    "llama-index": ("llama_index", "llama-index-core"),
-    "haystack": ("haystack", "haystack-ai"),
-    "mteb": ("mteb", "mteb"),
-}
-assert not sys.modules.keys() & {package for package, _ in extras.values()}
-for extra, (package, name) in extras.items():
-    sys.modules[package] = None  # as if it were not installed
-    try:
-        importlib.import_module("modeling_clara.integrations." + extra.replace("-", "_"))
-    except ImportError as error:
-        assert f"pip install {name}, or the extra `{extra}`" in str(error), error
-    else:
-        raise AssertionError(extra)
-"""
+import modeling_clara.integrations.retrieval
 
 
-def test_frameworks_are_imported_when_they_are_used_and_named_when_they_are_missing():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+@pytest.mark.parametrize(
+    ("extra", "package", "name"),
+    [
+        ("langchain", "langchain_core", "langchain-core"),
+        ("llama-index", "llama_index", "llama-index-core"),
+        ("haystack", "haystack", "haystack-ai"),
+        ("mteb", "mteb", "mteb"),
+    ],
+)
+def test_a_missing_framework_is_named(extra, package, name, monkeypatch):
+    module = f"{modeling_clara.integrations.__name__}.{extra.replace('-', '_')}"
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    for known in [package, *(known for known in sys.modules if known.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, known, None)  # as if it were not installed
+    with pytest.raises(ImportError, match=f"`{module}` needs {name}: pip install {name}, or the extra `{extra}`"):
+        importlib.import_module(module)
