@@ -42,7 +42,9 @@ class CLaRaRetriever(BaseRetriever):
         self.corpus, self.model = load(self.corpus, self.model)
 
     @classmethod
-    def from_corpus(cls, corpus, model=None, *, backbone=None, revision=None, dtype=None, **fields) -> "CLaRaRetriever":
+    def from_corpus(
+        cls, corpus, model=None, *, backbone=None, revision=None, dtype=None, **fields
+    ) -> "CLaRaRetriever":
         """A retriever over the corpus of a folder or an id; options as in `retrieval.load`, `fields` as above."""
         corpus, model = load(corpus, model, backbone=backbone, revision=revision, dtype=dtype)
         return cls(corpus=corpus, model=model, **fields)

@@ -68,7 +68,13 @@ def _load_maker(corpus, backbone: str | None, dtype: str | None) -> CLaRaForRAG:
 
 
 def search(
-    model: CLaRaForRAG, corpus, question: str, *, where: Mapping | None = None, hybrid: bool | str | None = None, **rest
+    model: CLaRaForRAG,
+    corpus,
+    question: str,
+    *,
+    where: Mapping | None = None,
+    hybrid: bool | str | None = None,
+    **rest,
 ) -> list[Source]:
     """`model.retrieve` of one question; `where` and `hybrid`, if given, replace those of the corpus."""
     corpus = open_corpus(model, corpus)

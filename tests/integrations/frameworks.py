@@ -35,4 +35,3 @@ def retrieve(model, corpus, question: str, view: dict | None = None, call: dict 
     corpus = corpus.with_options(**view) if view else corpus
     (sources,) = model.retrieve([question], corpus=corpus, **(call or {}))
     return [(f"{s.document_id}#{s.span}", s.score, s.text, s.title, s.metadata) for s in sources]
-
