@@ -4,7 +4,7 @@ A chat model is not needed here: `clara serve` speaks the protocol of `ChatOpenA
 """
 
 import functools
-from typing import Any
+from typing import Any, Self
 
 from .retrieval import chunk_id, describe, load, missing_extra, search
 
@@ -42,9 +42,7 @@ class CLaRaRetriever(BaseRetriever):
         self.corpus, self.model = load(self.corpus, self.model)
 
     @classmethod
-    def from_corpus(
-        cls, corpus, model=None, *, backbone=None, revision=None, dtype=None, **fields
-    ) -> "CLaRaRetriever":
+    def from_corpus(cls, corpus, model=None, *, backbone=None, revision=None, dtype=None, **fields) -> Self:
         """A retriever over the corpus of a folder or an id; options as in `retrieval.load`, `fields` as above."""
         corpus, model = load(corpus, model, backbone=backbone, revision=revision, dtype=dtype)
         return cls(corpus=corpus, model=model, **fields)

@@ -16,9 +16,9 @@ logger = logging.getLogger(__name__)
 
 def missing_extra(package: str, extra: str) -> ImportError:
     """The error of a module whose framework is not installed."""
+    module = f"modeling_clara.integrations.{extra.replace('-', '_')}"
     return ImportError(
-        f"`modeling_clara.integrations.{extra.replace('-', '_')}` needs {package}: pip install {package}, or the extra "
-        f"`{extra}` from a clone of the repository."
+        f"`{module}` needs {package}: pip install {package}, or the extra `{extra}` from a clone of the repository."
     )
 
 
@@ -68,13 +68,7 @@ def _load_maker(corpus, backbone: str | None, dtype: str | None) -> CLaRaForRAG:
 
 
 def search(
-    model: CLaRaForRAG,
-    corpus,
-    question: str,
-    *,
-    where: Mapping | None = None,
-    hybrid: bool | str | None = None,
-    **rest,
+    model: CLaRaForRAG, corpus, question: str, *, where: Mapping | None, hybrid: bool | str | None, **rest
 ) -> list[Source]:
     """`model.retrieve` of one question; `where` and `hybrid`, if given, replace those of the corpus."""
     corpus = open_corpus(model, corpus)

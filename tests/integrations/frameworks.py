@@ -19,15 +19,16 @@ ROWS = [
     for number, place in enumerate(PLACES)
 ]
 QUESTIONS = ["What is the capital of Italy?", "Which river flows through Paris?", "Who lives in Lima?"]
+GERMAN, RECENT = {"lang": "de"}, {"year": {"$gte": 2019}}
 # of a retriever, and the same for `with_options` and `retrieve`
 OPTIONS = [
     ({}, {}, {}),
     ({"k": 4}, {}, {"top_k": 4}),
-    ({"k": 6, "where": {"lang": "de"}}, {"where": {"lang": "de"}}, {"top_k": 6}),
+    ({"k": 6, "where": GERMAN}, {"where": GERMAN}, {"top_k": 6}),
     ({"k": 6, "hybrid": True}, {"hybrid": True}, {"top_k": 6}),
-    ({"k": 6, "hybrid": "scores", "where": {"year": {"$gte": 2019}}}, {"hybrid": "scores", "where": {"year": {"$gte": 2019}}}, {"top_k": 6}),
+    ({"k": 6, "hybrid": "scores", "where": RECENT}, {"hybrid": "scores", "where": RECENT}, {"top_k": 6}),
     ({"k": 6, "min_score": -0.15}, {}, {"top_k": 6, "min_score": -0.15}),
-]  # fmt: skip
+]
 
 
 def retrieve(model, corpus, question: str, view: dict | None = None, call: dict | None = None) -> list[tuple]:

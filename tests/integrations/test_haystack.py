@@ -1,4 +1,4 @@
-"""Haystack's documents are what `model.retrieve` finds, its filters mean what they mean to Haystack, pipelines save."""
+"""Haystack's documents are what `model.retrieve` finds, its filters mean the same to both, pipelines save."""
 
 import asyncio
 import random
@@ -13,7 +13,7 @@ from haystack.core.errors import DeserializationError
 from haystack.errors import FilterError
 from haystack.utils.filters import document_matches_filter
 
-from modeling_clara import CLaRaForRAG
+from modeling_clara import CLaRaForRAG, CompressedCorpus
 from modeling_clara.integrations.haystack import CLaRaRetriever, to_where
 
 FILTERS = {"lang": {"field": "meta.lang", "operator": "==", "value": "de"}}
@@ -176,3 +176,19 @@ def test_objects_are_saved_by_their_names_or_not_at_all(clara, corpus, shared_mo
     nameless = CLaRaForRAG(clara.config)
     with pytest.raises(ValueError, match="`model` must have a name"):
         CLaRaRetriever(corpus, nameless).to_dict()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:datasets", "ignore::FutureWarning:datasets")
+def test_a_corpus_of_the_hub_is_saved_with_its_commit(clara, folder, tmp_path):
+    """The pipeline that is loaded finds what the saved one found, whatever was pushed in between."""
+    copy = clara.load_corpus(shutil.copytree(folder, tmp_path / "corpus"))
+    copy.push_to_hub("frameworks/corpus", compressor="frameworks/model")
+    opened = CompressedCorpus.open("frameworks/corpus")
+    saved = CLaRaRetriever(opened, clara).to_dict()
+    copy.delete(["d0", "d1", "d2"])
+    copy.push_to_hub("frameworks/corpus", compressor="frameworks/model")
+    assert saved["init_parameters"]["corpus"] == "frameworks/corpus"
+    for revision, n in ((saved["init_parameters"]["revision"], 6), (None, 3)):
+        again = CLaRaRetriever.from_dict(saved)
+        again.model, again.revision = clara, revision  # the model of these tests is not on the Hub
+        assert len(again.run(QUESTIONS[0], top_k=6)["documents"]) == n

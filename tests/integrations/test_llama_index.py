@@ -1,4 +1,4 @@
-"""LlamaIndex's nodes are what `model.retrieve` finds, and its own parts take them for different or equal as they are."""
+"""LlamaIndex's nodes are what `model.retrieve` finds, and its own parts tell them apart."""
 
 import asyncio
 import shutil
