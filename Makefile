@@ -46,7 +46,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constr
 # Everything includes what the demo needs, so that `make demo` after `make test` installs nothing.
 $(STAMP): pyproject.toml constraints.txt
 	$(MAKE_VENV)
-	$(PIP_INSTALL) -e ".[corpus,documents,synthesis,serve,milvus,cluster,demo,dev,train,eval,leaderboard,ui]"
+	$(PIP_INSTALL) -e ".[corpus,documents,synthesis,serve,milvus,langchain,llama-index,haystack,mteb,cluster,demo,dev,train,eval,leaderboard,ui]"
 	$(PIP_INSTALL) --quiet --upgrade --no-deps --target $(QUANTIZATION) torchao bitsandbytes
 	@touch $(DEMO_STAMP) $@
 

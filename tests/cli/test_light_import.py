@@ -17,7 +17,9 @@ ROOT = Path(modeling_clara.__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 HEAVY = {"torch", "transformers", "peft", "pyarrow", "numpy", "huggingface_hub", "safetensors", "tokenizers"}
 SCRIPT = "import sys\nfrom modeling_clara.cli import main\nsys.exit(main())\n"  # as pip writes it
+FRAMEWORKS = {"langchain_core", "llama_index", "haystack", "mteb", "modeling_clara.integrations"}
 LOAD = "assert type(AutoModel.from_pretrained(sys.argv[1])) is modeling_clara.CLaRaForRAG\n"
+LOAD += f"assert not sys.modules.keys() & {FRAMEWORKS}\n"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

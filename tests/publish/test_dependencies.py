@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OTHER_NAMES = {"faiss": "faiss-cpu", "sklearn": "scikit-learn", "stemmer": "pystemmer", "yaml": "pyyaml"}
 OTHER_NAMES |= {"bs4": "beautifulsoup4", "docx": "python-docx", "pptx": "python-pptx"}
+OTHER_NAMES |= {"haystack": "haystack-ai", "llama_index": "llama-index-core"}
 EXTRAS = {"service": "serve"}  # folders of the package whose files are imported inside functions alone
 UNDECLARED = {"bert-score"}  # an option of one metric, whose error names it
 
