@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-import httpx
+import httpx2
 import numpy as np
 
 from modeling_clara import CompressedCorpus
@@ -53,8 +53,8 @@ def through(engine: Engine, options: AskOptions) -> Ask:
 async def over_http(arguments: argparse.Namespace, options: AskOptions) -> AsyncIterator[Ask]:
     """Chat completions of a server; abstentions, which it puts into words, count as empty texts."""
     headers = {"Authorization": f"Bearer {arguments.api_key}"} if arguments.api_key else {}
-    limits = httpx.Limits(max_connections=arguments.clients, max_keepalive_connections=arguments.clients)
-    async with httpx.AsyncClient(base_url=arguments.url, headers=headers, timeout=600, limits=limits) as client:
+    limits = httpx2.Limits(max_connections=arguments.clients, max_keepalive_connections=arguments.clients)
+    async with httpx2.AsyncClient(base_url=arguments.url, headers=headers, timeout=600, limits=limits) as client:
         name = (await client.get("models")).raise_for_status().json()["data"][0]["id"]
         body = {"model": name, "max_completion_tokens": options.max_new_tokens, "expand": options.expand}
         body |= {} if options.top_k is None else {"top_k": options.top_k}

@@ -9,6 +9,8 @@ from completions_server import CompletionsServer
 from http_service import Served
 from tiny import QUESTIONS
 
+from modeling_clara import CompressedCorpus, cli
+from modeling_clara.cli.serve import index_options
 from modeling_clara.service.engine import AskOptions, Engine
 from modeling_clara.service.remote import GeneratorError, RemoteGenerator
 from recipes.benchmarks import service
@@ -102,3 +104,24 @@ def test_the_benchmark_gives_both_the_same_questions(server, http_model, http_co
     ways = [f"{name}, {many}" for name in ("engine", "generator") for many in ("1 client", "3 clients")]
     assert [row["way"] for row in rows] == ["model.answer", *ways]
     assert all(row["different"] == 0 and row["per_second"] > 0 for row in rows)
+
+
+def test_the_service_searches_on_milvus(http_model, http_corpus, tmp_path):
+    """By a URI, here of Milvus Lite; what is written is found there as well."""
+    pytest.importorskip("milvus_lite")
+    options = ["--milvus", str(tmp_path / "milvus.db"), "--collection", "service", "--model", "m"]
+    arguments = cli.parse(["serve", str(http_corpus.folder), *options])
+    corpus = CompressedCorpus.open(http_corpus.folder, **index_options(arguments))
+    questions = ["What is the capital of Italy?", "Which river flows through Paris?"]
+    wanted = [[source.document_id for source in row] for row in http_model.retrieve(questions, corpus=http_corpus)]
+
+    async def run():
+        async with Engine(http_model, corpus) as engine:
+            found = [await engine.search(question) for question in questions]
+            new = {"id": "madrid", "text": "Madrid is the capital of Spain."}
+            await engine.write(lambda corpus: corpus.add([new]))
+            return found, await engine.search("Madrid is the capital of Spain.", AskOptions(top_k=5))
+
+    found, later = asyncio.run(run())
+    assert [[source.document_id for source in row] for row in found] == wanted
+    assert "madrid" in [source.document_id for source in later]
