@@ -1,6 +1,8 @@
 """A real service on loopback for the session: uvicorn in a thread, a tiny model, a corpus of four documents."""
 
 import copy
+import shutil
+from pathlib import Path
 
 import pytest
 from http_service import KEY, READ_KEY, Served
@@ -22,16 +24,22 @@ def http_model(shared_model):
     return copy.deepcopy(shared_model)
 
 
+@pytest.fixture(scope="session")
+def built_corpus(shared_model, tmp_path_factory) -> Path:
+    """The folder of a corpus to copy."""
+    return CompressedCorpus.build(shared_model, DOCUMENTS, tmp_path_factory.mktemp("service") / "corpus").folder
+
+
 @pytest.fixture
-def http_corpus(http_model, tmp_path) -> CompressedCorpus:
+def http_corpus(built_corpus, tmp_path) -> CompressedCorpus:
     """A corpus to change."""
-    return CompressedCorpus.build(http_model, DOCUMENTS, tmp_path / "corpus")
+    return CompressedCorpus.open(shutil.copytree(built_corpus, tmp_path / "corpus"))
 
 
 @pytest.fixture(scope="session")
-def service(shared_model, tmp_path_factory):
+def service(shared_model, built_corpus):
     """A service that tests only read, with keys; `reference` is its model outside of it."""
-    corpus = CompressedCorpus.build(shared_model, DOCUMENTS, tmp_path_factory.mktemp("service") / "corpus")
+    corpus = CompressedCorpus.open(built_corpus)
     with Served(copy.deepcopy(shared_model), corpus, api_keys=[KEY], read_keys=[READ_KEY]) as served:
         served.reference = shared_model
         yield served

@@ -7,7 +7,7 @@ import threading
 from urllib.parse import quote
 
 import pytest
-from http_service import QUESTION, Process, Served, send, wait_until
+from http_service import KEY, QUESTION, Process, Served, send, wait_until
 
 from modeling_clara import CompressedCorpus
 from modeling_clara.corpus.storage import corpus_lock
@@ -101,9 +101,9 @@ def test_rejected_documents_are_listed(strict):
     ],
     ids=str,
 )
-def test_documents_that_are_none(strict, document):
-    assert strict.send("POST", "/documents", {"documents": [document]}).status == 400
-    assert len(strict.engine.corpus) == 4
+def test_documents_that_are_none(service, document):
+    assert service.send("POST", "/documents", {"documents": [document]}, key=KEY).status == 400
+    assert len(service.engine.corpus) == 4
 
 
 def test_ids_are_text(strict):
