@@ -11,10 +11,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+OPTIONAL = PROJECT["optional-dependencies"]
 OTHER_NAMES = {"faiss": "faiss-cpu", "sklearn": "scikit-learn", "stemmer": "pystemmer", "yaml": "pyyaml"}
 OTHER_NAMES |= {"bs4": "beautifulsoup4", "docx": "python-docx", "pptx": "python-pptx"}
 OTHER_NAMES |= {"haystack": "haystack-ai", "llama_index": "llama-index-core"}
-EXTRAS = {"service": "serve"}  # folders of the package whose files are imported inside functions alone
+EXTRAS = {"service": ("serve", "ui")}  # folders of the package whose files are imported inside functions alone
 UNDECLARED = {"bert-score"}  # an option of one metric, whose error names it
 
 
@@ -42,13 +43,13 @@ def files(folder: str) -> list[Path]:
 
 def test_what_the_package_imports_at_once_is_a_dependency_of_the_package():
     for path in files("modeling_clara"):
-        extra = EXTRAS.get(path.parent.name)
-        known = declared(PROJECT["dependencies"] + (PROJECT["optional-dependencies"][extra] if extra else []))
+        extras = EXTRAS.get(path.parent.name, ())
+        known = declared(PROJECT["dependencies"]).union(*(declared(OPTIONAL[extra]) for extra in extras))
         assert not imported(path, set(), at_import=True) - known, path
 
 
 def test_everything_imported_anywhere_is_declared_somewhere():
-    extras = [name for names in PROJECT["optional-dependencies"].values() for name in names]
+    extras = [name for names in OPTIONAL.values() for name in names]
     names = declared(PROJECT["dependencies"]) | declared(extras) | UNDECLARED
     recipes = files("recipes")
     local = {"modeling_clara", "recipes"} | {path.stem for path in recipes} | {path.parent.name for path in recipes}
