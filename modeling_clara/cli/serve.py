@@ -13,6 +13,7 @@ import time
 from .models import add_model_options, load_model_of
 
 HOST, PORT = "127.0.0.1", 8000
+BACKLOG = 2048  # connections that wait, also while the model is loaded
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -153,12 +154,16 @@ def known_hosts(arguments: argparse.Namespace, has_keys: bool) -> set[str] | Non
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """The socket that clients reach; an OSError if the port is taken."""
+    """The socket that clients reach; an OSError if the port is taken.
+
+    It listens at once: another process may bind the same port as long as none does.
+    """
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         message = f"`port` {port} of {host} must be free: {error.strerror}. Pass another one, or 0."

@@ -3,11 +3,13 @@
 Chat completions and responses share this; they differ in the JSON around it.
 """
 
+import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
 from sse_starlette.sse import EventSourceResponse
 from starlette.requests import Request
@@ -18,7 +20,7 @@ from .errors import ApiError, told_to_client
 from .limits import Limits, bounded
 from .logs import note
 from .metrics import Metrics
-from .schemas import Message, Options, Sampling, where_text
+from .schemas import Message, Options, Sampling
 
 ABSTAINED = "No document of the corpus answers this."
 STREAMED = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}  # for the OpenAPI document
@@ -51,6 +53,14 @@ class Service:
             message = f"`{name}` must have at most {most:,} characters, got {len(text):,}. Shorten it."
             raise ApiError(400, message, param=name, code="too_long")
         return text
+
+    def where_text(self, where: dict[str, Any] | None) -> str | None:
+        """A filter as the engine takes it; an error if it has more parts than the model's thread should compare."""
+        most = self.limits.filter_parts
+        if count_parts(where, most) > most:
+            message = f"`where` must have at most {most:,} conditions and values. Filter by a column that says it all."
+            raise ApiError(400, message, param="where", code="too_long")
+        return None if where is None else json.dumps(where, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -95,13 +105,24 @@ def read_turns(service: Service, messages: Sequence[Message], name: str) -> tupl
     return service.check_question(turns[-1].content, name), tuple(history)
 
 
-def read_options(body: Sampling, max_new_tokens: int | None) -> AskOptions:
+def count_parts(where, most: int) -> int:
+    """Values and nested filters of a filter; counting ends above `most`."""
+    left, n_parts = [where], 0
+    while left and n_parts <= most:
+        part = left.pop()
+        inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        n_parts += len(inner)
+        left.extend(inner)
+    return n_parts
+
+
+def read_options(service: Service, body: Sampling, max_new_tokens: int | None) -> AskOptions:
     """The engine's options of a request."""
     given = {name: getattr(body, name) for name in Options.model_fields if name != "where"}
     given |= {"temperature": body.temperature, "top_p": body.top_p, "seed": body.seed}
     if max_new_tokens is not None:
         given["max_new_tokens"] = max_new_tokens
-    return AskOptions(**given, where=where_text(body.where))
+    return AskOptions(**given, where=service.where_text(body.where))
 
 
 async def ask_all(service: Service, request: Request, ask: Ask) -> Reply:
@@ -168,7 +189,8 @@ def held(text: str, stops: Sequence[str]) -> int:
     """How many characters at the end of a text may be the beginning of one of `stops`."""
     if cut(text, stops) != text:
         return 0
-    sizes = (size for stop in stops for size in range(len(stop) - 1, 0, -1) if text.endswith(stop[:size]))
+    starts = [stop[: len(text) + 1] for stop in stops]  # a stop may be much longer than the text
+    sizes = (n for start in starts for n in range(len(start) - 1, 0, -1) if text.endswith(start[:n]))
     return max(sizes, default=0)
 
 

@@ -59,7 +59,7 @@ def _digest(key: str) -> bytes:
 
 def read_keys(variable: str, file: str | os.PathLike | None = None) -> list[str]:
     """The keys of an environment variable and of a file, one a line; blank lines and those with # are left out."""
-    lines = Path(file).read_text(encoding="utf-8").splitlines() if file is not None else []
+    lines = Path(file).read_text(encoding="utf-8-sig").splitlines() if file is not None else []
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if file is not None and not keys:
         raise ValueError(f"the file of keys must have one key a line, {file} has none. Add one.")

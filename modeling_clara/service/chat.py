@@ -35,7 +35,7 @@ async def complete(body: ChatBody, request: Request):
     service.check_model(body.model)
     question, history = read_turns(service, body.messages, "messages")
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    ask = Ask(question, history, read_options(body, most), tuple(body.stop))
+    ask = Ask(question, history, read_options(service, body, most), tuple(body.stop))
     common = {"id": new_id("chatcmpl-"), "created": int(time.time()), "model": service.model_id}
     if body.stream:
         pieces = await ask_stream(service, request, ask)

@@ -33,7 +33,8 @@ class Sampler:
 
     def __call__(self, logits: torch.Tensor) -> int:
         """An id for logits (vocabulary,)."""
-        scores = logits[None].float().cpu()
+        scores = logits[None].double().cpu()
+        scores -= scores.max()  # so that no temperature makes the best one infinite
         for warper in self.warpers:
             scores = warper(None, scores)
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))
@@ -259,7 +260,7 @@ class Decoder:
             try:
                 RefuseNaN()(None, logits[place])
                 draft.ids.append(best[place] if draft.sampler is None else draft.sampler(logits[place]))
-            except ValueError as error:
+            except (ValueError, RuntimeError) as error:  # of this draft alone
                 draft.error = error
             is_ended = draft.error or draft.ids[-1] in self.ends or len(draft.ids) >= draft.max_new_tokens
             (self.ended if is_ended else kept).append(draft if is_ended else place)

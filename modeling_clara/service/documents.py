@@ -17,7 +17,7 @@ from .engine import AskOptions
 from .errors import ApiError, Json, told_to_client
 from .limits import bounded
 from .logs import note
-from .schemas import DocumentBody, DocumentsBody, PutBody, SearchBody, where_text
+from .schemas import DocumentBody, DocumentsBody, PutBody, SearchBody
 from .sources import json_value, source_row
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ async def search(body: SearchBody, request: Request):
     service: Service = request.app.state.service
     service.check_question(body.query, "query")
     given = body.model_dump(exclude={"query", "where"})
-    work = service.engine.search(body.query, AskOptions(**given, where=where_text(body.where)))
+    work = service.engine.search(body.query, AskOptions(**given, where=service.where_text(body.where)))
     sources = await bounded(request, work, service.limits.answer_seconds)
     note(request, sources=len(sources))
     return Json({"sources": [source_row(source, None) for source in sources]})

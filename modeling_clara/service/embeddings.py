@@ -5,7 +5,9 @@ the same vector of a memory is the score of a search. A longer vector begins wit
 """
 
 import base64
+import re
 
+import torch
 from fastapi import APIRouter, Request
 
 from ..retrieval_clara import flatten_memory
@@ -14,6 +16,7 @@ from .errors import ApiError, Json
 from .limits import bounded
 from .schemas import EmbeddingsBody
 
+PASS = 16  # questions that are encoded at once: answers wait for it
 router = APIRouter()
 
 
@@ -28,7 +31,7 @@ async def embed(body: EmbeddingsBody, request: Request):
         raise ApiError(400, message, param="input", code="too_long")
     questions = [service.check_question(text, f"input[{index}]") for index, text in enumerate(body.input)]
     size = memory_size(service, body.dimensions)
-    memory = await bounded(request, service.engine.embed(questions, size), service.limits.answer_seconds)
+    memory = await bounded(request, _embed(service, questions, size), service.limits.answer_seconds)
     vectors = flatten_memory(memory, size).cpu().numpy().astype("<f4")
     as_text = body.encoding_format == "base64"
     rows = [base64.b64encode(row.tobytes()).decode() if as_text else row.tolist() for row in vectors]
@@ -36,6 +39,21 @@ async def embed(body: EmbeddingsBody, request: Request):
     n_tokens = sum(map(len, service.engine.model.processor.encode_questions(questions)))
     usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
     return Json({"object": "list", "data": data, "model": service.model_id, "usage": usage})
+
+
+async def _embed(service: Service, questions: list[str], size: int) -> torch.Tensor:
+    """Queries (questions, k, hidden) float32; an error names the text by its place in `input`."""
+    parts = []
+    for start in range(0, len(questions), PASS):
+        try:
+            parts.append(await service.engine.embed(questions[start : start + PASS], size))
+        except ValueError as error:
+            if not (place := re.search(r"`questions\[(\d+)\]`", str(error))):
+                raise
+            name = f"input[{start + int(place[1])}]"
+            message = str(error).replace(place[0], f"`{name}`")
+            raise ApiError(400, message, param=name, code="invalid_value") from error
+    return torch.cat(parts)
 
 
 def memory_size(service: Service, dimensions: int | None) -> int:

@@ -30,6 +30,7 @@ class Limits:
         messages: turns of a conversation.
         inputs: questions of one `/v1/embeddings`.
         documents: of one `/documents`.
+        filter_parts: values and nested filters of a `where`, each of which is compared with the whole corpus.
         writes: changes that run or wait at a time.
         body_seconds: for a client to send its body.
         answer_seconds, write_seconds: until the answer is complete, until a change is made.
@@ -42,6 +43,7 @@ class Limits:
     messages: int = 100
     inputs: int = 256
     documents: int = 1000
+    filter_parts: int = 1000
     writes: int = 16
     body_seconds: float = 30
     answer_seconds: float = 120

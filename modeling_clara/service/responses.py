@@ -35,7 +35,7 @@ async def respond(body: ResponsesBody, request: Request):
     service: Service = request.app.state.service
     service.check_model(body.model)
     question, history = read_turns(service, body.input, "input")
-    ask = Ask(question, history, read_options(body, body.max_output_tokens))
+    ask = Ask(question, history, read_options(service, body, body.max_output_tokens))
     draft = _Draft(service, body)
     if body.stream:
         return event_response(service, _events(await ask_stream(service, request, ask), draft))

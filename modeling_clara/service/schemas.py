@@ -3,7 +3,6 @@
 A parameter that changes what a client gets and that we do not have is refused; one that changes nothing is accepted.
 """
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
@@ -227,8 +226,3 @@ class PutBody(DocumentsBody):
     """`PUT /documents`."""
 
     create: bool = Field(True, description="false: only replace documents that are there")
-
-
-def where_text(where: dict[str, Any] | None) -> str | None:
-    """A filter as the engine takes it."""
-    return None if where is None else json.dumps(where, sort_keys=True)

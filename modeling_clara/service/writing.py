@@ -25,9 +25,17 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, "corpus-writer")
 
     async def run(self, change: Callable[[CompressedCorpus], T]) -> T:
-        """The result of `change(corpus)`. It does not begin if its caller leaves before."""
+        """The result of `change(corpus)`. It does not begin if its caller leaves before.
+
+        A RuntimeError says that the corpus on the disk is damaged or of another model: no fault of the change.
+        """
 
         def work() -> T:
+            try:
+                self.corpus.refresh()
+                self.corpus.check_model(self.corpus.model)
+            except ValueError as error:
+                raise RuntimeError(f"the corpus must be whole to be changed: {error}") from error
             result = change(self.corpus)
             self.corpus.refresh()
             return result

@@ -162,6 +162,19 @@ def test_a_seed_gives_the_same_text_in_any_company(shared_model, corpus):
     assert narrow.text == directly(shared_model, corpus, ASKED[0], AskOptions(max_new_tokens=9)).text
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-45, 1e-30])
+def test_the_smallest_temperatures_are_greedy_and_harm_no_other(temperature, shared_model, corpus):
+    cold = AskOptions(max_new_tokens=9, temperature=temperature, top_p=1e-300, seed=1)
+
+    async def work(engine):
+        return await asyncio.gather(*(engine.answer(q, o) for q in ASKED[:2] for o in (OPTIONS[0], cold)))
+
+    found = run(work, shared_model, corpus)
+    for place, question in enumerate(ASKED[:2]):
+        for answer, n_tokens in zip(found[2 * place :], (12, 9), strict=False):
+            assert_same(answer, directly(shared_model, corpus, question, AskOptions(max_new_tokens=n_tokens)))
+
+
 # --- several turns, another generator --------------------------------------------------------------------------------
 
 

@@ -155,6 +155,26 @@ def test_a_corpus_of_the_hub_is_not_changed(strict):
         assert got.status == 403 and got.error["code"] == "read_only"
 
 
+def test_what_is_wrong_with_the_corpus_is_no_fault_of_a_client(strict):
+    """It is not told where the corpus lies, and a folder that is gone is not made again."""
+    folder = strict.engine.corpus.folder
+    manifest, away = folder / "corpus.json", folder.with_name("away")
+    kept = manifest.read_bytes()
+
+    def changes() -> list:
+        body = {"documents": [{"id": "oslo", "text": "Oslo is the capital of Norway."}]}
+        return [strict.send("PUT", "/documents", body), strict.send("DELETE", "/documents/rome")]
+
+    manifest.write_text("{")
+    for got in changes():
+        assert got.status == 500 and str(folder) not in got.error["message"]
+    manifest.write_bytes(kept)
+    folder.rename(away)
+    assert [got.status for got in changes()] == [500, 500] and not folder.exists()
+    away.rename(folder)
+    assert [got.status for got in changes()] == [200, 200]
+
+
 def test_another_writer_is_waited_for(strict):
     with corpus_lock(strict.engine.corpus.folder):
         got = strict.send("POST", "/documents", documents("new"))

@@ -79,6 +79,8 @@ def test_keys_are_of_some_length_and_come_from_a_file_or_the_environment(tmp_pat
     assert read_keys("SOME_KEYS", file) == [KEY, READ_KEY]
     keys = Keys([KEY], [READ_KEY])
     assert [keys.may_write(key) for key in (KEY, READ_KEY, "other")] == [True, False, None]
+    file.write_bytes(f"\ufeff# of Windows\r\n \r\n{KEY}\r\n".encode())
+    assert read_keys("SOME_KEYS", file) == [KEY, READ_KEY]
     file.write_text("# none\n", encoding="utf-8")
     with pytest.raises(ValueError, match="must have one key a line"):
         read_keys("SOME_KEYS", file)
@@ -114,6 +116,19 @@ def test_a_wrong_body_is_the_clients_fault(service, name):
     got = service.send("POST", CHAT, BODIES[name], key=KEY)
     assert got.status == (404 if name == "nul" else 400), got.body
     assert got.error["type"] in ("invalid_request_error", "not_found_error")
+
+
+@pytest.mark.parametrize("is_list", [True, False])
+def test_a_filter_has_a_bounded_number_of_parts(service, is_list):
+    """Each of them is compared with the whole corpus, while no answer is written."""
+
+    def where(n: int) -> dict:
+        return {"year": {"$in": [2020] * n}} if is_list else {"$or": [{"$not": {"year": 2020}}] * n}
+
+    for path, body in (("/search", {"query": "Rome?"}), (CHAT, chat())):
+        assert service.send("POST", path, {**body, "where": where(300)}, key=KEY).status == 200
+        got = service.send("POST", path, {**body, "where": where(1001)}, key=KEY)
+        assert got.status == 400 and (got.error["param"], got.error["code"]) == ("where", "too_long")
 
 
 def test_a_long_question_is_named(service):

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import struct
+import time
 
 import openai
 import pytest
@@ -174,6 +175,14 @@ def test_a_stop_is_found_across_pieces():
         assert shown == cut(text, stops)[: len(shown)] and len(shown) >= len(cut(text, stops)) - 5
 
 
+def test_a_stop_may_be_much_longer_than_the_text():
+    """What it costs to look for its beginning depends on the text."""
+    stop = "three" + "x" * 1_000_000
+    start = time.perf_counter()
+    assert (held("one two three", [stop]), held("one t", [stop]), held("", [stop])) == (5, 1, 0)
+    assert time.perf_counter() - start < 0.5
+
+
 def test_sampling_has_a_seed(client):
     texts = {ask(client, temperature=1.5, top_p=0.9, seed=seed).choices[0].message.content for seed in (1, 1, 2, 3)}
     assert len(texts) == 3
@@ -243,6 +252,17 @@ def test_shorter_embeddings_are_the_first_vectors(service, client):
     assert (len(long), len(short)) == (128, 64)
     with pytest.raises(openai.BadRequestError, match=r"one of \[64, 128\], got 7"):
         client.embeddings.create(model=MODEL, input=QUESTION, dimensions=7)
+
+
+def test_many_embeddings_are_made_in_parts(service, client):
+    """Between these parts answers are written; vectors and the places of errors are those of the whole list."""
+    questions = [f"What is the capital of country {n}?" for n in range(40)]
+    got = client.embeddings.create(model=MODEL, input=questions)
+    alone = [client.embeddings.create(model=MODEL, input=questions[n]).data[0].embedding for n in (0, 17, 39)]
+    torch.testing.assert_close(torch.tensor([got.data[n].embedding for n in (0, 17, 39)]), torch.tensor(alone))
+    with pytest.raises(openai.BadRequestError, match=r"`input\[33\]` must fit into the backbone's window") as error:
+        client.embeddings.create(model=MODEL, input=[*questions[:33], "Paris " * 900])
+    assert error.value.param == "input[33]"
 
 
 def test_there_is_one_model(client):

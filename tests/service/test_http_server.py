@@ -13,6 +13,7 @@ import pytest
 from http_service import KEY, Process, Served, chat, raw, send, wait_until
 
 from modeling_clara import CompressedCorpus, cli
+from modeling_clara.cli.serve import listen
 from modeling_clara.service.auth import KEYS
 
 CHAT = "/v1/chat/completions"
@@ -32,6 +33,13 @@ def test_it_does_not_listen_to_everybody_without_keys(corpus_folder, capsys, mon
         assert cli.main(["serve", str(corpus_folder), "--host", host]) == 1
         err = capsys.readouterr().err
         assert "`--host` must be a loopback address" in err and "--api-keys FILE" in err and "--allow-anonymous" in err
+
+
+def test_a_port_is_taken_before_the_model_is_loaded():
+    with listen("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(OSError, match=rf"`port` {port} of 127.0.0.1 must be free"):
+            listen("127.0.0.1", port)
 
 
 def test_options_that_are_wrong(corpus_folder, checkpoint, capsys, tmp_path):
