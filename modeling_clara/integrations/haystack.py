@@ -5,6 +5,7 @@ To load a saved pipeline, Haystack must be told that it may import this package:
 
 import asyncio
 import os
+import re
 from datetime import date, time
 from decimal import Decimal
 from typing import Any
@@ -22,6 +23,7 @@ except ImportError as error:
 COMPARISONS = {"==": "$eq", "!=": "$ne", ">": "$gt", ">=": "$gte", "<": "$lt", "<=": "$lte", "in": "$in"}
 COMPARISONS |= {"not in": "$nin"}
 JUNCTIONS = ("AND", "OR", "NOT")
+CHUNK = re.compile(r"0|[1-9][0-9]{0,9}")  # a number as `chunk_id` writes it
 NOT_STORED = ("content", "blob", "meta", "score", "embedding", "sparse_embedding")  # fields of a Document
 
 
@@ -191,7 +193,7 @@ def _id_condition(operator: str, value) -> dict[str, Any]:
     if operator not in ("==", "!=", "in", "not in"):
         raise FilterError(f"`operator` of 'id' must be ==, !=, in or not in, got {operator!r}. Correct it.")
     parts = [str(name).rpartition("#") for name in (value if isinstance(value, list) else [value])]
-    chunks = [{"document_id": name, "span": int(chunk)} for name, _, chunk in parts if chunk.isdecimal()]
+    chunks = [{"document_id": name, "span": int(chunk)} for name, _, chunk in parts if CHUNK.fullmatch(chunk)]
     where = {"$or": chunks} if chunks else {"document_id": {"$in": []}}
     return where if operator in ("==", "in") else {"$not": where}
 

@@ -103,8 +103,9 @@ def create_app(
     app.add_middleware(BodyLimit, limits=limits)  # the last one that is added runs first
     app.add_middleware(RequireKey, keys=Keys(api_keys, read_keys), read_only=read_only, hosts=hosts)
     if cors_origins:
-        headers = ["Authorization", "Content-Type", "X-Request-ID"]
-        options = {"allow_methods": ["GET", "POST", "PUT", "DELETE"], "allow_headers": headers}
+        # OpenAI's client for browsers sends headers of its own, and reads these of a response.
+        headers = {"allow_headers": ["*"], "expose_headers": ["X-Request-ID", "Retry-After"]}
+        options = {"allow_methods": ["GET", "POST", "PUT", "DELETE"], **headers}
         app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), **options)
     app.add_middleware(RequestLog, metrics=metrics)
     return app

@@ -96,6 +96,12 @@ def test_a_filter_on_chunks_decides_which_chunk_is_given(clara, corpus):
     assert {d.meta["document_id"] for d in run(QUESTIONS[0], tags, 6)["documents"]} == {"d1", "d3", "d5"}
 
 
+@pytest.mark.parametrize("chunk", ["00", "+0", "٠", "²", "0 ", "9" * 5000, ""])
+def test_an_id_is_compared_letter_by_letter(chunk, clara, corpus):
+    filters = {"field": "id", "operator": "==", "value": f"d0#{chunk}"}
+    assert CLaRaRetriever(corpus, clara).run(QUESTIONS[0], filters=filters)["documents"] == []
+
+
 @pytest.mark.parametrize(
     ("filters", "name"),
     [

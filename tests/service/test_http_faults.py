@@ -173,11 +173,14 @@ def test_other_origins_are_not_allowed(service, strict):
 def test_an_origin_may_be_allowed(http_model, http_corpus):
     origin = {"Origin": "https://good.example"}
     with Served(http_model, http_corpus, cors_origins=["https://good.example"], api_keys=[KEY]) as served:
-        preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "Authorization"}
+        wanted = "authorization,content-type,x-stainless-lang,x-stainless-retry-count"  # of OpenAI's client
+        preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": wanted}
         got = served.send("OPTIONS", CHAT, headers=origin | preflight)
         assert (got.status, got.headers["access-control-allow-origin"]) == (200, "https://good.example")
+        assert set(wanted.split(",")) <= set(got.headers["access-control-allow-headers"].lower().split(","))
         got = served.send("POST", CHAT, chat(max_tokens=1), key=KEY, headers=origin)
         assert (got.status, got.headers["access-control-allow-origin"]) == (200, "https://good.example")
+        assert got.headers["access-control-expose-headers"] == "X-Request-ID, Retry-After"
         got = served.send("GET", "/health", headers={"Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in got.headers
 
