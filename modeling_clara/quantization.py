@@ -4,11 +4,15 @@ Decoding reads every weight for each token, so what counts is bytes. The generat
 are rounded, so that it costs nothing, and every other role subtracts it again beside its own adapter: no second copy.
 """
 
+import ctypes
+import sys
+
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from torch.nn import functional as F
 
+from .configuration_clara import ROLES
 from .files_clara import live_tensors
 
 KERNEL = torch.bfloat16  # of the products; the kernel for float32 is four times slower. All else is float32
@@ -63,8 +67,9 @@ class Int8Lora(LoraLinear):
         if self._active_adapter == ["generator"]:
             return output
         for role, sign in [*((role, 1) for role in self._active_adapter), ("generator", -1)]:
-            low = F.linear(states, self.lora_A[role].weight)
-            output = torch.add(output, F.linear(low, self.lora_B[role].weight), alpha=sign * self.scaling[role])
+            lora_a, lora_b = (part[role].weight.to(states.dtype) for part in (self.lora_A, self.lora_B))
+            added = F.linear(F.linear(states, lora_a), lora_b)
+            output = torch.add(output, added, alpha=sign * self.scaling[role])
         return output
 
 
@@ -96,18 +101,29 @@ def quantize_model(model):
         if model.roles.merged_weights or kinds != {(nn.Linear, torch.float32, "cpu")}:
             found = sorted(f"{kind.__name__} {dtype} on {device}" for kind, dtype, device in kinds)
             raise ValueError(
-                f"the backbone must have unmerged float32 Linear layers on cpu for int8 weights, got {found}. Load the "
-                "model with dtype=torch.float32 and without `quantization_config`; elsewhere bitsandbytes quantises."
+                f"the backbone must have unmerged float32 Linear layers on cpu for int8 weights, got {found}. Load "
+                "it with dtype=torch.float32 and without `quantization_config`; elsewhere bitsandbytes quantises."
             )
+        _share_adapters(model)
         for layer, base in zip(model.roles.layers, bases, strict=True):
-            layer.base_layer = Int8Linear(*to_int8(base.weight + layer.get_delta_weight("generator")), base.bias)
+            lora_a, lora_b = (part["generator"].weight.float() for part in (layer.lora_A, layer.lora_B))
+            weight = torch.addmm(base.weight, lora_b, lora_a, alpha=layer.scaling["generator"])
+            layer.base_layer = Int8Linear(*to_int8(weight), base.bias)
             layer.__class__ = Int8Lora
+            _trim_heap()
         _quantize_vocabulary(model.backbone)
         for parameter in model.parameters():  # what is left of a file that is mapped into memory would keep all of it
-            if parameter.is_floating_point():
+            if parameter.dtype == torch.float32:
                 parameter.data = parameter.data.clone()
-        _share_adapters(model)
+        _trim_heap()
     return model
+
+
+def _trim_heap() -> None:
+    """Give memory that was freed back to the system, where the C library can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _quantize_vocabulary(backbone) -> None:
@@ -123,9 +139,10 @@ def _quantize_vocabulary(backbone) -> None:
 
 
 def _share_adapters(model) -> None:
-    """Let the adapters be the tensors that the model keeps of its files, where these are the same."""
+    """Let the adapters be the tensors that the model keeps of its files, in their dtype, where these are the same."""
     parameters = {parameter.data_ptr(): parameter for parameter in model.parameters()}
-    for part, stored in (model._stored or {}).items():
+    for part in ROLES if model._stored else ():
+        stored = model._stored[part]
         for name, live in live_tensors(model, part).items():
-            if name in stored and stored[name].dtype == live.dtype and torch.equal(stored[name], live):
+            if name in stored and torch.equal(stored[name].to(live.dtype), live):
                 parameters[live.data_ptr()].data = stored[name]

@@ -20,8 +20,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, model: str, backbone: 
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="of the backbone's weights; bfloat16 is faster on some machines, int8 and int4 take less memory; int4, and "
-        "on a GPU int8, need bitsandbytes (default: float32 on CPU, else the backbone's)",
+        help="of the backbone's weights; bfloat16 is faster on some machines, int8 and int4 take less memory; int4 "
+        "and, on a GPU, int8 need bitsandbytes (default: float32 on CPU, else the backbone's)",
     )
 
 
