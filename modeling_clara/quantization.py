@@ -89,32 +89,38 @@ def to_int8(weight: torch.Tensor) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 def quantize_model(model):
-    """Turn a `CLaRaForRAG`, loaded in float32 on a CPU, into one with int8 weights, in place, and return it.
+    """Turn a `CLaRaForRAG`, loaded on a CPU in any float dtype, into one with int8 weights, in place, and return it.
 
     Rounded are the linear layers that have adapters, the token embeddings and the LM head (but for those of a kind of
     their own). All calls work, but it trains no more: the weights have the generator in them. The fingerprint and what
-    `save_pretrained` writes stay exact. A ValueError if the weights are not float32 on a CPU, or are merged.
+    `save_pretrained` writes stay exact. A ValueError if the weights are quantised or merged already, or on a GPU.
     """
     with model.lock, torch.no_grad():
         bases = [layer.get_base_layer() for layer in model.roles.layers]
         kinds = {(type(base), base.weight.dtype, base.weight.device.type) for base in bases}
-        if model.roles.merged_weights or kinds != {(nn.Linear, torch.float32, "cpu")}:
+        is_plain = all(kind is nn.Linear and device == "cpu" for kind, _, device in kinds)
+        if model.roles.merged_weights or not is_plain:
             found = sorted(f"{kind.__name__} {dtype} on {device}" for kind, dtype, device in kinds)
             raise ValueError(
-                f"the backbone must have unmerged float32 Linear layers on cpu for int8 weights, got {found}. Load "
-                "it with dtype=torch.float32 and without `quantization_config`; elsewhere bitsandbytes quantises."
+                f"the backbone must have unmerged Linear layers on cpu for int8 weights, got {found}. Load it "
+                "without `quantization_config`, outside bulk contexts; on a GPU bitsandbytes quantises."
             )
         _share_adapters(model)
         for layer, base in zip(model.roles.layers, bases, strict=True):
             lora_a, lora_b = (part["generator"].weight.float() for part in (layer.lora_A, layer.lora_B))
-            weight = torch.addmm(base.weight, lora_b, lora_a, alpha=layer.scaling["generator"])
+            weight = torch.addmm(base.weight.float(), lora_b, lora_a, alpha=layer.scaling["generator"])
             layer.base_layer = Int8Linear(*to_int8(weight), base.bias)
+            base.weight = None  # a backbone that is no mapped file is given back layer by layer
             layer.__class__ = Int8Lora
             _trim_heap()
         _quantize_vocabulary(model.backbone)
+        kept = {parameter.data_ptr() for name, parameter in model.named_parameters() if ".lora_" in name}
+        kept |= {m.scale.data_ptr() for m in model.modules() if isinstance(m, (Int8Linear, Int8Embedding))}
         for parameter in model.parameters():  # what is left of a file that is mapped into memory would keep all of it
-            if parameter.dtype == torch.float32:
-                parameter.data = parameter.data.clone()
+            if parameter.is_floating_point() and parameter.data_ptr() not in kept:
+                parameter.data = parameter.data.to(torch.float32, copy=True)
+        for name, stored in (model._stored or {"rows": {}})["rows"].items():  # exact where they had been rounded
+            getattr(model, name).data = stored.to(torch.float32, copy=True)
         _trim_heap()
     return model
 

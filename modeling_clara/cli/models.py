@@ -109,7 +109,7 @@ def load_model(
     if dtype == "int8" and device_map is None:
         from ..quantization import quantize_model
 
-        return quantize_model(CLaRaForRAG.from_pretrained(name, dtype="float32", **places))
+        return quantize_model(CLaRaForRAG.from_pretrained(name, dtype="auto", **places))
     return CLaRaForRAG.from_pretrained(name, device_map=device_map, **places, **weight_options(dtype))
 
 

@@ -118,10 +118,17 @@ def test_the_checkpoint_stays_exact_and_the_weights_are_not_written(checkpoint, 
     assert torch.equal(twin.compress(DOCUMENTS), small.compress(DOCUMENTS))
 
 
-def test_weights_that_are_not_plain_float32_are_refused(checkpoint):
-    for model in (load_model(str(checkpoint), dtype="bfloat16"), load_model(str(checkpoint), dtype="int8")):
-        with pytest.raises(ValueError, match="must have unmerged float32 Linear layers on cpu"):
-            quantize_model(model)
+def test_a_backbone_in_bfloat16_is_rounded_from_what_is_there(checkpoint):
+    whole = load_model(str(checkpoint))
+    small = quantize_model(load_model(str(checkpoint), dtype="bfloat16"))
+    assert small.fingerprint == whole.fingerprint and small.memory_embeddings.equal(whole.memory_embeddings)
+    memory, expected = small.compress(DOCUMENTS).flatten(1), whole.compress(DOCUMENTS).flatten(1)
+    assert torch.cosine_similarity(memory, expected).min() > 0.99
+
+
+def test_weights_that_are_rounded_or_merged_are_refused(checkpoint):
+    with pytest.raises(ValueError, match="must have unmerged Linear layers on cpu"):
+        quantize_model(load_model(str(checkpoint), dtype="int8"))
     model = load_model(str(checkpoint))
     with model.bulk_answering(), pytest.raises(ValueError, match="unmerged"):
         quantize_model(model)
