@@ -103,12 +103,18 @@ def backbone_part(state_dict: dict) -> dict:
     return {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
 
 
+def is_quantised(backbone: nn.Module) -> bool:
+    """Whether weights were rounded to integers, by transformers or by `quantize_model` of the installed package."""
+    is_plain = all(parameter.is_floating_point() for parameter in backbone.parameters())
+    return getattr(backbone, "hf_quantizer", None) is not None or not is_plain
+
+
 def write_backbone(backbone, folder: Path, max_shard_size: int | str, state_dict: dict | None = None) -> None:
     """Write the backbone's own weights under their own names, without the adapters that were injected.
 
     `state_dict`, of the whole model, replaces the weights of the backbone.
     """
-    if getattr(backbone, "hf_quantizer", None) is not None:
+    if is_quantised(backbone):
         raise ValueError(
             "`include_backbone` must be False for a quantised backbone, got True. Load it without "
             "`quantization_config` to include it."

@@ -266,12 +266,12 @@ def stream_text(
 
 def keywords(model: CLaRaPasses, queries: torch.Tensor, top_n: int) -> list[list[str]]:
     """Words of (questions, k, hidden) query memories, see `CLaRaForRAG.explain_queries`."""
-    head = model.get_output_embeddings()
+    head, dtype = model.get_output_embeddings(), model.backbone.dtype
     tokenizer = text_processor(model).tokenizer
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     words_of = []
     for query in queries:
-        probabilities, tokens = head(model.as_states(query).to(head.weight.dtype)).float().softmax(-1).topk(top_n)
+        probabilities, tokens = head(model.as_states(query).to(dtype)).float().softmax(-1).topk(top_n)
         tokens, probabilities = tokens.tolist(), probabilities.tolist()
         words = {token: tokenizer.decode([token]).strip() for token in set().union(*tokens) - special}
         counts, sums = Counter(), Counter()  # of each word the vectors that name it, and its probability

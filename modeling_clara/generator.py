@@ -13,7 +13,7 @@ import torch
 from peft.utils.other import transpose
 from transformers import GenerationConfig
 
-from .backbone_clara import write_backbone
+from .backbone_clara import is_quantised, write_backbone
 from .corpus.storage import foreign_files
 from .files_clara import PEFT_PREFIX, complete_tokenizer_config
 from .storage_clara import read_json, write_json
@@ -63,7 +63,7 @@ def merge_generator(model, path: str | os.PathLike, *, dtype: torch.dtype | None
         raise ValueError(f"`dtype` must be one of {list(map(str, DTYPES))}, got {dtype}. Use one of these.")
     if model.processor is None:
         raise ValueError("`model.processor` must be set to merge, got None. Set it to a CLaRaProcessor first.")
-    if getattr(model.backbone, "hf_quantizer", None) is not None:
+    if is_quantised(model.backbone):
         raise ValueError(
             "the backbone must not be quantised to be merged. Load the model without `quantization_config`."
         )

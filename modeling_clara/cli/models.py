@@ -20,8 +20,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, model: str, backbone: 
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="of the backbone's weights; bfloat16 is faster on some machines, int8 and int4 take less memory and need "
-        "bitsandbytes (default: float32 on CPU, else the backbone's)",
+        help="of the backbone's weights; bfloat16 is faster on some machines, int8 and int4 take less memory; int4 "
+        "and, on a GPU, int8 need bitsandbytes (default: float32 on CPU, else the backbone's)",
     )
 
 
@@ -105,9 +105,12 @@ def load_model(
     else:
         weights = f"{backbone}, from --backbone"
     report(f"backbone weights: {weights}")
-    device_map = "cuda" if torch.cuda.is_available() else None
-    options = {"device_map": device_map, **weight_options(dtype)}
-    return CLaRaForRAG.from_pretrained(name, revision=revision, backbone=backbone, **options)
+    device_map, places = "cuda" if torch.cuda.is_available() else None, {"revision": revision, "backbone": backbone}
+    if dtype == "int8" and device_map is None:
+        from ..quantization import quantize_model
+
+        return quantize_model(CLaRaForRAG.from_pretrained(name, dtype="auto", **places))
+    return CLaRaForRAG.from_pretrained(name, device_map=device_map, **places, **weight_options(dtype))
 
 
 def describe_weights(name: str, revision: str | None = None) -> tuple[str, bool]:
