@@ -233,7 +233,7 @@ def uncommented(text: str) -> list[str]:
     return found
 
 
-SHIPPED = [path for path in sorted(RECIPES.rglob("*.yaml")) if "accelerate" not in path.parts]
+SHIPPED = [path for path in sorted(RECIPES.rglob("*.yaml")) if not {"accelerate", "deploy"} & set(path.parts)]
 SHIPPED = [path for path in SHIPPED if path.name != "card.yaml"]  # of recipes.publishing.cards
 
 
