@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from .. import Answer, CompressedCorpus, Source
 from ..corpus.files import InputFile, find_files
 from ..corpus.formats import format_of
@@ -144,7 +146,9 @@ def cache_bytes(model) -> int:
     config = model.config.text_config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads  # some backbones share none
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * size * model.get_output_embeddings().weight.element_size()
+    first = torch.zeros(1, dtype=torch.long, device=model.memory_embeddings.device)
+    state = model.get_input_embeddings()(first)  # of the dtype that is computed in, also if weights are rounded
+    return 2 * config.num_hidden_layers * heads * size * state.element_size()
 
 
 def find_passage(model, corpus, source: Source, n_vectors: int, is_read: bool) -> Passage:

@@ -4,6 +4,7 @@ import gzip
 import json
 import threading
 import tomllib
+from copy import deepcopy
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from huggingface_hub import EvalResult  # noqa: E402
 
 from modeling_clara import Answer, CompressedCorpus, Source, cli  # noqa: E402
 from modeling_clara.cli.ui import example_questions  # noqa: E402
+from modeling_clara.quantization import quantize_model  # noqa: E402
 from modeling_clara.service import page_html as show  # noqa: E402
 from modeling_clara.service import page_session  # noqa: E402
 from modeling_clara.service.page_rate import read_rates, select_rates  # noqa: E402
@@ -188,6 +190,8 @@ def test_the_cache_is_what_the_backbone_keeps(shared_model):
         kept = shared_model.backbone(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=True).past_key_values
     n_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in kept.layers)
     assert n_bytes == 3 * cache_bytes(shared_model)
+    rounded = quantize_model(deepcopy(shared_model))  # weights are bytes then, states are not
+    assert cache_bytes(rounded) == cache_bytes(shared_model)
 
 
 def test_neighbours_and_the_memory_of_a_passage(shared_model, corpus):
