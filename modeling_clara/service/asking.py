@@ -21,6 +21,7 @@ from .limits import Limits, bounded
 from .logs import note
 from .metrics import Metrics
 from .schemas import Message, Options, Sampling
+from .sources import source_row
 
 ABSTAINED = "No document of the corpus answers this."
 STREAMED = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}  # for the OpenAPI document
@@ -81,6 +82,11 @@ class Reply:
     answer: Answer
     finish_reason: str  # stop or length
     completion_tokens: int
+
+    @property
+    def found(self) -> dict:
+        """What is ours in every form of an answer."""
+        return {"sources": [source_row(source) for source in self.answer.sources], "abstained": self.answer.abstained}
 
 
 def read_turns(service: Service, messages: Sequence[Message], name: str) -> tuple[str, tuple[tuple[str, str], ...]]:

@@ -23,7 +23,7 @@ from .asking import (
 )
 from .errors import ApiError, Json, to_event
 from .schemas import ChatBody
-from .sources import annotations, source_row
+from .sources import annotations
 
 router = APIRouter()
 
@@ -43,7 +43,7 @@ async def complete(body: ChatBody, request: Request):
     reply = await ask_all(service, request, ask)
     message = {"role": "assistant", "content": reply.text, "refusal": None, "annotations": _cited(reply)}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reply.finish_reason}
-    return Json({**common, "object": "chat.completion", "choices": [choice], "usage": _usage(reply), **_more(reply)})
+    return Json({**common, "object": "chat.completion", "choices": [choice], "usage": _usage(reply), **reply.found})
 
 
 async def _events(pieces: AsyncIterator[str | Reply], common: dict, with_usage: bool) -> AsyncIterator[dict]:
@@ -61,9 +61,9 @@ async def _events(pieces: AsyncIterator[str | Reply], common: dict, with_usage: 
                 if isinstance(item, str):
                     yield chunk({"content": item})
                     continue
-                yield chunk({"annotations": _cited(item)}, item.finish_reason, **_more(item))
+                yield chunk({"annotations": _cited(item)}, item.finish_reason, **item.found)
                 if with_usage:
-                    yield to_event({**common, "choices": [], "usage": _usage(item), **_more(item)})
+                    yield to_event({**common, "choices": [], "usage": _usage(item), **item.found})
         except ApiError as error:
             yield to_event(error.body())
             return
@@ -72,10 +72,6 @@ async def _events(pieces: AsyncIterator[str | Reply], common: dict, with_usage: 
 
 def _cited(reply: Reply) -> list[dict]:
     return annotations(reply.answer.sources, reply.text, nested=True)
-
-
-def _more(reply: Reply) -> dict:
-    return {"sources": [source_row(source) for source in reply.answer.sources], "abstained": reply.answer.abstained}
 
 
 def _usage(reply: Reply) -> dict:

@@ -246,19 +246,18 @@ class Engine:
             replies = [reply for requests in _groups(batch) for reply in self._begin(requests)]
             if replies:
                 decoder.add(replies)
+            if decoder is not None:
+                self._deliver(decoder)
         except Exception as error:  # no fault of a single request
             running = [] if decoder is None else [draft.request for draft in (*decoder.drafts, *decoder.ended)]
             self._decoder = None if decoder is None else Decoder(self.model, self.prefix_bytes)
             for request in (*batch, *running):
                 request.send(error)
-            return
-        if decoder is not None:
-            self._deliver(decoder)
 
     def _deliver(self, decoder: Decoder) -> None:
         """Send the new pieces, and the answers that are whole."""
-        ended, decoder.ended = decoder.ended, []
-        for reply, is_whole in [*((reply, False) for reply in decoder.drafts), *((reply, True) for reply in ended)]:
+        ended = [(reply, True) for reply in decoder.ended]
+        for reply, is_whole in [*((reply, False) for reply in decoder.drafts), *ended]:
             request = reply.request
             if reply.error is not None:
                 request.send(reply.error)
@@ -269,6 +268,7 @@ class Engine:
                 if is_whole:
                     n_tokens = sum(token not in decoder.ends for token in reply.ids)
                     self._finish(request, replace(reply.answer, text=text, completion_tokens=n_tokens))
+        decoder.ended = []
 
     def _finish(self, request: Request, result) -> None:
         request.send(result)

@@ -24,7 +24,7 @@ from .asking import (
 )
 from .errors import ApiError, Json, to_event
 from .schemas import ResponsesBody
-from .sources import annotations, source_row
+from .sources import annotations
 
 router = APIRouter()
 
@@ -93,8 +93,7 @@ class _Draft:
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": read + written,
             },
-            "sources": [source_row(source) for source in reply.answer.sources],
-            "abstained": reply.answer.abstained,
+            **reply.found,
         }
 
 

@@ -21,11 +21,6 @@ TARN = (
     "Tarn is a town of 12,500 people in the north of Poland. Its tower was built in 1912 by Ilse Brand, a German "
     "architect, and is 43.5 m high. The season 2012–13 brought 1.5 million visitors. The U.L.A. has three members."
 )
-TOKYO = "東京都は日本の首都である。1943年に東京府と東京市が統合された。人口は1400万人である。"
-MOSCOW = (
-    "Москва является столицей России. Население города составляет 13 миллионов человек, и он был основан в 1147 году."
-)
-CAIRO = "القاهرة هي عاصمة جمهورية مصر العربية وأكبر مدنها. تأسست المدينة عام ٩٦٩ ميلادي."
 
 
 # --- all checks, rows, data sets -------------------------------------------------------------------------------------
