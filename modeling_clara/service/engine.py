@@ -230,7 +230,6 @@ class Engine:
                     if not batch and not drafts:
                         break
                     self._n_here = len(batch) + len(drafts)
-                    self.on_pass(self._n_here)
                     self._advance(batch)
                     drafts = [] if self._decoder is None else self._decoder.drafts
                     self._n_here = len(drafts)
@@ -239,6 +238,7 @@ class Engine:
         """Do what can be done at once for new requests, and write the next token of the others."""
         decoder = self._decoder
         try:
+            self.on_pass(self._n_here)
             if decoder is not None:
                 decoder.drop([draft for draft in decoder.drafts if draft.request.is_left])
                 if decoder.drafts:

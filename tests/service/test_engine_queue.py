@@ -10,6 +10,7 @@ import pytest
 from asked import ASKED, OPTIONS, ROWS, assert_same, collect, directly, run, until
 
 from modeling_clara import CompressedCorpus
+from modeling_clara.service import engine as engine_module
 from modeling_clara.service import writing
 from modeling_clara.service.engine import AskOptions, Engine, Overloaded, Stopping
 
@@ -104,6 +105,23 @@ def test_a_short_answer_does_not_wait_for_a_long_one(shared_model, corpus):
         return (await collect(stream))[-1]
 
     assert_same(run(work, shared_model, corpus), wanted[0])
+
+
+def test_what_fails_for_all_is_told_to_all_and_the_next_is_answered(shared_model, corpus, monkeypatch):
+    decode, broken = engine_module.decode_answer, [True]
+
+    def fail_once(*arguments):
+        if broken.pop() if broken else False:
+            raise RuntimeError("cannot be delivered")
+        return decode(*arguments)
+
+    async def work(engine):
+        monkeypatch.setattr(engine_module, "decode_answer", fail_once)
+        with pytest.raises(RuntimeError, match="cannot be delivered"):
+            await asyncio.wait_for(engine.answer(ASKED[0], OPTIONS[0]), 60)
+        return await asyncio.wait_for(engine.answer(ASKED[0], OPTIONS[0]), 60)
+
+    assert_same(run(work, shared_model, corpus), directly(shared_model, corpus, ASKED[0], OPTIONS[0]))
 
 
 def test_close_finishes_what_was_taken(shared_model, corpus):
