@@ -201,8 +201,9 @@ def main() -> int:
             corpus = CompressedCorpus.build(model, documents, Path(folder) / "corpus")
         found = asyncio.run(measure(model, corpus, questions[: arguments.number], arguments))
     report = {**shared.describe_machine(), "data": Path(arguments.questions or shared.PASSAGES).name, "ways": found}
-    text = f"{public_name(str(model.name_or_path))}, {len(corpus):,} documents, {arguments.clients} clients."
-    shared.show("service", report, f"{text}\n\n{render(found)}", arguments)
+    name = public_name(str(model.name_or_path))
+    text = f"{name}, {len(corpus):,} documents, {arguments.clients} clients.\n\n{render(found)}"
+    shared.show(f"service of {name}", report, text, arguments)
     return int(any(row["different"] for row in found))
 
 

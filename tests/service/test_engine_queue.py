@@ -77,13 +77,15 @@ def test_a_stream_that_is_closed_stops(shared_model, corpus):
     options, questions, wanted = two_long(shared_model, corpus)
 
     async def work(engine):
+        n_requests, passes = [], threading.Semaphore(20)
+        engine.on_pass = lambda n: (n_requests.append(n), passes.acquire(timeout=60))
         first, second = (engine.stream(question, options) for question in questions)
-        await anext(first)
+        pieces = [await anext(second)]  # of the first 20 passes
         await first.aclose()
         assert await collect(first) == []
-        pieces = [await anext(second) for _ in range(3)]
-        assert engine.n_running == 1  # the row of the first is gone, and the second goes on
+        passes.release(1000)
         pieces += await collect(second)
+        assert set(n_requests[21:40]) == {1}  # the row of the first is gone, and the second goes on
         async with contextlib.aclosing(engine.stream(questions[0], options)) as stream:
             await anext(stream)
         await until(lambda: not engine.n_running)
