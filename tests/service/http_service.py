@@ -127,16 +127,20 @@ class Process:
         self.process = subprocess.Popen(
             [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
         )
-        self.log: list[dict] = []
-        self.err = ""
-        threading.Thread(target=self._read_err, daemon=True).start()
-        self.ready = json.loads(self.process.stdout.readline() or "{}")
-        assert self.ready.get("event") == "ready", self.err
+        self.out, self.err = [], []  # lines; a pipe that nobody reads would stop the service
+        streams = ((self.process.stdout, self.out), (self.process.stderr, self.err))
+        self._readers = [threading.Thread(target=self._read, args=pair, daemon=True) for pair in streams]
+        for reader in self._readers:
+            reader.start()
+        wait_until(lambda: self.out or self.process.poll() is not None, 120)
+        self.ready = json.loads(self.out[0]) if self.out else {}
+        assert self.ready.get("event") == "ready", "".join(self.err)
         self.url = self.ready["url"]
 
-    def _read_err(self):
-        for line in self.process.stderr:
-            self.err += line
+    @staticmethod
+    def _read(stream, lines: list[str]) -> None:
+        for line in stream:
+            lines.append(line)
 
     def __enter__(self):
         return self
@@ -148,5 +152,7 @@ class Process:
     def stop(self, number: int) -> tuple[int, list[dict]]:
         """Send a signal; the exit status, and what was logged."""
         self.process.send_signal(number)
-        out = self.process.communicate(timeout=120)[0] if self.process.stderr.closed else self.process.stdout.read()
-        return self.process.wait(120), [json.loads(line) for line in out.splitlines()]
+        status = self.process.wait(120)
+        for reader in self._readers:
+            reader.join()
+        return status, [json.loads(line) for line in self.out[1:]]

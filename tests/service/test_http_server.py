@@ -76,7 +76,7 @@ def test_it_finishes_what_runs_and_logs_no_text(corpus_folder, checkpoint):
         assert status == 0
         with pytest.raises(OSError):
             send(served.url, "GET", "/health")
-    lines = json.dumps(log) + served.err
+    lines = json.dumps(log) + "".join(served.err)
     for text in (secret, "Quodlibet", "Zinnober", "Ultramarin", KEY):
         assert text not in lines
     requests = [line for line in log if line["event"] == "request"]
