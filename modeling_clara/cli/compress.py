@@ -80,9 +80,11 @@ def run(arguments: argparse.Namespace) -> int:
 def build_corpus(arguments: argparse.Namespace, documents: str, folder: str, options: dict) -> int:
     """Build a corpus and say what it is; returns the exit status."""
     from .. import CompressedCorpus
+    from ..corpus.sources import check_location
     from ..corpus.storage import read_lines
     from .info import measure_text, readable_bytes
 
+    check_location(documents)
     model = load_model(arguments.model, backbone=arguments.backbone, dtype=arguments.dtype)
     show_progress()
     try:

@@ -50,6 +50,10 @@ def add_parser(commands) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Returns the exit status."""
     write = silent if arguments.json else Screen()
+    if arguments.folder is not None:
+        from ..corpus.sources import check_location
+
+        check_location(arguments.folder)  # before what takes long
     write("Loading the model ...\n")
     checkpoint = arguments.model or find_checkpoint(arguments.backbone)
     write("" if checkpoint else UNTRAINED)
@@ -263,11 +267,13 @@ def _next_steps(model: str | None) -> str:
         is_below = TRAINED_MODEL.is_relative_to(Path.cwd())
         model = TRAINED_MODEL.relative_to(Path.cwd()) if is_below else TRAINED_MODEL
     missing = [name for module, name in (("pyarrow", "pyarrow"), ("faiss", "faiss-cpu")) if find_spec(module) is None]
-    needs = f"    # first: pip install {' '.join(missing)}" if missing else ""
+    pip = Path(clara).with_name("pip")  # of the same environment
+    needs = f"  {pip} install {' '.join(missing)}    # for folders and corpora\n" if missing else ""
     return (
         "\nWhat to try next, with a folder of documents:\n"
         f'  {clara} demo -q "YOUR QUESTION"    # these passages, your question\n'
+        f"{needs}"
         f'  {clara} demo FOLDER -q "YOUR QUESTION"    # your files\n'
-        f"  {clara} compress FOLDER -o my-corpus \\\n      --model {model or 'MODEL'}{needs}\n"
+        f"  {clara} compress FOLDER -o my-corpus \\\n      --model {model or 'MODEL'}\n"
         f"  {clara} ask my-corpus    # a chat over what is kept there\n"
     )

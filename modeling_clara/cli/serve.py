@@ -66,7 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
         from ..service.app import create_app  # noqa: F401
         from ..service.server import build_server
     except ImportError as error:
-        raise ImportError(f"`clara serve` needs {error.name}: pip install 'clara-rag[serve]'.") from error
+        raise ImportError(
+            f"`clara serve` needs {error.name}: pip install {error.name}, or the extra `serve` from a clone of the "
+            "repository."
+        ) from error
     from ..service.auth import KEYS, READ_KEYS, read_keys
     from ..service.logs import log_to
 

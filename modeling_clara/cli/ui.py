@@ -32,7 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
         from ..service.page import build_page, serve
     except ImportError as error:
         raise ImportError(
-            f"the page needs gradio: pip install 'gradio>=6,<7', or the extra `ui` ({error})."
+            f"the page needs gradio: pip install 'gradio>=6,<7', or the extra `ui` from a clone of the repository "
+            f"({error})."
         ) from error
     corpus = CompressedCorpus.open(arguments.corpus, arguments.revision)
     model = load_model_of(corpus, arguments.model, arguments.backbone, dtype=arguments.dtype)

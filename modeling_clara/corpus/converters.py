@@ -150,7 +150,7 @@ def read_pdf(file: InputFile) -> Iterator[Item]:
             pdf = pypdfium2.PdfDocument(stream)
         except pypdfium2.PdfiumError as error:
             is_locked = "password" in str(error).lower()
-            raise ValueError("is locked by a password. Save it without one" if is_locked else str(error)) from error
+            raise ValueError("it is locked by a password. Save it without one" if is_locked else str(error)) from error
         with contextlib.closing(pdf):
             empty = []
             for number in range(1, len(pdf) + 1):

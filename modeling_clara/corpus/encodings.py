@@ -40,7 +40,7 @@ def find_encoding(sample: bytes) -> str:
     even, odd = sample[::2].count(0), sample[1::2].count(0)
     if max(even, odd) > max(10 * min(even, odd), len(sample) // 20):
         return "utf-16-le" if odd > even else "utf-16-be"
-    raise ValueError("is no text: it has bytes of value zero. Convert it.")
+    raise ValueError("it is no text, because it has bytes of value zero. Convert it.")
 
 
 def _legacy_encoding(sample: bytes) -> str:
@@ -48,11 +48,11 @@ def _legacy_encoding(sample: bytes) -> str:
         from charset_normalizer import from_bytes
     except ImportError:
         raise ValueError(
-            "is not UTF-8, and telling other encodings needs charset-normalizer: pip install charset-normalizer"
+            "it is not UTF-8, and telling other encodings needs charset-normalizer: pip install charset-normalizer"
         ) from None
     found = list(from_bytes(sample, cp_isolation=list(LEGACY)))
     if not found:
-        raise ValueError("is in no encoding that is known. Convert it to UTF-8.")
+        raise ValueError("it is in no encoding that is known. Convert it to UTF-8.")
     least = min(match.chaos for match in found) + 0.02
     coherent = max(match.coherence for match in found if match.chaos <= least) - AS_LIKELY
     likely = [match for match in found if match.chaos <= least and match.coherence >= coherent]

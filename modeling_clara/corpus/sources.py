@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
 from ..manifest_clara import RESERVED_COLUMNS, pa, require_arrow
 from ..text_clara import given_id, read_document
 from .converters import Item
@@ -90,6 +92,7 @@ class DocumentSource:
             if is_remote(documents) or _exists(documents):
                 self._find(documents, exclude)
                 return
+            check_location(str(documents))
             name, documents = str(documents), _load_hub_dataset(str(documents), split, config_name)
             self.description = {"kind": "hub", "name": name, "split": split, "config_name": config_name}
         elif isinstance(documents, Sequence) and documents and all(isinstance(file, InputFile) for file in documents):
@@ -302,6 +305,25 @@ def _exists(path: str | os.PathLike) -> bool:
         return bool(os.fspath(path)) and Path(path).exists()
     except OSError:
         return False
+
+
+def check_location(documents: str) -> None:
+    """Raise what can be told about an input before a model is loaded for it.
+
+    Raises:
+        FileNotFoundError: it is no file or folder here, no address, and no id that a data set of the Hub can have.
+        ImportError: pyarrow is missing.
+    """
+    require_arrow()
+    if is_remote(documents) or _exists(documents):
+        return
+    try:
+        validate_repo_id(documents)
+    except HFValidationError:
+        raise FileNotFoundError(
+            f"`documents` must be a file, a folder or a data set of the Hub, got {documents!r}, where there is no "
+            "file or folder. Check the path."
+        ) from None
 
 
 def _load_hub_dataset(name: str, split: str, config_name: str | None):

@@ -46,7 +46,8 @@ class RemoteGenerator:
             import openai
         except ImportError as error:
             raise ImportError(
-                "`generator` on a server needs the openai client: pip install 'clara-rag[serve]'."
+                "`generator` on a server needs the openai client: pip install openai, or the extra `serve` from a "
+                "clone of the repository."
             ) from error
         if not base_url.startswith(("http://", "https://")):
             raise ValueError(f"`generator` must be an address such as http://HOST:8000/v1, got {base_url!r}.")
