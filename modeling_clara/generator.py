@@ -49,7 +49,7 @@ def merge_generator(model, path: str | os.PathLike, *, dtype: torch.dtype | None
 
     Args:
         model: a `CLaRaForRAG`; its backbone must not be quantised.
-        path: the folder; it must not exist, be empty, or hold a merged generator and nothing else.
+        path: the folder; it must not exist, be empty, or hold a merged generator and nothing else. No mount point.
         dtype: of the weights: float32, bfloat16 or float16; default the backbone's. The sums are float32.
 
     Returns:
@@ -67,7 +67,7 @@ def merge_generator(model, path: str | os.PathLike, *, dtype: torch.dtype | None
         raise ValueError(
             "the backbone must not be quantised to be merged. Load the model without `quantization_config`."
         )
-    target = Path(os.path.abspath(path))
+    given, target = Path(os.path.abspath(path)), Path(os.path.realpath(path))  # a link stays one
     _check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
@@ -95,12 +95,14 @@ def merge_generator(model, path: str | os.PathLike, *, dtype: torch.dtype | None
         if target.exists():
             os.rename(target, Path(temporary) / "earlier")
         os.rename(merged, target)
-    return target
+    return given
 
 
 def _check_target(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise ValueError(f"`path` must be a folder, got the file {target}. Choose another name.")
+    if os.path.ismount(target):  # which cannot be put in place at once
+        raise ValueError(f"`path` must not be where a volume is mounted, got {target}. Choose a folder in it.")
     foreign = foreign_files(target, WRITTEN)
     if not foreign and target.exists() and any(target.iterdir()) and not (target / MARKER).exists():
         foreign = sorted(file.name for file in target.iterdir())  # a language model that is none of ours

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 
 from .models import load_model
 
@@ -33,5 +34,5 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({"path": arguments.output, "served_name": name, "dtype": arguments.dtype}))
     else:
         print(f"{arguments.output} holds the generator in {arguments.dtype}. Serve it:")
-        print(f"vllm serve {arguments.output} --served-model-name {name} --enable-prompt-embeds")
+        print(f"vllm serve {shlex.quote(arguments.output)} --served-model-name {name} --enable-prompt-embeds")
     return 0

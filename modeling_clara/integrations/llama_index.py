@@ -5,6 +5,7 @@ The cosine is the score of the node and no metadata, because LlamaIndex takes no
 
 import asyncio
 
+from ..service.sources import json_value  # which needs nothing of the service
 from .retrieval import chunk_id, describe, load, missing_extra, search
 
 try:
@@ -20,7 +21,7 @@ class CLaRaRetriever(BaseRetriever):
     """Retrieves chunks of a compressed corpus, the best chunk of each document.
 
     A node has the text, the id DOCUMENT#CHUNK, the document's id as `ref_doc_id`, and as metadata the corpus's columns
-    with title, document_id and chunk.
+    with title, document_id and chunk. Times are ISO text: LlamaIndex stores and traces nodes as JSON.
 
     Args:
         corpus: a `CompressedCorpus`, or its folder or id on the Hub, which shows changes of the corpus at every call.
@@ -64,7 +65,7 @@ def _node(source) -> TextNode:
     return TextNode(
         id_=chunk_id(source),
         text=source.text,
-        metadata=describe(source),
+        metadata=json_value(describe(source)),
         excluded_embed_metadata_keys=PLACES,
         excluded_llm_metadata_keys=PLACES,
         relationships={NodeRelationship.SOURCE: RelatedNodeInfo(node_id=source.document_id)},

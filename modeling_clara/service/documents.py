@@ -3,6 +3,8 @@
 A change is answered when it is on the disk. An id is text: it names a row of the corpus and never a file.
 """
 
+import errno
+import uuid
 from collections.abc import Callable
 from typing import Annotated, TypeVar
 
@@ -16,7 +18,7 @@ from .asking import Service
 from .engine import AskOptions
 from .errors import ApiError, Json, told_to_client
 from .limits import bounded
-from .logs import note
+from .logs import logger, note
 from .schemas import DocumentBody, DocumentsBody, PutBody, SearchBody
 from .sources import json_value, source_row
 
@@ -24,6 +26,10 @@ T = TypeVar("T")
 OURS = (*RESERVED_COLUMNS, "_id")  # a `memory` would be an embedding that is not made here
 PASS = 4  # documents that are compressed at once: answers wait for it
 RETRY_SECONDS = 5.0  # after which another writer may be done
+# What the disk of the corpus may say, and what a client is told of it: its status, message, code.
+DISK = {errno.EACCES: (403, "the folder of the corpus cannot be written.", "read_only")}
+DISK |= dict.fromkeys((errno.EPERM, errno.EROFS), DISK[errno.EACCES])
+DISK |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), (507, "the disk of the corpus is full.", "disk_full"))
 router = APIRouter()
 
 
@@ -108,15 +114,21 @@ async def _change(request: Request, body: DocumentsBody, mode: str) -> Json:
         raise ApiError(400, message, param="documents", code="too_long")
     kinds = service.engine.corpus.manifest.metadata
     rows = [_row(document, kinds, f"documents[{index}]") for index, document in enumerate(body.documents)]
+    if mode != "update":  # which needs the id of what is there
+        rows = [{"id": uuid.uuid4().hex, **row} for row in rows]
     changes: Changes = await _write(service, lambda corpus: getattr(corpus, mode)(rows, batch_size=PASS))
-    rejected = [{name: row[name] for name in ("row", "id", "reason")} for row in changes.rejected]
+    rejected = [
+        {"row": row["row"], "id": body.documents[row["row"]].id, "reason": row["reason"]} for row in changes.rejected
+    ]
+    refused = {row["row"] for row in rejected}
+    ids = [None if number in refused else row["id"] for number, row in enumerate(rows)]
     counts = {"documents": changes.n_documents, "chunks": changes.n_spans, "unchanged": changes.n_unchanged}
     service.metrics.changes.labels(mode).inc(changes.n_documents)
     note(request, **counts, rejected=len(rejected))
     if rejected and not changes.n_documents + changes.n_unchanged:
         message = f"no document was taken: {rejected[0]['reason']}"
-        raise ApiError(422, message, param="documents", code="rejected", more={"rejected": json_value(rejected)})
-    return Json({**counts, "rejected": json_value(rejected)})
+        raise ApiError(422, message, param="documents", code="rejected", more={"rejected": rejected})
+    return Json({**counts, "ids": ids, "rejected": rejected})
 
 
 def _row(document: DocumentBody, kinds: dict[str, str], place: str) -> dict:
@@ -147,6 +159,12 @@ async def _write(service: Service, change: Callable[..., T]) -> T:
             raise
         message = "another process writes to the corpus. Try again later."
         raise ApiError(503, message, code="locked", retry_after=RETRY_SECONDS) from error
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        status, message, code = DISK[error.errno]
+        logger.error("disk", extra={"fields": {"problem": error.strerror}})
+        raise ApiError(status, f"{message} Ask who runs the service.", code=code) from error
     finally:
         service.n_writes -= 1
 

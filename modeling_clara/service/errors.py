@@ -123,6 +123,7 @@ def add_handlers(app: FastAPI) -> None:
 
     async def on_fault(request: Request, error: Exception) -> Json:
         response = ApiError(500, "internal error. The log of the service names it by the request's id.").response()
+        response.headers["Connection"] = "close"  # as the server does after a fault: nobody shall ask on it again
         if "request_id" in request.scope["state"]:
             response.headers["X-Request-ID"] = request.scope["state"]["request_id"]
         return response

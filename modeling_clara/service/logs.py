@@ -66,7 +66,7 @@ class RequestLog:
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"], state["log"] = request_id, {}
-        start, status = time.perf_counter(), 500
+        start, status = time.perf_counter(), 499  # of a client that leaves before it has asked
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -79,6 +79,9 @@ class RequestLog:
 
         try:
             await self.app(scope, receive, send_with_id)
+        except Exception:
+            status = 500
+            raise
         finally:
             seconds = time.perf_counter() - start
             route = getattr(scope.get("route"), "path", "none")  # as it is declared: a path may hold an id

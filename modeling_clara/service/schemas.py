@@ -27,7 +27,7 @@ NEUTRAL = {
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "text": ({"format": {"type": "text"}}, {"verbosity": "medium"}, {}),
+    "text": ({"format": {"type": "text"}}, {}),
     "truncation": ("disabled",),
     "background": (False,),
     "include": ([],),
@@ -140,6 +140,8 @@ class Sampling(Options):
 
 
 def _is_neutral(name: str, value: Any) -> bool:
+    if name == "text" and isinstance(value, dict):
+        value = {key: part for key, part in value.items() if key not in IGNORED}
     return any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in NEUTRAL[name])
 
 

@@ -9,7 +9,8 @@ from llama_index.core.llms import MockLLM
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers import get_response_synthesizer
 from llama_index.core.retrievers import QueryFusionRetriever
-from llama_index.core.schema import MetadataMode, QueryBundle
+from llama_index.core.schema import MetadataMode, QueryBundle, TextNode
+from llama_index.core.storage.docstore import SimpleDocumentStore
 
 from modeling_clara.integrations.llama_index import CLaRaRetriever
 
@@ -32,6 +33,7 @@ def test_nodes_are_what_retrieve_finds(given, view, call, clara, corpus):
             for node, (name, _, _, title, metadata) in zip(nodes, expected, strict=True):
                 document_id, _, chunk = name.rpartition("#")
                 assert node.node.ref_doc_id == document_id
+                metadata = {**metadata, "day": metadata["day"].isoformat()}
                 assert node.metadata == {**metadata, "title": title, "document_id": document_id, "chunk": int(chunk)}
 
 
@@ -70,3 +72,12 @@ def test_a_corpus_by_its_path_brings_its_model_and_shows_changes(clara, folder, 
     retriever = CLaRaRetriever(copy, similarity_top_k=6)
     clara.load_corpus(copy).delete(["d0", "d1", "d2"])
     assert {node.node.ref_doc_id for node in retriever.retrieve(QUESTIONS[0])} == {"d3", "d4", "d5"}
+
+
+def test_nodes_are_stored_as_json(clara, corpus, tmp_path):
+    nodes = [found.node for found in CLaRaRetriever(corpus, clara, similarity_top_k=6).retrieve(QUESTIONS[0])]
+    store = SimpleDocumentStore()
+    store.add_documents(nodes)
+    store.persist(str(tmp_path / "nodes.json"))
+    assert SimpleDocumentStore.from_persist_path(str(tmp_path / "nodes.json")).docs == {n.node_id: n for n in nodes}
+    assert [TextNode.from_json(node.to_json()) for node in nodes] == nodes

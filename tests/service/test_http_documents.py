@@ -1,7 +1,9 @@
 """Search and documents over HTTP: a change is on the disk when it is answered, and an id is text."""
 
 import datetime
+import errno
 import json
+import os
 import signal
 import threading
 from urllib.parse import quote
@@ -40,7 +42,7 @@ def test_a_search_is_that_of_the_model(strict):
 
 def test_documents_are_added_replaced_and_deleted(strict):
     got = strict.send("POST", "/documents", documents("new"))
-    assert got.json == {"documents": 1, "chunks": 1, "unchanged": 0, "rejected": []}
+    assert got.json == {"documents": 1, "chunks": 1, "unchanged": 0, "ids": ["new"], "rejected": []}
     assert stored(strict)["new"] == "Text of new."
     assert strict.send("GET", "/documents/new").json == {
         "document_id": "new",
@@ -50,7 +52,8 @@ def test_documents_are_added_replaced_and_deleted(strict):
     }
     body = {"documents": [{"id": "new", "text": "Another text.", "title": "T", "metadata": {"year": 7}}]}
     assert strict.send("PUT", "/documents", body).json["documents"] == 1
-    assert strict.send("PUT", "/documents", body).json == {"documents": 0, "chunks": 0, "unchanged": 1, "rejected": []}
+    counts = {"documents": 0, "chunks": 0, "unchanged": 1}
+    assert strict.send("PUT", "/documents", body).json == {**counts, "ids": ["new"], "rejected": []}
     got = strict.send("GET", "/documents/new").json
     assert (got["title"], got["metadata"]["year"], got["chunks"][0]["text"]) == ("T", 7, "Another text.")
     assert strict.send("PUT", "/documents", {**documents("other"), "create": False}).status == 422
@@ -62,6 +65,18 @@ def test_documents_are_added_replaced_and_deleted(strict):
     assert strict.send("DELETE", "/documents?id=other&id=rome").json == {"deleted": 2, "documents": 3}
     assert strict.send("DELETE", "/documents?id=paris&id=rome").status == 404  # all or none
     assert set(stored(strict)) == {"paris", "berlin", "seine/river"}
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+def test_a_document_without_an_id_gets_one_and_is_told_it(strict, method):
+    rows = [{"text": "The first."}, {"id": "mine", "text": "The second."}, {"text": "The third."}]
+    ids = strict.send(method, "/documents", {"documents": rows}).json["ids"]
+    assert len(set(ids)) == 3 and ids[1] == "mine"
+    found = stored(strict)
+    assert [found[name] for name in ids] == [row["text"] for row in rows]
+    assert strict.send("DELETE", f"/documents/{ids[0]}").status == 200
+    got = strict.send("PUT", "/documents", {"documents": rows[:1], "create": False})
+    assert got.status == 422 and "must have an id" in got.error["message"]
 
 
 def test_a_document_is_found_once_it_is_acknowledged(strict):
@@ -81,6 +96,9 @@ def test_rejected_documents_are_listed(strict):
     assert [row["row"] for row in got["rejected"]] == [1, 2, 3]
     reasons = [row["reason"] for row in got["rejected"]]
     assert "already" in reasons[0] and "empty" in reasons[1] and "int64" in reasons[2]
+    assert got["ids"] == ["good", None, None, None]
+    got = strict.send("PUT", "/documents", {"documents": [{"id": "blank", "text": " "}], "create": False})
+    assert got.status == 422 and got.json["rejected"][0]["id"] == "blank"
     got = strict.send("POST", "/documents", documents("rome"))
     assert got.status == 422 and got.error["code"] == "rejected" and got.json["rejected"][0]["id"] == "rome"
 
@@ -146,6 +164,22 @@ def test_a_service_that_only_reads(http_model, http_corpus):
         got = served.send("POST", "/documents", documents("new"))
         assert got.status == 403 and got.error["code"] == "read_only"
         assert served.send("GET", "/documents/rome").status == 200
+
+
+@pytest.mark.parametrize(
+    "number, status, code", [("EROFS", 403, "read_only"), ("EACCES", 403, "read_only"), ("ENOSPC", 507, "disk_full")]
+)
+def test_a_disk_that_takes_nothing_is_told_without_its_place(strict, monkeypatch, number, status, code):
+    def fail(*_, **__):
+        raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)), str(strict.engine.corpus.folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("modeling_clara.corpus.changes.write_manifest", fail)
+        for got in (strict.send("POST", "/documents", documents("new")), strict.send("DELETE", "/documents/rome")):
+            assert got.status == status and got.error["code"] == code
+            assert str(strict.engine.corpus.folder) not in got.body.decode()
+    assert set(stored(strict)) == {"paris", "berlin", "seine/river", "rome"}
+    assert strict.send("POST", "/documents", documents("new")).status == 200
 
 
 def test_a_corpus_of_the_hub_is_not_changed(strict):

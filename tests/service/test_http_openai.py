@@ -339,3 +339,12 @@ def test_messages_that_are_no_question(service, messages):
 def test_responses_that_are_not_supported(service, fields):
     got = service.send("POST", "/v1/responses", {"model": MODEL, "input": QUESTION, **fields}, key=KEY)
     assert got.status == 400 and next(iter(fields)) in got.error["message"]
+
+
+@pytest.mark.parametrize("text", [{"verbosity": "low"}, {"format": {"type": "text"}, "verbosity": "high"}], ids=str)
+def test_text_of_responses_may_say_what_changes_nothing(service, text):
+    body = {"model": MODEL, "input": QUESTION, "max_output_tokens": 8}
+    plain, got = (service.send("POST", "/v1/responses", {**body, **more}, key=KEY) for more in ({}, {"text": text}))
+    assert got.status == 200 and got.json["output"][0]["content"] == plain.json["output"][0]["content"]
+    wrong = {**body, "text": {**text, "format": {"type": "json_object"}}}
+    assert service.send("POST", "/v1/responses", wrong, key=KEY).error["param"] == "text"

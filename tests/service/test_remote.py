@@ -84,6 +84,17 @@ def test_what_is_merged_is_a_plain_model(shared_model, merged, tmp_path):
     assert all(torch.equal(t.to(torch.bfloat16), rounded[name]) for name, t in plain.state_dict().items())
 
 
+def test_a_link_stays_one_and_a_volume_is_refused(shared_model, tmp_path, monkeypatch):
+    link, folder = tmp_path / "link", tmp_path / "disk" / "generator"
+    link.symlink_to(folder)
+    for _ in range(2):  # over an earlier one too
+        assert merge_generator(shared_model, link) == link
+        assert link.is_symlink() and read_marker(folder) == read_marker(link)
+    monkeypatch.setattr("os.path.ismount", lambda path: path == folder)
+    with pytest.raises(ValueError, match="a folder in it"):
+        merge_generator(shared_model, link)
+
+
 @pytest.mark.parametrize(
     "architecture, tied", [("qwen2", True), ("phi3", False), ("gemma2", True), ("gpt_neox", False)]
 )
@@ -285,12 +296,12 @@ def test_servers_that_cannot_serve(merged, shared_model):
 
 def test_the_command_prints_how_to_serve(shared_model, merged, tmp_path, capsys):
     shared_model.save_pretrained(tmp_path / "model", include_backbone=True)
-    command = ["merge", str(tmp_path / "model"), "-o", str(tmp_path / "generator"), "--dtype", "float32"]
+    command = ["merge", str(tmp_path / "model"), "-o", str(tmp_path / "a generator"), "--dtype", "float32"]
     assert cli.main(command) == 0
     name = served_name(generator_fingerprint(shared_model))
-    line = f"vllm serve {tmp_path / 'generator'} --served-model-name {name} --enable-prompt-embeds"
-    assert line in capsys.readouterr().out and name in (tmp_path / "generator" / "README.md").read_text()
-    weights = (tmp_path / "generator" / "model.safetensors").read_bytes()
+    line = f"vllm serve '{tmp_path / 'a generator'}' --served-model-name {name} --enable-prompt-embeds"
+    assert line in capsys.readouterr().out and name in (tmp_path / "a generator" / "README.md").read_text()
+    weights = (tmp_path / "a generator" / "model.safetensors").read_bytes()
     assert weights == (merged / "model.safetensors").read_bytes()
     assert cli.main([*command, "--json"]) == 0 and name in capsys.readouterr().out
     assert cli.main([*command[:3], str(tmp_path / "model")]) == 1
