@@ -114,3 +114,15 @@ def test_a_file_that_guards_nothing_is_an_error(tmp_path, content, message):
     (tmp_path / "dev.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
         LeakageGuard([tmp_path / "dev.jsonl"])
+
+
+def test_one_changed_word_makes_no_new_question_and_a_longer_document_no_new_text(tmp_path):
+    text = " ".join(f"In {1900 + n} the tower of Tarn had {n} floors." for n in range(8))
+    rows = [{"question": "In which year was the great tower of Tarn built?"}, {"text": text}]
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    guard = LeakageGuard([tmp_path / "dev.jsonl"])
+    assert guard.check("in which year was the big tower of tarn built") is not None
+    assert guard.check("In which year was the great tower of Selby built?") is None  # another tower
+    around = " ".join(f"The mill of Selby ground {n} sacks that year." for n in range(30))
+    assert guard.check(f"{around} {text} {around}") == "leakage: it has 100% of a text of evaluation files"
+    assert guard.check(around) is None
