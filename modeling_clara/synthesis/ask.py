@@ -23,6 +23,7 @@ WARM = 0.7  # temperature of a repeated request: at 0 the same request has the s
 # The marks of our prompts, and those of chat templates that a server would read as such.
 MARKS = r"\s*/?\s*(?:documents?|question|answer|pairs|facts|paraphrase|s|start_of_turn|end_of_turn)\s*>|\|"
 MARK, ESCAPED = re.compile(f"<(?={MARKS})", re.IGNORECASE), re.compile(f"&lt;(?={MARKS})", re.IGNORECASE)
+FENCE = re.compile(r"```\w*\s*(\{.*\}|\[.*\])\s*```", re.DOTALL)
 QUOTED, TYPOGRAPHIC = re.compile('"([^"\\n]*)"'), re.compile("[\u201c\u201d]")
 
 
@@ -161,22 +162,57 @@ def read_answer(completion: Completion, schema: dict) -> Answer:
         n_tokens = completion.completion_tokens
         return Answer(None, f"truncated: the answer was cut off after {n_tokens} tokens", text)
     value, problem = parse_json(text)
+    value = mended(value, schema)
     problem = problem or misfit(value, schema)
     return Answer(None, f"broken: {problem}", text) if problem else Answer(value, None, text)
 
 
 def parse_json(text: str) -> tuple[object, str | None]:
-    """(value, problem) of a text that should be JSON; a fence around it, or a small mistake in it, is mended."""
+    """(value, problem) of a text that should be JSON; what stands around it, or a small mistake in it, is mended.
+
+    >>> parse_json('<think>{"a": 2}?</think> Here: ```json {"a": 1} ``` {done}')
+    ({'a': 1}, None)
+    """
     from json_repair import repair_json
 
-    try:
-        return json.loads(text), None
-    except ValueError:
-        pass
-    start, end = text.find("{"), text.rfind("}")
-    if start < 0 or end < start:
+    text = text.rpartition("</think>")[2]  # what models that reason write before
+    fenced = FENCE.search(text)
+    text = fenced[1] if fenced else text
+    begins, end = re.search(r'\{\s*"', text) or re.search(r"\{", text), text.rfind("}")
+    start = begins.start() if begins else 0
+    for decode in (json.loads, lambda text: json.JSONDecoder().raw_decode(text, start)[0]):
+        try:
+            return decode(text), None
+        except ValueError:
+            pass
+    if not begins or end < start:
         return None, "the answer has no JSON object"
     return repair_json(text[start : end + 1], return_objects=True), None
+
+
+def mended(value, schema: Mapping):
+    """The value with what models without a schema write otherwise: 7 or null for a text, "true", a list alone.
+
+    Of entries of a list that miss a text it is empty, unless all do.
+    """
+    kind = schema["type"]
+    if kind == "string" and (value is None or type(value) in (int, float)):
+        return "" if value is None else str(value)
+    if kind == "boolean" and isinstance(value, str):
+        return {"true": True, "false": False}.get(value.strip().lower(), value)
+    if kind == "object":
+        (name, rule), *others = schema["properties"].items()
+        if isinstance(value, list) and rule["type"] == "array" and not others:
+            value = {name: value}
+        if isinstance(value, Mapping):
+            rules = schema["properties"]
+            return {name: mended(entry, rules[name]) if name in rules else entry for name, entry in value.items()}
+    if kind == "array" and isinstance(value, list):
+        value = [mended(entry, schema["items"]) for entry in value]
+        if any(misfit(entry, schema["items"]) is None for entry in value):
+            texts = dict.fromkeys(schema["items"].get("required", ()), "")
+            value = [{**texts, **entry} if isinstance(entry, Mapping) else entry for entry in value]
+    return value
 
 
 def misfit(value, schema: Mapping, where: str = "the answer") -> str | None:

@@ -96,7 +96,8 @@ REFUSALS = {
     "temperature": (r"'?temperature'?", lambda payload: {k: v for k, v in payload.items() if k != "temperature"}),
     "seed": (r"'?seed'?", lambda payload: {k: v for k, v in payload.items() if k != "seed"}),
 }
-REFUSED = r"not support|unsupported|unavailable|not available|unknown|unrecognized|not permitted"
+REFUSED = r"not support|unsupported|supported values|(un|not )available|unknown|unrecognized|unexpected|invalid"
+REFUSED += r"|not (permitted|allowed|implemented)|enabled only"
 
 
 def retry_after(headers: Any) -> float | None:
@@ -162,7 +163,7 @@ class Endpoint:
 
     def _learn(self, error, body: dict) -> bool:
         """Whether the refusal names something that the request can do without."""
-        if error.status_code not in (400, 422) or not re.search(REFUSED, error.message, re.IGNORECASE):
+        if error.status_code not in (400, 422, 500, 501) or not re.search(REFUSED, error.message, re.IGNORECASE):
             return False
         for name, (words, _) in REFUSALS.items():
             if name in body and re.search(words, error.message, re.IGNORECASE):

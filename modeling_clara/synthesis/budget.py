@@ -4,6 +4,7 @@ A call that could exceed what is left is not sent.
 
 import asyncio
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,14 +40,21 @@ def read_prices(path: str | Path, model: str) -> dict[str, float]:
     Raises:
         ValueError: the file has no such price.
     """
-    prices = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        prices = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be a JSON file of prices, got {error}. Correct it.") from error
     price = prices.get(model) if isinstance(prices, dict) else None
-    if not isinstance(price, dict) or not all(isinstance(price.get(key), int | float) for key in PRICED):
+    if not isinstance(price, dict) or not all(_is_price(price.get(key)) for key in PRICED):
         raise ValueError(
             f'{path} must have {{"{model}": {{"prompt": NUMBER, "completion": NUMBER}}}}, prices of a million tokens. '
             "Add it."
         )
     return {key: float(price[key]) for key in PRICED}
+
+
+def _is_price(value) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def estimate_tokens(value) -> int:

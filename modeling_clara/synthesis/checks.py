@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ..lexical_clara import SPACELESS, split_words
 from . import features
-from .features import words
+from .features import names_about, words
 from .leakage import LeakageGuard
 
 QUESTION_WORDS, ANSWER_WORDS = (3, 60), (1, 80)
@@ -104,7 +104,7 @@ def check_numbers(document: str, *claims: str) -> str | None:
 def check_names(document: str, *claims: str) -> str | None:
     """A name of which a word is nowhere in the document."""
     known = _known_words(document)
-    names = [name for claim in claims for name in features.names(claim)]
+    names = [name for claim in claims for name in names_about(document, claim)]
     return next((reason for name in names if (reason := _unknown_name(name, known))), None)
 
 
@@ -118,12 +118,14 @@ def check_pair_names(document: str, question: str, answer: str) -> str | None:
 
     A question may call by a word of its own what the document describes: "Which South Asian country ...?"
     """
-    known, asked = _known_words(document), [word for name in features.names(question) for word in words(name)]
+    asked = [word for name in names_about(document, question) for word in words(name)]
+    known = _known_words(document)
     missing = [word for word in asked if not _is_known(word, known)]
     if 2 * len(missing) > len(asked) and len(missing) > 1:
         return f"names: {', '.join(missing[:5])} of the question are not in the document"
     known = known | _known_words(question) | SAID
-    return next((reason for name in features.names(answer, True) if (reason := _unknown_name(name, known))), None)
+    names = names_about(document, answer, True)
+    return next((reason for name in names if (reason := _unknown_name(name, known))), None)
 
 
 def check_answer(document: str, question: str, answer: str, max_missing: float = MAX_MISSING) -> str | None:
@@ -165,7 +167,7 @@ def _content(text: str) -> tuple[str, ...]:
 
 @functools.lru_cache(features.CACHED)
 def _known_words(text: str) -> frozenset[str]:
-    return frozenset(words(text)) | frozenset(_content(text))
+    return frozenset(words(text)) | frozenset(_content(text)) | features.months(text)
 
 
 def _is_known(word: str, known: frozenset[str]) -> bool:
@@ -257,7 +259,7 @@ def check_kept(document: str, paraphrase: str) -> str | None:
     lost = [written for written, readings in there if not readings & known]
     if len(lost) > (1 - MIN_KEPT) * len(there):
         return f"lost: the number {lost[0]}"
-    names, known = features.names(document), _known_words(paraphrase)
+    names, known = names_about(document, document), _known_words(paraphrase)
     lost = [name for name in names if not all(_is_known(word, known) for word in words(name))]
     return f"lost: the name {lost[0]!r}" if len(lost) > (1 - MIN_KEPT) * len(names) else None
 

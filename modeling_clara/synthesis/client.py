@@ -170,12 +170,14 @@ def read_reply(reply: dict, payload: dict) -> Completion:
     try:
         choice, usage = reply["choices"][0], reply.get("usage") or {}
         text = choice["message"].get("content") or ""
+        if isinstance(text, list):  # of parts, some of which may be thoughts
+            text = "".join(part["text"] for part in text if part.get("type") == "text")
         counted = [
             estimate_tokens(value) if usage.get(key) is None else int(usage[key])
             for key, value in (("prompt_tokens", payload["messages"]), ("completion_tokens", text))
         ]
         if isinstance(text, str):
             return Completion(text, choice.get("finish_reason") or "stop", *counted)
-    except (KeyError, IndexError, TypeError, AttributeError):
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         pass
     raise Failed(f"the answer is no chat completion: {str(reply)[:200]}")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ..corpus.sources import DocumentSource, InputRow
+from ..corpus.sources import DocumentSource, InputRow, is_utf8
 from ..corpus.storage import append_lines, writer_lock
 from ..storage_clara import read_json, write_json
 from ..text_clara import check_count, read_document
@@ -81,6 +81,8 @@ def read_chunks(source: DocumentSource, splitter) -> Iterator[list[dict] | Input
         given = row.document.get("id")
         document_id = source.free_id(row.index) if given is None else str(given)
         try:
+            if not is_utf8(json.dumps(row.document, ensure_ascii=False, default=str)):
+                raise ValueError(f"`{row.place}` has half of a character, a lone surrogate. Remove it.")
             chunks = splitter.split_document(row.document, row.place)
         except (TypeError, ValueError) as error:
             yield InputRow(row.index, row.place, None, str(error), "failed", row.file)

@@ -22,10 +22,11 @@ QUOTED = re.compile(r"[\"“„«「『]([^\"“”„«»「」『』]{2,80})[\
 # 1,200.50; 1.200,50; 1 200 with a narrow or no-break space; 1'200; 3.5; 3,5
 SEPARATED = "\\d{1,3}(?:[,.'’\u00a0\u202f\u2009]\\d{3})+(?!\\d)(?:[.,]\\d+)?"
 NUMBER = re.compile(f"{SEPARATED}|\\d+(?:[.,]\\d+)*")
+SPACED = re.compile(r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?!\d)([.,]\d+)?")  # 12 000
 YEARS = re.compile(r"\b(\d{2})(\d{2})\s?[-–—/]\s?(\d{2})\b(?!\d)")  # 2012-13
 SHORT_YEARS = re.compile(r"(?<!\w)['’‘](\d\d)(?!\d)")  # '76
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-SCALED = re.compile(rf"({NUMBER.pattern}|[a-z]+)[\s-]+({'|'.join(SCALES)})s?\b", re.IGNORECASE)
+SCALED = re.compile(rf"(?<![a-z0-9])({NUMBER.pattern}|[a-z]{{1,9}})[\s-]+({'|'.join(SCALES)})s?\b", re.IGNORECASE)
 UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
 UNITS = f"{UNITS} seventeen eighteen nineteen twenty".split()
 TENS = "thirty forty fifty sixty seventy eighty ninety hundred".split()
@@ -33,7 +34,12 @@ ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth ele
 NUMBER_WORDS = {word: str(value) for value, word in enumerate(UNITS)}
 NUMBER_WORDS |= {word: str(value) for value, word in zip(range(30, 101, 10), TENS, strict=True)}
 NUMBER_WORDS |= {word: str(value) for value, word in enumerate(ORDINALS, 1)}
+SPELLED = {word: int(value) for word, value in NUMBER_WORDS.items()}  # those that make numbers of several words
 NUMBER_WORDS |= {"once": "1", "twice": "2", "both": "2", "single": "1", "dozen": "12", "half": "0.5"}
+
+MONTHS = "january february march april may june july august september october november december".split()
+MONTHS = {word: number for number, word in enumerate(MONTHS, 1)}
+DATE = re.compile(r"(?<!\d)(?:\d{4}-(\d\d)-\d\d|(\d\d?)[./](\d\d?)[./]\d{4})(?!\d)")
 
 LANGUAGES = "DANISH DUTCH FRENCH GERMAN ITALIAN NORWEGIAN PORTUGUESE RUSSIAN SPANISH SWEDISH TURKISH".split()
 MIN_WORDS = 6  # of a text whose language can be told
@@ -85,6 +91,11 @@ def readings(number: str) -> frozenset[str]:
     >>> sorted(readings("1.200")), sorted(readings("1,200.50")), sorted(readings("007"))
     (['1.2', '1200'], ['1200.5'], ['7'])
     """
+    return _values(number) or frozenset(map(_plain, re.split(r"\D", number)))
+
+
+def _values(number: str) -> frozenset[str]:
+    """What it can mean as one number; nothing if it is a row of them, such as 17.09.1931 or 1.26.4."""
     marks = re.findall(r"\D", number)
     if not marks:
         return frozenset({_plain(number)})
@@ -95,7 +106,7 @@ def readings(number: str) -> frozenset[str]:
         found.add(_plain(number))
     if marks.count(marks[-1]) == 1 and marks[-1] == ",":
         found -= {_plain(whole, decimals)} if len(decimals) == 3 and len(marks) == 1 else set()
-    return frozenset(found or map(_plain, re.split(r"\D", number)))
+    return frozenset(found)
 
 
 def _scaled(text: str) -> Iterator[tuple[int, str]]:
@@ -111,23 +122,56 @@ def _scaled(text: str) -> Iterator[tuple[int, str]]:
             yield match.start(), _plain(whole + shifted[:power], shifted[power:])
 
 
+def spelled(text: str) -> Iterator[tuple[str, str]]:
+    """(words, value) of English numbers of several words.
+
+    >>> list(spelled("Twenty-one of the first two hundred and fifty, in nineteen thirty-one"))
+    [('twenty one', '21'), ('two hundred and fifty', '250'), ('nineteen thirty one', '1931')]
+    """
+    run, total, group = [], 0, 0
+    for word in [*words(text), ""]:
+        value, scale = SPELLED.get(word), SCALES.get(word)
+        if run and scale:
+            total, group = (total, group * 100) if scale == 2 else (total + group * 10**scale, 0)
+        elif run and word == "and" and group % 100 == 0:
+            pass
+        elif (
+            run and value and (group % 100 == 0 and value < 100 or group % 100 >= 20 and not group % 10 and value < 10)
+        ):
+            group += value
+        elif len(run) == 1 and 11 <= group <= 20 and value and value >= 10:
+            group = 100 * group + value
+        else:
+            run = run[:-1] if run[-1:] == ["and"] else run
+            if len(run) > 1:
+                yield " ".join(run), str(total + group)
+            run, total, group = [], 0, value or 0
+            if value is None:
+                continue
+        run.append(word)
+
+
 @functools.lru_cache(CACHED)
 def numbers(text: str) -> tuple[tuple[str, frozenset[str]], ...]:
-    """(as written, readings) of every number in digits; units are not read, nor digits in the middle of a word.
+    """(as written, readings) of every number, and of every part of a date; of words only those of several words.
 
-    >>> [written for written, _ in numbers("1,000 km in 2012, at 5km H2O and the 90s")]
-    ['1,000', '2012', '5', '90']
+    Units are not read, nor single digits in the middle of a word.
+
+    >>> [written for written, _ in numbers("1,000 km in 2012, at 5km H2O, an A380 of the 90s, 17.9.31, twenty-two")]
+    ['1,000', '2012', '5', '380', '90', '17', '9', '31', 'twenty two']
     """
-    text = _digits(text)
-    scaled = {}
+    text, found, scaled = _digits(text), [], {}
     for place, value in _scaled(text):
         scaled.setdefault(place, set()).add(value)
-    return tuple(
-        (match[0], readings(match[0]) | scaled.get(match.start(), set()))
-        for match in NUMBER.finditer(text)
-        if not match.start()
-        or not (text[match.start() - 1].isalpha() and not SPACELESS.match(text[match.start() - 1]))
-    )
+    for match in NUMBER.finditer(text):
+        before = text[match.start() - 1 : match.start()]
+        if before.isalpha() and not SPACELESS.match(before) and len(match[0]) == 1:
+            continue
+        if values := _values(match[0]) | scaled.get(match.start(), set()):
+            found.append((match[0], frozenset(values)))
+        else:
+            found += [(part, frozenset({_plain(part)})) for part in re.split(r"\D", match[0])]
+    return (*found, *((written, frozenset({value})) for written, value in spelled(text)))
 
 
 @functools.lru_cache(CACHED)
@@ -139,9 +183,22 @@ def known_numbers(text: str) -> frozenset[str]:
     found |= {f"{century}{end}" for century, _, end in YEARS.findall(text)}
     found |= {f"{century}{year}" for year in SHORT_YEARS.findall(text) for century in (18, 19, 20)}
     found |= {NUMBER_WORDS[word] for word in words(text) if word in NUMBER_WORDS}
+    found |= {value for _, value in spelled(text)}
+    found |= {value for whole, rest in SPACED.findall(text) for value in readings(whole.replace(" ", "") + rest)}
+    found |= {str(MONTHS[word]) for word in words(text) if word in MONTHS}
     for match in NUMBER.finditer(text):  # 3:16 and 2,3 are two numbers each
         found |= {_plain(part) for part in re.split(r"\D", match[0])}
     return frozenset(found)
+
+
+def months(text: str) -> frozenset[str]:
+    """English names of the months of dates in digits; of 5/9/2012 both.
+
+    >>> sorted(months("from 2012-05-03 to 17.09.2013"))
+    ['may', 'september']
+    """
+    found = {int(part) for match in DATE.findall(_digits(text)) for part in match if part}
+    return frozenset(word for word, number in MONTHS.items() if number in found)
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -173,6 +230,17 @@ def names(text: str, starts_count: bool = False) -> tuple[str, ...]:
     runs = [run for run in [*found, run] if len(run) > 1 or (run and (starts_count or not run[0][1]))]
     found = [" ".join(word for word, _ in run) for run in runs]
     return tuple(dict.fromkeys([*found, *QUOTED.findall(text)]))
+
+
+def names_about(document: str, text: str, starts_count: bool = False) -> tuple[str, ...]:
+    """Names in a text about a document; in German, where every noun has a capital, the last two words of longer ones.
+
+    An architect may become a builder, but he is still Otto Lindner.
+    """
+    found = names(text, starts_count)
+    if language(document) != "GERMAN":
+        return found
+    return tuple(" ".join(name.split()[-2:]) for name in found if " " in name)
 
 
 # --- script and language ---------------------------------------------------------------------------------------------

@@ -122,6 +122,10 @@ ANSWERS = {
     "with words around it": (f"Surely. {json.dumps(GOOD)} I hope this helps.", GOOD, None),
     "a comma too many": ('{"reason": "it says so", "supported": true,}', GOOD, None),
     "Python's names": ("{'reason': 'it says so', 'supported': True}", GOOD, None),
+    "braces around it": (f"As {{asked}}: {json.dumps(GOOD)} That {{was}} it.", GOOD, None),
+    "a fence and braces": (f"So:\n```json\n{json.dumps(GOOD)}\n```\nHope {{that}} helps", GOOD, None),
+    "thoughts before it": (f'<think>{{"supported": false}}? No.</think>\n{json.dumps(GOOD)}', GOOD, None),
+    "a truth value as text": ('{"reason": "it says so", "supported": "True"}', GOOD, None),
     "no JSON": ("I cannot do that.", None, "broken: the answer has no JSON object"),
     "a key is missing": ('{"reason": "x"}', None, "broken: the answer must have the key 'supported'"),
     "another type": (
@@ -138,6 +142,25 @@ def test_an_answer_is_read_repaired_or_named(name):
     text, value, problem = ANSWERS[name]
     answer = read_answer(Completion(text, "stop", 1, 1), VERDICT)
     assert (answer.value, answer.problem, answer.text) == (value, problem, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "pairs"),
+    [
+        ('[{"question": "When?", "answer": 1931}]', [("When?", "1931")]),
+        (
+            '{"pairs": [{"question": "When?", "answer": "1931"}, {"question": "Who?"}]}',
+            [("When?", "1931"), ("Who?", "")],
+        ),
+        ('{"pairs": [{"question": "When?", "answer": null}]}', [("When?", "")]),
+        ('{"pairs": [{"question": "Who?"}]}', None),
+    ],
+)
+def test_a_model_without_a_schema_writes_numbers_bare_lists_and_half_pairs(text, pairs):
+    """One bad pair, which a check then rejects, does not cost the others."""
+    answer = read_answer(Completion(text, "stop", 1, 1), SCHEMAS["simple_pairs"])
+    found = answer.value and [(pair["question"], pair["answer"]) for pair in answer.value["pairs"]]
+    assert found == pairs and (answer.problem is None) == (pairs is not None)
 
 
 def test_a_truncated_answer_is_told_from_a_broken_one():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,6 +55,26 @@ def test_the_key_comes_from_the_environment(monkeypatch):
         send(connect("m", base_url=server.base_url, api_key_env="MY_KEY"), payload_of("a"))
         send(connect("m", base_url=server.base_url, api_key_env="NO_SUCH_KEY"), payload_of("a"))
     assert set(server.keys) == {"Bearer secret", "Bearer none"}
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (400, "Additional properties are not allowed ('response_format' was unexpected)"),
+        (400, "response_format value as json_schema is enabled only for api versions 2024-08-01-preview and later"),
+        (400, "Invalid value: 'json_schema'. Supported values are: 'text' and 'json_object'."),
+        (
+            422,
+            "[{'loc': ['body', 'response_format'], 'msg': 'Extra inputs are not permitted'}]",
+        ),
+        (501, "response_format is not implemented"),
+    ],
+)
+def test_endpoints_refuse_a_schema_in_many_words(status, message):
+    error = SimpleNamespace(status_code=status, message=message)
+    endpoint, body = Endpoint("http://localhost/v1"), payload_of("a", response_format={})
+    assert endpoint._learn(error, body) and endpoint.refused == {"response_format"}
+    assert not endpoint._learn(error, payload_of("a"))
 
 
 @pytest.mark.parametrize("refuses", [("response_format",), ("max_tokens",), ("temperature", "seed")])

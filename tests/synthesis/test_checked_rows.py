@@ -8,6 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
+from modeling_clara.corpus.sources import DocumentSource
+from modeling_clara.synthesis.budget import read_prices
 from modeling_clara.synthesis.checks import (
     check_of,
     keep_passing,
@@ -15,6 +17,7 @@ from modeling_clara.synthesis.checks import (
     run_checks,
     summarize,
 )
+from modeling_clara.synthesis.documents import WordSplitter, read_chunks
 from modeling_clara.synthesis.leakage import LeakageGuard
 
 TARN = (
@@ -114,3 +117,30 @@ def test_a_file_that_guards_nothing_is_an_error(tmp_path, content, message):
     (tmp_path / "dev.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
         LeakageGuard([tmp_path / "dev.jsonl"])
+
+
+def test_one_changed_word_makes_no_new_question_and_a_longer_document_no_new_text(tmp_path):
+    text = " ".join(f"In {1900 + n} the tower of Tarn had {n} floors." for n in range(8))
+    rows = [{"question": "In which year was the great tower of Tarn built?"}, {"text": text}]
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    guard = LeakageGuard([tmp_path / "dev.jsonl"])
+    assert guard.check("in which year was the big tower of tarn built") is not None
+    assert guard.check("In which year was the great tower of Selby built?") is None  # another tower
+    around = " ".join(f"The mill of Selby ground {n} sacks that year." for n in range(30))
+    assert guard.check(f"{around} {text} {around}") == "leakage: it has 100% of a text of evaluation files"
+    assert guard.check(around) is None
+
+
+def test_half_a_character_costs_its_document_alone():
+    rows = [{"text": "Half a \ud83d here."}, {"text": "The mill of Orme."}]
+    bad, (chunk,) = read_chunks(DocumentSource(rows), WordSplitter())
+    assert bad.status == "failed" and "lone surrogate" in bad.problem and chunk["text"] == "The mill of Orme."
+
+
+@pytest.mark.parametrize(
+    "text", ["{bad", '{"m": {"prompt": -1, "completion": 1}}', '{"m": {"prompt": 1, "completion": NaN}}']
+)
+def test_prices_that_are_none_name_the_file(tmp_path, text):
+    (tmp_path / "prices.json").write_text(text)
+    with pytest.raises(ValueError, match="prices.json must"):
+        read_prices(tmp_path / "prices.json", "m")
