@@ -3,6 +3,7 @@
 `create_app` puts the parts together; each is a file of its own.
 """
 
+import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Collection, Iterable
@@ -21,9 +22,10 @@ from .auth import Keys, RequireKey
 from .engine import Engine
 from .errors import Json, add_handlers
 from .limits import BodyLimit, Limits
-from .logs import RequestLog
+from .logs import RequestLog, logger
 from .metrics import Metrics
 
+REFRESH_SECONDS = 5.0  # after which everybody sees what another process has changed
 ERROR = {
     "description": "An error in OpenAI's shape.",
     "content": {
@@ -77,9 +79,12 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await engine.start()
+        refreshing = asyncio.create_task(_keep_fresh(engine))
         app.state.is_ready = True
         yield
         app.state.is_ready = False
+        refreshing.cancel()
+        await asyncio.gather(refreshing, return_exceptions=True)
         await engine.close()
 
     app = FastAPI(
@@ -109,6 +114,19 @@ def create_app(
         app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), **options)
     app.add_middleware(RequestLog, metrics=metrics)
     return app
+
+
+async def _keep_fresh(engine: Engine) -> None:
+    """Show, every few seconds, what other processes have written to the corpus."""
+    problem = None
+    while True:
+        await asyncio.sleep(REFRESH_SECONDS)
+        try:
+            await engine.refresh()
+            problem = None
+        except (OSError, RuntimeError) as error:  # of the folder; what is open is served meanwhile
+            if problem != (problem := str(error)):
+                logger.warning("refresh", extra={"fields": {"problem": problem}})
 
 
 def model_name(model) -> str:
@@ -144,6 +162,8 @@ def _add_small_routes(app: FastAPI) -> None:
         service.check_model(name)
         return Json(model)
 
+    @app.head("/health", include_in_schema=False)
+    @app.head("/health/ready", include_in_schema=False)
     @app.get("/health", summary="Whether questions are answered")
     @app.get("/health/ready", summary="Whether questions are answered")
     async def ready(request: Request):
@@ -152,6 +172,7 @@ def _add_small_routes(app: FastAPI) -> None:
         counts = {"documents": len(service.engine.corpus), "model": service.model_id, "version": __version__}
         return Json({"status": "ready" if is_ready else "stopping", **counts}, 200 if is_ready else 503)
 
+    @app.head("/health/live", include_in_schema=False)
     @app.get("/health/live", summary="Whether the process runs")
     async def live():
         return Json({"status": "live"})

@@ -37,7 +37,6 @@ class Service:
     limits: Limits
     metrics: Metrics
     created: int
-    n_writes: int = 0  # changes of documents that run or wait
 
     def check_model(self, name: str) -> None:
         """An error unless a client asks for the model that is here."""

@@ -147,10 +147,9 @@ async def _write(service: Service, change: Callable[..., T]) -> T:
     """Run a change in the writer's thread. It goes on if the client leaves: it may be half way."""
     if service.engine.corpus.repo_id is not None:
         raise ApiError(403, "a corpus of the Hub cannot be changed here. Serve a folder.", code="read_only")
-    if service.n_writes >= service.limits.writes:
+    if service.engine.n_writes >= service.limits.writes:
         message = "too many changes wait. Try again later."
         raise ApiError(429, message, code="overloaded", retry_after=RETRY_SECONDS)
-    service.n_writes += 1
     try:
         async with told_to_client(service.limits.write_seconds):
             return await service.engine.write(change)
@@ -165,8 +164,6 @@ async def _write(service: Service, change: Callable[..., T]) -> T:
         status, message, code = DISK[error.errno]
         logger.error("disk", extra={"fields": {"problem": error.strerror}})
         raise ApiError(status, f"{message} Ask who runs the service.", code=code) from error
-    finally:
-        service.n_writes -= 1
 
 
 def _not_there() -> ApiError:

@@ -144,6 +144,16 @@ class Engine:
         self._queue.check_open()
         return await self._writer.run(change)
 
+    async def refresh(self) -> None:
+        """Let the next search see what other processes have written; a RuntimeError if that cannot be served."""
+        self._queue.check_open()
+        await self._writer.refresh()
+
+    @property
+    def n_writes(self) -> int:
+        """Changes that run or wait, also those whose callers have gone."""
+        return len(self._writer)
+
     async def start(self) -> None:
         """Get ready and take requests."""
         self.corpus.attach(self.model)

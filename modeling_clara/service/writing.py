@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from ..corpus_clara import CompressedCorpus
@@ -23,6 +23,11 @@ class Writer:
     def __init__(self, corpus: CompressedCorpus):
         self.corpus = corpus
         self._thread = ThreadPoolExecutor(1, "corpus-writer")
+        self._changes: set[Future] = set()
+
+    def __len__(self) -> int:
+        """Changes that run or wait, also those whose callers have gone."""
+        return len(self._changes)
 
     async def run(self, change: Callable[[CompressedCorpus], T]) -> T:
         """The result of `change(corpus)`. It does not begin if its caller leaves before.
@@ -31,20 +36,30 @@ class Writer:
         """
 
         def work() -> T:
-            try:
-                self.corpus.refresh()
-                self.corpus.check_model(self.corpus.model)
-            except ValueError as error:
-                raise RuntimeError(f"the corpus must be whole to be changed: {error}") from error
+            self._refresh()
             result = change(self.corpus)
             self.corpus.refresh()
             return result
 
-        result = await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        future = self._thread.submit(work)
+        self._changes.add(future)
+        future.add_done_callback(self._changes.discard)
+        result = await asyncio.wrap_future(future)
         if self._has_small_shards():
             with contextlib.suppress(RuntimeError):  # it is being closed
                 self._thread.submit(self._compact)
         return result
+
+    async def refresh(self) -> None:
+        """Let the next search see what other processes have written; errors are those of `run`."""
+        await asyncio.wrap_future(self._thread.submit(self._refresh))
+
+    def _refresh(self) -> None:
+        try:
+            self.corpus.refresh()
+            self.corpus.check_model(self.corpus.model)
+        except ValueError as error:
+            raise RuntimeError(f"the corpus must be whole, and of this model: {error}") from error
 
     def close(self) -> None:
         """Finish the changes that were taken."""

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,8 @@ def test_a_watch_is_found_by_a_query(notes, synced, checkpoint):
     command = [sys.executable, "-m", "modeling_clara.cli", "sync", str(notes), str(synced), "--watch", "0.2"]
     reader = CompressedCorpus.open(synced)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        watchdog = threading.Timer(120, process.kill)
+        watchdog.start()
         try:
             assert _next_line(process, "nothing has changed")
             write(notes / "bern.txt", "Bern is in Switzerland.")
@@ -110,6 +113,7 @@ def test_a_watch_is_found_by_a_query(notes, synced, checkpoint):
             assert _next_line(process, "1 deleted")
             assert "bern.txt" not in reader.refresh() and reader.verify() == []
         finally:
+            watchdog.cancel()
             process.kill()
 
 

@@ -13,6 +13,8 @@ from http_service import KEY, QUESTION, Process, Served, send, wait_until
 
 from modeling_clara import CompressedCorpus
 from modeling_clara.corpus.storage import corpus_lock
+from modeling_clara.service import app
+from modeling_clara.service.limits import Limits
 from modeling_clara.service.sources import json_value
 
 IDS = ["a/b", "../../etc/passwd", "..", "%2e%2e", "a?b#c", "a&b=c", " x ", "Größe", "日本", "a\\b", "-rf", "💥"]
@@ -257,3 +259,33 @@ def test_nothing_acknowledged_is_lost(http_model, http_corpus, checkpoint):
         assert found == expected
         assert not corpus.verify()
     assert json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+
+
+def test_a_change_past_its_time_keeps_its_place(http_model, http_corpus):
+    with Served(http_model, http_corpus, limits=Limits(writes=1, write_seconds=0.3)) as served:
+        with http_model.lock:  # a change waits for the compressor
+            assert served.send("POST", "/documents", documents("a")).status == 504
+            assert served.send("POST", "/documents", documents("b")).status == 429
+        wait_until(lambda: not served.engine.n_writes)
+        assert served.send("GET", "/documents/a").status == 200
+        assert served.send("POST", "/documents", documents("b")).status == 200
+
+
+def test_what_another_process_changes_is_seen(http_model, http_corpus, monkeypatch, caplog):
+    monkeypatch.setattr(app, "REFRESH_SECONDS", 0.05)
+    with Served(http_model, http_corpus) as served:
+        other = CompressedCorpus.open(http_corpus.folder)
+        other.delete(["rome"])
+        wait_until(lambda: served.send("GET", "/documents/rome").status == 404)
+        content = (other.folder / "corpus.json").read_bytes()
+        (other.folder / "corpus.json").write_bytes(b"{")
+        wait_until(lambda: "refresh" in caplog.messages)
+        assert served.send("POST", "/search", {"query": QUESTION}).status == 200  # by what is open
+        (other.folder / "corpus.json").write_bytes(content)
+        assert served.send("POST", "/documents", documents("new")).status == 200
+
+
+def test_a_probe_may_ask_for_the_head(strict):
+    for path in ("/health", "/health/ready", "/health/live"):
+        got = strict.send("HEAD", path)
+        assert (got.status, got.body) == (200, b"")

@@ -208,7 +208,7 @@ def test_how_many_of_each(http_model, http_corpus):
         assert served.send("POST", "/documents", {"documents": [{"text": "x " * 1000}]}).status == 200
         with ThreadPoolExecutor(1) as pool, http_model.lock:  # a change waits for the compressor
             first = pool.submit(served.send, "POST", "/documents", {"documents": rows[:1]})
-            wait_until(lambda: served.app.state.service.n_writes == 1)
+            wait_until(lambda: served.engine.n_writes == 1)
             got = served.send("POST", "/documents", {"documents": rows[:1]})
             assert got.status == 429 and got.headers["retry-after"] == "5"
         assert first.result().status == 200
