@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..corpus.sources import DocumentSource, InputRow, is_utf8
 from ..corpus.storage import append_lines, writer_lock
+from ..snapshot_clara import id_hash
 from ..storage_clara import read_json, write_json
 from ..text_clara import check_count, read_document
 from .outcome import DOCUMENT
@@ -74,6 +75,7 @@ def load_splitter(tokenizer: str | None = None, max_document_tokens: int | None 
 
 def read_chunks(source: DocumentSource, splitter) -> Iterator[list[dict] | InputRow]:
     """The chunks of each document; in place of one that cannot be read its row, with the problem."""
+    seen = set()  # hashes of ids: the id of a chunk is its label
     for row in source:
         if row.document is None:
             yield row
@@ -84,9 +86,12 @@ def read_chunks(source: DocumentSource, splitter) -> Iterator[list[dict] | Input
             if not is_utf8(json.dumps(row.document, ensure_ascii=False, default=str)):
                 raise ValueError(f"`{row.place}` has half of a character, a lone surrogate. Remove it.")
             chunks = splitter.split_document(row.document, row.place)
+            if (key := id_hash(document_id)) in seen:
+                raise ValueError(f"`{row.place}` has the id {document_id!r}, which is there already. Rename it.")
         except (TypeError, ValueError) as error:
             yield InputRow(row.index, row.place, None, str(error), "failed", row.file)
             continue
+        seen.add(key)
         yield [{**chunk, "id": f"{document_id}#{chunk['span']}", "document_id": document_id} for chunk in chunks]
 
 

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 OVERLOAD = (429, 503, 529)
 WORTH_ANOTHER_TRY = (408, 409, 425, *OVERLOAD)  # and 5xx
 NO_ACCESS = (401, 402, 403)
-FAILURES = 3  # tries that make an outage if they last, and calls if none was ever answered
+FAILURES = 3  # tries that make an outage if they last; calls, refused or given up, if none was ever answered
 
 
 class TeacherDown(RuntimeError):
@@ -117,7 +117,7 @@ class Outage:
         elif error.status == 404 and not self.answered:
             self.end(described(error), "Check the model's name and the address")
         elif not self.answered:
-            self._count(error, self.calls)
+            self._count(error, FAILURES)
         return TeacherDown(self.reason) if self.reason else BadRequest(described(error))
 
     def give_up(self, error: Failed, tries: int) -> Exception:

@@ -137,6 +137,12 @@ def test_half_a_character_costs_its_document_alone():
     assert bad.status == "failed" and "lone surrogate" in bad.problem and chunk["text"] == "The mill of Orme."
 
 
+def test_the_second_document_of_an_id_is_left_out():
+    rows = [{"id": "a", "text": "One."}, {"id": "a", "text": "Two."}, {"id": "b", "text": "Three."}]
+    (first,), bad, (last,) = read_chunks(DocumentSource(rows), WordSplitter())
+    assert (first["text"], last["id"]) == ("One.", "b#0") and "the id 'a', which is there already" in bad.problem
+
+
 @pytest.mark.parametrize(
     "text", ["{bad", '{"m": {"prompt": -1, "completion": 1}}', '{"m": {"prompt": 1, "completion": NaN}}']
 )

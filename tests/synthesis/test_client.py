@@ -182,6 +182,13 @@ def test_calls_that_fail_in_a_row_end_the_run():
     assert server.calls.total() == 1 + 4 * 2 and "4 calls in a row failed" in str(errors[-1])
 
 
+def test_a_server_that_refuses_all_from_the_start_ends_the_run():
+    with TeacherServer(every={"400": 1}) as server:
+        errors = one_by_one(teacher_of(server), *map(str, range(5)))
+    assert [type(error) for error in errors] == [BadRequest] * 2 + [TeacherDown] * 3
+    assert server.calls.total() == 3 and "HTTP 400: " in str(errors[-1])
+
+
 def test_a_server_that_is_not_there_ends_the_run_soon():
     with TeacherServer() as server:
         address = server.base_url
