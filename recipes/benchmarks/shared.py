@@ -165,8 +165,12 @@ def show(name: str, report: dict, text: str, arguments: argparse.Namespace) -> N
         source = f", data {report['data']}" if "data" in report else ""
         day = datetime.date.today().isoformat()
         head = f"Measured on {day} by `{shown_command()}`: {report['machine']}, {versions}{source}."
-        head = textwrap.fill(head, 119, break_long_words=False, break_on_hyphens=False)
-        write_section(arguments.write, name, f"{head}\n\n{text}")
+        lines = [line if line.startswith("|") else _wrapped(line) for line in text.splitlines()]
+        write_section(arguments.write, name, "\n".join([_wrapped(head), "", *lines]))
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, 119, break_long_words=False, break_on_hyphens=False)
 
 
 def shown_command() -> str:
