@@ -19,7 +19,7 @@ from ..version import __version__
 from . import chat, documents, embeddings, responses
 from .asking import Service
 from .auth import Keys, RequireKey
-from .engine import Engine
+from .engine import Engine, Stopping
 from .errors import Json, add_handlers
 from .limits import BodyLimit, Limits
 from .logs import RequestLog, logger
@@ -124,7 +124,9 @@ async def _keep_fresh(engine: Engine) -> None:
         try:
             await engine.refresh()
             problem = None
-        except (OSError, RuntimeError) as error:  # of the folder; what is open is served meanwhile
+        except Stopping:
+            return
+        except Exception as error:  # of the folder; what is open is served meanwhile, and the next look may succeed
             if problem != (problem := str(error)):
                 logger.warning("refresh", extra={"fields": {"problem": problem}})
 

@@ -2,15 +2,19 @@
 
 The same questions go to `model.answer` one by one, to the engine by one client and by many, with `--generator` to an
 engine whose answers vLLM writes, and with `--url` to a running `clara serve` of the same model and corpus. All answers
-must be equal to those of `model.answer` before anything was merged; otherwise the exit status is 1. It knows nothing
-of answer quality.
+must be equal to those of `model.answer` before anything was merged; otherwise the exit status is 1. `--ready` measures
+how long `clara serve` takes to answer. It knows nothing of answer quality.
 """
 
 import argparse
 import asyncio
 import contextlib
 import itertools
+import signal
+import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -146,6 +150,53 @@ def summarize(name: str, found: list[tuple], rounds: dict[str, list[tuple]], wan
     }
 
 
+LOAD = """
+import sys
+from modeling_clara import CompressedCorpus
+from modeling_clara.cli.models import load_model_of
+corpus = CompressedCorpus.open(sys.argv[1])
+corpus.attach(load_model_of(corpus, sys.argv[2] or None, sys.argv[3] or None, dtype=sys.argv[4] or None))
+print("loaded", flush=True)
+"""
+
+
+def seconds_until(command: list[str], is_there: Callable[[subprocess.Popen], None]) -> float:
+    """From the start of a process until `is_there` returns; the process is ended."""
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        is_there(process)
+        seconds = time.perf_counter() - start
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+    return seconds
+
+
+def measure_ready(arguments: argparse.Namespace) -> dict[str, float]:
+    """Median seconds until `/health` of `clara serve` answers, until another process has loaded, and between them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {"--model": arguments.model, "--backbone": arguments.backbone, "--dtype": arguments.dtype}
+    given = [word for name, value in options.items() if value for word in (name, value)]
+    serve = [sys.executable, "-m", "modeling_clara.cli", "serve", arguments.corpus, "--port", str(port), *given]
+    load = [sys.executable, "-c", LOAD, arguments.corpus, *(value or "" for value in options.values())]
+
+    def is_healthy(process: subprocess.Popen) -> None:
+        while process.poll() is None:
+            with contextlib.suppress(httpx2.TransportError):
+                httpx2.get(f"http://127.0.0.1:{port}/health").raise_for_status()
+                return
+            time.sleep(0.01)
+        raise RuntimeError(f"`clara serve` must run, ended with status {process.returncode}. Start it by hand.")
+
+    pairs = [
+        (seconds_until(serve, is_healthy), seconds_until(load, lambda process: process.stdout.readline()))
+        for _ in range(arguments.ready + 1)
+    ][1:]
+    served, loaded = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return {"ready": served, "loaded": loaded, "beyond": statistics.median(one - other for one, other in pairs)}
+
+
 def render(rows: list[dict]) -> str:
     """A Markdown table."""
     head = (
@@ -177,9 +228,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--url", help="also ask a running service: http://HOST:PORT/v1")
     parser.add_argument("--api-key", help="of that service")
     parser.add_argument("--check", type=int, default=0, help="requests of a last run, such as 10000, of the last way")
+    parser.add_argument("--ready", type=int, default=0, help="starts of `clara serve` that are timed; needs --corpus")
     arguments = shared.add_outputs(parser).parse_args()
     if not (arguments.model or arguments.corpus):
         parser.error("--model or --corpus must be given")
+    if arguments.ready and not arguments.corpus:
+        parser.error("--ready needs --corpus")
     return arguments
 
 
@@ -203,6 +257,12 @@ def main() -> int:
     report = {**shared.describe_machine(), "data": Path(arguments.questions or shared.PASSAGES).name, "ways": found}
     name = public_name(str(model.name_or_path))
     text = f"{name}, {len(corpus):,} documents, {arguments.clients} clients.\n\n{render(found)}"
+    if arguments.ready:
+        report["ready"] = measure_ready(arguments)
+        line = (
+            "Ready after {ready:.1f} s; another process had loaded after {loaded:.1f} s; between them {beyond:.1f} s."
+        )
+        text += f"\n\n{line.format(**report['ready'])}"
     shared.show(f"service of {name}", report, text, arguments)
     return int(any(row["different"] for row in found))
 

@@ -1,5 +1,6 @@
 """`clara serve` as a process: what it refuses, how it stops, what it logs, and fuzzing against its own document."""
 
+import argparse
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from http_service import KEY, Process, Served, chat, raw, send, wait_until
 from modeling_clara import CompressedCorpus, cli
 from modeling_clara.cli.serve import listen
 from modeling_clara.service.auth import KEYS
+from recipes.benchmarks.service import measure_ready
 
 CHAT = "/v1/chat/completions"
 FUZZ_SECONDS = int(os.environ.get("CLARA_FUZZ_SECONDS", 600))
@@ -112,6 +114,18 @@ def test_it_withstands_its_own_document(corpus_folder, checkpoint, tmp_path):
         metrics = send(served.url, "GET", "/metrics", key=KEY).body.decode()
         assert not [line for line in metrics.splitlines() if 'status="5' in line]
         assert send(served.url, "POST", CHAT, chat(model="tiny"), key=KEY).status == 200
+
+
+@pytest.mark.slow
+def test_the_benchmark_waits_until_it_is_ready(corpus_folder, checkpoint, tmp_path):
+    arguments = argparse.Namespace(
+        corpus=str(corpus_folder), model=str(checkpoint), backbone=None, dtype=None, ready=1
+    )
+    found = measure_ready(arguments)
+    assert found["loaded"] > 0 and found["beyond"] == pytest.approx(found["ready"] - found["loaded"])
+    arguments.corpus = str(tmp_path / "nothing")
+    with pytest.raises(RuntimeError, match="ended with status 1"):
+        measure_ready(arguments)
 
 
 @pytest.mark.slow
