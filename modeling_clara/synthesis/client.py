@@ -61,6 +61,9 @@ class Teacher:
     ):
         if concurrency < 1:
             raise ValueError(f"`concurrency` must be >= 1, got {concurrency}. Raise it.")
+        for name, limit in (("max_tokens_total", max_tokens_total), ("max_cost", max_cost)):
+            if limit is not None and not limit > 0:  # NaN is no limit either
+                raise ValueError(f"`{name}` must be > 0, got {limit}. Raise it, or leave it out for no limit.")
         if max_cost is not None and prices is None:
             raise ValueError(f"`max_cost` needs the prices of {model}, got none. Pass a price file.")
         self.backend, self.model, self.timeout, self.retries, self.backoff = backend, model, timeout, retries, backoff

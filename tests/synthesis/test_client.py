@@ -254,6 +254,9 @@ def test_prices_are_read_and_wanted(tmp_path):
         read_prices(path, "other")
     with pytest.raises(ValueError, match="max_cost"):
         Teacher(Endpoint("http://127.0.0.1:1/v1"), "m", max_cost=1.0)
+    for limit in ({"max_tokens_total": -5}, {"max_tokens_total": 0}, {"max_cost": float("nan"), "prices": PRICES}):
+        with pytest.raises(ValueError, match=f"`{[*limit][0]}` must be > 0"):
+            Teacher(Endpoint("http://127.0.0.1:1/v1"), "m", **limit)
 
 
 def test_every_call_is_answered_under_faults_of_all_kinds():
