@@ -19,6 +19,7 @@ from .adapters_clara import eval_mode
 from .candidates_clara import Source, text_processor
 from .passes_clara import CLaRaPasses
 from .processing_clara import Prompt
+from .reading_clara import Reading
 from .text_clara import check_count
 
 PROMPTS_PER_BATCH, ON_ACCELERATOR = 8, 32  # an accelerator takes as long for one token of many prompts as of one
@@ -31,7 +32,8 @@ class Answer:
     `keywords` explains the query if `explain=True`, else it is None. `abstained` is True if every source scored
     below `min_score`: then `text` is empty and nothing was generated. `prompt_tokens` counts the positions of the
     generator's input: tokens of the prompt and of sources read as text, memory vectors and separators; 0 if it
-    abstained. The service fills in `completion_tokens`, those that it wrote, without the end token.
+    abstained, of both readings if it read again (`expand_below`). `confidence` is that of `Written`, of the reading
+    that `text` is from. The service fills in `completion_tokens`, those that it wrote, without the end token.
     """
 
     text: str
@@ -40,14 +42,15 @@ class Answer:
     abstained: bool = False
     prompt_tokens: int = 0
     completion_tokens: int | None = field(default=None, compare=False)
+    confidence: float | None = field(default=None, compare=False)
 
 
-class Reading(NamedTuple):
-    """Input of the generator for one question."""
+class Written(NamedTuple):
+    """A text that was generated, and how sure the generator was of it."""
 
-    prompt: Prompt  # with slots for the memories, after them the text
-    memory: torch.Tensor  # (sources read from memory, k, hidden) float32
-    sources: list[Source]  # all that are read, best first, `read_as` filled in
+    text: str
+    # geometric mean of the probabilities of its tokens, the end token among them, in (0, 1]; None of beam search
+    confidence: float | None
 
 
 class RefuseNaN(LogitsProcessor):
@@ -60,6 +63,32 @@ class RefuseNaN(LogitsProcessor):
                 "`from_pretrained` or lower the learning rate."
             )
         return scores
+
+
+class TokenProbabilities(LogitsProcessor):
+    """Log-probabilities of the tokens that are chosen, summed in every row up to its first end token."""
+
+    def __init__(self, ends: list[int]):
+        self.ends, self.last = torch.tensor(ends, dtype=torch.long), None
+
+    def __call__(self, input_ids, scores):
+        if self.last is None:
+            self.sums, self.counts = scores.new_zeros(2, len(scores), dtype=torch.float32)
+            self.is_open = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+        else:
+            self.add(input_ids[:, -1])
+        self.last = scores.float().log_softmax(-1)
+        return scores
+
+    def add(self, chosen: torch.Tensor) -> None:
+        """The tokens (rows,) that were chosen by the probabilities of the last call."""
+        self.sums += self.last.gather(-1, chosen[:, None])[:, 0] * self.is_open
+        self.counts += self.is_open
+        self.is_open &= ~torch.isin(chosen, self.ends.to(chosen.device))
+
+    def means(self) -> list[float]:
+        """The geometric mean of the probabilities of each row."""
+        return (self.sums / self.counts).exp().tolist()
 
 
 class _ReaderLeft(Exception):
@@ -135,68 +164,40 @@ def build_generation_config(
     return config
 
 
-def prepare_reading(
-    model: CLaRaPasses,
-    question: str | None,
-    hits: list[tuple[Source, torch.Tensor]],
-    memory_size: int | None,
-    expand: int,
-    generation: GenerationConfig,
-    name: str,
-) -> Reading:
-    """What the generator reads: the memories of all hits but the best `expand`, then the text of these.
-
-    Without a question it is a paraphrase. k is `memory_size`, by default `default_memory_size` of the sources that are
-    read from memory. A ValueError if a source has no text, or prompt and answer do not fit into the backbone's window.
-    """
-    texts = [replace(source, read_as="text") for source, _ in hits[:expand]]
-    remembered = [source for source, _ in hits[expand:]]
-    for source in texts:
-        if not isinstance(source.text, str) or not source.text.strip():
-            raise ValueError(
-                f"the text of document {source.document_id!r} must be stored to read it with `expand`={expand}, "
-                f"got {source.text!r}. Pass expand=0, which reads memories only, or store the text in the corpus."
-            )
-    documents = [{"title": source.title, "text": source.text} for source in texts]
-    if memory_size is None:
-        memory_size = default_memory_size(model, [(source.title, source.text) for source in remembered])
-    prompt = text_processor(model).build_prompt(
-        question, len(remembered), memory_size, text_documents=documents, name=name
-    )
-    options = "`expand`, `top_k`, `memory_size`" if texts else "`top_k`, `memory_size`"
-    remedy = f"Shorten the question, or lower {options} or `max_new_tokens`."
-    model.config.check_window(len(prompt.input_ids) + generation.max_new_tokens, name, remedy)
-    memory = torch.stack([memory[:memory_size] for _, memory in hits])[expand:]
-    return Reading(prompt, memory, texts + remembered)
+def generate_texts(model: CLaRaPasses, *args, **kwargs) -> list[str]:
+    """The texts alone of `write_texts`."""
+    return [written.text for written in write_texts(model, *args, **kwargs)]
 
 
-def default_memory_size(model: CLaRaPasses, documents: list[tuple[str, str]]) -> int:
-    """k that is read by default of (title, text) documents: the largest.
+def write_answers(
+    model: CLaRaPasses, readings: list[list[Reading]], generation: GenerationConfig, expand_below: float | None = None
+) -> list[Answer]:
+    """An answer from the first reading of each question, or where that is less sure than this, from the second."""
 
-    Of windows the largest that hold 3/4 of a token of the longest text, if all have one: the generator repeats what
-    much narrower windows repeat (docs/experiments.md).
-    """
-    sizes = model.config.memory_sizes
-    if model.config.memory_layout == "tokens" or not all(text for _, text in documents):
-        return sizes[-1]
-    texts = [f"{title}\n{text}".strip() for title, text in documents]
-    longest = max((len(text_processor(model).encode_text(text)) for text in texts), default=0)
-    return max((size for size in sizes if 3 * size <= 4 * longest), default=sizes[0])
+    def write(chosen: list[Reading]) -> list[Written]:
+        return write_texts(model, [r.prompt for r in chosen], [r.memory for r in chosen], generation)
+
+    firsts = write([mine[0] for mine in readings])
+    found = [_answer(written, mine[:1]) for written, mine in zip(firsts, readings, strict=True)]
+    unsure = [n for n, mine in enumerate(readings) if len(mine) > 1 and found[n].confidence < expand_below]
+    for n, written in zip(unsure, write([readings[n][1] for n in unsure]), strict=True):
+        found[n] = _answer(written, readings[n])
+    return found
 
 
-def generate_texts(
+def write_texts(
     model: CLaRaPasses,
     prompts: list[Prompt],
     memories: list[torch.Tensor],
     generation: GenerationConfig,
     role: str | None = "generator",
     **kwargs,
-) -> list[str]:
-    """Texts of the prompts, whose memories are (documents, k, hidden); batches of one k and similar length.
+) -> list[Written]:
+    """What is written to the prompts, whose memories are (documents, k, hidden); batches of one k and similar length.
 
     A prompt without slots has a memory of no documents; the role None is the plain backbone.
     """
-    texts = [""] * len(prompts)
+    found = [Written("", None)] * len(prompts)
     device = model.memory_embeddings.device
     order = sorted(range(len(prompts)), key=lambda i: (memories[i].shape[1], len(prompts[i].input_ids)))
     size = PROMPTS_PER_BATCH if device.type == "cpu" else ON_ACCELERATOR
@@ -208,17 +209,24 @@ def generate_texts(
         counts = torch.tensor([len(memories[row]) for row in rows], device=memory.device)
         is_real = torch.arange(memory.shape[1], device=memory.device) < counts[:, None]
         inputs_embeds = model.prompt_embeddings(inputs["input_ids"], inputs["memory_mask"], memory, is_real)
+        ends = generation.eos_token_id
+        probabilities = TokenProbabilities(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        has_beams = (generation.num_beams or 1) > 1
         with model.roles.use(role):
             generated = model.backbone.generate(
                 inputs_embeds=inputs_embeds,
                 attention_mask=inputs["attention_mask"],
                 generation_config=generation,
-                logits_processor=LogitsProcessorList([RefuseNaN()]),
+                logits_processor=LogitsProcessorList([RefuseNaN(), *([] if has_beams else [probabilities])]),
                 **kwargs,
             )
-        for row, ids in zip(rows, generated.tolist(), strict=True):
-            texts[row] = decode_answer(model, ids, generation.eos_token_id)
-    return texts
+        confidences = [None] * len(rows)
+        if not has_beams:
+            probabilities.add(generated[:, -1])
+            confidences = probabilities.means()
+        for row, ids, confidence in zip(rows, generated.tolist(), confidences, strict=True):
+            found[row] = Written(decode_answer(model, ids, ends), confidence)
+    return found
 
 
 def decode_answer(model: CLaRaPasses, ids: list[int], ends: int | list[int]) -> str:
@@ -234,19 +242,34 @@ def decode_answer(model: CLaRaPasses, ids: list[int], ends: int | list[int]) -> 
 
 
 def stream_text(
-    model: CLaRaPasses, reading: Reading | None, generation: GenerationConfig, answer: Answer
+    model: CLaRaPasses,
+    readings: list[Reading],
+    generation: GenerationConfig,
+    expand_below: float | None = None,
+    words: list[str] | None = None,
 ) -> Generator[str, None, Answer]:
-    """Pieces of one prompt's text; the return value is `answer` with the whole text, as it is without a reading."""
-    if reading is None:
-        return answer
+    """Pieces of an answer as `write_answers` has it; the return value is the answer, with `words` as its keywords.
+
+    Of two readings the first comes in one piece. Without any the answer is that the model abstains.
+    """
+    if not readings:
+        return Answer("", [], words, abstained=True)
+    if len(readings) > 1:
+        first = _last_value(stream_text(model, readings[:1], generation, words=words))
+        if first.confidence >= expand_below:
+            if first.text:
+                yield first.text
+            return first
+        answer = yield from stream_text(model, readings[1:], generation, words=words)
+        return replace(answer, prompt_tokens=first.prompt_tokens + answer.prompt_tokens)
     streamer = _Streamer(lambda ids: decode_answer(model, ids, generation.eos_token_id))
     outcome = {}
 
     def work():
         try:
             with model.lock, eval_mode(model), torch.no_grad():
-                prompts, memories = [reading.prompt], [reading.memory]
-                outcome["text"] = generate_texts(model, prompts, memories, generation, streamer=streamer)[0]
+                prompts, memories = [readings[0].prompt], [readings[0].memory]
+                outcome["written"] = write_texts(model, prompts, memories, generation, streamer=streamer)[0]
         except BaseException as error:  # handed to the reader, who raises it
             outcome["error"] = error
         finally:
@@ -261,7 +284,22 @@ def stream_text(
         worker.join()
     if "error" in outcome:
         raise outcome["error"]
-    return replace(answer, text=outcome["text"])
+    return replace(_answer(outcome["written"], readings), keywords=words)
+
+
+def _answer(written: Written, readings: list[Reading]) -> Answer:
+    """From the last of the readings that it took."""
+    n_tokens = sum(len(reading.prompt.input_ids) for reading in readings)
+    return Answer(written.text, readings[-1].sources, prompt_tokens=n_tokens, confidence=written.confidence)
+
+
+def _last_value(stream: Generator):
+    """What a generator returns."""
+    while True:
+        try:
+            next(stream)
+        except StopIteration as end:
+            return end.value
 
 
 def keywords(model: CLaRaPasses, queries: torch.Tensor, top_n: int) -> list[list[str]]:

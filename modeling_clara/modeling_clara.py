@@ -7,6 +7,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -22,11 +23,12 @@ from .generation_clara import (
     decode_answer,
     generate_texts,
     keywords,
-    prepare_reading,
     stream_text,
+    write_answers,
 )
 from .memory_clara import memory_statistics
 from .passes_clara import CLaRaOutput
+from .reading_clara import check_expand_below, prepare_reading, prepare_readings
 from .text_clara import check_count, check_list, check_text, read_document
 
 __all__ = ["CLaRaForRAG", "CLaRaOutput"]
@@ -138,6 +140,7 @@ class CLaRaForRAG(CLaRaCheckpoint):
         generation_config: GenerationConfig | None = None,
         explain: bool = False,
         expand: int = 0,
+        expand_below: float | None = None,
     ) -> list[Answer]:
         """Retrieve, then read the memories of the best documents, or the text of the very best: an `Answer` each.
 
@@ -155,21 +158,23 @@ class CLaRaForRAG(CLaRaCheckpoint):
             explain: also fill `Answer.keywords`.
             expand: number of best sources whose title and text are read instead of the memory, >= 0; a number larger
                 than that of the sources reads all as text. The prompt has the memories first, then the text.
+            expand_below: a confidence, above 0 and at most 1. All sources are read from memory, and only a question
+                whose `Answer.confidence` is lower then is asked again with `expand`. Default: `expand` always holds.
         """
         searched = (documents, corpus, top_k, retrieval_memory_size, min_score)
         hits, words = self.search_to_read(questions, searched, memory_size, expand, explain)
         generation = self.build_generation_config(generation_config, max_new_tokens)
+        check_expand_below(expand_below, expand, generation.num_beams)
         readings = {
-            index: prepare_reading(self, question, row, memory_size, expand, generation, f"questions[{index}]")
+            index: prepare_readings(
+                self, question, row, memory_size, expand, expand_below, generation, f"questions[{index}]"
+            )
             for index, (question, row) in enumerate(zip(questions, hits, strict=True))
             if row
         }
-        prompts, memories = [r.prompt for r in readings.values()], [r.memory for r in readings.values()]
-        texts = dict(zip(readings, self.generate_texts(prompts, memories, generation), strict=True))
+        written = dict(zip(readings, write_answers(self, [*readings.values()], generation, expand_below), strict=True))
         return [
-            Answer(texts[index], readings[index].sources, word, prompt_tokens=len(readings[index].prompt.input_ids))
-            if index in readings
-            else Answer("", [], word, abstained=True)
+            replace(written.get(index, Answer("", [], abstained=True)), keywords=word)
             for index, word in enumerate(words)
         ]
 
@@ -187,8 +192,11 @@ class CLaRaForRAG(CLaRaCheckpoint):
         generation_config: GenerationConfig | None = None,
         explain: bool = False,
         expand: int = 0,
+        expand_below: float | None = None,
     ) -> Generator[str, None, Answer]:
         """Answer one question piece by piece; arguments and errors as in `answer`, and beam search cannot stream.
+
+        With `expand_below` an answer from memory comes in one piece, when it is known to be sure enough.
 
         Bad arguments raise here, not at the first piece. Generation runs in a thread of its own and stops when the
         iterator of str is closed. The `Answer` is its return value: `answer = yield from model.stream(...)`, or
@@ -200,11 +208,10 @@ class CLaRaForRAG(CLaRaCheckpoint):
         generation = self.build_generation_config(generation_config, max_new_tokens)
         if (generation.num_beams or 1) > 1:
             raise ValueError(f"`num_beams` must be 1 to stream, got {generation.num_beams}. Use `answer` for beams.")
-        if not hits[0]:
-            return stream_text(self, None, generation, Answer("", [], words[0], abstained=True))
-        reading = prepare_reading(self, question, hits[0], memory_size, expand, generation, "question")
-        answer = Answer("", reading.sources, words[0], prompt_tokens=len(reading.prompt.input_ids))
-        return stream_text(self, reading, generation, answer)
+        check_expand_below(expand_below, expand, generation.num_beams)
+        options = (memory_size, expand, expand_below, generation, "question")
+        readings = prepare_readings(self, question, hits[0], *options) if hits[0] else []
+        return stream_text(self, readings, generation, expand_below, words[0])
 
     @text_call
     def search_to_read(self, questions, searched: tuple, memory_size, expand, explain):

@@ -7,7 +7,9 @@ import argparse
 import contextlib
 import json
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -22,7 +24,15 @@ if TYPE_CHECKING:
 
 ABSTAINED = "(no document is near enough)"
 NOTHING = "(nothing)"
-CALL_OPTIONS = ("top_k", "memory_size", "retrieval_memory_size", "min_score", "max_new_tokens", "expand")
+CALL_OPTIONS = (
+    "top_k",
+    "memory_size",
+    "retrieval_memory_size",
+    "min_score",
+    "max_new_tokens",
+    "expand",
+    "expand_below",
+)
 PLACES = ("page", "sheet", "section")  # metadata that says where in a document a source stands
 PROMPT, QUIT = "> ", "/quit"
 
@@ -42,6 +52,12 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int, help="documents that are read (default: the model's)")
     parser.add_argument(
         "--expand", type=int, default=0, metavar="N", help="best sources that are read as text (default: 0)"
+    )
+    parser.add_argument(
+        "--expand-below",
+        type=float,
+        metavar="P",
+        help="read as text only where the answer from memory has a confidence below P, such as 0.6 (with --expand)",
     )
     parser.add_argument("--memory-size", type=int, help="memory vectors that are read (default: all)")
     parser.add_argument(
@@ -104,7 +120,8 @@ def chat(model, corpus, options: dict, arguments: argparse.Namespace) -> int:
         if not (is_keyboard or arguments.json):  # nobody has seen it typed
             Screen()(f"{question}\n")
         try:
-            _answer_in_chat(model, corpus.refresh(), question, options, arguments.json)
+            with interruptible() as is_asked_to_stop:
+                _answer_in_chat(model, corpus.refresh(), question, options, arguments.json, is_asked_to_stop)
         except KeyboardInterrupt:
             if not is_keyboard:
                 raise
@@ -144,17 +161,42 @@ def read_questions(is_keyboard: bool) -> Iterator[str]:
             yield question
 
 
-def _answer_in_chat(model, corpus, question: str, options: dict, as_json: bool) -> None:
-    """Print an answer as it comes, and its sources; with `as_json` one line."""
+@contextlib.contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Context: Ctrl-C sets this event; it raises `KeyboardInterrupt` only when pressed again.
+
+    Raised at once it may come between taking the model's lock and noting so, and every later question would wait.
+    """
+    is_asked = threading.Event()
+
+    def handle(*_):
+        if is_asked.is_set():
+            raise KeyboardInterrupt
+        is_asked.set()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield is_asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _answer_in_chat(
+    model, corpus, question: str, options: dict, as_json: bool, is_asked_to_stop: threading.Event
+) -> None:
+    """Print an answer as it comes, and its sources; with `as_json` one line. Stopped, a `KeyboardInterrupt`."""
     start, is_started = time.perf_counter(), False
     stream = model.stream(question, corpus=corpus, **options)
     screen = Screen(hanging=0)
-    with contextlib.closing(stream):  # Ctrl-C stops the generator's thread as well
+    with contextlib.closing(stream):  # the generator's thread ends as well
         while True:
             try:
                 piece = next(stream)
             except StopIteration as stop:
-                answer = stop.value
+                answer, piece = stop.value, None
+            if is_asked_to_stop.is_set():
+                raise KeyboardInterrupt
+            if piece is None:
                 break
             if not as_json:
                 screen(("" if is_started else "  ") + piece.replace("\n", " "))
@@ -197,6 +239,7 @@ def _as_row(question: str, answer: "Answer") -> dict:
         "question": question,
         "answer": answer.text,
         "abstained": answer.abstained,
+        "confidence": answer.confidence,
         "prompt_tokens": answer.prompt_tokens,
         "sources": [asdict(source) for source in answer.sources],
     }

@@ -25,6 +25,7 @@ TRAINED_MODEL = Path(__file__).parents[2] / "model_cards" / "clara-smollm2-135m"
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 FOLDER_QUESTION = "What is this text about?"
 UNANSWERABLE = "Who wrote the novel Moby-Dick?"  # no packaged passage says it
+COUNTED = {"refused": "abstained", "expanded": "expanded"}
 UNTRAINED = (
     "The adapters are fresh, because no trained model of this backbone is here: answers from memory are not meaningful"
     " yet, times and sizes are. For the trained one pass --model with model_cards/clara-smollm2-135m of a clone.\n"
@@ -42,6 +43,10 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument("--backbone", help="backbone folder or Hub id (default: the weights the model was trained on)")
     parser.add_argument("--top-k", type=int, help="documents that are read (default: the model's)")
     parser.add_argument("--memory-size", type=int, help="memory vectors per document (default: the largest)")
+    parser.add_argument("--expand", type=int, default=0, metavar="N", help="best documents that are read as text")
+    parser.add_argument(
+        "--expand-below", type=float, metavar="P", help="that only where the answer from memory is less sure, as 0.6"
+    )
     parser.add_argument("--all", action="store_true", help="ask all packaged questions and count the right answers")
     parser.set_defaults(run=run)
     return parser
@@ -60,8 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
         questions=arguments.question,
         ask_all=arguments.all,
         top_k=arguments.top_k,
-        memory_size=arguments.memory_size,
         write=write,
+        **{name: getattr(arguments, name) for name in ("memory_size", "expand", "expand_below")},
     )
     if arguments.json:
         print(json.dumps(report, indent=2))
@@ -153,8 +158,9 @@ def run_demo(
     top_k: int | None = None,
     memory_size: int | None = None,
     write: Callable[[str], None],
+    **expanding,
 ) -> dict:
-    """Compress, ask, compare; `write` takes what is shown, piece by piece.
+    """Compress, ask, compare; `write` takes what is shown, piece by piece, `expanding` are options of `answer`.
 
     Returns:
         `passages`, `spans`, `tokens`, `memory_size`, `compress_ms`, `rejected`, `results` (see `ask_both`) and
@@ -186,7 +192,7 @@ def run_demo(
         f"({report['tokens'] / seconds:,.0f} tokens/s).\n"
     )
     top_k = min(model.config.retrieval_top_k, len(chunks)) if top_k is None else top_k
-    sizes = {"top_k": top_k, "memory_size": memory_size}
+    sizes = {"top_k": top_k, "memory_size": memory_size, **expanding}
     answers = {row["question"]: row["answers"] for row in packaged}
     results = [ask_both(model, question, answers.get(question, []), chunks, write, **sizes) for question in questions]
     if ask_all:
@@ -230,7 +236,12 @@ def ask_both(
     return {
         "question": question,
         "right_answers": list(right_answers),
-        "memory": {"answer": answer.text, "abstained": answer.abstained, **memory},
+        "memory": {
+            "answer": answer.text,
+            "abstained": answer.abstained,
+            "expanded": any(source.read_as == "text" for source in answer.sources),
+            **memory,
+        },
         "text": {"answer": text_answer, **text},
         "sources": [{"document_id": row.document_id, "title": row.title, "score": row.score} for row in sources],
         "tokens_saved": text["prompt_tokens"] - memory["prompt_tokens"],
@@ -253,7 +264,8 @@ def _right_among(results: Sequence[Mapping]) -> dict[str, int]:
         reader: sum(contains_answer(row[reader]["answer"], row["right_answers"]) for row in known)
         for reader in ("memory", "text")
     }
-    return {"questions": len(known), "refused": sum(row["memory"]["abstained"] for row in known), **right}
+    counts = {name: sum(row["memory"][key] for row in known) for name, key in COUNTED.items()}
+    return {"questions": len(known), **counts, **right}
 
 
 def _summary(right: Mapping[str, int]) -> str:
@@ -262,7 +274,9 @@ def _summary(right: Mapping[str, int]) -> str:
     return (
         f"\nOf {right['questions']} questions with a known answer {right['memory']} answers from memory and "
         f"{right['text']} from text contain it"
-        + (f"; from memory {right['refused']} were refused.\n" if right["refused"] else ".\n")
+        + (f"; from memory {right['refused']} were refused" if right["refused"] else "")
+        + (f"; for {right['expanded']} the best text was read as well" if right["expanded"] else "")
+        + ".\n"
     )
 
 

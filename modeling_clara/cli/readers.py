@@ -109,20 +109,16 @@ def answer_from_memory(
     question: str,
     documents: Sequence[Mapping],
     write: Callable[[str], None] = silent,
-    *,
-    top_k: int,
-    memory_size: int | None,
+    **options,
 ) -> tuple[Answer, dict[str, float]]:
-    """The generator reads the memories of the best documents.
+    """The generator reads the memories of the best documents, and what `options` of `answer` say.
 
     Returns:
         The `Answer`; `prompt_tokens`, `retrieve_ms` (question encoded and documents ranked), `first_token_ms` and
         `decode_ms`.
     """
     start = time.perf_counter()
-    stream = model.stream(
-        question, documents=documents, top_k=top_k, memory_size=memory_size, max_new_tokens=MAX_NEW_TOKENS
-    )
+    stream = model.stream(question, documents=documents, max_new_tokens=MAX_NEW_TOKENS, **options)
     marks = [time.perf_counter()]
     while True:
         try:
@@ -142,17 +138,16 @@ def answer_from_memory(
 
 
 def count_right(
-    model: CLaRaForRAG, questions: Sequence[Mapping], chunks: Sequence[Mapping], *, top_k: int, memory_size: int | None
+    model: CLaRaForRAG, questions: Sequence[Mapping], chunks: Sequence[Mapping], *, top_k: int, **options
 ) -> dict[str, int]:
     """Ask questions `{question, answers}` together, from memory and, with the same documents, from text.
 
     Returns:
-        `questions`; `memory` and `text`: answers that contain a right one; `refused`: not answered from memory.
+        `questions`; `memory` and `text`: answers that contain a right one; `refused`: not answered from memory;
+        `expanded`: read with a text after all, as `options` of `answer` say.
     """
     texts = [row["question"] for row in questions]
-    answers = model.answer(
-        texts, documents=chunks, top_k=top_k, memory_size=memory_size, max_new_tokens=MAX_NEW_TOKENS
-    )
+    answers = model.answer(texts, documents=chunks, top_k=top_k, max_new_tokens=MAX_NEW_TOKENS, **options)
     by_id = {chunk["id"]: chunk for chunk in chunks}
     read = model.retrieve(texts, documents=chunks, top_k=top_k)
     prompts = [
@@ -167,4 +162,6 @@ def count_right(
         reader: sum(contains_answer(text, row["answers"]) for text, row in zip(found, questions, strict=True))
         for reader, found in pairs.items()
     }
-    return {"questions": len(questions), "refused": sum(answer.abstained for answer in answers), **right}
+    counts = {"refused": sum(answer.abstained for answer in answers)}
+    counts["expanded"] = sum(any(source.read_as == "text" for source in answer.sources) for answer in answers)
+    return {"questions": len(questions), **counts, **right}

@@ -85,7 +85,8 @@ class Reply:
     @property
     def found(self) -> dict:
         """What is ours in every form of an answer."""
-        return {"sources": [source_row(source) for source in self.answer.sources], "abstained": self.answer.abstained}
+        sources = [source_row(source) for source in self.answer.sources]
+        return {"sources": sources, "abstained": self.answer.abstained, "confidence": self.answer.confidence}
 
 
 def read_turns(service: Service, messages: Sequence[Message], name: str) -> tuple[str, tuple[tuple[str, str], ...]]:

@@ -13,9 +13,10 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
 
-from ..generation_clara import Reading, RefuseNaN
+from ..generation_clara import RefuseNaN
 from ..packing_clara import MAX_TOKENS
 from ..processing_clara import CLaRaProcessor, Prompt
+from ..reading_clara import Reading
 
 QUESTIONS = ("?", "A")  # where prompts with different questions part
 
@@ -46,13 +47,20 @@ class Draft:
     Attributes:
         reading: what it is written from.
         ids: what was generated so far, with the end token.
+        log_probabilities: of each of them, before any sampling.
         error: why there will be no more.
     """
 
     def __init__(self, reading: Reading, max_new_tokens: int, sampler: Sampler | None = None):
         self.reading, self.max_new_tokens, self.sampler = reading, max_new_tokens, sampler
         self.ids: list[int] = []
+        self.log_probabilities: list[float] = []
         self.error: Exception | None = None
+
+    @property
+    def confidence(self) -> float:
+        """As that of `Written`."""
+        return math.exp(sum(self.log_probabilities) / len(self.log_probabilities))
 
 
 class Rows:
@@ -255,11 +263,12 @@ class Decoder:
 
     def _take(self, rows: Rows, drafts: list[Draft], logits: torch.Tensor) -> None:
         """Give each draft its token; the rows of those that go on join the others."""
-        best, kept = logits.argmax(-1).tolist(), []
+        best, kept, log_probabilities = logits.argmax(-1).tolist(), [], logits.log_softmax(-1)
         for place, draft in enumerate(drafts):
             try:
                 RefuseNaN()(None, logits[place])
                 draft.ids.append(best[place] if draft.sampler is None else draft.sampler(logits[place]))
+                draft.log_probabilities.append(float(log_probabilities[place, draft.ids[-1]]))
             except (ValueError, RuntimeError) as error:  # of this draft alone
                 draft.error = error
             is_ended = draft.error or draft.ids[-1] in self.ends or len(draft.ids) >= draft.max_new_tokens

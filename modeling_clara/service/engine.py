@@ -18,7 +18,8 @@ import torch
 from ..adapters_clara import eval_mode
 from ..candidates_clara import Source
 from ..corpus_clara import CompressedCorpus
-from ..generation_clara import Answer, Pieces, Reading, decode_answer, prepare_reading
+from ..generation_clara import Answer, Pieces, decode_answer
+from ..reading_clara import Reading, check_expand_below, prepare_readings
 from ..text_clara import check_count, check_list, check_text
 from .decoding import Decoder, Draft, check_sampling, prompt_embeddings
 from .history import History, check_history, query_of
@@ -33,13 +34,28 @@ TURN_SECONDS = 1.0  # of the model's thread, after which a write may compress it
 
 
 class _Reply(Draft):
-    """An answer that is being written for a request."""
+    """An answer that is being written for a request from the first of its readings; the others may follow."""
 
-    def __init__(self, request: Request, answer: Answer, reading: Reading):
+    def __init__(self, request: Request, keywords: list[str] | None, readings: list[Reading], n_read: int = 0):
         options = request.options
         sampler = check_sampling(options.temperature, options.top_p, options.seed)
-        super().__init__(reading, options.max_new_tokens, sampler)
-        self.request, self.answer, self.pieces = request, answer, Pieces()
+        super().__init__(readings[0], options.max_new_tokens, sampler)
+        self.request, self.later, self.pieces = request, readings[1:], Pieces()
+        self.answer = _unwritten(readings[0], keywords, n_read)
+
+    @property
+    def is_unsure(self) -> bool:
+        """Whether its text, which is whole, is not the answer: that of the next reading is."""
+        return bool(self.later) and self.confidence < self.request.options.expand_below
+
+    def next(self) -> Self:
+        """The answer from the next reading."""
+        return type(self)(self.request, self.answer.keywords, self.later, self.answer.prompt_tokens)
+
+
+def _unwritten(reading: Reading, keywords: list[str] | None, n_read: int = 0) -> Answer:
+    """The answer from a reading without its text; `n_read` positions of input were read before it."""
+    return Answer("", reading.sources, keywords, prompt_tokens=n_read + len(reading.prompt.input_ids))
 
 
 class _Prepared(NamedTuple):
@@ -194,6 +210,12 @@ class Engine:
     def _ask(self, question: str, options: AskOptions, history: History, *, wants_pieces: bool = False) -> Request:
         check_text(question, "question")
         check_sampling(options.temperature, options.top_p, options.seed)
+        check_expand_below(options.expand_below, options.expand)
+        if options.expand_below is not None and self.generator is not None:
+            raise ValueError(
+                "`expand_below` must be left out where another server writes the answers: it does not say how sure it "
+                "is. Pass `expand` alone."
+            )
         return Request("answer", question, options, check_history(history), wants_pieces=wants_pieces)
 
     async def _result(self, request: Request):
@@ -266,9 +288,12 @@ class Engine:
 
     def _deliver(self, decoder: Decoder) -> None:
         """Send the new pieces, and the answers that are whole."""
-        ended = [(reply, True) for reply in decoder.ended]
+        ended, unsure = [(reply, True) for reply in decoder.ended], []
         for reply, is_whole in [*((reply, False) for reply in decoder.drafts), *ended]:
             request = reply.request
+            if reply.error is None and reply.later and (not is_whole or reply.is_unsure):
+                unsure += [reply.next()] if is_whole else []  # until then nobody knows whether it is the answer
+                continue
             if reply.error is not None:
                 request.send(reply.error)
             elif is_whole or request.wants_pieces:
@@ -277,8 +302,12 @@ class Engine:
                     request.send(piece)
                 if is_whole:
                     n_tokens = sum(token not in decoder.ends for token in reply.ids)
-                    self._finish(request, replace(reply.answer, text=text, completion_tokens=n_tokens))
+                    written = {"text": text, "confidence": reply.confidence, "completion_tokens": n_tokens}
+                    self._finish(request, replace(reply.answer, **written))
         decoder.ended = []
+        if unsure:
+            decoder.add(unsure)
+            self._deliver(decoder)
 
     def _finish(self, request: Request, result) -> None:
         request.send(result)
@@ -328,17 +357,16 @@ class Engine:
                 continue
             try:
                 generation = self._generation(request.options.max_new_tokens)
-                reading = prepare_reading(
-                    self.model, request.content, row, options.memory_size, options.expand, generation, "question"
-                )
+                given = (options.memory_size, options.expand, options.expand_below, generation, "question")
+                readings = prepare_readings(self.model, request.content, row, *given)
             except (ValueError, TypeError) as error:
                 results.append(error)
                 continue
-            answer = Answer("", reading.sources, keywords, prompt_tokens=len(reading.prompt.input_ids))
             if self.generator is None:
-                results.append(_Reply(request, answer, reading))
+                results.append(_Reply(request, keywords, readings))
             else:
-                results.append(_Prepared(answer, prompt_embeddings(self.model, reading)))
+                answer = _unwritten(readings[0], keywords)
+                results.append(_Prepared(answer, prompt_embeddings(self.model, readings[0])))
         return results
 
     def _view(self, options: AskOptions) -> CompressedCorpus:

@@ -24,6 +24,7 @@ class AskOptions:
     min_score: float | None = None
     max_new_tokens: int = 64
     expand: int = 0
+    expand_below: float | None = None
     explain: bool = False
     where: str | None = None
     hybrid: bool = False

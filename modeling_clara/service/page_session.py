@@ -19,7 +19,8 @@ from .. import Answer, CompressedCorpus, Source
 from ..corpus.files import InputFile, find_files
 from ..corpus.formats import format_of
 from ..corpus.sources import DocumentSource
-from ..generation_clara import default_memory_size, prepare_reading, stream_text
+from ..generation_clara import stream_text
+from ..reading_clara import default_memory_size, prepare_reading
 
 MB = 2**20
 ANSWER_TOKENS, PARAPHRASE_TOKENS = 64, 128
@@ -170,7 +171,7 @@ def paraphrase(model, corpus, source: Source, memory_size: int) -> Iterator[str]
     generation = model.build_generation_config(None, PARAPHRASE_TOKENS)
     reading = prepare_reading(model, None, [(source, memory)], memory_size, 0, generation, "passage")
     text = ""
-    with contextlib.closing(stream_text(model, reading, generation, Answer("", reading.sources))) as stream:
+    with contextlib.closing(stream_text(model, [reading], generation)) as stream:
         for piece in stream:
             text += piece
             yield text

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 import torch
 
 from ..candidates_clara import Source, encode_documents
-from ..generation_clara import decode_answer, prepare_reading
+from ..generation_clara import decode_answer
 from ..generator import generator_fingerprint, served_name
+from ..reading_clara import prepare_reading
 
 RETRIES = 3  # after 429, 5xx and lost connections, waiting longer each time or as long as Retry-After says
 CONNECT_SECONDS = 5.0

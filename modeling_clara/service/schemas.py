@@ -105,6 +105,9 @@ class Options(Body):
     memory_size: int | None = Field(None, ge=1, description="memory vectors that are read")
     retrieval_memory_size: int | None = Field(None, ge=1, description="memory vectors that are compared")
     expand: int = Field(0, ge=0, description="best sources that are read as text")
+    expand_below: float | None = Field(
+        None, gt=0, le=1, description="that only where the answer from memory has a lower confidence"
+    )
     min_score: float | None = Field(None, description="abstain if no document has this cosine")
     where: dict[str, Any] | None = Field(None, description="a filter on metadata")
     hybrid: bool = Field(False, description="also rank by BM25 over the text")

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from modeling_clara.cli.console import allow_any_console
 from modeling_clara.codecs_clara import CODECS
 from modeling_clara.corpus.storage import writer_lock
+from modeling_clara.reading_clara import check_expand_below
 from recipes.evaluation.evaluation import Evaluation
 from recipes.evaluation.questions import HALVES
 from recipes.evaluation.report import comparison_table, results_table
@@ -61,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--codec", help=f"of the memories: {', '.join(CODECS)} (default: float16, or the corpus's)")
     add("--top-k", type=int, help="documents that are read (default: the model's)")
     add("--expand", type=int, default=EXPAND, help="best documents that clara_expand reads as text (default: 1)")
+    add("--expand-below", type=float, help="that only where its answer from memory has a lower confidence")
     add("--num-candidates", type=int, default=20, help="that BM25 chooses (default: 20)")
     add("--min-score", type=float, help="cosine of the best document below which the model abstains")
     add("--corpus", help="compressed corpus to search in the setting corpus (default: the data's own)")
@@ -143,6 +145,10 @@ def _check_systems(arguments: argparse.Namespace) -> None:
             f"--expand has no effect without the system clara_expand, got {arguments.expand}. Add it to --systems, or "
             "leave out --expand."
         )
+    if arguments.expand_below is not None:
+        if "clara_expand" not in systems:
+            raise ValueError("--expand-below has no effect without the system clara_expand. Add it to --systems.")
+        check_expand_below(arguments.expand_below, arguments.expand)
     if text_reader is not None and not tuned:
         raise ValueError("--text-reader has no effect without the systems tuned_text or bm25_tuned_text. Add one.")
 

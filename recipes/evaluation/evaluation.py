@@ -190,6 +190,7 @@ class Evaluation:
             "dense": self.arguments.dense if system.retriever == "dense" else None,
             "text_reader": self._text_digest if system.reader == "tuned_text" else None,
             "expand": self.arguments.expand if system.reader == "memory_and_text" else None,
+            "expand_below": self.arguments.expand_below if system.reader == "memory_and_text" else None,
         }
 
     @functools.cached_property
@@ -245,6 +246,7 @@ class Evaluation:
 
     def _bench(self, spans: Spans, sizes: dict[str, int]) -> Bench:
         arguments = self.arguments
+        names = ("max_new_tokens", "min_score", "dense", "expand", "expand_below", "seed")
         return Bench(
             model=self.model,
             spans=spans,
@@ -252,7 +254,7 @@ class Evaluation:
             depth=max(20, arguments.num_candidates, sizes["top_k"]),
             read_all=arguments.setting == "gold_only",
             **sizes,
-            **{name: getattr(arguments, name) for name in ("max_new_tokens", "min_score", "dense", "expand", "seed")},
+            **{name: getattr(arguments, name) for name in names},
         )
 
     def _score(self, bench: Bench, tasks: list[Task], folders: dict[str, Path], options: dict) -> list[dict]:

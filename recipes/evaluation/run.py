@@ -93,16 +93,19 @@ def _predict(bench: Bench, system: System, tasks: Sequence[Task]) -> list[dict]:
     clock = Clock()
     hits = retrieve(bench, system, tasks, clock)
     chosen = [rows_to_read(bench, system, row) for row in hits]
-    answers = [("", None)] * len(tasks)
+    answers = [("", None, 0)] * len(tasks)
     reading = [number for number, rows in enumerate(chosen) if rows or system.retriever is None]
     if reading:
         found = read(bench, system, [tasks[n] for n in reading], [chosen[n] for n in reading], clock)
         for number, *answer in zip(reading, *found, strict=True):
             answers[number] = answer
-    seconds = {name: clock.seconds.get(name, 0.0) / len(tasks) for name in ("query", "search", "prepare", "decode")}
+    seconds = {
+        name: clock.seconds.get(name, 0.0) / len(tasks) for name in ("query", "search", "prepare", "read", "decode")
+    }
     ids, is_ranked = bench.spans.document_ids, system.ranks and not bench.read_all
     predicted = []
-    for number, (task, ranked, rows, (text, n_tokens)) in enumerate(zip(tasks, hits, chosen, answers, strict=True)):
+    for number, (task, ranked, rows, answer) in enumerate(zip(tasks, hits, chosen, answers, strict=True)):
+        text, n_tokens, n_texts = answer
         abstained = number not in reading
         shown = ranked if is_ranked else []
         predicted.append(
@@ -115,9 +118,9 @@ def _predict(bench: Bench, system: System, tasks: Sequence[Task]) -> list[dict]:
                 scores=[round(score, 6) for _, score in shown],
                 read=list(dict.fromkeys(ids[row] for row in rows)),
                 n_tokens=n_tokens,
-                span_bytes=span_bytes(bench, system, rows),
+                span_bytes=span_bytes(bench, rows, n_texts),
                 seconds=sum(seconds.values()),
-                model_seconds=seconds["query"] + seconds["decode"],
+                model_seconds=seconds["query"] + seconds["read"] + seconds["decode"],
             )
         )
     return predicted

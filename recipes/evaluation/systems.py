@@ -14,8 +14,8 @@ from transformers import GenerationConfig
 from transformers.generation import BaseStreamer
 
 from modeling_clara import CLaRaForRAG
-from modeling_clara.generation_clara import eval_mode, prepare_reading
-from modeling_clara.processing_clara import Prompt
+from modeling_clara.generation_clara import eval_mode, write_answers
+from modeling_clara.reading_clara import Reading, prepare_readings
 from recipes.evaluation.rankers import Bm25Ranker, DenseRanker, HybridRanker
 from recipes.evaluation.spans import Spans
 from recipes.evaluation.tasks import Task
@@ -117,6 +117,7 @@ class Bench:
     dense: str | None = None  # encoder of the dense baseline
     text_reader: CLaRaForRAG | None = None  # whose generator was trained on texts, for the reader "tuned_text"
     expand: int = 1  # spans that the reader "memory_and_text" reads as text, the best first
+    expand_below: float | None = None  # only where its answer from memory alone is less sure than this
     depth: int = 20  # documents ranked
     read_all: bool = False  # every span of the candidates, unranked (the setting gold_only)
     seed: int = 0  # of the control's documents
@@ -205,38 +206,47 @@ def rows_to_read(bench: Bench, system: System, hits: Hits) -> list[int]:
 
 def read(
     bench: Bench, system: System, tasks: Sequence[Task], rows: Sequence[Sequence[int]], clock: Clock, **kwargs
-) -> tuple[list[str], list[int]]:
-    """Answers to `tasks` from their `rows`, and how many positions of input each took; marks `prepare` and `decode`.
+) -> tuple[list[str], list[int], list[int]]:
+    """Answers to `tasks` from their `rows`, how many positions of input each took, and how many texts it is from.
 
-    `kwargs` are those of `generate`. Raises a ValueError if a prompt does not fit into the backbone's window.
+    Marks `prepare` and `decode`. `kwargs` are those of `generate`. Raises a ValueError if a prompt does not fit into
+    the backbone's window.
     """
     model = bench.text_reader if system.reader == "tuned_text" else bench.model
     generation = model.build_generation_config(None, bench.max_new_tokens)
     reading = [_prepare(bench, model, system, task, mine, generation) for task, mine in zip(tasks, rows, strict=True)]
-    prompts, memories = (list(column) for column in zip(*reading, strict=True))
     clock.mark("prepare")
     with model.lock, eval_mode(model), torch.no_grad():
-        texts = model.generate_texts(prompts, memories, generation, role=system.role, **kwargs)
+        if bench.expand_below is not None and system.reader == "memory_and_text":
+            answers = write_answers(model, reading, generation, bench.expand_below)
+            clock.mark("read")  # an answer that is sure enough is shown when it is whole
+            texts, n_tokens = [answer.text for answer in answers], [answer.prompt_tokens for answer in answers]
+            n_texts = [sum(source.read_as == "text" for source in answer.sources) for answer in answers]
+        else:
+            prompts, memories, _ = (list(column) for column in zip(*(mine[0] for mine in reading), strict=True))
+            texts = model.generate_texts(prompts, memories, generation, role=system.role, **kwargs)
+            n_tokens = [len(prompt.input_ids) for prompt in prompts]
+            n_texts = [system.n_texts(len(mine), bench.expand) for mine in rows]
     clock.mark("decode")
-    return texts, [len(prompt.input_ids) for prompt in prompts]
+    return texts, n_tokens, n_texts
 
 
 def _prepare(
     bench: Bench, model: CLaRaForRAG, system: System, task: Task, rows: Sequence[int], generation: GenerationConfig
-) -> tuple[Prompt, torch.Tensor]:
-    """Prompt and memories (rows that are not read as text, k, hidden), as the model's own `answer` prepares them."""
+) -> list[Reading]:
+    """What the model's own `answer` would read."""
     spans, size, question, name = bench.spans, bench.memory_size, task.question.text, f"question {task.question.id}"
     device = model.memory_embeddings.device
     if system.reads_memory:
         memories = spans.memories(rows, size).to(device)
         hits = [(spans.source(row), memory) for row, memory in zip(rows, memories, strict=True)]
-        n_texts = system.n_texts(len(rows), bench.expand)
-        reading = prepare_reading(model, question, hits, size, n_texts, generation, name)
-        return reading.prompt, reading.memory
+        expand = system.n_texts(len(rows), bench.expand)
+        expand_below = bench.expand_below if system.reader == "memory_and_text" else None
+        return prepare_readings(model, question, hits, size, expand, expand_below, generation, name)
     documents = [spans.document(row) for row in rows]
     prompt = model.processor.build_prompt(question, 0, size, text_documents=documents, name=name)
     model.config.check_window(len(prompt.input_ids) + bench.max_new_tokens, name, "Lower --top-k.")
-    return prompt, torch.zeros(0, size, model.config.text_config.hidden_size, device=device)
+    return [Reading(prompt, torch.zeros(0, size, model.config.text_config.hidden_size, device=device), [])]
 
 
 def time_one(bench: Bench, system: System, task: Task) -> dict[str, float]:
@@ -251,11 +261,10 @@ def time_one(bench: Bench, system: System, task: Task) -> dict[str, float]:
     return {**times, "total": sum(times.values())}
 
 
-def span_bytes(bench: Bench, system: System, rows: Sequence[int]) -> float | None:
+def span_bytes(bench: Bench, rows: Sequence[int], n_texts: int) -> float | None:
     """Bytes of a span as it was read (stored memory or text), the mean over these rows, best first; None of none."""
     if not len(rows):
         return None
-    n_texts = system.n_texts(len(rows), bench.expand)
     sizes = [bench.spans.text_bytes(row) for row in rows[:n_texts]]
     sizes += [bench.spans.memory_bytes(bench.memory_size) for _ in rows[n_texts:]]
     return float(np.mean(sizes))

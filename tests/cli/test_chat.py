@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 import modeling_clara
 from modeling_clara import CompressedCorpus, cli
+from modeling_clara.adapters_clara import CallLock
 from modeling_clara.cli.ask import PROMPT
 from modeling_clara.cli.terminal import columns
 
@@ -58,23 +60,43 @@ def ask(monkeypatch, capsys, lines, *arguments) -> tuple[int, str, str]:
     return status, *capsys.readouterr()
 
 
-def test_a_pipe_is_answered_line_by_line_as_single_calls_are(corpus, shared_model, monkeypatch, capsys):
+@pytest.mark.parametrize("below", [[], ["--expand-below", "1e-9"]])
+def test_a_pipe_is_answered_line_by_line_as_single_calls_are(corpus, shared_model, monkeypatch, capsys, below):
     questions = ["What is the capital of Italy?", "And of France?"]
     lines = [questions[0], "", f"  {questions[1]} ", "/quit", "not asked"]
-    options = [corpus, "--max-new-tokens", "8", "--expand", "1"]
+    options = [corpus, "--max-new-tokens", "8", "--expand", "1", *below]
     status, out, err = ask(monkeypatch, capsys, lines, *options, "--json")
     rows = [json.loads(line) for line in out.splitlines()]
     assert status == 0 and [row["question"] for row in rows] == questions and PROMPT not in out + err
     opened = shared_model.load_corpus(corpus)
-    for row, answer in zip(
-        rows, shared_model.answer(questions, corpus=opened, max_new_tokens=8, expand=1), strict=True
-    ):
+    given = {"max_new_tokens": 8, "expand": 1, "expand_below": float(below[1]) if below else None}
+    for row, answer in zip(rows, shared_model.answer(questions, corpus=opened, **given), strict=True):
         assert (row["answer"], row["prompt_tokens"]) == (answer.text, answer.prompt_tokens)
+        assert row["confidence"] == pytest.approx(answer.confidence, rel=1e-3)
+        assert row["sources"][0]["read_as"] == ("memory" if below else "text")
         assert [source["score"] for source in row["sources"]] == pytest.approx([s.score for s in answer.sources])
         assert [source["metadata"] for source in row["sources"]] == [source.metadata for source in answer.sources]
     assert cli.main(["ask", *map(str, options), *questions]) == 0
     printed = capsys.readouterr().out.splitlines()[:-1]  # without the time of the call
-    assert ask(monkeypatch, capsys, lines, *options)[1].splitlines() == printed
+    shown = ask(monkeypatch, capsys, lines, *options)[1].splitlines()
+    assert [line.split() for line in shown] == [line.split() for line in printed]
+
+
+def test_ctrl_c_between_two_bytecodes_of_a_lock_loses_nothing(corpus, monkeypatch, capsys):
+    """Where the signal raised at once, the lock would be held for ever."""
+    enter, signals = CallLock.__enter__, []
+
+    def interrupted(lock):
+        enter(lock)
+        if not signals and threading.current_thread() is threading.main_thread() and is_asking:
+            signals.append(os.kill(os.getpid(), signal.SIGINT))
+
+    is_asking = []
+    monkeypatch.setattr(CallLock, "__enter__", interrupted)
+    monkeypatch.setattr(Lines, "isatty", lambda lines: True)
+    lines = [lambda: is_asking.append(1), "What is the capital of Italy?", "And of France?", "/quit"]
+    status, out, err = ask(monkeypatch, capsys, lines, corpus, "--max-new-tokens", "8")
+    assert status == 0 and signals and err.count("(stopped)") == 1 and out.count("prompt tokens") == 1
 
 
 def test_what_changes_between_two_questions_is_found(corpus, shared_model, monkeypatch, capsys):

@@ -117,7 +117,20 @@ def test_a_model_with_a_threshold_refuses(model, passages):
     for row, before in zip(refusing["results"], report["results"], strict=False):
         assert row["sources"] == before["sources"] and row["text"]["answer"] == before["text"]["answer"]
     assert refusing["right"] == {**report["right"], "memory": 0, "refused": 3}
+    assert report["right"]["expanded"] == 0
     assert demo.run_demo(model, top_k=2, ask_all=True, write=demo.silent)["right"] == refusing["right"]
+
+
+@pytest.mark.parametrize("below, n_texts", [([], 3), (["--expand-below", "1"], 3), (["--expand-below", "1e-9"], 0)])
+def test_the_command_reads_texts_if_told_to(checkpoint_copy, passages, capsys, below, n_texts):
+    options = ["demo", "--model", str(checkpoint_copy), "--top-k", "2", "--expand", "1", *below]
+    assert cli.main([*options, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["memory"]["expanded"] for row in report["results"]] == [n_texts > 0] * 3
+    assert report["right"]["expanded"] == n_texts
+    assert cli.main([*options, "--all"]) == 0
+    printed = capsys.readouterr().out
+    assert (f"; for {n_texts} the best text was read as well." in printed) == (n_texts > 0)
 
 
 def test_the_command_shows_a_refusal_and_counts_all_questions(checkpoint_copy, passages, capsys):

@@ -76,6 +76,8 @@ COMPRESS, ASK = "compress {rows} -o {folder}/new --model {model}", "ask {corpus}
         (f"{ASK} --max-new-tokens 0", "--max-new-tokens"),
         (f"{ASK} --max-new-tokens 9999", "--max-new-tokens"),
         (f"{ASK} --expand -1", "--expand"),
+        (f"{ASK} --expand 1 --expand-below 2", "--expand-below"),
+        (f"{ASK} --expand-below 0.5", "--expand"),
         (f'{ASK} --where {{"year":1}}', "--where"),
         (f'{ASK} --where {{"title":{{}}}}', "--where"),
         ("ask {corpus} Why? \t", "question"),

@@ -42,6 +42,8 @@ REFUSED = [
     (f"{MODEL} --setting closed_book --systems clara_expand", "has no documents, but --systems has 'clara_expand'"),
     (f"{MODEL} --systems clara_expand --expand 0", "--expand must be >= 1, got 0"),
     (f"{MODEL} --systems clara --expand 2", "--expand has no effect without the system clara_expand, got 2"),
+    (f"{MODEL} --systems clara --expand-below 0.5", "--expand-below has no effect without the system clara_expand"),
+    (f"{MODEL} --systems clara_expand --expand-below 2", "`expand_below` must be a probability above 0 and at most"),
     (f"{MODEL} --systems tuned_text", "'tuned_text' needs --text-reader CHECKPOINT. Pass it, or leave out"),
     (f"{MODEL} --systems clara bm25_tuned_text", "the system 'bm25_tuned_text' needs --text-reader CHECKPOINT"),
     (f"{MODEL} --text-reader r", "--text-reader has no effect without the systems tuned_text or bm25_tuned"),

@@ -22,11 +22,17 @@ TUNED = {"tuned_text": "text", "bm25_tuned_text": "bm25_text"}  # and the system
 MEMORY_BYTES = 4 * 2 * 32
 
 
-@pytest.mark.parametrize("expand", [1, 2, 9])
-def test_expand_is_the_public_answer(bench, tasks, expand):
+@pytest.mark.parametrize("expand, expand_below", [(1, None), (2, None), (9, None), (1, 1e-9), (2, 1.0), (1, "some")])
+def test_expand_is_the_public_answer(bench, tasks, expand, expand_below):
     """The same documents as `clara`, in the same order; answers, tokens and bytes of mixed reading."""
     bench.top_k, bench.expand = 3, expand
-    ours, from_memory = predict(bench, "clara_expand", tasks), predict(bench, "clara", tasks)
+    if expand_below == "some":
+        options = {"top_k": 3, "retrieval_memory_size": 2, "max_new_tokens": N_TOKENS}
+        documents = [[DOCUMENTS[name] for name in task.candidates] for task in tasks]
+        answers = bench.model.answer([task.question.text for task in tasks], documents=documents, **options)
+        expand_below = sorted(answer.confidence for answer in answers)[len(tasks) // 2]
+    bench.expand_below = expand_below
+    ours, from_memory, as_text = predict(bench, "clara_expand", tasks), predict(bench, "clara", tasks), set()
     for task, row, other in zip(tasks, ours, from_memory, strict=True):
         for key in ("retrieved", "scores", "read"):
             assert row[key] == other[key]
@@ -34,11 +40,15 @@ def test_expand_is_the_public_answer(bench, tasks, expand):
         rows = [row for row, _ in bench.spans.cosines(query, bench.spans.rows_of(task.candidates), 3)]
         given = stored(bench.spans, rows)
         options = {"top_k": 3, "retrieval_memory_size": 2, "max_new_tokens": N_TOKENS, "expand": expand}
+        options["expand_below"] = expand_below
         (answer,) = bench.model.answer([task.question.text], documents=given, **options)
         assert [source.document_id for source in answer.sources] == [document["id"] for document in given]
         assert (row["prediction"] or "") == answer.text and row["n_tokens"] == answer.prompt_tokens
-        sizes = [bench.spans.text_bytes(row) for row in rows[:expand]] + [MEMORY_BYTES] * max(0, 3 - expand)
+        n_texts = sum(source.read_as == "text" for source in answer.sources)
+        as_text.add(n_texts)
+        sizes = [bench.spans.text_bytes(row) for row in rows[:n_texts]] + [MEMORY_BYTES] * (3 - n_texts)
         assert row["span_bytes"] == pytest.approx(np.mean(sizes))
+    assert as_text == {None: {min(3, expand)}, 1e-9: {0}, 1.0: {expand}}.get(expand_below, {0, expand})
 
 
 def test_with_all_as_text_the_generator_reads_the_prompt_of_text(bench, tasks):
@@ -137,6 +147,11 @@ def test_another_expand_is_another_run_and_another_entry(evaluate, tmp_path):
     evaluate("--systems", "clara_expand", "--expand", "2", output="two")
     one, two = results(tmp_path / "run"), results(tmp_path / "two")
     assert identity(one) != identity(two) and two["efficiency"]["tokens_read"] > one["efficiency"]["tokens_read"]
+    options = ("--systems", "clara_expand", "--expand-below", "1e-9")
+    assert "`expand_below` must be None" in evaluate(*options, expect=1)
+    evaluate(*options, "--latency-questions", "2", output="three")
+    three = results(tmp_path / "three")
+    assert identity(three) != identity(one) and three["efficiency"]["tokens_read"] < one["efficiency"]["tokens_read"]
 
 
 def test_other_systems_do_not_depend_on_it(evaluate, finished, reader_folder, tmp_path):

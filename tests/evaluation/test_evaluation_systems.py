@@ -277,9 +277,9 @@ def test_bytes_of_a_chunk(bench, memories):
     for codec, least in {"float16": 64, "int8": 32, "int4": 16}.items():
         bench.spans = memories[codec]
         vector = bench.spans.corpus.snapshot.codec.vector_bytes
-        assert least <= vector <= least + 16 and span_bytes(bench, SYSTEMS["clara"], [0, 5]) == 4 * vector
-    assert span_bytes(bench, SYSTEMS["text"], [0]) == len("France\nCity 0 is the capital of France.")
-    assert span_bytes(bench, SYSTEMS["text"], []) is None
+        assert least <= vector <= least + 16 and span_bytes(bench, [0, 5], 0) == 4 * vector
+    assert span_bytes(bench, [0], 1) == len("France\nCity 0 is the capital of France.")
+    assert span_bytes(bench, [], 0) is None
 
 
 def test_a_prompt_beyond_the_window_is_named(bench, tasks):

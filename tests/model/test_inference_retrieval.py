@@ -178,6 +178,8 @@ def test_a_corpus_without_text_is_an_error_that_names_the_document(shared_model,
     message = f"text of document {expected[0].sources[0].document_id!r} must be stored.*Pass expand=0"
     with pytest.raises(ValueError, match=message):
         shared_model.answer(QUESTIONS, corpus=corpus, expand=1)
+    with pytest.raises(ValueError, match=message):  # however sure it would be from memory
+        shared_model.answer(QUESTIONS, corpus=corpus, expand=1, expand_below=1e-9)
     with pytest.raises(ValueError, match=message):
         shared_model.stream(QUESTIONS[0], corpus=corpus, expand=1)
 

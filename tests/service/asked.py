@@ -21,6 +21,8 @@ OPTIONS = [
     AskOptions(max_new_tokens=7, expand=9, hybrid=True),
     AskOptions(max_new_tokens=4, where='{"year": {"$gte": 2004}}'),
     AskOptions(max_new_tokens=4, min_score=1.0),  # abstains
+    AskOptions(max_new_tokens=5, expand=1, expand_below=1.0),  # always reads again
+    AskOptions(max_new_tokens=5, expand=1, expand_below=1e-9, explain=True),  # never does
 ]
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from modeling_clara.candidates_clara import search
-from modeling_clara.generation_clara import prepare_reading
+from modeling_clara.reading_clara import prepare_reading
 from modeling_clara.service.remote import reading_embeddings
 
 

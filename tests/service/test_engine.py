@@ -77,6 +77,22 @@ def test_answers_in_a_batch_can_be_read_as_they_come(shared_model, corpus):
         assert_same(answer, expected)
 
 
+def test_a_stream_of_two_readings_shows_the_one_that_counts(shared_model, corpus):
+    """Half of the answers from memory are read again, beside the others."""
+    from_memory = [directly(shared_model, corpus, question, AskOptions(max_new_tokens=6)) for question in ASKED]
+    threshold = sorted(answer.confidence for answer in from_memory)[len(ASKED) // 2]
+    options = AskOptions(max_new_tokens=6, expand=1, expand_below=threshold)
+    wanted = [directly(shared_model, corpus, question, options) for question in ASKED]
+    assert {answer.sources[0].read_as for answer in wanted} == {"memory", "text"}
+
+    async def work(engine):
+        return await asyncio.gather(*(collect(engine.stream(question, options)) for question in ASKED))
+
+    for (*pieces, answer), expected in zip(run(work, shared_model, corpus), wanted, strict=True):
+        assert_same(answer, expected)
+        assert "".join(pieces) == answer.text and answer.confidence == pytest.approx(expected.confidence, rel=1e-3)
+
+
 def test_what_is_wrong_with_one_request_is_told_to_its_caller_alone(shared_model, corpus):
     wrong = [
         ("Paris " * 900, OPTIONS[0], "must fit into the backbone's window"),
@@ -230,10 +246,13 @@ class Generator:
 
 def test_another_generator_reads_the_same_embeddings(shared_model, corpus):
     generator = Generator()
-    jobs = [(question, options) for question in ASKED[:2] for options in OPTIONS]
+    local = [options for options in OPTIONS if options.expand_below is not None]
+    jobs = [(question, options) for question in ASKED[:2] for options in OPTIONS if options not in local]
 
     async def work(engine):
         found = await asyncio.gather(*(engine.answer(*job) for job in jobs))
+        with pytest.raises(ValueError, match="`expand_below` must be left out where another server writes"):
+            await engine.answer(ASKED[0], local[0])
         *pieces, streamed = await collect(engine.stream(*jobs[0]))
         assert "".join(pieces) == streamed.text and len(pieces) > 1
         assert [item.abstained for item in await collect(engine.stream(ASKED[0], OPTIONS[5]))] == [True]

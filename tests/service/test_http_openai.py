@@ -64,6 +64,7 @@ def test_sources_are_a_list_and_annotations(service, client):
         {"top_k": 1},
         {"memory_size": 2, "retrieval_memory_size": 2},
         {"expand": 1},
+        {"expand": 1, "expand_below": 1.0},
         {"where": {"year": {"$gte": 2020}}},
         {"hybrid": True},
         {"min_score": -1},

@@ -22,7 +22,17 @@ from validation import MAX_BYTES, REPO_ID, check_results, parse_results, parse_t
 DATA_FILES = "data_files.json"
 FOLDER = "results"
 # options that change answers
-DECISIVE = ("weights", "text_reader", "expand", "min_score", "num_candidates", "dense", "limit", "dtype")
+DECISIVE = (
+    "weights",
+    "text_reader",
+    "expand",
+    "expand_below",
+    "min_score",
+    "num_candidates",
+    "dense",
+    "limit",
+    "dtype",
+)
 RUN_FILE, RUN_RESULT = "run.json", "results.json"  # of a folder that recipes.evaluate made
 
 
