@@ -136,7 +136,8 @@ class CLaRaTrainingArguments(TrainingArguments):
     trainable_roles: list[str] | None = None  # default: the stage's
     num_samples: int = 4  # rows whose answers are generated and written to samples.jsonl at every evaluation
     max_minutes: float | None = None  # of training until a stop with a checkpoint; the same command resumes the run
-    train_memory_sizes: list[int] | None = None  # some of the model's, from which a step draws k; default: all
+    # from which a step draws k, some of the model's; one that stands twice is drawn twice as often; default: all
+    train_memory_sizes: list[int] | None = None
 
     def __post_init__(self):
         check_choice("stage", self.stage, list(STAGES))

@@ -191,9 +191,9 @@ def check_stage(
             f"{implementation!r}, which does not take the mask of several prompts in a row. Change it, or set "
             "`targets_per_document: 1`."
         )
-    if drawn is not None and not 0 < len(drawn) == len(set(drawn) & set(sizes)):
+    if drawn is not None and not (drawn and set(drawn) <= set(sizes)):
         raise ValueError(
-            f"`train_memory_sizes` must name some of the model's `memory_sizes` {sizes}, each once, got {drawn}. "
+            f"`train_memory_sizes` must name some of the model's `memory_sizes` {sizes}, got {drawn}. "
             "Correct it, or leave it out to draw from all."
         )
 

@@ -27,7 +27,7 @@ from recipes.models.smollm2_135m.data import (
 )
 
 KINDS = {"questions": "qas", "paraphrase": "paraphrase", "cloze": "qas"}
-RUNS = ("reading", "reading_hard")
+RUNS = ("reading", "reading_hard", "reading_passages")
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,9 @@ SOURCES = {
 CANDIDATES = [{**hop(n, n_gold=1, n_documents=3), "question": f"Which {n}?"} for n in range(40)]
 ROWS = reading.reading_rows(**SOURCES)
 STEPS = ROWS[reading.PIECES :]
-HARD = {**{name: SOURCES[name] for name in ("passages", "multihop", "texts")}, "candidates": CANDIDATES}
+LATER = reading.later_reading_rows(
+    **{name: SOURCES[name] for name in ("passages", "multihop", "texts")}, candidates=CANDIDATES
+)
 
 
 def kind_of(row: dict) -> str:
@@ -181,7 +183,8 @@ def test_pieces_are_evenly_spaced_and_come_first():
     "step, rows, num_read",
     [
         (reading.STEP, STEPS, reading.NUM_READ),
-        (reading.HARD_STEP, reading.hard_reading_rows(**HARD), reading.HARD_NUM_READ),
+        (reading.HARD_STEP, LATER["reading_hard"], reading.HARD_NUM_READ),
+        (reading.PASSAGES_STEP, LATER["reading_passages"], reading.HARD_NUM_READ),
     ],
 )
 def test_every_step_has_the_stated_kinds_and_all_gold_documents(step, rows, num_read):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ TINY = [
     "max_steps=3", "save_steps=1", "logging_steps=1", "per_device_train_batch_size=2", "warmup_steps=0",
     "dtype=float32", "bf16=false", "train_memory_sizes=null", "num_samples=0",
 ]  # fmt: skip
-CHAIN = ["reading", "reading_hard"]
+CHAIN = ["reading", "reading_hard", "reading_passages"]
 UNTRAINED = "The reasoner was not trained"
 
 
@@ -36,15 +37,16 @@ def run(config: str, *overrides: str) -> None:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Both runs and what was published of them, in the folder in which the recipes' paths begin."""
+    """The runs and what was published of them, in the folder in which the recipes' paths begin."""
     folder, before = tmp_path_factory.mktemp("home"), Path.cwd()
     os.chdir(folder)
     try:
         save_backbone(folder / "backbone", max_position_embeddings=2048)
         data.write_files(write_source(folder / "source"), folder / "data" / "smollm2")
         run("reading", "backbone=backbone", "lora_rank=2", "memory_sizes=[2, 4]", "retrieval_memory_size=2")
-        run("reading_hard", "backbone=backbone", "retrieval_memory_size=2")
-        assert publish.main(["runs/smollm2/reading_hard", "published", "--backbone", "backbone"]) == 0
+        for later in CHAIN[1:]:
+            run(later, "backbone=backbone", "retrieval_memory_size=2")
+        assert publish.main(["runs/smollm2/reading_passages", "published", "--backbone", "backbone"]) == 0
         yield folder
     finally:
         os.chdir(before)
@@ -55,10 +57,11 @@ def card_row(folder: Path, name: str) -> str:
     return line
 
 
-def test_the_second_run_goes_on_from_the_first(home):
-    assert describe(Path("runs/smollm2/reading_hard"))["model"]["checkpoint"] == "runs/smollm2/reading"
-    assert lineage(Path("runs/smollm2/reading_hard")) == ([Path("runs/smollm2") / name for name in CHAIN], None)
-    first, second = (CLaRaForRAG.from_pretrained(f"runs/smollm2/{name}", backbone="backbone") for name in CHAIN)
+def test_every_run_goes_on_from_the_one_before(home):
+    for earlier, later in pairwise(CHAIN):
+        assert describe(Path(f"runs/smollm2/{later}"))["model"]["checkpoint"] == f"runs/smollm2/{earlier}"
+    assert lineage(Path("runs/smollm2/reading_passages")) == ([Path("runs/smollm2") / name for name in CHAIN], None)
+    first, second = (CLaRaForRAG.from_pretrained(f"runs/smollm2/{name}", backbone="backbone") for name in CHAIN[:2])
     assert second.config.lora["generator"]["rank"] == 2 and second.config.memory_sizes == [2, 4]
     ours, theirs = first.state_dict(), second.state_dict()
     moved = {role for role in ROLES for name in ours if f".{role}." in name and not ours[name].equal(theirs[name])}
@@ -68,15 +71,15 @@ def test_the_second_run_goes_on_from_the_first(home):
 def test_a_chain_that_was_moved_is_found_beside_its_last_run(home, tmp_path, monkeypatch):
     shutil.copytree(home / "runs" / "smollm2", tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
-    runs, start = lineage(tmp_path / "moved" / "reading_hard")
+    runs, start = lineage(tmp_path / "moved" / "reading_passages")
     assert runs == [tmp_path / "moved" / name for name in CHAIN] and start is None
     shutil.rmtree(tmp_path / "moved" / "reading")
-    runs, start = lineage(tmp_path / "moved" / "reading_hard")
-    assert runs == [tmp_path / "moved" / "reading_hard"] and start == Path("runs/smollm2/reading")
+    runs, start = lineage(tmp_path / "moved" / "reading_passages")
+    assert runs == [tmp_path / "moved" / name for name in CHAIN[1:]] and start == Path("runs/smollm2/reading")
 
 
 def test_adapters_are_bfloat16_and_nothing_else_changed(home):
-    last, shipped = home / "runs" / "smollm2" / "reading_hard", home / "published"
+    last, shipped = home / "runs" / "smollm2" / "reading_passages", home / "published"
     for role in ROLES:
         adapters = load_file(shipped / role / "adapter_model.safetensors")
         assert {tensor.dtype for tensor in adapters.values()} == {torch.bfloat16}
@@ -90,7 +93,7 @@ def test_adapters_are_bfloat16_and_nothing_else_changed(home):
 def test_the_shipped_checkpoint_is_the_model_rounded_in_memory(home, documents, questions):
     shipped, rounded = (
         CLaRaForRAG.from_pretrained(home / folder, backbone="backbone", dtype=torch.float32)
-        for folder in ("published", "runs/smollm2/reading_hard")
+        for folder in ("published", "runs/smollm2/reading_passages")
     )
     before = {name: tensor.clone() for name, tensor in rounded.state_dict().items()}
     round_weights(rounded, torch.bfloat16)
@@ -119,25 +122,26 @@ def test_the_card_and_the_log(home):
 
 
 def test_a_run_from_a_published_checkpoint_keeps_its_history(home, tmp_path):
-    """More of the same: the second recipe once more, on other rows, from what was published after the first time."""
+    """More of the same: the last recipe once more, on other rows, from what was published after the first time."""
     rows = tmp_path / "mine.jsonl"
-    shutil.copy("data/smollm2/reading_hard.jsonl", rows)
-    output = tmp_path / "runs" / "reading_hard"
+    shutil.copy("data/smollm2/reading_passages.jsonl", rows)
+    output = tmp_path / "runs" / "reading_passages"
     given = ["backbone=backbone", "retrieval_memory_size=2", "checkpoint=published", f"output_dir={output}"]
-    run("reading_hard", *given, f"datasets=[{{path: {rows}}}]")
+    run("reading_passages", *given, f"datasets=[{{path: {rows}}}]")
     publish.write(output, tmp_path / "new", "backbone")
     folders = (Path("published"), tmp_path / "new")
     before, after = (json.loads((folder / "training_log.json").read_text()) for folder in folders)
-    assert [*after] == ["reading", "reading_hard-1", "reading_hard"]
-    assert after["reading_hard-1"] == before["reading_hard"] and after["reading"] == before["reading"]
+    assert [*after] == ["reading", "reading_hard", "reading_passages-1", "reading_passages"]
+    assert after["reading_passages-1"] == before["reading_passages"]
+    assert all(after[name] == before[name] for name in CHAIN[:2])
     assert card_row(folders[1], "reading") == card_row(folders[0], "reading")
-    old = card_row(folders[0], "reading_hard")
-    assert card_row(folders[1], "reading_hard-1") == old.replace("reading_hard", "reading_hard-1", 1)
+    old = card_row(folders[0], "reading_passages")
+    assert card_row(folders[1], "reading_passages-1") == old.replace("reading_passages", "reading_passages-1", 1)
     assert "which were not looked into: mine." in (folders[1] / "README.md").read_text()
 
 
 def test_a_run_can_have_a_card_of_its_own(home):
-    card = model_card(Path("runs/smollm2/reading_hard"), publish.CARD)
+    card = model_card(Path("runs/smollm2/reading_passages"), publish.CARD)
     assert [line for line in card.splitlines() if line.startswith("| reading")] == [
         card_row(home / "published", name) for name in CHAIN
     ]
@@ -150,13 +154,13 @@ def test_a_reasoner_that_is_the_compressor_is_said(home, tmp_path):
 
 
 def test_data_of_an_unpublished_start_is_not_vouched_for(home, tmp_path):
-    run_folder = shutil.copytree(home / "runs" / "smollm2" / "reading_hard", tmp_path / "reading_hard")
+    run_folder = shutil.copytree(home / "runs" / "smollm2" / "reading_passages", tmp_path / "reading_passages")
     facts = json.loads((run_folder / "run.json").read_text())
-    facts["model"]["checkpoint"] = "elsewhere/reading_hard"  # of the same name
+    facts["model"]["checkpoint"] = "elsewhere/reading_passages"  # of the same name
     (run_folder / "run.json").write_text(json.dumps(facts))
     folder = shutil.copytree(home / "published", tmp_path / "copy")
     (folder / "training_log.json").write_text(json.dumps(training_log(run_folder)))
-    assert "were not looked into: the data of reading_hard." in model_card(folder, publish.CARD)
+    assert "were not looked into: the data of reading_passages." in model_card(folder, publish.CARD)
 
 
 def test_publishing_refuses(home, tmp_path, capsys):

@@ -5,6 +5,7 @@ passages_*.jsonl.gz, corpus_*, multihop_*_train, multihop_*_dev and unanswerable
 
     reading.jsonl              the first run: pieces, then passages, multi-hop rows and texts in steps of 16
     reading_hard.jsonl         the second run: more questions over several documents that look alike
+    reading_passages.jsonl     the third run: mostly single passages
     pretrain_questions.jsonl   for the paper's stage 1: passages with their questions
     pretrain_paraphrase.jsonl  passages and texts of corpora that are paraphrased
     pretrain_cloze.jsonl       questions for words that are missing in sentences of corpora
@@ -31,7 +32,7 @@ from modeling_clara.corpus.storage import write_lines
 from modeling_clara.storage_clara import write_json
 from recipes.evaluation.rankers import Bm25Ranker
 from recipes.evaluation.spans import Spans
-from recipes.models.smollm2_135m.reading_rows import HARD_NUM_READ, hard_reading_rows, reading_rows
+from recipes.models.smollm2_135m.reading_rows import HARD_NUM_READ, later_reading_rows, reading_rows
 from recipes.training.curriculum import curriculum_rows, sentences, to_passage
 from recipes.training.data import read_documents, read_positives, read_rows
 
@@ -252,13 +253,13 @@ def write_files(source: Path, output: Path, seed: int = SEED) -> dict[str, int]:
         "instruct": [*instruct, *unanswerable_rows(rows_of["unanswerable"], held)],
         "retrieval": [row for row in rows if len(row["docs"]) >= NUM_READ],
     }
-    # what the two runs of the published model read; the passages' licence lets the model be free
+    # what the runs of the published model read; the passages' licence lets the model be free
     free = [row for name, group in passages.items() if name.startswith(FREE_PASSAGES) for row in group]
     asked = [row for row in questions_of(free, held) if row["qas"]]
     alike = with_distractors(question_rows(asked, held), HARD_NUM_READ["candidates"], random.Random(seed))
     texts = files["pretrain_cloze"]
     files["reading"] = reading_rows(piece_rows(asked, held), asked, multihop, texts, seed)
-    files["reading_hard"] = hard_reading_rows(asked, multihop, list(alike), texts)
+    files |= later_reading_rows(asked, multihop, list(alike), texts)
     files |= {
         f"dev/{name.removesuffix('.jsonl.gz')}": group for name, group in {**held.passages, **development}.items()
     }

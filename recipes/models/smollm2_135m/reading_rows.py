@@ -1,4 +1,4 @@
-"""Rows of the two runs: `reading.jsonl` (pieces, passages, multi-hop questions, texts), `reading_hard.jsonl` after it.
+"""Rows of the three runs, each after the one before: `reading.jsonl`, `reading_hard.jsonl`, `reading_passages.jsonl`.
 
 Every step has rows of all kinds, so that a long run may be stopped at any step. Passages of one title stand next to
 each other: they are each other's hardest negatives in the contrastive term.
@@ -11,10 +11,12 @@ from itertools import groupby
 # Rows of a step by kind.
 STEP = {"passages": 10, "multihop": 3, "texts": 3}
 HARD_STEP = {"passages": 8, "multihop": 3, "candidates": 3, "texts": 2}
+PASSAGES_STEP = {"passages": 12, "multihop": 1, "candidates": 1, "texts": 2}
 PIECES = 480  # of the curriculum at most, evenly spaced: 30 steps until memories are read at all
 MAX_WORDS = 170  # of a passage: a chunk holds about 180
 MAX_QUESTIONS = 5  # of a row; a passage with more has further rows
 PARAPHRASED = 0.25  # share of the passages and texts with their own text as a further target
+PASSAGES_PARAPHRASED = 0.35  # the same in the third run
 NUM_READ = {"multihop": 3}  # documents of a row
 HARD_NUM_READ = {"multihop": 5, "candidates": 3}
 TITLE_RUN = 4  # passages of one title next to each other
@@ -57,9 +59,9 @@ def several_documents(rows: Sequence[Mapping], num_read: int, generator: random.
     return chosen
 
 
-def with_paraphrases(rows: Sequence[Mapping], generator: random.Random) -> list[dict]:
-    """Some of the rows with their own text as a further target."""
-    return [{**row, "paraphrase": row["text"]} if generator.random() < PARAPHRASED else row for row in rows]
+def with_paraphrases(rows: Sequence[Mapping], share: float, generator: random.Random) -> list[dict]:
+    """A share of the rows with their own text as a further target."""
+    return [{**row, "paraphrase": row["text"]} if generator.random() < share else row for row in rows]
 
 
 def reading_rows(
@@ -78,16 +80,26 @@ def reading_rows(
     return rows + in_steps({"passages": passages, "multihop": multihop, "texts": texts}, STEP, NUM_READ, seed)
 
 
-def hard_reading_rows(
+def later_reading_rows(
     passages: Sequence[Mapping], multihop: Sequence[Mapping], candidates: Sequence[Mapping], texts: Sequence[Mapping]
-) -> list[dict]:
-    """`reading_hard.jsonl`: all passages once in steps of `HARD_STEP`; `candidates` are rows as `multihop`."""
+) -> dict[str, list[dict]]:
+    """`reading_hard` and `reading_passages`: all passages once each, in steps of `HARD_STEP` and `PASSAGES_STEP`.
+
+    `candidates` are rows as `multihop`.
+    """
     kinds = {"passages": passages, "multihop": multihop, "candidates": candidates, "texts": texts}
-    return in_steps(kinds, HARD_STEP, HARD_NUM_READ, seed=43)
+    return {
+        "reading_hard": in_steps(kinds, HARD_STEP, HARD_NUM_READ, seed=43),
+        "reading_passages": in_steps(kinds, PASSAGES_STEP, HARD_NUM_READ, seed=44, paraphrased=PASSAGES_PARAPHRASED),
+    }
 
 
 def in_steps(
-    kinds: Mapping[str, Sequence[Mapping]], step: Mapping[str, int], num_read: Mapping[str, int], seed: int
+    kinds: Mapping[str, Sequence[Mapping]],
+    step: Mapping[str, int],
+    num_read: Mapping[str, int],
+    seed: int,
+    paraphrased: float = PARAPHRASED,
 ) -> list[dict]:
     """Steps of so many rows of every kind until the passages end; other kinds begin again where they end."""
     generator, made = random.Random(seed), {}
@@ -97,7 +109,7 @@ def in_steps(
         else:
             is_asked = kind == "passages"
             drawn = passage_rows(source, generator) if is_asked else generator.sample(source, len(source))
-            made[kind] = with_paraphrases(drawn, generator)
+            made[kind] = with_paraphrases(drawn, paraphrased, generator)
     rows = []
     for number in range(len(made["passages"]) // step["passages"]):
         for kind, n_rows in step.items():

@@ -3,7 +3,7 @@
 #
 #   recipes/models/smollm2_135m/run.sh DATA [key=value ...]
 #
-# DATA is a folder with the files that data.py names; key=value go to both training runs, for example max_minutes=60.
+# DATA is a folder with the files that data.py names; key=value go to all training runs, for example max_minutes=60.
 # BACKBONE names a folder with the weights of SmolLM2-135M-Instruct (default: the Hub), PYTHON another interpreter.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
@@ -23,14 +23,14 @@ skipped() { [ -e "$2" ] && echo "$1: finished"; }
 skipped data $DATA/counts.json ||
     "$PYTHON" -m recipes.models.smollm2_135m.data "$SOURCE" --output $DATA
 
-for run in reading reading_hard; do
+for run in reading reading_hard reading_passages; do
     skipped $run $RUNS/$run/config.json && continue
     "$PYTHON" -m recipes.train --config "$HERE/$run.yaml" ${key[@]+"${key[@]}"} "$@"
     [ -e $RUNS/$run/config.json ] || exit 0 # stopped by max_minutes
 done
 
 skipped publish $MODEL/config.json ||
-    "$PYTHON" -m recipes.models.smollm2_135m.publish $RUNS/reading_hard $MODEL ${option[@]+"${option[@]}"}
+    "$PYTHON" -m recipes.models.smollm2_135m.publish $RUNS/reading_passages $MODEL ${option[@]+"${option[@]}"}
 
 skipped calibrate $MODEL/calibration.json ||
     "$PYTHON" -m recipes.evaluation.calibrate $MODEL --data $DATA/dev/passages_{squad,nq}.jsonl \
