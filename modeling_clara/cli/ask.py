@@ -57,7 +57,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "--expand-below",
         type=float,
         metavar="P",
-        help="read as text only where the answer from memory has a confidence below P, such as 0.6 (with --expand)",
+        help="read as text only where the answer from memory has a confidence below P, such as 0.7 (with --expand)",
     )
     parser.add_argument("--memory-size", type=int, help="memory vectors that are read (default: all)")
     parser.add_argument(

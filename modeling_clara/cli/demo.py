@@ -45,7 +45,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument("--memory-size", type=int, help="memory vectors per document (default: the largest)")
     parser.add_argument("--expand", type=int, default=0, metavar="N", help="best documents that are read as text")
     parser.add_argument(
-        "--expand-below", type=float, metavar="P", help="that only where the answer from memory is less sure, as 0.6"
+        "--expand-below", type=float, metavar="P", help="that only where the answer from memory is less sure, as 0.7"
     )
     parser.add_argument("--all", action="store_true", help="ask all packaged questions and count the right answers")
     parser.set_defaults(run=run)

@@ -306,7 +306,12 @@ class Engine:
                     self._finish(request, replace(reply.answer, **written))
         decoder.ended = []
         if unsure:
-            decoder.add(unsure)
+            try:
+                decoder.add(unsure)
+            except Exception as error:  # the decoder may not know them yet
+                for reply in unsure:
+                    reply.request.send(error)
+                raise
             self._deliver(decoder)
 
     def _finish(self, request: Request, result) -> None:

@@ -9,6 +9,7 @@ from tiny import HIDDEN, randomize_adapters, save_backbone
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus
 from modeling_clara.generation_clara import decode_answer
+from modeling_clara.service.decoding import Decoder
 from modeling_clara.service.engine import AskOptions
 
 
@@ -91,6 +92,27 @@ def test_a_stream_of_two_readings_shows_the_one_that_counts(shared_model, corpus
     for (*pieces, answer), expected in zip(run(work, shared_model, corpus), wanted, strict=True):
         assert_same(answer, expected)
         assert "".join(pieces) == answer.text and answer.confidence == pytest.approx(expected.confidence, rel=1e-3)
+
+
+def test_an_error_of_the_second_reading_reaches_its_caller(shared_model, corpus, monkeypatch):
+    add = Decoder.add
+
+    def failing(decoder, drafts):
+        if any(source.read_as == "text" for draft in drafts for source in draft.reading.sources):
+            raise RuntimeError("out of memory")
+        add(decoder, drafts)
+
+    monkeypatch.setattr(Decoder, "add", failing)
+
+    async def work(engine):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await engine.answer(ASKED[0], AskOptions(max_new_tokens=3, expand=1, expand_below=1.0))
+        return await engine.answer(ASKED[0], AskOptions(max_new_tokens=3))
+
+    assert (
+        run(work, shared_model, corpus).text
+        == directly(shared_model, corpus, ASKED[0], AskOptions(max_new_tokens=3)).text
+    )
 
 
 def test_what_is_wrong_with_one_request_is_told_to_its_caller_alone(shared_model, corpus):
