@@ -3,6 +3,8 @@
 Pure functions between the embeddings and the backbone.
 """
 
+from functools import lru_cache
+
 import torch
 from torch.nn import functional as F
 
@@ -96,6 +98,34 @@ def read_windows(memory: torch.Tensor, n_base: int) -> torch.Tensor:
         half = memory[..., size : 2 * size, :] * 2 ** ((doubling - 1) / 2)
         windows = torch.stack([windows + half, windows - half], dim=-2).flatten(-3, -2)
     return windows
+
+
+def whole_tokens(windows: torch.Tensor, n_tokens: torch.Tensor) -> torch.Tensor:
+    """Windows (rows, k, hidden) of texts of `n_tokens` (rows,) tokens, none of them narrower than a token.
+
+    `window_means` made them. Those of a text of at most k tokens become the vectors of its tokens, which follow from
+    them without loss, and then zeros. Longer texts keep their windows, and so does a text of unknown length, 0.
+
+    >>> windows = window_means(torch.tensor([[[1.0], [2.0], [6.0]]]), torch.tensor([3]), 4)
+    >>> whole_tokens(windows, torch.tensor([3])).flatten().round(decimals=4)
+    tensor([1., 2., 6., 0.])
+    """
+    n_windows = windows.shape[-2]
+    matrices = [token_matrix(n if n <= n_windows else 0, n_windows) for n in n_tokens.tolist()]
+    with torch.autocast(windows.device.type, enabled=False):
+        return (torch.stack(matrices).to(windows.device) @ windows.float()).to(windows.dtype)
+
+
+@lru_cache(maxsize=512)
+def token_matrix(n_tokens: int, n_windows: int) -> torch.Tensor:
+    """(n_windows, n_windows) float32 that makes tokens of windows, see `whole_tokens`; of 0 tokens the identity.
+
+    Its least squares raise the noise of a codec by a factor of 2.6 at most (63 tokens in 64 windows).
+    """
+    if n_tokens == 0:
+        return torch.eye(n_windows)
+    shares = window_means(torch.eye(n_tokens)[None], torch.tensor([n_tokens]), n_windows)[0]
+    return F.pad(torch.linalg.pinv(shares), (0, 0, 0, n_windows - n_tokens))
 
 
 def normalize_memory(states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -151,8 +151,8 @@ class CLaRaForRAG(CLaRaCheckpoint):
             min_score: if no source reaches it, the model abstains. By default the model abstains if no source reaches
                 `config.min_score`, and otherwise reads all sources; -1 switches that off, and so does another
                 `retrieval_memory_size` than the config's, of which the threshold was measured.
-            memory_size: k that is read; default the largest, or with `memory_layout` "windows" the largest whose
-                windows hold 3/4 of a token of the longest source.
+            memory_size: k that is read; default the largest, or with `memory_layout` "windows" the smallest that has
+                a window for every token of the longest source, if one has.
             max_new_tokens: length limit of an answer, in tokens; a limit set in `generation_config` wins.
             generation_config: sampling and search options; default greedy.
             explain: also fill `Answer.keywords`.

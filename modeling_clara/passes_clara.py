@@ -27,6 +27,7 @@ from .memory_clara import (
     restore_states,
     right_padded,
     segment_mask,
+    whole_tokens,
     window_means,
     write_memory,
 )
@@ -150,6 +151,16 @@ class CLaRaPasses(PreTrainedModel):
         """The vectors (..., k, hidden) that the generator reads of memories (..., k, hidden)."""
         is_windows = self.config.memory_layout == "windows"
         return read_windows(memory, self.config.memory_sizes[0]) if is_windows else memory
+
+    def with_whole_tokens(self, memory: torch.Tensor, n_tokens: torch.Tensor) -> torch.Tensor:
+        """Memories (..., k, hidden) of texts of `n_tokens` (...) tokens as they are read, see `whole_tokens`.
+
+        Not for cosines: the windows of a short text are no longer equal parts of it.
+        """
+        if self.config.memory_layout == "tokens":
+            return memory
+        windows = whole_tokens(self.as_read(memory).flatten(0, -3), n_tokens.flatten())
+        return nest_windows(windows, self.config.memory_sizes[0]).view_as(memory)
 
     # --- passes ------------------------------------------------------------------------------------------------------
 
@@ -275,6 +286,8 @@ class CLaRaPasses(PreTrainedModel):
             document_input_ids, document_attention_mask, memory, document_mask, n_vectors
         )
         read, read_mask, scores, selected, contrastive = memory[:, :, :k_read], document_mask, None, None, None
+        if document_attention_mask is not None:
+            read = self.with_whole_tokens(read, document_attention_mask.sum(-1))
         if has_query or query_rows is not None:
             query = self._query(query_input_ids, query_attention_mask, query_memory, query_rows, batch_positive_mask)
             compared, temperature = (query, memory, document_mask), self.config.retrieval_temperature
@@ -283,7 +296,7 @@ class CLaRaPasses(PreTrainedModel):
                 scores, contrastive = contrast_batch(*compared, batch_positive_mask, **sizes)
             if query_rows is not None:
                 contrastive = contrastive / query_rows.bincount()[query_rows]  # a row's questions count as their mean
-            else:
+            else:  # windows as they are: a step that selects does not know the lengths of stored documents
                 read, read_mask, scores, selected = choose_documents(
                     *compared, k_read, self.config.retrieval_top_k, **sizes
                 )

@@ -51,7 +51,8 @@ def prepare_reading(
     """What the generator reads: the memories of all hits but the best `expand`, then the text of these.
 
     Without a question it is a paraphrase. k is `memory_size`, by default `default_memory_size` of the sources that are
-    read from memory. A ValueError if a source has no text, or prompt and answer do not fit into the backbone's window.
+    read from memory; those of at most k tokens are read token by token (`whole_tokens`). A ValueError if a source has
+    no text, or prompt and answer do not fit into the backbone's window.
     """
     texts = [replace(source, read_as="text") for source, _ in hits[:expand]]
     remembered = [source for source, _ in hits[expand:]]
@@ -62,8 +63,9 @@ def prepare_reading(
                 f"got {source.text!r}. Pass expand=0, which reads memories only, or store the text in the corpus."
             )
     documents = [{"title": source.title, "text": source.text} for source in texts]
+    lengths = token_counts(model, [(source.title, source.text) for source in remembered])
     if memory_size is None:
-        memory_size = default_memory_size(model, [(source.title, source.text) for source in remembered])
+        memory_size = default_memory_size(model, lengths)
     prompt = text_processor(model).build_prompt(
         question, len(remembered), memory_size, text_documents=documents, name=name
     )
@@ -71,21 +73,30 @@ def prepare_reading(
     remedy = f"Shorten the question, or lower {options} or `max_new_tokens`."
     model.config.check_window(len(prompt.input_ids) + generation.max_new_tokens, name, remedy)
     memory = torch.stack([memory[:memory_size] for _, memory in hits])[expand:]
+    memory = model.with_whole_tokens(memory, torch.tensor(lengths)) if lengths else memory
     return Reading(prompt, memory, texts + remembered)
 
 
-def default_memory_size(model: CLaRaPasses, documents: list[tuple[str, str]]) -> int:
-    """k that is read by default of (title, text) documents: the largest.
+def token_counts(model: CLaRaPasses, documents: list[tuple[str, str]]) -> list[int]:
+    """Tokens of each (title, text) as the compressor read it, 0 of one that is not known or longer than a chunk."""
+    split = text_processor(model).split_document
+    counts = []
+    for title, text in documents:
+        is_known = isinstance(text, str) and text.strip()
+        chunks = split({"title": title or "", "text": text}) if is_known else []
+        counts.append(chunks[0]["n_tokens"] if len(chunks) == 1 else 0)
+    return counts
 
-    Of windows the largest that hold 3/4 of a token of the longest text, if all have one: the generator repeats what
-    much narrower windows repeat (docs/experiments.md).
+
+def default_memory_size(model: CLaRaPasses, lengths: list[int]) -> int:
+    """k that is read by default of documents of so many tokens: the largest.
+
+    Of windows the smallest that has one for every token, if the largest has: more would only be zeros.
     """
     sizes = model.config.memory_sizes
-    if model.config.memory_layout == "tokens" or not all(text for _, text in documents):
+    if model.config.memory_layout == "tokens" or not all(lengths):
         return sizes[-1]
-    texts = [f"{title}\n{text}".strip() for title, text in documents]
-    longest = max((len(text_processor(model).encode_text(text)) for text in texts), default=0)
-    return max((size for size in sizes if 3 * size <= 4 * longest), default=sizes[0])
+    return min((size for size in sizes if size >= max(lengths, default=0)), default=sizes[-1])
 
 
 def check_expand_below(expand_below: float | None, expand: int, num_beams: int | None = None) -> None:

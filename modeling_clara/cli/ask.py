@@ -213,11 +213,12 @@ def _answer_in_chat(
 
 
 def print_sources(answer: "Answer") -> None:
-    """A line for each source, best first, and what was read."""
+    """A line for each source, best first, how sure the answer is, and what was read."""
     screen = Screen()
     for source in answer.sources:
         screen(f"  {source.score:.3f}  {source.read_as:<6}  {name_place(source)}  {one_line(source.title)}\n")
-    print(f"  {answer.prompt_tokens:,} prompt tokens")
+    sure = "" if answer.confidence is None else f"confidence {answer.confidence:.2f}, "
+    print(f"  {sure}{answer.prompt_tokens:,} prompt tokens")
 
 
 def name_place(source: "Source") -> str:

@@ -20,7 +20,7 @@ from ..corpus.files import InputFile, find_files
 from ..corpus.formats import format_of
 from ..corpus.sources import DocumentSource
 from ..generation_clara import stream_text
-from ..reading_clara import default_memory_size, prepare_reading
+from ..reading_clara import default_memory_size, prepare_reading, token_counts
 
 MB = 2**20
 ANSWER_TOKENS, PARAPHRASE_TOKENS = 64, 128
@@ -123,7 +123,7 @@ def ask(model, corpus, question: str, *, memory_size: int, top_k: int, expand: i
     if answer.abstained:
         sources = model.retrieve([question], corpus=corpus, top_k=top_k)[0]
     remembered = [(source.title, source.text) for source in answer.sources if source.read_as == "memory"]
-    size = default_memory_size(model, remembered) if memory_size is None else memory_size
+    size = default_memory_size(model, token_counts(model, remembered)) if memory_size is None else memory_size
     passages = [find_passage(model, corpus, source, size, not answer.abstained) for source in sources]
     first_ms = None if first is None else 1e3 * (first - start)
     cost = _cost(model, corpus, answer, passages, first_ms, 1e3 * (end - start))

@@ -124,7 +124,10 @@ def test_ask_answers_from_the_corpus_and_says_what_was_read_as_text(built, share
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if ".txt  " in line] == as_read * 2
     counts = [line for line in lines if line.endswith(" prompt tokens")]
-    assert counts == [f"  {answer.prompt_tokens} prompt tokens" for answer in expected]
+    told = [f"  confidence {answer.confidence:.2f}, {answer.prompt_tokens} prompt tokens" for answer in expected]
+    assert counts == told
+    assert cli.main([*options, "--min-score", "2"]) == 0  # an answer that was not written has none
+    assert capsys.readouterr().out.splitlines().count("  0 prompt tokens") == 2
     assert lines[-1].startswith("retrieved and answered in ") and lines[-1].endswith(" ms")
 
 

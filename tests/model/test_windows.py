@@ -10,14 +10,12 @@ import torch
 from readings import corpus_documents
 from tiny import DOCUMENTS, QUESTIONS
 
-from modeling_clara import CLaRaForRAG, CompressedCorpus
-from modeling_clara.memory_clara import (
-    nest_windows,
-    normalize_memory,
-    read_windows,
-    window_means,
-)
+from modeling_clara import CLaRaForRAG, CompressedCorpus, generation_clara
+from modeling_clara.candidates_clara import Source
+from modeling_clara.memory_clara import nest_windows, normalize_memory, read_windows, whole_tokens, window_means
+from modeling_clara.reading_clara import prepare_reading
 from modeling_clara.retrieval_clara import cosine_scores
+from modeling_clara.text_clara import read_document
 
 SIZES = [2, 4, 8]  # of `shared_windows`
 
@@ -161,24 +159,100 @@ def test_a_question_has_no_more_vectors_than_were_trained(windows_model):
         windows_model.retrieve(QUESTIONS, documents=DOCUMENTS, retrieval_memory_size=8)
 
 
-def test_short_documents_are_read_with_no_more_windows_than_tokens(shared_windows):
-    """Unless the caller says how many; in answers and paraphrases, alone and in a batch with long ones."""
-    documents = ["a b", {"title": "Rome", "text": "Paris Oslo"}, "Paris is the capital of France, and it is large."]
-    lengths = [len(shared_windows.processor.encode_text(text)) for text in ("a b", "Rome\nParis Oslo", documents[2])]
-    sizes = [max((size for size in SIZES if size / length <= 4 / 3), default=SIZES[0]) for length in lengths]
-    assert len(set(sizes)) > 1 and sizes[-1] == SIZES[-1]
-    said, lists = [], [[document] for document in documents]
-    together = shared_windows.answer(QUESTIONS[:1] * 3, documents=lists, max_new_tokens=4)
-    for own, size, answer in zip(lists, sizes, together, strict=True):
-        alone, whole = (
-            shared_windows.answer(QUESTIONS[:1], documents=own, memory_size=given, max_new_tokens=4)[0]
-            for given in (size, SIZES[-1])
-        )
-        assert (alone.text, alone.prompt_tokens) == (answer.text, answer.prompt_tokens)
-        assert whole.prompt_tokens == answer.prompt_tokens + SIZES[-1] - size
-        said += shared_windows.paraphrase(own, memory_size=size, max_new_tokens=6)
-    assert shared_windows.paraphrase(documents, max_new_tokens=6) == said
-    assert shared_windows.paraphrase(documents, max_new_tokens=6, memory_size=SIZES[-1]) != said
+@pytest.mark.parametrize("n_windows", [1, 2, 8, 64])
+def test_tokens_follow_from_windows_that_are_no_wider(n_windows):
+    """Exactly; a codec's noise grows little; windows of longer texts and of unknown ones are left alone."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [*range(1, n_windows + 1), n_windows + 1, 2 * n_windows + 3]
+    states = torch.randn(len(lengths), lengths[-1], 5, generator=generator, dtype=torch.float64).float()
+    windows = window_means(states, torch.tensor(lengths), n_windows)
+    noise = 0.1 * torch.randn(windows.shape, generator=generator)
+    found, noisy = (whole_tokens(rows, torch.tensor(lengths)) for rows in (windows, windows + noise))
+    for row, length in enumerate(lengths[:n_windows]):
+        torch.testing.assert_close(found[row, :length], states[row, :length], atol=1e-4, rtol=1e-4)
+        assert not found[row, length:].any()
+        assert (noisy - found)[row].std() < 0.2
+    assert torch.equal(found[n_windows:], windows[n_windows:])
+    assert torch.equal(whole_tokens(windows, torch.zeros(len(lengths), dtype=torch.long)), windows)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(whole_tokens(windows, torch.tensor(lengths)), found)
+
+
+def token_vectors(model, document) -> torch.Tensor:
+    """The vector of each token of a document, (tokens, hidden)."""
+    ids = torch.tensor(model.processor.encode_documents([document]))
+    embeddings = model.get_input_embeddings()(ids)
+    with torch.no_grad(), model.roles.use("compressor"):
+        states = model.backbone.base_model(inputs_embeds=embeddings).last_hidden_state
+        return (model.as_memory(states) + model.residual_scale * embeddings)[0]
+
+
+SHORT = ["a b", {"title": "a", "text": "b c"}, "Paris is the capital of France, and it is large."]
+
+
+@pytest.mark.parametrize("codec", ["float16", "int8"])
+def test_short_documents_are_read_token_by_token(shared_windows, tmp_path, monkeypatch, codec):
+    """With the smallest k that has room, or a given one, out of a corpus; also where they are paraphrased."""
+    rows = [{"text": row} if isinstance(row, str) else row for row in SHORT]
+    rows = [{"id": str(number), **row} for number, row in enumerate(rows)]
+    lengths = [len(ids) for ids in shared_windows.processor.encode_documents(SHORT)]
+    assert lengths[0] <= SIZES[0] < lengths[1] <= SIZES[-1] < lengths[2]
+    corpus, read = CompressedCorpus.build(shared_windows, rows, tmp_path / "corpus", codec=codec), []
+    write = generation_clara.write_texts
+    monkeypatch.setattr(
+        generation_clara,
+        "write_texts",
+        lambda model, prompts, *rest, **kwargs: read.extend(rest[0]) or write(model, prompts, *rest, **kwargs),
+    )
+    near = {"atol": 0.01, "rtol": 0.01} if codec == "float16" else {"atol": 0.1, "rtol": 0.1}
+    for size in (None, *SIZES):
+        for row, length in zip(rows, lengths, strict=True):
+            read.clear()
+            shared_windows.answer(
+                QUESTIONS[:1],
+                corpus=corpus.with_options(where={"document_id": row["id"]}),
+                top_k=1,
+                memory_size=size,
+                max_new_tokens=1,
+            )
+            shared_windows.paraphrase([row], memory_size=size, max_new_tokens=1)
+            k = size or min((one for one in SIZES if one >= length), default=SIZES[-1])
+            for memory in read:
+                assert memory.shape[:2] == (1, k)
+                windows = shared_windows.as_read(memory)[0]
+                if length <= k:
+                    torch.testing.assert_close(windows[:length], token_vectors(shared_windows, row), **near)
+                    torch.testing.assert_close(windows[length:], torch.zeros(k - length, windows.shape[1]))
+                else:
+                    whole = shared_windows.as_read(shared_windows.compress([row], memory_size=k))[0]
+                    torch.testing.assert_close(windows, whole, **near)
+            assert len(read) == 2
+    together = shared_windows.answer(QUESTIONS[:1], documents=SHORT, top_k=3, max_new_tokens=4)[0]
+    assert together.prompt_tokens == len(shared_windows.processor.build_prompt(QUESTIONS[0], 3, SIZES[-1]).input_ids)
+
+
+def test_windows_stay_where_the_length_is_not_known(shared_windows):
+    """A source without its text, of which only a corpus of another kind can consist."""
+    source = Source("a", 0, 1.0, "", "")
+    memory, generation = shared_windows.compress(["a b"])[0], shared_windows.build_generation_config(None, 1)
+    reading = prepare_reading(shared_windows, "Who?", [(source, memory)], None, 0, generation, "question")
+    torch.testing.assert_close(reading.memory[0], memory)
+
+
+@torch.no_grad()
+def test_a_training_step_reads_what_an_answer_reads(shared_windows):
+    """Documents of all lengths in a row: the loss is that of the memories of a reading."""
+    processor, generation = shared_windows.processor, shared_windows.build_generation_config(None, 1)
+    for size in SIZES:
+        batch = processor(QUESTIONS[:1], [SHORT], ["Paris"], memory_size=size)
+        hits = [
+            (Source("", 0, 1.0, *read_document(row, "row")), memory)
+            for row, memory in zip(SHORT, shared_windows.compress(SHORT), strict=True)
+        ]
+        memory = prepare_reading(shared_windows, QUESTIONS[0], hits, size, 0, generation, "question").memory[None]
+        prompt = {name: batch[name] for name in ("input_ids", "attention_mask", "memory_mask", "labels")}
+        found = shared_windows(**batch, memory_size=size).lm_loss
+        torch.testing.assert_close(found, shared_windows(memory=memory, **prompt, memory_size=size).lm_loss)
 
 
 def test_the_residual_trains_with_the_compressor(windows_model):
