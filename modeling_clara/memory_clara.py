@@ -111,9 +111,9 @@ def whole_tokens(windows: torch.Tensor, n_tokens: torch.Tensor) -> torch.Tensor:
     tensor([1., 2., 6., 0.])
     """
     n_windows = windows.shape[-2]
-    matrices = [token_matrix(n if n <= n_windows else 0, n_windows) for n in n_tokens.tolist()]
+    matrices = torch.stack([token_matrix(n if n <= n_windows else 0, n_windows) for n in n_tokens.tolist()])
     with torch.autocast(windows.device.type, enabled=False):
-        return (torch.stack(matrices).to(windows.device) @ windows.float()).to(windows.dtype)
+        return (matrices.to(windows.device) @ windows.float()).to(windows.dtype)
 
 
 @lru_cache(maxsize=512)
@@ -123,9 +123,11 @@ def token_matrix(n_tokens: int, n_windows: int) -> torch.Tensor:
     Its least squares raise the noise of a codec by a factor of 2.6 at most (63 tokens in 64 windows).
     """
     if n_tokens == 0:
-        return torch.eye(n_windows)
-    shares = window_means(torch.eye(n_tokens)[None], torch.tensor([n_tokens]), n_windows)[0]
-    return F.pad(torch.linalg.pinv(shares), (0, 0, 0, n_windows - n_tokens))
+        return torch.eye(n_windows, device="cpu")
+    tokens, lengths = torch.eye(n_tokens, device="cpu")[None], torch.tensor([n_tokens], device="cpu")
+    with torch.autocast("cpu", enabled=False):  # what is kept is exact, whoever asks first
+        matrix = torch.linalg.pinv(window_means(tokens, lengths, n_windows)[0])
+    return F.pad(matrix, (0, 0, 0, n_windows - n_tokens))
 
 
 def normalize_memory(states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

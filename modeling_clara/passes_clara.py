@@ -157,7 +157,8 @@ class CLaRaPasses(PreTrainedModel):
 
         Not for cosines: the windows of a short text are no longer equal parts of it.
         """
-        if self.config.memory_layout == "tokens":
+        is_short = (n_tokens > 0) & (n_tokens <= memory.shape[-2])
+        if self.config.memory_layout == "tokens" or not is_short.any():
             return memory
         windows = whole_tokens(self.as_read(memory).flatten(0, -3), n_tokens.flatten())
         return nest_windows(windows, self.config.memory_sizes[0]).view_as(memory)

@@ -78,7 +78,12 @@ def prepare_reading(
 
 
 def token_counts(model: CLaRaPasses, documents: list[tuple[str, str]]) -> list[int]:
-    """Tokens of each (title, text) as the compressor read it, 0 of one that is not known or longer than a chunk."""
+    """Tokens of each (title, text) as the compressor read it, 0 of one that is not known or longer than a chunk.
+
+    Only of windows, since nobody asks for others.
+    """
+    if model.config.memory_layout == "tokens":
+        return [0] * len(documents)
     split = text_processor(model).split_document
     counts = []
     for title, text in documents:
@@ -94,7 +99,7 @@ def default_memory_size(model: CLaRaPasses, lengths: list[int]) -> int:
     Of windows the smallest that has one for every token, if the largest has: more would only be zeros.
     """
     sizes = model.config.memory_sizes
-    if model.config.memory_layout == "tokens" or not all(lengths):
+    if not all(lengths):  # of memory tokens as well
         return sizes[-1]
     return min((size for size in sizes if size >= max(lengths, default=0)), default=sizes[-1])
 

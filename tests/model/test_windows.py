@@ -12,7 +12,14 @@ from tiny import DOCUMENTS, QUESTIONS
 
 from modeling_clara import CLaRaForRAG, CompressedCorpus, generation_clara
 from modeling_clara.candidates_clara import Source
-from modeling_clara.memory_clara import nest_windows, normalize_memory, read_windows, whole_tokens, window_means
+from modeling_clara.memory_clara import (
+    nest_windows,
+    normalize_memory,
+    read_windows,
+    token_matrix,
+    whole_tokens,
+    window_means,
+)
 from modeling_clara.reading_clara import prepare_reading
 from modeling_clara.retrieval_clara import cosine_scores
 from modeling_clara.text_clara import read_document
@@ -174,8 +181,12 @@ def test_tokens_follow_from_windows_that_are_no_wider(n_windows):
         assert (noisy - found)[row].std() < 0.2
     assert torch.equal(found[n_windows:], windows[n_windows:])
     assert torch.equal(whole_tokens(windows, torch.zeros(len(lengths), dtype=torch.long)), windows)
-    with torch.autocast("cpu", torch.bfloat16):
+    token_matrix.cache_clear()  # nothing may be kept of the context of the first call
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
         assert torch.equal(whole_tokens(windows, torch.tensor(lengths)), found)
+    asked = windows.clone().requires_grad_()
+    whole_tokens(asked, torch.tensor(lengths)).sum().backward()
+    assert asked.grad.isfinite().all()
 
 
 def token_vectors(model, document) -> torch.Tensor:
