@@ -18,7 +18,7 @@ import torch
 from transformers.utils.logging import tqdm
 
 from .index_clara import VectorIndex, exact_cosines, rank_documents, scan
-from .manifest_clara import MANIFEST_FILE, Manifest, require_arrow
+from .manifest_clara import Manifest, require_arrow
 from .search_clara import SearchOptions, SearchState, allowed_rows, check_query, check_questions, fuse_words, read_hits
 from .snapshot_clara import WHEN_CHANGED, WHEN_OPENED, Snapshot
 from .storage_clara import cached_index_folder, download_corpus, writable_index_folder
@@ -123,11 +123,6 @@ class CompressedCorpus:
             corpus = cls(folder, cached_index_folder(folder), model, **options)
             corpus.repo_id = str(path_or_repo)
         return corpus.prepare()
-
-    @staticmethod
-    def is_complete(folder: str | os.PathLike) -> bool:
-        """Whether a folder holds a corpus whose build is finished."""
-        return (Path(folder) / MANIFEST_FILE).exists()
 
     def reload(self, limits: tuple[int, float], manifest: Manifest | None = None) -> None:
         """Show the corpus as it is now: `manifest`, which was just written, or that of the folder.

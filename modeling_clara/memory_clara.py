@@ -8,6 +8,9 @@ from functools import lru_cache
 import torch
 from torch.nn import functional as F
 
+# Of the length of windows, by which those of other tokens miss: 0.12 to 0.4 for a wrong number, 0.05 at most for int4.
+MISFIT = 0.1
+
 
 def right_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Move real tokens to the front: (rows, length) ids and (rows,) lengths, whatever the padding side was."""
@@ -104,30 +107,35 @@ def whole_tokens(windows: torch.Tensor, n_tokens: torch.Tensor) -> torch.Tensor:
     """Windows (rows, k, hidden) of texts of `n_tokens` (rows,) tokens, none of them narrower than a token.
 
     `window_means` made them. Those of a text of at most k tokens become the vectors of its tokens, which follow from
-    them without loss, and then zeros. Longer texts keep their windows, and so does a text of unknown length, 0.
+    them without loss, and then zeros. Longer texts keep theirs, and so do texts of unknown length, 0, and windows that
+    so many tokens cannot have: the memory of another text.
 
     >>> windows = window_means(torch.tensor([[[1.0], [2.0], [6.0]]]), torch.tensor([3]), 4)
     >>> whole_tokens(windows, torch.tensor([3])).flatten().round(decimals=4)
     tensor([1., 2., 6., 0.])
     """
-    n_windows = windows.shape[-2]
-    matrices = torch.stack([token_matrix(n if n <= n_windows else 0, n_windows) for n in n_tokens.tolist()])
+    k = windows.shape[-2]
+    pairs = zip(*(token_matrices(n if n <= k else 0, k) for n in n_tokens.tolist()), strict=True)
+    to_tokens, and_back = (torch.stack(matrices).to(windows.device) for matrices in pairs)
     with torch.autocast(windows.device.type, enabled=False):
-        return (matrices.to(windows.device) @ windows.float()).to(windows.dtype)
+        given = windows.float()
+        is_other = (and_back @ given - given).norm(dim=(-2, -1)) > MISFIT * given.norm(dim=(-2, -1))
+        return torch.where(is_other[:, None, None], given, to_tokens @ given).to(windows.dtype)
 
 
 @lru_cache(maxsize=512)
-def token_matrix(n_tokens: int, n_windows: int) -> torch.Tensor:
-    """(n_windows, n_windows) float32 that makes tokens of windows, see `whole_tokens`; of 0 tokens the identity.
+def token_matrices(n_tokens: int, n_windows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n_windows, n_windows) float32 that make tokens of windows, see `whole_tokens`, and these windows again.
 
-    Its least squares raise the noise of a codec by a factor of 2.6 at most (63 tokens in 64 windows).
+    Of 0 tokens identities. The noise of a codec grows by 2.6 at most (63 tokens in 64 windows).
     """
     if n_tokens == 0:
-        return torch.eye(n_windows, device="cpu")
+        return (torch.eye(n_windows, device="cpu"),) * 2
     tokens, lengths = torch.eye(n_tokens, device="cpu")[None], torch.tensor([n_tokens], device="cpu")
     with torch.autocast("cpu", enabled=False):  # what is kept is exact, whoever asks first
-        matrix = torch.linalg.pinv(window_means(tokens, lengths, n_windows)[0])
-    return F.pad(matrix, (0, 0, 0, n_windows - n_tokens))
+        shares = window_means(tokens, lengths, n_windows)[0]
+        inverse = torch.linalg.pinv(shares)
+        return F.pad(inverse, (0, 0, 0, n_windows - n_tokens)), shares @ inverse
 
 
 def normalize_memory(states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

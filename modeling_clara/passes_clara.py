@@ -153,10 +153,7 @@ class CLaRaPasses(PreTrainedModel):
         return read_windows(memory, self.config.memory_sizes[0]) if is_windows else memory
 
     def with_whole_tokens(self, memory: torch.Tensor, n_tokens: torch.Tensor) -> torch.Tensor:
-        """Memories (..., k, hidden) of texts of `n_tokens` (...) tokens as they are read, see `whole_tokens`.
-
-        Not for cosines: the windows of a short text are no longer equal parts of it.
-        """
+        """Memories (..., k, hidden) of texts of `n_tokens` (...) tokens as they are read, but not compared."""
         is_short = (n_tokens > 0) & (n_tokens <= memory.shape[-2])
         if self.config.memory_layout == "tokens" or not is_short.any():
             return memory

@@ -78,10 +78,7 @@ def prepare_reading(
 
 
 def token_counts(model: CLaRaPasses, documents: list[tuple[str, str]]) -> list[int]:
-    """Tokens of each (title, text) as the compressor read it, 0 of one that is not known or longer than a chunk.
-
-    Only of windows, since nobody asks for others.
-    """
+    """Tokens of each (title, text) as the compressor read it for windows; 0 if not known or longer than a chunk."""
     if model.config.memory_layout == "tokens":
         return [0] * len(documents)
     split = text_processor(model).split_document

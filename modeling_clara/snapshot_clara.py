@@ -245,12 +245,6 @@ class Snapshot:
         """The first row of the document that a row belongs to."""
         return row - int(self.spans[row])
 
-    def shard_rows(self, rows: range) -> tuple[int, range]:
-        """The number of the shard that holds a document, and the document's rows in it."""
-        starts = np.cumsum([0, *(shard.n_spans for shard in self.manifest.shards)])
-        number = int(np.searchsorted(starts, rows.start, side="right")) - 1
-        return number, range(rows.start - int(starts[number]), rows.stop - int(starts[number]))
-
 
 def open_segments(
     folder: Path,

@@ -5,6 +5,7 @@ The same call continues a build that was killed.
 
 import hashlib
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,11 @@ logger = logging.getLogger(__name__)
 
 # What may lie in a folder before its first corpus.json: what a new repo of the Hub has, and with build/ also shards.
 EXPECTED = ("index", REJECTED_FILE, FILES_FILE, CARD_FILE, ".git", ".gitattributes", ".*.partial")
+
+
+def is_complete(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds a corpus whose build is finished."""
+    return (Path(folder) / MANIFEST_FILE).exists()
 
 
 def build(
@@ -102,7 +108,7 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     job = Build(folder, model, options, source, rank, world_size)
     with writer_lock(job.path.with_suffix(".lock"), f"rank {rank} of {world_size} of {folder}"):
-        if (folder / MANIFEST_FILE).exists():
+        if is_complete(folder):
             job.check_finished(rows)
         else:
             job.run(rows, _scan(rows, declared), batch_size)
@@ -133,7 +139,7 @@ def _check_folder(folder: Path, resume: bool) -> None:
         raise ValueError(f"`path` must be a new folder with `resume=False`, got {folder}. Choose another one.")
     is_begun = (folder / BUILD_FOLDER).is_dir()
     foreign = foreign_files(folder, [*EXPECTED, *((BUILD_FOLDER, DATA_FOLDER, "codec") if is_begun else ())])
-    if not (folder / MANIFEST_FILE).exists() and foreign:
+    if not is_complete(folder) and foreign:
         raise ValueError(
             f"`path` must be a new folder or one of an unfinished build, got {folder}, which holds {foreign[0]}. "
             "Choose another one."

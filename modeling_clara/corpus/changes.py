@@ -5,6 +5,7 @@ between, the corpus is as it was. Readers keep the snapshot that they have.
 """
 
 import base64
+import bisect
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -264,8 +265,10 @@ def replace_ids(corpus, manifest: Manifest, draft: ShardDraft, codec_states: Map
 def delete_ids(corpus, manifest: Manifest, ids: Iterable[str]) -> int:
     """Mark the documents with these ids as deleted in a manifest, as far as the corpus has them; their number."""
     found = [rows for rows in map(corpus.snapshot.find, dict.fromkeys(ids)) if rows is not None]
-    for number, rows in map(corpus.snapshot.shard_rows, found):
-        delete_rows(manifest.shards[number], rows)
+    starts = list(itertools.accumulate((shard.n_spans for shard in corpus.snapshot.manifest.shards), initial=0))
+    for rows in found:  # of all shards, and of one
+        number = bisect.bisect_right(starts, rows.start) - 1
+        delete_rows(manifest.shards[number], range(rows.start - starts[number], rows.stop - starts[number]))
     if found:
         manifest.measured = {}
     return len(found)

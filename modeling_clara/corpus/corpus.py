@@ -10,7 +10,7 @@ from . import build, changes, compact, milvus, publish, sync, verify
 class CompressedCorpus(Reader):
     __doc__ = Reader.__doc__
 
-    build = classmethod(build.build)
+    build, is_complete = classmethod(build.build), staticmethod(build.is_complete)
     add, update, upsert, delete, sync = changes.add, changes.update, changes.upsert, changes.delete, sync.sync
     compact, convert = compact.compact, compact.convert
     verify, record_measurement = verify.verify, changes.record_measurement
