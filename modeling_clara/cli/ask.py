@@ -213,8 +213,10 @@ def _answer_in_chat(
 
 
 def print_sources(answer: "Answer") -> None:
-    """A line for each source, best first, how sure the answer is, and what was read."""
+    """A line for each source, best first, how sure the answer is, and what was read; or how to get an answer."""
     screen = Screen()
+    if answer.abstained:
+        screen("  --min-score -1 answers in any case\n")
     for source in answer.sources:
         screen(f"  {source.score:.3f}  {source.read_as:<6}  {name_place(source)}  {one_line(source.title)}\n")
     sure = "" if answer.confidence is None else f"confidence {answer.confidence:.2f}, "
