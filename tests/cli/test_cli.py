@@ -174,7 +174,7 @@ def texts(tmp_path):
 def calls(trained, texts, corpus) -> dict[str, list[str]]:
     return {
         "compress": ["compress", str(texts), "-o", str(corpus), "--model", str(trained), "--codec", "float16"],
-        "ask": ["ask", str(corpus), "Where?", "--max-new-tokens", "4", "--model", str(trained)],
+        "ask": ["ask", str(corpus), "Where?", "--max-new-tokens", "4", "--expand", "0", "--model", str(trained)],
         "demo": ["demo", str(texts), "--model", str(trained)],
     }
 

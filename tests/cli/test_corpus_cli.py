@@ -111,7 +111,7 @@ def test_ask_filters_and_abstains(built, capsys):
 def test_ask_answers_from_the_corpus_and_says_what_was_read_as_text(built, shared_model, capsys, expand):
     """As JSON and printed: how each source was read, the tokens of each prompt, the time of the call."""
     questions = ["What is the capital of Italy?", "And of France?"]
-    options = ["ask", str(built), *questions, "--max-new-tokens", "4", *(["--expand", str(expand)] if expand else [])]
+    options = ["ask", str(built), *questions, "--max-new-tokens", "4", "--expand", str(expand)]
     report, corpus = run(capsys, *options), shared_model.load_corpus(built)
     expected = shared_model.answer(questions, corpus=corpus, max_new_tokens=4, expand=expand)
     as_read = (["text"] * expand + ["memory"] * 2)[:2]
@@ -130,6 +130,22 @@ def test_ask_answers_from_the_corpus_and_says_what_was_read_as_text(built, share
     lines = capsys.readouterr().out.splitlines()
     assert lines.count("  0 prompt tokens") == lines.count("  --min-score -1 answers in any case") == 2
     assert lines[-1].startswith("retrieved and answered in ") and lines[-1].endswith(" ms")
+
+
+@pytest.mark.parametrize(
+    "options, below", [([], None), (["--expand-below", "1e-9"], 1e-9), (["--expand-below", "1"], 1.0)]
+)
+def test_by_default_the_text_is_read_where_memory_is_unsure(built, shared_model, capsys, monkeypatch, options, below):
+    """With the suggested confidence, here the one between those of two questions, or with a given one."""
+    questions, corpus = ["What is the capital of Italy?", "And of France?"], shared_model.load_corpus(built)
+    sure = [answer.confidence for answer in shared_model.answer(questions, corpus=corpus, max_new_tokens=4)]
+    monkeypatch.setattr("modeling_clara.cli.ask.UNSURE", sum(sure) / 2)
+    rows = run(capsys, "ask", str(built), *questions, "--max-new-tokens", "4", *options)["answers"]
+    given = {"expand": 1, "expand_below": below or sum(sure) / 2, "max_new_tokens": 4}
+    expected = shared_model.answer(questions, corpus=corpus, **given)
+    assert [(row["answer"], row["prompt_tokens"]) for row in rows] == [(a.text, a.prompt_tokens) for a in expected]
+    is_text = [row["sources"][0]["read_as"] == "text" for row in rows]
+    assert is_text == [confidence < given["expand_below"] for confidence in sure]
 
 
 def test_info_describes_and_verifies_and_convert_changes_the_codec(texts, checkpoint, tmp_path, capsys):
