@@ -1,6 +1,6 @@
-"""Data of clara-smollm2-135m: nothing held out is in a training file, and rows are what the stages and both runs read.
+"""Data of clara-smollm2-135m: nothing held out is in a training file, and rows are what the stages and the runs read.
 
-Files are made of `smollm2_source.py`; the steps of both runs of rows that are written here.
+Files are made of `smollm2_source.py`; the steps of the runs of rows that are written here.
 """
 
 import doctest
@@ -27,7 +27,7 @@ from recipes.models.smollm2_135m.data import (
 )
 
 KINDS = {"questions": "qas", "paraphrase": "paraphrase", "cloze": "qas"}
-RUNS = ("reading", "reading_hard", "reading_passages")
+RUNS = ("reading", "reading_hard", "reading_passages", "finding")
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +221,23 @@ def test_every_question_comes_once_and_long_passages_not_at_all():
     by_text = {row["text"]: row["qas"] for row in SOURCES["passages"]}
     assert all(pair in by_text[row["text"]] for row in found for pair in row["qas"])
     assert len(known) == sum(len(row["qas"]) for row in reading.passage_rows(SOURCES["passages"], random.Random(0)))
+
+
+def test_questions_that_find_are_half_multihop_and_ask_all_passages_before_one_again():
+    questions = [{**pair, "gold": [data.bare(row)]} for row in SOURCES["passages"] for pair in row["qas"]]
+    n_steps, size, gold = 20, reading.FINDING_STEP, {row["question"]: row["gold"] for row in questions}
+    rows = reading.finding_rows(questions, SOURCES["multihop"], n_steps)
+    assert len(rows) == n_steps * 2 * size and rows != reading.finding_rows(questions, SOURCES["multihop"], n_steps, 7)
+    single = [row for place, row in enumerate(rows) if place % (2 * size) < size]
+    several = [row for place, row in enumerate(rows) if place % (2 * size) >= size]
+    assert all(row["docs"] == gold[row["question"]] and row["pos_index"] == [0] for row in single)
+    times = Counter(row["docs"][0]["text"] for row in single)
+    assert len(times) == len(SOURCES["passages"]) and set(times.values()) == {1, 2}
+    assert len({row["question"] for row in single}) == len(single)
+    known = [row for row in SOURCES["multihop"] if row["pos_index"]]
+    assert all(several.count(row) in (len(several) // len(known), len(several) // len(known) + 1) for row in known)
+    few = reading.finding_rows(questions[:40], SOURCES["multihop"], n_steps)
+    assert len(few) == 2 * 2 * size  # whole steps
 
 
 def test_passages_of_a_title_stand_in_runs():

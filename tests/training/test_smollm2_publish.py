@@ -1,4 +1,4 @@
-"""clara-smollm2-135m from rows to published folder: the chain of its two recipes on a tiny backbone, and its card."""
+"""clara-smollm2-135m from rows to published folder: the chain of its recipes on a tiny backbone, and its card."""
 
 import json
 import os
@@ -25,7 +25,7 @@ TINY = [
     "max_steps=3", "save_steps=1", "logging_steps=1", "per_device_train_batch_size=2", "warmup_steps=0",
     "dtype=float32", "bf16=false", "train_memory_sizes=null", "num_samples=0",
 ]  # fmt: skip
-CHAIN = ["reading", "reading_hard", "reading_passages"]
+CHAIN = ["reading", "reading_hard", "reading_passages", "finding"]
 UNTRAINED = "The reasoner was not trained"
 
 
@@ -46,7 +46,7 @@ def home(tmp_path_factory):
         run("reading", "backbone=backbone", "lora_rank=2", "memory_sizes=[2, 4]", "retrieval_memory_size=2")
         for later in CHAIN[1:]:
             run(later, "backbone=backbone", "retrieval_memory_size=2")
-        assert publish.main(["runs/smollm2/reading_passages", "published", "--backbone", "backbone"]) == 0
+        assert publish.main(["runs/smollm2/finding", "published", "--backbone", "backbone"]) == 0
         yield folder
     finally:
         os.chdir(before)
@@ -60,26 +60,29 @@ def card_row(folder: Path, name: str) -> str:
 def test_every_run_goes_on_from_the_one_before(home):
     for earlier, later in pairwise(CHAIN):
         assert describe(Path(f"runs/smollm2/{later}"))["model"]["checkpoint"] == f"runs/smollm2/{earlier}"
-    assert lineage(Path("runs/smollm2/reading_passages")) == ([Path("runs/smollm2") / name for name in CHAIN], None)
-    first, second = (CLaRaForRAG.from_pretrained(f"runs/smollm2/{name}", backbone="backbone") for name in CHAIN[:2])
-    assert second.config.lora["generator"]["rank"] == 2 and second.config.memory_sizes == [2, 4]
-    ours, theirs = first.state_dict(), second.state_dict()
-    moved = {role for role in ROLES for name in ours if f".{role}." in name and not ours[name].equal(theirs[name])}
-    assert moved == set(ROLES)
+    assert lineage(Path("runs/smollm2/finding")) == ([Path("runs/smollm2") / name for name in CHAIN], None)
+    models = [CLaRaForRAG.from_pretrained(f"runs/smollm2/{name}", backbone="backbone") for name in CHAIN]
+    assert models[1].config.lora["generator"]["rank"] == 2 and models[1].config.memory_sizes == [2, 4]
+    weights, moved = [model.state_dict() for model in models], []
+    for ours, theirs in pairwise(weights):
+        changed = {name for name in ours if not ours[name].equal(theirs[name])}
+        moved.append({role for role in ROLES if any(f".{role}." in name for name in changed)})
+    assert moved == [set(ROLES), set(ROLES), {"reasoner"}]
+    assert all(".reasoner." in name for name in changed)  # so that corpora stay valid
 
 
 def test_a_chain_that_was_moved_is_found_beside_its_last_run(home, tmp_path, monkeypatch):
     shutil.copytree(home / "runs" / "smollm2", tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
-    runs, start = lineage(tmp_path / "moved" / "reading_passages")
+    runs, start = lineage(tmp_path / "moved" / "finding")
     assert runs == [tmp_path / "moved" / name for name in CHAIN] and start is None
     shutil.rmtree(tmp_path / "moved" / "reading")
-    runs, start = lineage(tmp_path / "moved" / "reading_passages")
+    runs, start = lineage(tmp_path / "moved" / "finding")
     assert runs == [tmp_path / "moved" / name for name in CHAIN[1:]] and start == Path("runs/smollm2/reading")
 
 
 def test_adapters_are_bfloat16_and_nothing_else_changed(home):
-    last, shipped = home / "runs" / "smollm2" / "reading_passages", home / "published"
+    last, shipped = home / "runs" / "smollm2" / "finding", home / "published"
     for role in ROLES:
         adapters = load_file(shipped / role / "adapter_model.safetensors")
         assert {tensor.dtype for tensor in adapters.values()} == {torch.bfloat16}
@@ -93,7 +96,7 @@ def test_adapters_are_bfloat16_and_nothing_else_changed(home):
 def test_the_shipped_checkpoint_is_the_model_rounded_in_memory(home, documents, questions):
     shipped, rounded = (
         CLaRaForRAG.from_pretrained(home / folder, backbone="backbone", dtype=torch.float32)
-        for folder in ("published", "runs/smollm2/reading_passages")
+        for folder in ("published", "runs/smollm2/finding")
     )
     before = {name: tensor.clone() for name, tensor in rounded.state_dict().items()}
     round_weights(rounded, torch.bfloat16)
@@ -124,25 +127,25 @@ def test_the_card_and_the_log(home):
 def test_a_run_from_a_published_checkpoint_keeps_its_history(home, tmp_path):
     """More of the same: the last recipe once more, on other rows, from what was published after the first time."""
     rows = tmp_path / "mine.jsonl"
-    shutil.copy("data/smollm2/reading_passages.jsonl", rows)
-    output = tmp_path / "runs" / "reading_passages"
+    shutil.copy("data/smollm2/finding.jsonl", rows)
+    output = tmp_path / "runs" / "finding"
     given = ["backbone=backbone", "retrieval_memory_size=2", "checkpoint=published", f"output_dir={output}"]
-    run("reading_passages", *given, f"datasets=[{{path: {rows}}}]")
+    run("finding", *given, f"datasets=[{{path: {rows}}}]")
     publish.write(output, tmp_path / "new", "backbone")
     folders = (Path("published"), tmp_path / "new")
     before, after = (json.loads((folder / "training_log.json").read_text()) for folder in folders)
-    assert [*after] == ["reading", "reading_hard", "reading_passages-1", "reading_passages"]
-    assert after["reading_passages-1"] == before["reading_passages"]
-    assert all(after[name] == before[name] for name in CHAIN[:2])
+    assert [*after] == [*CHAIN[:-1], "finding-1", "finding"]
+    assert after["finding-1"] == before["finding"]
+    assert all(after[name] == before[name] for name in CHAIN[:-1])
     assert card_row(folders[1], "reading") == card_row(folders[0], "reading")
-    old = card_row(folders[0], "reading_passages")
-    assert card_row(folders[1], "reading_passages-1") == old.replace("reading_passages", "reading_passages-1", 1)
+    old = card_row(folders[0], "finding")
+    assert card_row(folders[1], "finding-1") == old.replace("finding", "finding-1", 1)
     assert "which were not looked into: mine." in (folders[1] / "README.md").read_text()
 
 
 def test_a_run_can_have_a_card_of_its_own(home):
-    card = model_card(Path("runs/smollm2/reading_passages"), publish.CARD)
-    assert [line for line in card.splitlines() if line.startswith("| reading")] == [
+    card = model_card(Path("runs/smollm2/finding"), publish.CARD)
+    assert [line for line in card.splitlines() if line.startswith(("| reading", "| finding"))] == [
         card_row(home / "published", name) for name in CHAIN
     ]
 

@@ -6,6 +6,7 @@ passages_*.jsonl.gz, corpus_*, multihop_*_train, multihop_*_dev and unanswerable
     reading.jsonl              the first run: pieces, then passages, multi-hop rows and texts in steps of 16
     reading_hard.jsonl         the second run: more questions over several documents that look alike
     reading_passages.jsonl     the third run: mostly single passages
+    finding.jsonl              the fourth run: questions and the documents that they are to find
     pretrain_questions.jsonl   for the paper's stage 1: passages with their questions
     pretrain_paraphrase.jsonl  passages and texts of corpora that are paraphrased
     pretrain_cloze.jsonl       questions for words that are missing in sentences of corpora
@@ -32,7 +33,7 @@ from modeling_clara.corpus.storage import write_lines
 from modeling_clara.storage_clara import write_json
 from recipes.evaluation.rankers import Bm25Ranker
 from recipes.evaluation.spans import Spans
-from recipes.models.smollm2_135m.reading_rows import HARD_NUM_READ, later_reading_rows, reading_rows
+from recipes.models.smollm2_135m.reading_rows import HARD_NUM_READ, finding_rows, later_reading_rows, reading_rows
 from recipes.training.curriculum import curriculum_rows, sentences, to_passage
 from recipes.training.data import read_documents, read_positives, read_rows
 
@@ -50,6 +51,7 @@ NO_ANSWER = "The background does not say."
 CLOZE = 'Which words are missing in "{sentence}"?'
 GAP = "____"
 SEED = 42
+FINDING_STEPS = 250  # of the run that trains the reasoner alone
 COUNTS_FILE = "counts.json"
 # Files whose licence lets what is trained on them be Apache-2.0 or CC BY-SA.
 FREE_PASSAGES = ("passages_squad", "passages_nq", "passages_qed", "passages_adversarialqa")
@@ -256,10 +258,12 @@ def write_files(source: Path, output: Path, seed: int = SEED) -> dict[str, int]:
     # what the runs of the published model read; the passages' licence lets the model be free
     free = [row for name, group in passages.items() if name.startswith(FREE_PASSAGES) for row in group]
     asked = [row for row in questions_of(free, held) if row["qas"]]
-    alike = with_distractors(question_rows(asked, held), HARD_NUM_READ["candidates"], random.Random(seed))
+    questions = question_rows(asked, held)
+    alike = with_distractors(questions, HARD_NUM_READ["candidates"], random.Random(seed))
     texts = files["pretrain_cloze"]
     files["reading"] = reading_rows(piece_rows(asked, held), asked, multihop, texts, seed)
     files |= later_reading_rows(asked, multihop, list(alike), texts)
+    files["finding"] = finding_rows(questions, multihop, FINDING_STEPS)
     files |= {
         f"dev/{name.removesuffix('.jsonl.gz')}": group for name, group in {**held.passages, **development}.items()
     }

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write; the exit status."""
     allow_any_console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of the last run, such as runs/smollm2/reading_passages")
+    parser.add_argument("run", type=Path, help="folder of the last run, such as runs/smollm2/finding")
     parser.add_argument("folder", type=Path, help="of the checkpoint; new")
     parser.add_argument("--backbone", help="where the backbone is (default: where the run had it)")
     arguments = parser.parse_args(argv)

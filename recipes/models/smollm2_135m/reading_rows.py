@@ -1,4 +1,4 @@
-"""Rows of the three runs, each after the one before: `reading.jsonl`, `reading_hard.jsonl`, `reading_passages.jsonl`.
+"""Rows of the four runs, each after the one before: `reading`, `reading_hard`, `reading_passages`, `finding`.
 
 Every step has rows of all kinds, so that a long run may be stopped at any step. Passages of one title stand next to
 each other: they are each other's hardest negatives in the contrastive term.
@@ -19,6 +19,7 @@ PARAPHRASED = 0.25  # share of the passages and texts with their own text as a f
 PASSAGES_PARAPHRASED = 0.35  # the same in the third run
 NUM_READ = {"multihop": 3}  # documents of a row
 HARD_NUM_READ = {"multihop": 5, "candidates": 3}
+FINDING_STEP = 16  # questions of either kind in a step of the fourth run
 TITLE_RUN = 4  # passages of one title next to each other
 
 
@@ -115,4 +116,26 @@ def in_steps(
         for kind, n_rows in step.items():
             source = made[kind]
             rows += [source[place % len(source)] for place in range(number * n_rows, (number + 1) * n_rows)]
+    return rows
+
+
+def finding_rows(questions: Sequence[Mapping], multihop: Sequence[Mapping], n_steps: int, seed: int = 45) -> list[dict]:
+    """`finding.jsonl`: steps of `FINDING_STEP` questions `{question, answers, gold}` on a passage and as many multi-hop.
+
+    All passages come once before one comes twice; the multi-hop rows begin again where they end.
+    """
+    generator, by_passage = random.Random(seed), {}
+    for row in generator.sample(questions, len(questions)):
+        by_passage.setdefault(row["gold"][0]["text"], []).append(row)
+    turns = [[rows[turn] for rows in by_passage.values() if turn < len(rows)] for turn in range(MAX_QUESTIONS)]
+    single = [
+        {"question": row["question"], "answers": row["answers"], "docs": row["gold"], "pos_index": [0]}
+        for turn in turns
+        for row in generator.sample(turn, len(turn))
+    ]
+    several = [row for row in multihop if row["pos_index"]]
+    several, rows = generator.sample(several, len(several)), []
+    for number in range(min(n_steps, len(single) // FINDING_STEP)):
+        places = range(number * FINDING_STEP, (number + 1) * FINDING_STEP)
+        rows += [*(single[place] for place in places), *(several[place % len(several)] for place in places)]
     return rows
