@@ -119,10 +119,13 @@ def in_steps(
     return rows
 
 
-def finding_rows(questions: Sequence[Mapping], multihop: Sequence[Mapping], n_steps: int, seed: int = 45) -> list[dict]:
-    """`finding.jsonl`: steps of `FINDING_STEP` questions `{question, answers, gold}` on a passage and as many multi-hop.
+def finding_rows(
+    questions: Sequence[Mapping], multihop: Sequence[Mapping], n_steps: int, seed: int = 45
+) -> list[dict]:
+    """`finding.jsonl`: steps of `FINDING_STEP` questions on a passage and as many multi-hop ones.
 
-    All passages come once before one comes twice; the multi-hop rows begin again where they end.
+    `questions` are `{question, answers, gold}`. All passages come once before one comes twice; the multi-hop rows
+    begin again where they end.
     """
     generator, by_passage = random.Random(seed), {}
     for row in generator.sample(questions, len(questions)):
