@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ABSTAINED = "(no document is near enough)"
 NOTHING = "(nothing)"
-UNSURE = 0.7  # docs/experiments.md, "How sure an answer is"
+UNSURE = 0.7  # `Answer.confidence` below which the text is read; docs/experiments.md, "How sure an answer is"
 CALL_OPTIONS = ("top_k", "memory_size", "retrieval_memory_size", "min_score", "max_new_tokens")
 PLACES = ("page", "sheet", "section")  # metadata that says where in a document a source stands
 PROMPT, QUIT = "> ", "/quit"
