@@ -15,11 +15,12 @@ import torch
 from transformers.utils.logging import tqdm
 
 from .adapters_clara import eval_mode
+from .configuration_clara import CLaRaConfig
 from .packing_clara import can_pack, cut_batches
 from .passes_clara import CLaRaPasses
 from .processing_clara import CLaRaProcessor
 from .retrieval_clara import flatten_memory
-from .text_clara import check_count, check_list, given_id, read_document
+from .text_clara import check_count, check_list, given_id, read_document, word_overlap
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def search(
     """Hits and query memories (questions, k, hidden); arguments and errors as in `CLaRaForRAG.retrieve`.
 
     `memory_size` is what will be read, 0 if nothing is. If something is, a question without a source of
-    `config.min_score` has no hits, unless the caller sets a `min_score` or compares other vectors.
+    `least_score` has no hits, unless the caller sets a `min_score` or compares other vectors.
     """
     check_list(questions, "questions")
     config = model.config
@@ -133,10 +134,22 @@ def search(
         queries = encode_questions(model, questions, k_score)
         hits = rank_candidates(queries, candidates, memory, k_score, top_k or config.retrieval_top_k)
     if min_score is None and memory_size and config.min_score is not None and k_score == config.retrieval_memory_size:
-        hits = [row if any(source.score >= config.min_score for source, _ in row) else [] for row in hits]
+        pairs = zip(questions, hits, strict=True)
+        hits = [row if any(s.score >= least_score(config, asked, s) for s, _ in row) else [] for asked, row in pairs]
     elif min_score not in (None, -1):  # of -1 nothing is left out, also if rounding made a cosine smaller
         hits = [[hit for hit in row if hit[0].score >= min_score] for row in hits]
     return hits, queries
+
+
+def least_score(config: CLaRaConfig, question: str, source: Source, min_score: float | None = None) -> float | None:
+    """The cosine at which a model answers from this source by default: less, the more of the question's words it has.
+
+    `min_score` is the config's unless another is given; None if there is none.
+    """
+    min_score = config.min_score if min_score is None else min_score
+    if min_score is None:
+        return None
+    return min_score - config.overlap_weight * word_overlap(question, f"{source.title} {source.text}")
 
 
 def open_corpus(model: CLaRaPasses, corpus):

@@ -18,6 +18,10 @@ TRAINED_ROWS = ("memory_embeddings", "separator_embedding", "residual_scale", "s
 LORA_SETTINGS = ("rank", "alpha", "dropout", "target_modules")
 
 
+class WindowError(ValueError):
+    """A prompt does not fit into the backbone's window."""
+
+
 @strict
 class CLaRaConfig(PreTrainedConfig):
     """Configuration of `CLaRaForRAG` (arXiv 2511.18659); what a field must be is a ValueError that names it.
@@ -40,8 +44,10 @@ class CLaRaConfig(PreTrainedConfig):
         start_embedding: whether compressor and reasoner read a row of its own before each text; False is the paper.
         document_max_length: tokens of one chunk with its title, as `CLaRaProcessor` counts them (paper: 256).
         retrieval_top_k: documents that are read by default (paper: 5).
-        min_score: cosine of `retrieval_memory_size` vectors, -1 to 1; `answer` and `stream` abstain by default if no
-            document reaches it. None never abstains. `recipes/evaluation/calibrate.py` chooses it.
+        min_score: cosine of `retrieval_memory_size` vectors, -1 to 1, that a document without a word of the question
+            must have; `answer` and `stream` abstain by default if no document has it. None never abstains.
+            `recipes/evaluation/calibrate.py` chooses it.
+        overlap_weight: how much less it is for a document with all words of the question, 0 to 1 (`word_overlap`).
         retrieval_temperature: temperature of the differentiable top-k (paper: 0.02).
         alignment_weight: lambda of L_MSE, eq. 2.2 (paper: 0.1); the loss is a mean over the hidden size.
         contrastive_weight: weight of the InfoNCE term where positives are given; 0 is the paper.
@@ -65,6 +71,7 @@ class CLaRaConfig(PreTrainedConfig):
     document_max_length: int = 256
     retrieval_top_k: int = 5
     min_score: float | None = None
+    overlap_weight: float = 0.0
     retrieval_temperature: float = 0.02
     alignment_weight: float = 0.1
     contrastive_weight: float = 0.0
@@ -105,10 +112,10 @@ class CLaRaConfig(PreTrainedConfig):
         return int(memory_size)
 
     def check_window(self, n_tokens: int, name: str, remedy: str = "Shorten it.") -> None:
-        """Raise a ValueError unless a prompt of `n_tokens` fits into the backbone's window."""
+        """Raise a `WindowError` unless a prompt of `n_tokens` fits into the backbone's window."""
         window = self.text_config.max_position_embeddings
         if n_tokens > window:
-            raise ValueError(
+            raise WindowError(
                 f"the prompt of `{name}` must fit into the backbone's window of {window} tokens, got {n_tokens}. "
                 f"{remedy}"
             )
@@ -131,6 +138,7 @@ class CLaRaConfig(PreTrainedConfig):
             ("document_max_length", self.document_max_length >= 8, ">= 8 tokens"),
             ("retrieval_top_k", self.retrieval_top_k >= 1, ">= 1"),
             ("min_score", self.min_score is None or -1 <= self.min_score <= 1, "None or a cosine from -1 to 1"),
+            ("overlap_weight", 0 <= self.overlap_weight <= 1, "a number from 0 to 1"),
             ("retrieval_temperature", self.retrieval_temperature > 0, "> 0"),
             ("alignment_weight", self.alignment_weight >= 0, ">= 0"),
             ("contrastive_weight", self.contrastive_weight >= 0, ">= 0"),

@@ -222,6 +222,11 @@ class CompressedCorpus:
         size = f"documents={m.n_documents}, spans={m.n_spans}, memory={m.memory_size}x{m.hidden_size}"
         return f"CompressedCorpus({folder!r}, {size}, codec={m.codec!r})"
 
+    @property
+    def hybrid(self) -> bool | str:
+        """Whether a search ranks by BM25 as well, unless it is told otherwise: see `search`."""
+        return self._options.hybrid
+
     # --- searching ---------------------------------------------------------------------------------------------------
 
     def with_options(
@@ -261,8 +266,8 @@ class CompressedCorpus:
             top_k: documents a question; fewer come back if there are no more.
             where: a filter on `document_id`, `title` and the metadata, see `search_clara.py`.
             questions: their texts, for `hybrid`.
-            hybrid: also rank by BM25 over the text and fuse both: True or "ranks" by reciprocal rank, "scores" by a
-                weighted sum of both scores, each standardised over what was found (`lexical_clara.fuse`).
+            hybrid: also rank by BM25 over the text and fuse both: True or "scores" by a weighted sum of both scores,
+                each standardised over what was found, "ranks" by reciprocal rank (`lexical_clara.fuse`).
             exact: compare all memories, without the index.
             shortlist: chunks a question that are compared exactly; default 100.
 

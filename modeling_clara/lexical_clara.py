@@ -3,11 +3,8 @@
 The hybrid search of a corpus and the BM25 baseline of the evaluation are both this `Bm25`.
 """
 
-import functools
 import hashlib
-import re
 import shutil
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from filelock import FileLock
 
 from .index_clara import best_rows
 from .snapshot_clara import Snapshot
+from .text_clara import raw_words
 
 try:
     import bm25s
@@ -24,21 +22,11 @@ try:
 except ImportError:  # `require_bm25` names the remedy
     bm25s = Stemmer = None
 
-FUSIONS = ("ranks", "scores")
+FUSIONS = ("scores", "ranks")  # the first unless told otherwise: docs/experiments.md, "Among 12,598 documents"
 FUSION_CONSTANT = 60  # k of reciprocal rank fusion (Cormack et al. 2009)
 WORDS_WEIGHT = 0.7  # of BM25 if scores are fused; the cosine has the rest (docs/experiments.md)
 SMALLEST_DEVIATION = 1e-6  # of scores in float32; what differs by less is rounding
 WORDS = "stemmed words, pairs of characters"  # part of an index's name: one of other words is made again
-WORD = "(?:(?<!{letter}['’])|(?={letter}{{2}})){letter}+{marks}"  # no s of "it's", no t of "don't"
-ASCII_WORD = re.compile(WORD.format(letter="[a-z0-9]", marks=""))
-# Scripts written without spaces: Thai, Lao, Burmese, Khmer, kana, Chinese characters with their extensions.
-NO_SPACES = (
-    "\u0e01-\u0eff\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff"
-    "\u3400-\u4dbf\u4e00-\u9fff\U0001b000-\U0001b16f\U00020000-\U0003ffff"
-)
-SPACELESS = re.compile(f"[{NO_SPACES}]")
-# Soft hyphens, joiners and variation selectors stand inside words and say nothing.
-IGNORED = re.compile("[\u00ad\u200c\u200d\u2060\ufe00-\ufe0f\ufeff\U000e0100-\U000e01ef]")
 
 
 def require_bm25() -> None:
@@ -106,7 +94,7 @@ def split_words(texts: Sequence[str]) -> list[list[str]]:
     """
     require_bm25()
     stems = _Stems(dict.fromkeys(STOPWORDS_EN, ""))
-    return [list(filter(None, map(stems.__getitem__, _raw_words(text)))) for text in texts]
+    return [list(filter(None, map(stems.__getitem__, raw_words(text)))) for text in texts]
 
 
 class _Stems(dict):
@@ -119,35 +107,6 @@ class _Stems(dict):
     def __missing__(self, word: str) -> str:
         stem = self[word] = self.stem(word)
         return stem
-
-
-def _raw_words(text: str) -> list[str]:
-    if text.isascii():
-        return ASCII_WORD.findall(text.lower())
-    text = unicodedata.normalize("NFKC", IGNORED.sub("", text)).casefold()
-    marks, find_words, find_runs = _patterns()
-    words = find_words(text)
-    if not SPACELESS.search(text):
-        return words
-    pairs = []
-    for run in (run for word in words for run in find_runs(word)):
-        characters = []  # each with its marks
-        for character in run if SPACELESS.match(run) else [run]:
-            if characters and character in marks:
-                characters[-1] += character
-            else:
-                characters.append(character)
-        pairs += map(str.__add__, characters, characters[1:]) if len(characters) > 1 else characters
-    return pairs
-
-
-@functools.cache
-def _patterns() -> tuple:
-    """The combining marks; what finds words; what finds the parts of a word with and without spaces."""
-    marks = "".join(chr(code) for code in range(0x300, 0x10000) if unicodedata.category(chr(code))[0] == "M")
-    words = WORD.format(letter=r"[^\W_]", marks=f"(?:[{marks}]+[^\\W_]*)*")
-    runs = f"[{NO_SPACES}][{NO_SPACES}{marks}]*|[^{NO_SPACES}]+"
-    return frozenset(marks), re.compile(words).findall, re.compile(runs).findall
 
 
 class LexicalIndex:
@@ -194,7 +153,7 @@ def lexical_key(snapshot: Snapshot) -> str:
 
 
 def fuse(
-    by_memory: Sequence[int], by_words: Mapping[int, float], cosines: Mapping[int, float], fusion: str = "ranks"
+    by_memory: Sequence[int], by_words: Mapping[int, float], cosines: Mapping[int, float], fusion: str
 ) -> list[int]:
     """One order of what memories and words have found for a question, best first.
 
@@ -208,7 +167,7 @@ def fuse(
     Returns:
         All items; ties go to the larger cosine, then to the lower item.
 
-    >>> fuse([7, 5, 6], {5: 2.0}, {7: 0.9, 5: 0.8, 6: 0.1})
+    >>> fuse([7, 5, 6], {5: 2.0}, {7: 0.9, 5: 0.8, 6: 0.1}, "ranks")
     [5, 7, 6]
     """
     if fusion == "scores":

@@ -159,7 +159,8 @@ class CLaRaForRAG(CLaRaCheckpoint):
             expand: number of best sources whose title and text are read instead of the memory, >= 0; a number larger
                 than that of the sources reads all as text. The prompt has the memories first, then the text.
             expand_below: a confidence, above 0 and at most 1. All sources are read from memory, and only a question
-                whose `Answer.confidence` is lower then is asked again with `expand`. Default: `expand` always holds.
+                whose `Answer.confidence` is lower then is asked again with `expand`, if the prompt fits into the
+                backbone's window. Default: `expand` always holds.
         """
         searched = (documents, corpus, top_k, retrieval_memory_size, min_score)
         hits, words = self.search_to_read(questions, searched, memory_size, expand, explain)

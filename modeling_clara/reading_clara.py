@@ -3,6 +3,7 @@
 A reading is made before anything is generated, so what is wrong with a question is said at once.
 """
 
+import contextlib
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from .candidates_clara import Source, text_processor
+from .configuration_clara import WindowError
 from .passes_clara import CLaRaPasses
 from .processing_clara import Prompt
 
@@ -32,11 +34,16 @@ def prepare_readings(
     generation: GenerationConfig,
     name: str,
 ) -> list[Reading]:
-    """What the generator reads: once, or with `expand_below` all memories and, if these leave it unsure, again."""
-    return [
-        prepare_reading(model, question, hits, memory_size, n_texts, generation, name)
-        for n_texts in ([expand] if expand_below is None else [0, expand])
-    ]
+    """What the generator reads: once, or with `expand_below` all memories and, if these leave it unsure, again.
+
+    What does not fit into the backbone's window with the text is read from memory alone.
+    """
+    numbers = [expand] if expand_below is None else [0, expand]
+    given, readings = (model, question, hits, memory_size), []
+    for n_texts in numbers:
+        with contextlib.suppress(WindowError) if readings else contextlib.nullcontext():
+            readings.append(prepare_reading(*given, n_texts, generation, name))
+    return readings
 
 
 def prepare_reading(

@@ -1,9 +1,12 @@
-"""A user's text: checks of what is given, documents, ids without added tokens, borders of chunks.
+"""A user's text: checks of what is given, documents, ids without added tokens, borders of chunks, words.
 
 An error calls a value by the name that it is given, for example `documents[3]`.
 """
 
+import functools
 import json
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 
@@ -11,6 +14,17 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 BATCH = 256  # texts that are encoded at once
+STEM = 5  # first letters by which `word_overlap` compares words
+WORD = "(?:(?<!{letter}['’])|(?={letter}{{2}})){letter}+{marks}"  # no s of "it's", no t of "don't"
+ASCII_WORD = re.compile(WORD.format(letter="[a-z0-9]", marks=""))
+# Scripts written without spaces: Thai, Lao, Burmese, Khmer, kana, Chinese characters with their extensions.
+NO_SPACES = (
+    "\u0e01-\u0eff\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\U0001b000-\U0001b16f\U00020000-\U0003ffff"
+)
+SPACELESS = re.compile(f"[{NO_SPACES}]")
+# Soft hyphens, joiners and variation selectors stand inside words and say nothing.
+IGNORED = re.compile("[\u00ad\u200c\u200d\u2060\ufe00-\ufe0f\ufeff\U000e0100-\U000e01ef]")
 
 
 def check_list(values, name: str) -> list:
@@ -167,3 +181,46 @@ def word_start(text: str, start: int, end: int) -> int:
         if text[position - 1].isspace() or (position < len(text) and text[position].isspace()):
             return position
     return end
+
+
+def word_overlap(question: str, text: str) -> float:
+    """How much of a question's words a text has, 0 to 1.
+
+    Words are compared by their first five letters and count as the square of these: short ones say little.
+
+    >>> word_overlap("Who painted the ceiling?", "Its ceilings were painted in 1512.").__round__(3)
+    0.735
+    """
+    asked, found = ({word[:STEM] for word in raw_words(given)} for given in (question, text))
+    weights = {word: len(word) ** 2 for word in asked}
+    return sum(weights[word] for word in asked & found) / max(1, sum(weights.values()))
+
+
+def raw_words(text: str) -> list[str]:
+    """Letters, digits and combining marks, in NFKC without case; of scripts without spaces pairs of characters."""
+    if text.isascii():
+        return ASCII_WORD.findall(text.lower())
+    text = unicodedata.normalize("NFKC", IGNORED.sub("", text)).casefold()
+    marks, find_words, find_runs = _patterns()
+    words = find_words(text)
+    if not SPACELESS.search(text):
+        return words
+    pairs = []
+    for run in (run for word in words for run in find_runs(word)):
+        characters = []  # each with its marks
+        for character in run if SPACELESS.match(run) else [run]:
+            if characters and character in marks:
+                characters[-1] += character
+            else:
+                characters.append(character)
+        pairs += map(str.__add__, characters, characters[1:]) if len(characters) > 1 else characters
+    return pairs
+
+
+@functools.cache
+def _patterns() -> tuple:
+    """The combining marks; what finds words; what finds the parts of a word with and without spaces."""
+    marks = "".join(chr(code) for code in range(0x300, 0x10000) if unicodedata.category(chr(code))[0] == "M")
+    words = WORD.format(letter=r"[^\W_]", marks=f"(?:[{marks}]+[^\\W_]*)*")
+    runs = f"[{NO_SPACES}][{NO_SPACES}{marks}]*|[^{NO_SPACES}]+"
+    return frozenset(marks), re.compile(words).findall, re.compile(runs).findall

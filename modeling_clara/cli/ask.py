@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from .errors import describe_error
-from .models import add_model_options, load_model_of
+from .models import add_hybrid_option, add_model_options, load_model_of, with_hybrid
 from .terminal import Screen, one_line
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-new-tokens", type=int, default=64, help="length limit of an answer (default: 64)")
     parser.add_argument("--where", type=_parse_filter, help='filter, such as \'{"year": {"$gte": 2020}}\'')
-    parser.add_argument("--hybrid", action="store_true", help="also rank by BM25 over the text")
+    add_hybrid_option(parser)
     parser.set_defaults(run=run)
     return parser
 
@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     corpus = CompressedCorpus.open(arguments.corpus, arguments.revision)
     model = load_model_of(corpus, arguments.model, arguments.backbone, dtype=arguments.dtype)
-    corpus = corpus.attach(model).with_options(where=arguments.where, hybrid=arguments.hybrid)
+    corpus = with_hybrid(corpus.attach(model), arguments.hybrid).with_options(where=arguments.where)
     options = {name: getattr(arguments, name) for name in CALL_OPTIONS} | expanding(arguments)
     if not arguments.question:
         return chat(model, corpus, options, arguments)

@@ -5,11 +5,13 @@ are others. Like every file of a command it imports what takes seconds inside it
 """
 
 import argparse
+import importlib.util
 import logging
 import os
 import sys
 from collections.abc import Callable
 
+MOST_BY_WORDS = 50_000  # documents; the index of words is made whole again after every change of the corpus
 DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
 
 
@@ -23,6 +25,24 @@ def add_model_options(parser: argparse.ArgumentParser, *, model: str, backbone: 
         help="of the backbone's weights; bfloat16 is faster on some machines, int8 and int4 take less memory; int4 "
         "and, on a GPU, int8 need bitsandbytes (default: float32 on CPU, else the backbone's)",
     )
+
+
+def add_hybrid_option(parser: argparse.ArgumentParser) -> None:
+    """How a corpus is searched, for `with_hybrid`."""
+    parser.add_argument(
+        "--hybrid",
+        action=argparse.BooleanOptionalAction,
+        help="rank by BM25 over the text as well as by the cosine (default: where bm25s and PyStemmer are installed, "
+        f"up to {MOST_BY_WORDS:,} documents)",
+    )
+
+
+def with_hybrid(corpus, hybrid: bool | None):
+    """The corpus, searched as `--hybrid` says or by default."""
+    if hybrid is None:
+        is_there = all(importlib.util.find_spec(name) for name in ("bm25s", "Stemmer"))
+        hybrid = is_there and len(corpus) <= MOST_BY_WORDS
+    return corpus.with_options(hybrid=hybrid)
 
 
 def weight_options(dtype: str | None) -> dict:

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 
-from .models import add_model_options, load_model_of
+from .models import add_hybrid_option, add_model_options, load_model_of, with_hybrid
 
 HOST, PORT = "127.0.0.1", 8000
 BACKLOG = 2048  # connections that wait, also while the model is loaded
@@ -22,6 +22,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument("corpus", help="folder or Hub id of a corpus")
     add_model_options(parser, model=" (default: the one that made the corpus)")
     parser.add_argument("--revision", help="branch, tag or commit of the corpus on the Hub")
+    add_hybrid_option(parser)
     parser.add_argument("--host", default=HOST, help=f"address to listen on (default: {HOST}, this machine only)")
     parser.add_argument("--port", type=int, default=PORT, help=f"default: {PORT}; 0 takes a free one")
     parser.add_argument(
@@ -89,6 +90,7 @@ def load(arguments: argparse.Namespace) -> tuple:
     from .. import CompressedCorpus
 
     corpus = CompressedCorpus.open(arguments.corpus, arguments.revision, **index_options(arguments))
+    corpus = with_hybrid(corpus, arguments.hybrid)
     return load_model_of(corpus, arguments.model, arguments.backbone, dtype=arguments.dtype), corpus
 
 

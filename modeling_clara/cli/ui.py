@@ -4,7 +4,7 @@ import argparse
 import json
 
 from .demo import PASSAGES, UNANSWERABLE
-from .models import add_model_options, load_model_of
+from .models import add_hybrid_option, add_model_options, load_model_of, with_hybrid
 
 N_EXAMPLES, LONGEST = 4, 60  # longer ones are cut on the page
 
@@ -15,6 +15,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument("corpus", help="folder or Hub id of a corpus")
     add_model_options(parser, model=" (default: the one that made the corpus)")
     parser.add_argument("--revision", help="branch, tag or commit of the corpus on the Hub")
+    add_hybrid_option(parser)
     parser.add_argument("--host", help="address to serve on (default: this machine only)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument(
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         ) from error
     corpus = CompressedCorpus.open(arguments.corpus, arguments.revision)
     model = load_model_of(corpus, arguments.model, arguments.backbone, dtype=arguments.dtype)
-    corpus = corpus.attach(model)
+    corpus = with_hybrid(corpus.attach(model), arguments.hybrid)
     name = arguments.corpus.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
     app = build_page(model, corpus, name=name, examples=arguments.example or example_questions(corpus))
 

@@ -12,7 +12,7 @@ class AskOptions:
 
     Attributes:
         where: JSON text of a filter.
-        hybrid: also rank by BM25 over the text.
+        hybrid: also rank by BM25 over the text; None as the corpus that is served does.
         temperature: 0 is greedy search.
         top_p: the share of probability that is sampled from.
         seed: of the sampling; with equal seeds an answer is the same.
@@ -27,7 +27,7 @@ class AskOptions:
     expand_below: float | None = None
     explain: bool = False
     where: str | None = None
-    hybrid: bool = False
+    hybrid: bool | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None

@@ -14,10 +14,11 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr  # noqa: E402
 
+from ..candidates_clara import least_score  # noqa: E402
 from . import page_html as show  # noqa: E402
 from .page_parts import CSS, LIVE, THEME, rate_plot, size_slider  # noqa: E402
 from .page_rate import read_rates  # noqa: E402
-from .page_session import Asked, Limits, Stopped, Visitors, ask, paraphrase  # noqa: E402
+from .page_session import Asked, Limits, Passage, Stopped, Visitors, ask, paraphrase  # noqa: E402
 
 OWN = "Your files"
 MAX_TOP_K = 10
@@ -118,12 +119,19 @@ class _Page:
             if asked is not None:
                 self._passages(asked)
 
+    def _least(self, asked: Asked, passage: Passage | None = None) -> float | None:
+        """The cosine at which the model answers from a passage, by default the nearest."""
+        if not asked.passages:
+            return None
+        passage = passage or max(asked.passages, key=lambda one: one.source.score)
+        return least_score(self.model.config, asked.question, passage.source)
+
     def _passages(self, asked: Asked) -> None:
         name = self.name if asked.corpus is self.corpus else OWN.lower()
-        gr.HTML(show.passages_html(asked, self.model.config.min_score, name), padding=True)
+        gr.HTML(show.passages_html(asked, self._least(asked), name), padding=True)
         for number, passage in enumerate(asked.passages, 1):
             with gr.Column(elem_classes="passage"):
-                gr.HTML(show.passage_html(number, passage, self.model.config.min_score))
+                gr.HTML(show.passage_html(number, passage, self._least(asked, passage)))
                 button = gr.Button(f"What does the memory of passage {number} say?", size="sm", scale=0)
                 said = gr.Textbox(label=f"Passage {number}, from its memory alone", visible=False, interactive=False)
 
@@ -222,7 +230,7 @@ class _Page:
         words = gr.HTML(show.words_html(words), visible=True)
         if answer.abstained:
             return {
-                self.told: show.message_html(*show.abstained_lines(asked, self.model.config.min_score)),
+                self.told: show.message_html(*show.abstained_lines(asked, self._least(asked))),
                 self.memory: show.NO_ANSWER,
                 self.text: show.NO_ANSWER,
                 self.words: words,

@@ -78,15 +78,15 @@ def picture_html(n_tokens: int, memory_size: int) -> str:
     )
 
 
-def abstained_lines(asked: "Asked", min_score: float | None) -> list[str]:
-    """That there is no answer, and why."""
+def abstained_lines(asked: "Asked", least: float | None) -> list[str]:
+    """That there is no answer, and why; `least` is the cosine that the nearest passage must have."""
     best = max((passage.source.score for passage in asked.passages), default=None)
     nearest = (
         "There is no passage"
         if best is None
         else f"The nearest passage has a similarity of {best:.3f} to the question"
     )
-    threshold = f"; below {min_score:.3f} this model does not answer" if min_score is not None else ""
+    threshold = f"; below {least:.3f} this model does not answer from it" if least is not None else ""
     return [f"Not answered. {nearest}{threshold}.", "The nearest passages stand below. Nothing was read."]
 
 
@@ -123,10 +123,10 @@ def without_overlap(before: str, text: str) -> str:
     return before[: len(before) - shared]
 
 
-def passages_html(asked: "Asked", min_score: float | None, name: str) -> str:
+def passages_html(asked: "Asked", least: float | None, name: str) -> str:
     """What stands above the passages, which come from the documents of this name."""
     title = "Nearest passages" if asked.answer.abstained else "Passages that were read"
-    line = "" if min_score is None else " The line across it is the least that one passage must have."
+    line = "" if least is None else " The line across it is the least that one passage must have."
     return (
         f"<h2>{title}, from {escaped(name)}</h2><p class='place'>The bar is the similarity of the question's vectors "
         f"and the passage's, at most 1.{line} What the vectors hold is marked; grey text belongs to the pieces beside "
@@ -134,7 +134,7 @@ def passages_html(asked: "Asked", min_score: float | None, name: str) -> str:
     )
 
 
-def passage_html(number: int, passage: "Passage", min_score: float | None) -> str:
+def passage_html(number: int, passage: "Passage", least: float | None) -> str:
     """A source with its bar, and its chunk marked in the text around it."""
     source, text = passage.source, passage.source.text
     before = without_overlap(passage.before, text)[-NEIGHBOUR:]
@@ -148,7 +148,7 @@ def passage_html(number: int, passage: "Passage", min_score: float | None) -> st
     read = "read as text" if source.read_as == "text" else f"read from {passage.n_vectors} vectors"
     return (
         f"<article class='clara-passage'><h3>{number}. {escaped(source.title or source.document_id)}</h3>"
-        f"{bar_html(source, min_score)}"
+        f"{bar_html(source, least)}"
         f"<p class='place'>{escaped(name_place(source))}{chunk} &middot; {passage.n_tokens:,} tokens &middot; "
         f"{read if passage.is_read else 'not read'}</p>"
         f"<p class='text'>{before}<mark>{_lines(text)}</mark>{after}</p></article>"
@@ -160,10 +160,10 @@ def _lines(text: str) -> str:
     return escaped(re.sub(r"\n\s*\n", "\n", text))
 
 
-def bar_html(source: "Source", min_score: float | None) -> str:
-    """The cosine as a bar from 0 to 1, with a tick at the threshold."""
+def bar_html(source: "Source", least: float | None) -> str:
+    """The cosine as a bar from 0 to 1, with a tick at what it must be at least."""
     width = 100 * min(max(source.score, 0), 1)
-    tick = f"<i style='left: {100 * min_score:.1f}%'></i>" if min_score is not None and 0 < min_score < 1 else ""
+    tick = f"<i style='left: {100 * least:.1f}%'></i>" if least is not None and 0 < least < 1 else ""
     return (
         f"<div class='score'><span class='bar' role='img' aria-label='similarity {source.score:.3f} of at most 1'>"
         f"<b style='width: {width:.1f}%'></b>{tick}</span><span>similarity {source.score:.3f}</span></div>"

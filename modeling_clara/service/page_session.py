@@ -267,7 +267,9 @@ class Visitors:
             options = {"codec": manifest.codec, "memory_size": manifest.memory_size}
             report(0, n_chunks)
             corpus = CompressedCorpus.build(watched, files, folder / "corpus", **options)
-            corpus.attach(self.model, fingerprint=manifest.fingerprint)
+            corpus = corpus.attach(self.model, fingerprint=manifest.fingerprint).with_options(
+                hybrid=self.corpus.hybrid
+            )
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

@@ -110,7 +110,9 @@ class Options(Body):
     )
     min_score: float | None = Field(None, description="abstain if no document has this cosine")
     where: dict[str, Any] | None = Field(None, description="a filter on metadata")
-    hybrid: bool = Field(False, description="also rank by BM25 over the text")
+    hybrid: bool | None = Field(
+        None, description="also rank by BM25 over the text; default: as the server was started"
+    )
 
 
 class Sampling(Options):
@@ -209,7 +211,7 @@ class SearchBody(Body):
     retrieval_memory_size: int | None = Field(None, ge=1)
     min_score: float | None = None
     where: dict[str, Any] | None = None
-    hybrid: bool = False
+    hybrid: bool | None = None
 
 
 class DocumentBody(Body):

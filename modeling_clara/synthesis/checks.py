@@ -11,7 +11,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from ..lexical_clara import SPACELESS, split_words
+from ..lexical_clara import split_words
+from ..text_clara import SPACELESS
 from . import features
 from .features import names_about, words
 from .leakage import LeakageGuard

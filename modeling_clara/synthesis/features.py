@@ -9,7 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from ..lexical_clara import NO_SPACES, SPACELESS
+from ..text_clara import NO_SPACES, SPACELESS
 
 CACHED = 1024  # texts whose features are remembered: a document is compared with all of its pairs
 ACCENTS = re.compile("[\u0300-\u036f]")

@@ -53,17 +53,17 @@ def trade_off(
     return rows
 
 
-def signals(cosines: Sequence[Sequence[float]]) -> dict[str, list[float]]:
-    """Two scores a question out of the cosines of all its candidates.
+def signals(sources: Sequence[Sequence[tuple[float, float]]], overlap_weight: float) -> dict[str, list[float]]:
+    """Two scores a question out of (cosine, `word_overlap`) of each source that would be read.
 
-    `cosine` is that of the best, which `min_score` compares; `deviations` is how many standard deviations it lies
-    above the mean of all, 0 if all are equal.
+    `cosine` is the largest, `with words` the largest sum of cosine and weighted overlap, which a model's `min_score`
+    and `overlap_weight` compare.
 
-    >>> signals([[0.5, 0.1, 0.3, 0.1]])["deviations"][0].__round__(3)
-    1.508
+    >>> signals([[(0.5, 0.0), (0.4, 1.0)]], 0.2)
+    {'cosine': [0.5], 'with words': [0.6000000000000001]}
     """
-    values = [np.asarray(row, dtype=np.float64) for row in cosines]
+    weights = {"cosine": 0.0, "with words": overlap_weight}
     return {
-        "cosine": [float(row.max()) for row in values],
-        "deviations": [float((row.max() - row.mean()) / row.std()) if row.std() > 1e-9 else 0.0 for row in values],
+        name: [max(cosine + weight * overlap for cosine, overlap in row) for row in sources]
+        for name, weight in weights.items()
     }

@@ -1,10 +1,12 @@
-"""Chooses the cosine below which a model does not answer: `min_score` of its config.json.
+"""Chooses below which cosine a model does not answer: `min_score` and `overlap_weight` of its config.json.
 
     python -m recipes.evaluation.calibrate MODEL --data ANSWERABLE... --unanswerable FILE... [--write]
 
 Asks answerable questions, whose candidates contain the gold documents, and two kinds that cannot be answered: those of
 `--unanswerable` (rows with `answers: []`) beside their passages, and the answerable ones beside other documents. All
 have the same number of candidates, because the best of many is nearer than the best of few. It reads no answers.
+
+A document with words of the question needs less of a cosine, by `--overlap-weight` with all of them.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from pathlib import Path
 from modeling_clara import CLaRaForRAG
 from modeling_clara.cli.console import allow_any_console
 from modeling_clara.storage_clara import replacing, write_json
+from modeling_clara.text_clara import word_overlap
 from recipes.evaluation.abstention import LOSSES, area_under_curve, signals, trade_off
 from recipes.evaluation.formats import Question
 from recipes.evaluation.questions import HALVES, EvaluationData, read_data
@@ -27,6 +30,7 @@ from recipes.evaluation.report import CALIBRATION_FILE, table
 from recipes.evaluation.spans import Spans, compress_documents, open_memories
 
 ANSWERABLE, SAME, OTHER = "answerable", "same subject", "other documents"
+OVERLAP_WEIGHT = 0.4  # docs/experiments.md, "Words of the question in its document"
 Asked = list[tuple[str, list[str]]]  # questions, each with the ids of its documents
 
 
@@ -53,8 +57,8 @@ def with_others(asked: Asked, names: Sequence[str], seed: int = 0) -> Asked:
     return found
 
 
-def measure(model: CLaRaForRAG, documents: Mapping[str, Mapping], asked: Asked) -> list[list[float]]:
-    """For each question the cosines of its documents, best first, each by its best chunk."""
+def measure(model: CLaRaForRAG, documents: Mapping[str, Mapping], asked: Asked) -> list[list[tuple[float, float]]]:
+    """For each question (cosine, `word_overlap`) of the chunks that would be read, best first."""
     needed = {name for _, names in asked for name in names}
     documents = {name: document for name, document in documents.items() if name in needed}
     queries = model.encode_queries([text for text, _ in asked], memory_size=model.config.retrieval_memory_size).cpu()
@@ -62,8 +66,11 @@ def measure(model: CLaRaForRAG, documents: Mapping[str, Mapping], asked: Asked) 
         compress_documents(model, documents, Path(folder))
         spans = open_memories(model, Path(folder), "float16", len(documents))
         return [
-            [cosine for _, cosine in spans.cosines(query, spans.rows_of(names), len(names))]
-            for query, (_, names) in zip(queries, asked, strict=True)
+            [
+                (cosine, word_overlap(text, f"{spans.titles[row]} {spans.texts[row]}"))
+                for row, cosine in spans.cosines(query, spans.rows_of(names), model.config.retrieval_top_k)
+            ]
+            for query, (text, names) in zip(queries, asked, strict=True)
         ]
 
 
@@ -84,23 +91,23 @@ def read_questions(path: str, arguments: argparse.Namespace, answerable: bool) -
     return data, kept
 
 
-def score_files(model: CLaRaForRAG, arguments: argparse.Namespace) -> dict[str, list[list[float]]]:
-    """Kind of question -> for each question the cosines of its candidates; kinds without questions are left out."""
+def score_files(model: CLaRaForRAG, arguments: argparse.Namespace) -> dict[str, list[list[tuple[float, float]]]]:
+    """Kind of question -> what `measure` found for each question; kinds without questions are left out."""
     kinds = defaultdict(list)
     paths = [(path, True) for path in arguments.data] + [(path, False) for path in arguments.unanswerable]
     for path, answerable in paths:
         data, questions = read_questions(path, arguments, answerable)
         asked = with_candidates(model, data, questions, arguments.num_candidates)
         others = with_others(asked, list(data.documents)) if answerable else []
-        cosines = measure(model, data.documents, asked + others)
-        kinds[ANSWERABLE if answerable else SAME] += cosines[: len(asked)]
-        kinds[OTHER] += cosines[len(asked) :]
+        found = measure(model, data.documents, asked + others)
+        kinds[ANSWERABLE if answerable else SAME] += found[: len(asked)]
+        kinds[OTHER] += found[len(asked) :]
     return {kind: kinds[kind] for kind in (ANSWERABLE, SAME, OTHER) if kinds[kind]}
 
 
-def report(cosines: Mapping[str, list[list[float]]], max_loss: float) -> tuple[str, dict]:
-    """Tables of both signals, and the row of the cosine for `max_loss` with its areas under the curve."""
-    found = {kind: signals(rows) for kind, rows in cosines.items()}
+def report(measured: Mapping[str, list], max_loss: float, overlap_weight: float) -> tuple[str, dict]:
+    """Tables of both signals, and the row of the second for `max_loss` with its areas under the curve."""
+    found = {kind: signals(rows, overlap_weight) for kind, rows in measured.items()}
     parts, chosen = [], {}
     for name, answerable in found[ANSWERABLE].items():
         unanswerable = {kind: scores[name] for kind, scores in found.items() if kind != ANSWERABLE}
@@ -114,16 +121,17 @@ def report(cosines: Mapping[str, list[list[float]]], max_loss: float) -> tuple[s
         header = [name, f"lost of {len(answerable)}"]
         header += [f"refused of {len(scores)}, {kind}" for kind, scores in unanswerable.items()]
         parts.append(table(header, cells))
-        if name == "cosine":
-            row = next(row for row in rows if row["max_loss"] == max_loss)
-            chosen = {"min_score": row["threshold"], **{key: row[key] for key in ("max_loss", "lost", "refused")}}
-            chosen |= {"area_under_curve": areas, "questions": {kind: len(rows) for kind, rows in cosines.items()}}
+        row = next(row for row in rows if row["max_loss"] == max_loss)
+        chosen = {"min_score": row["threshold"], "overlap_weight": overlap_weight}
+        chosen |= {key: row[key] for key in ("max_loss", "lost", "refused")}
+        chosen |= {"area_under_curve": areas, "questions": {kind: len(rows) for kind, rows in measured.items()}}
     return "\n\n".join(parts), chosen
 
 
 def write(folder: Path, chosen: Mapping) -> None:
-    """Put the threshold into config.json, and how it was chosen beside it."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"min_score": chosen["min_score"]}
+    """Put threshold and weight into config.json, and how they were chosen beside it."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {name: chosen[name] for name in ("min_score", "overlap_weight")}
     with replacing(folder / "config.json") as partial:  # as transformers writes it
         partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_json(folder / CALIBRATION_FILE, dict(chosen))
@@ -137,6 +145,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", nargs="+", required=True, help="files of answerable questions with gold documents")
     parser.add_argument("--unanswerable", nargs="+", default=[], help="files with rows whose `answers` are []")
     parser.add_argument("--max-loss", type=float, default=0.05, help="share that may be lost (default: 0.05)")
+    parser.add_argument(
+        "--overlap-weight",
+        type=float,
+        default=OVERLAP_WEIGHT,
+        help=f"cosine that words of the question stand for, 0 to 1 (default: {OVERLAP_WEIGHT}; 0: none)",
+    )
     parser.add_argument("--num-candidates", type=int, default=20, help="documents of a question (default: 20)")
     parser.add_argument("--half", choices=HALVES, help="of the questions, as in recipes.evaluate")
     parser.add_argument("--limit", type=int, help="first questions of every file only")
@@ -146,10 +160,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not 0 <= arguments.max_loss < 1:
             raise ValueError(f"--max-loss must be from 0 to below 1, got {arguments.max_loss}. Correct it.")
+        if not 0 <= arguments.overlap_weight <= 1:
+            raise ValueError(f"--overlap-weight must be from 0 to 1, got {arguments.overlap_weight}. Correct it.")
         if arguments.write and not (Path(arguments.model) / "config.json").exists():
             raise ValueError(f"--write needs a checkpoint in a folder, got {arguments.model}. Download it first.")
         model = CLaRaForRAG.from_pretrained(arguments.model, backbone=arguments.backbone)
-        text, chosen = report(score_files(model, arguments), arguments.max_loss)
+        text, chosen = report(score_files(model, arguments), arguments.max_loss, arguments.overlap_weight)
         print(f"{text}\n\nmin_score {chosen['min_score']} loses {chosen['lost']:.1%} of the answerable questions.")
         chosen |= {name: [Path(path).name for path in getattr(arguments, name)] for name in ("data", "unanswerable")}
         chosen |= {"half": arguments.half, "num_candidates": arguments.num_candidates}

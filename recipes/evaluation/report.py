@@ -159,9 +159,11 @@ def calibration_text(calibration: Mapping) -> str:
     refused = ", ".join(
         f"{share:.1%} of {questions[kind]:,} ({kind})" for kind, share in calibration["refused"].items()
     )
+    weight = calibration.get("overlap_weight")
+    words = f", less up to {weight} for the words of the question that it has (`overlap_weight`)" if weight else ""
     return (
         f"The model does not answer where no document has a cosine of {calibration['min_score']} (`min_score`; -1 "
-        f"switches it off). Of questions that their documents do not answer this refuses {refused}; of "
+        f"switches it off){words}. Of questions that their documents do not answer this refuses {refused}; of "
         f"{questions['answerable']:,} answerable ones it loses {calibration['lost']:.1%} "
         f"({', '.join(map(_escape, data))}{half}; {calibration['num_candidates']} candidates each)."
     )

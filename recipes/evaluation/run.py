@@ -92,7 +92,7 @@ def predict_batch(bench: Bench, system: System, tasks: Sequence[Task]) -> list[d
 def _predict(bench: Bench, system: System, tasks: Sequence[Task]) -> list[dict]:
     clock = Clock()
     hits = retrieve(bench, system, tasks, clock)
-    chosen = [rows_to_read(bench, system, row) for row in hits]
+    chosen = [rows_to_read(bench, system, task, row) for task, row in zip(tasks, hits, strict=True)]
     answers = [("", None, 0)] * len(tasks)
     reading = [number for number, rows in enumerate(chosen) if rows or system.retriever is None]
     if reading:

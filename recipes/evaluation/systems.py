@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from transformers.generation import BaseStreamer
 
 from modeling_clara import CLaRaForRAG
+from modeling_clara.candidates_clara import least_score
 from modeling_clara.generation_clara import eval_mode, write_answers
 from modeling_clara.reading_clara import Reading, prepare_readings
 from recipes.evaluation.rankers import Bm25Ranker, DenseRanker, HybridRanker
@@ -113,7 +114,7 @@ class Bench:
     memory_size: int  # k that is read
     retrieval_memory_size: int  # k that is compared
     max_new_tokens: int = 64
-    min_score: float | None = None  # as in a model's config.json: below this cosine nothing is read
+    min_score: float | None = None  # instead of that in the model's config.json
     dense: str | None = None  # encoder of the dense baseline
     text_reader: CLaRaForRAG | None = None  # whose generator was trained on texts, for the reader "tuned_text"
     expand: int = 1  # spans that the reader "memory_and_text" reads as text, the best first
@@ -192,14 +193,18 @@ def wrong_rows(bench: Bench, task: Task) -> list[int]:
     raise ValueError("the control needs documents that are not gold, found none. Leave out 'wrong_memory'.")
 
 
-def rows_to_read(bench: Bench, system: System, hits: Hits) -> list[int]:
-    """Rows of the documents that are read, best first; none if no cosine reaches `min_score`.
+def rows_to_read(bench: Bench, system: System, task: Task, hits: Hits) -> list[int]:
+    """Rows of the documents that are read, best first; none if the model would abstain with this `min_score`.
 
     Of retrievers without a cosine `min_score` asks nothing. If one document reaches it, all are read.
     """
+
+    def least(row: int) -> float:
+        return least_score(bench.model.config, task.question.text, bench.spans.source(row), bench.min_score)
+
     chosen = hits if bench.read_all else hits[: bench.top_k]
     asks = bench.min_score not in (None, -1) and system.retriever in COMPARING and not bench.read_all
-    if asks and all(score < bench.min_score for _, score in chosen):
+    if asks and all(score < least(row) for row, score in chosen):
         return []
     return [row for row, _ in chosen]
 
@@ -253,7 +258,7 @@ def time_one(bench: Bench, system: System, task: Task) -> dict[str, float]:
     """Milliseconds of one question alone, from stored memories: query, search, read (to the first token), decode."""
     clock = Clock()
     (hits,) = retrieve(bench, system, [task], clock)
-    rows = rows_to_read(bench, system, hits)
+    rows = rows_to_read(bench, system, task, hits)
     read(bench, system, [task], [rows], clock, streamer=_FirstToken(clock))
     seconds = clock.seconds
     seconds["read"] = seconds.pop("prepare") + seconds.get("read", 0.0)

@@ -110,11 +110,12 @@ class CLaRaTrainer(Trainer):
         """The inputs of `forward`: the prompts of this step's k, the counts, everything on the device."""
         gold = inputs.get("gold_documents")
         inputs = super()._prepare_inputs({name: value for name, value in inputs.items() if name != "gold_documents"})
-        sizes = self.unwrapped.config.memory_sizes
-        size = sizes[-1]
+        config = self.unwrapped.config
+        size = config.memory_sizes[-1] if self.stage.generates else config.retrieval_memory_size
         if self.model.training:
-            drawn = self.args.train_memory_sizes or sizes
-            size = memory_size_of_step(drawn, self.args.seed, self.state.global_step)
+            if self.stage.generates:
+                drawn = self.args.train_memory_sizes or config.memory_sizes
+                size = memory_size_of_step(drawn, self.args.seed, self.state.global_step)
             inputs["num_samples_in_batch"] = self._n_samples
         inputs |= inputs.pop("prompts", {}).get(size, {}) | {"memory_size": size}
         if gold is not None:

@@ -68,7 +68,7 @@ def test_a_pipe_is_answered_line_by_line_as_single_calls_are(corpus, shared_mode
     status, out, err = ask(monkeypatch, capsys, lines, *options, "--json")
     rows = [json.loads(line) for line in out.splitlines()]
     assert status == 0 and [row["question"] for row in rows] == questions and PROMPT not in out + err
-    opened = shared_model.load_corpus(corpus)
+    opened = shared_model.load_corpus(corpus).with_options(hybrid=True)
     given = {"max_new_tokens": 8, "expand": 1, "expand_below": float(below[1]) if below else None}
     for row, answer in zip(rows, shared_model.answer(questions, corpus=opened, **given), strict=True):
         assert (row["answer"], row["prompt_tokens"]) == (answer.text, answer.prompt_tokens)

@@ -1,6 +1,7 @@
 """`clara compress`, `ask`, `info`, `convert`: a folder becomes a corpus and answers; errors are one line, status 1."""
 
 import argparse
+import importlib.util
 import io
 import json
 import sys
@@ -98,6 +99,29 @@ def test_columns_by_name_and_any_console_takes_any_title(checkpoint, tmp_path, c
     assert answer["sources"][0]["title"] == "東京" and answer["question"] == question
 
 
+def test_ask_goes_by_words_as_well_unless_told_otherwise(built, shared_model, capsys, monkeypatch):
+    """By default only where bm25s is installed; who asks for it without gets the remedy."""
+    question, corpus = "And of France?", shared_model.load_corpus(built)
+    orders = [
+        [source.document_id for source in shared_model.retrieve([question], corpus=corpus.with_options(hybrid=way))[0]]
+        for way in (True, False)
+    ]
+    assert orders[0] != orders[1]
+
+    def order(*options: str) -> list[str]:
+        report = run(capsys, "ask", str(built), question, "--max-new-tokens", "1", *options)
+        return [source["document_id"] for source in report["answers"][0]["sources"]]
+
+    assert [order(), order("--hybrid"), order("--no-hybrid")] == [orders[0], orders[0], orders[1]]
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "bm25s" else find(name))
+    monkeypatch.setattr("modeling_clara.lexical_clara.bm25s", None)
+    assert order() == orders[1]
+    capsys.readouterr()
+    assert cli.main(["ask", str(built), question, "--hybrid", "--json"]) == 1
+    assert "BM25 needs bm25s and PyStemmer: pip install" in json.loads(capsys.readouterr().out)["problem"]
+
+
 def test_ask_filters_and_abstains(built, capsys):
     def first(*options: str) -> dict:
         return run(capsys, "ask", str(built), "What is the capital of Italy?", *options)["answers"][0]
@@ -112,7 +136,7 @@ def test_ask_answers_from_the_corpus_and_says_what_was_read_as_text(built, share
     """As JSON and printed: how each source was read, the tokens of each prompt, the time of the call."""
     questions = ["What is the capital of Italy?", "And of France?"]
     options = ["ask", str(built), *questions, "--max-new-tokens", "4", "--expand", str(expand)]
-    report, corpus = run(capsys, *options), shared_model.load_corpus(built)
+    report, corpus = run(capsys, *options), shared_model.load_corpus(built).with_options(hybrid=True)
     expected = shared_model.answer(questions, corpus=corpus, max_new_tokens=4, expand=expand)
     as_read = (["text"] * expand + ["memory"] * 2)[:2]
     for question, row, answer in zip(questions, report["answers"], expected, strict=True):
@@ -137,7 +161,8 @@ def test_ask_answers_from_the_corpus_and_says_what_was_read_as_text(built, share
 )
 def test_by_default_the_text_is_read_where_memory_is_unsure(built, shared_model, capsys, monkeypatch, options, below):
     """With the suggested confidence, here the one between those of two questions, or with a given one."""
-    questions, corpus = ["What is the capital of Italy?", "And of France?"], shared_model.load_corpus(built)
+    questions = ["What is the capital of Italy?", "And of France?"]
+    corpus = shared_model.load_corpus(built).with_options(hybrid=True)
     sure = [answer.confidence for answer in shared_model.answer(questions, corpus=corpus, max_new_tokens=4)]
     monkeypatch.setattr("modeling_clara.cli.ask.UNSURE", sum(sure) / 2)
     rows = run(capsys, "ask", str(built), *questions, "--max-new-tokens", "4", *options)["answers"]

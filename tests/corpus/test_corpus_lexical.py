@@ -70,17 +70,17 @@ def test_both_orders_are_fused_by_reciprocal_rank(shared_model, queries, tmp_pat
         questions = ["Number7 and number1200", "NUMBER3?", "Number4 Number5 Number6", "number99"]
     corpus = CompressedCorpus.build(shared_model, documents, tmp_path / "corpus", shard_size=400)
     dense = [[row[0] for row in rows] for rows in ranking(corpus, queries, 100)]
-    found = corpus.search(queries, 20, hybrid=True, questions=questions)
+    found = corpus.search(queries, 20, hybrid="ranks", questions=questions)
     for hits, by_memory, question in zip(found, dense, questions, strict=True):
         assert len(hits) == 20
         assert_fused(hits, fused_order(by_memory, words_scores(documents, question)))
-    view = corpus.with_options(hybrid=True)
+    view = corpus.with_options(hybrid="ranks")
     assert ids(view.search(queries, 20, questions=questions)) == ids(found)
     assert ids(view.search(queries, 20, questions=questions, hybrid=False)) == [row[:20] for row in dense]
     again = CompressedCorpus.open(tmp_path / "corpus").search(queries, 20, hybrid="ranks", questions=questions)
     assert ids(again) == ids(found)
     if n < 1000:  # a short shortlist limits both orders
-        found = corpus.search(queries, 4, hybrid=True, questions=questions, shortlist=10)
+        found = corpus.search(queries, 4, hybrid="ranks", questions=questions, shortlist=10)
         for hits, by_memory, question in zip(found, dense, questions, strict=True):
             assert_fused(hits, fused_order(by_memory, words_scores(documents, question), depth=10))
 
@@ -90,6 +90,7 @@ def test_scores_are_fused_over_what_both_have_found(shared_model, queries, tmp_p
     documents = make_texts(60)
     corpus = CompressedCorpus.build(shared_model, documents, tmp_path / "corpus")
     found = corpus.with_options(hybrid="scores").search(queries, 60, questions=QUESTIONS)
+    assert ids(corpus.search(queries, 60, questions=QUESTIONS, hybrid=True)) == ids(found)
     for hits, dense, question in zip(found, ranking(corpus, queries, 60), QUESTIONS, strict=True):
         names, cosines = [row[0] for row in dense], np.array([row[2] for row in dense])
         words = words_scores(documents, question)
@@ -100,7 +101,7 @@ def test_scores_are_fused_over_what_both_have_found(shared_model, queries, tmp_p
         assert [*map(expected.get, found_names)] == pytest.approx(sorted(fused, reverse=True), abs=1e-5)
         assert [hit["score"] for hit in hits] == pytest.approx([*map(scores.get, found_names)], abs=1e-5)
     for call in (lambda: corpus.with_options(hybrid="rank"), lambda: corpus.search(queries, 9, hybrid="rank")):
-        with pytest.raises(ValueError, match="`hybrid` must be True, False, 'ranks' or 'scores', got 'rank'"):
+        with pytest.raises(ValueError, match="`hybrid` must be True, False, 'scores' or 'ranks', got 'rank'"):
             call()
 
 
@@ -155,7 +156,7 @@ def test_equal_words_tie_to_the_lower_row(shared_model, queries, tmp_path):
     documents = [{**document, "text": "the same"} for document in make_documents(900)]
     corpus = CompressedCorpus.build(shared_model, documents, tmp_path / "corpus")
     (best,) = ids(corpus.search(queries[:1], 10, shortlist=10))
-    (hits,) = corpus.search(queries[:1], 10, hybrid=True, questions=["same"], shortlist=10)
+    (hits,) = corpus.search(queries[:1], 10, hybrid="ranks", questions=["same"], shortlist=10)
     assert_fused(hits, fused_order(best, [f"d{row}" for row in range(10)], depth=10))
 
 
@@ -181,7 +182,7 @@ def test_fused_ranks():
     cosines = {4: 0.5, 3: 0.5, 9: 0.6, 1: 0.1}
     assert fuse([9, 3, 4, 1], {}, cosines, "scores") == [9, 3, 4, 1]  # ties go to the lower item
     assert fuse([9, 3, 4, 1], {1: 3.0}, cosines, "scores") == [1, 9, 3, 4]
-    assert fuse([9, 3], {1: 3.0, 4: 2.0}, cosines) == [9, 1, 3, 4]  # equal ranks: the larger cosine
+    assert fuse([9, 3], {1: 3.0, 4: 2.0}, cosines, "ranks") == [9, 1, 3, 4]  # equal ranks: the larger cosine
     assert fuse_ranks([]) == {} and fuse_ranks([[], []]) == {}
     assert fuse_ranks([["a", "b"], ["b"]]) == pytest.approx({"a": 1 / 61, "b": 1 / 62 + 1 / 61})
     both, one = fuse_ranks([[1, 2], [3, 1]]), fuse_ranks([[1]])

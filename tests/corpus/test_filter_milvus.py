@@ -104,7 +104,7 @@ def test_the_command_line_compares_days(shared_model, tmp_path, capsys):
     rows = [{**row, "text": "Otto lives in Lima."} for row in make_typed(40)]
     corpus = CompressedCorpus.build(shared_model, rows, tmp_path / "corpus", metadata=TYPES)
     for where in ({"day": {"$gte": "2021-01-20"}}, {"tags": "sport"}, {"price": {"$lt": 0.3}}):
-        command = ["ask", str(corpus.folder), "Where?", "--model", str(checkpoint), "--json", "--expand", "0"]
+        command = ["ask", str(corpus.folder), "Where?", "--model", str(checkpoint), "--json"]
         capsys.readouterr()
         assert main([*command, "--where", json.dumps(where), "--max-new-tokens", "1", "--top-k", "2"]) == 0
         (answer,) = json.loads(capsys.readouterr().out)["answers"]

@@ -8,6 +8,7 @@ import pytest
 from evaluation_runs import CAPITALS, PLACES, write_rows
 
 from modeling_clara import CLaRaForRAG
+from modeling_clara.text_clara import word_overlap
 from recipes.evaluation import abstention, calibrate
 from recipes.evaluation.abstention import area_under_curve, share_below, signals, threshold_at, trade_off
 
@@ -48,9 +49,9 @@ def test_area_under_the_curve():
 
 
 def test_signals_of_a_question():
-    found = signals([[0.2, 0.8, 0.2, 0.2, 0.2], [0.4], [0.3, 0.3]])
-    assert found["cosine"] == [0.8, 0.4, 0.3]
-    assert found["deviations"] == pytest.approx([2.0, 0.0, 0.0])  # (0.8 - 0.32) / 0.24
+    found = signals([[(0.2, 1.0), (0.5, 0.5)], [(0.4, 0.0)]], 0.5)
+    assert found == {"cosine": [0.5, 0.4], "with words": [0.75, 0.4]}
+    assert signals([[(0.2, 1.0), (0.5, 0.5)]], 0.9)["with words"] == [pytest.approx(1.1)]  # of another source
 
 
 @pytest.fixture
@@ -70,19 +71,20 @@ def files(tmp_path) -> list[str]:
 
 
 def test_a_checkpoint_is_calibrated(checkpoint_copy, shared_model, files, capsys):
-    """The command's threshold is that of the cosines which `retrieve` gives, and the checkpoint answers by it."""
+    """The command's threshold is that of the sources which `retrieve` gives, and the checkpoint answers by it."""
     options = [str(checkpoint_copy), *files, "--num-candidates", "4", "--max-loss", "0.25"]
     config = checkpoint_copy / "config.json"
     before = config.read_bytes()
     assert calibrate.main(options) == 0
     printed = capsys.readouterr().out
     assert "| cosine | lost of 12 | refused of 5, same subject | refused of 12, other documents |" in printed
-    assert "| deviations |" in printed and printed.count("| AUC |") == 2 and config.read_bytes() == before
+    assert "| with words |" in printed and printed.count("| AUC |") == 2 and config.read_bytes() == before
     assert calibrate.main([*options, "--write"]) == 0
     chosen = json.loads((checkpoint_copy / "calibration.json").read_text())
     assert chosen["questions"] == {"answerable": 12, "same subject": 5, "other documents": 12}
     assert chosen["max_loss"] == 0.25 and chosen["lost"] == 0.25 and chosen["data"] == ["capitals.jsonl"]
-    assert json.loads(config.read_bytes()) == {**json.loads(before), "min_score": chosen["min_score"]}
+    written = {"min_score": chosen["min_score"], "overlap_weight": 0.4}
+    assert json.loads(config.read_bytes()) == {**json.loads(before), **written}
 
     data, kept = calibrate.read_questions(files[1], argparse.Namespace(half=None, limit=None), answerable=True)
     asked = calibrate.with_candidates(shared_model, data, kept, 4)
@@ -90,11 +92,17 @@ def test_a_checkpoint_is_calibrated(checkpoint_copy, shared_model, files, capsys
         assert len(set(names)) == 4 and {*question.gold, *question.candidates} <= {*names}
     texts = [text for text, _ in asked]
     documents = [[data.documents[name] for name in names] for _, names in asked]
-    best = [ranked[0].score for ranked in shared_model.retrieve(texts, documents=documents, top_k=1)]
+    best = [
+        max(source.score + 0.4 * word_overlap(text, source.text) for source in sources)
+        for text, sources in zip(texts, shared_model.retrieve(texts, documents=documents), strict=True)
+    ]
     assert chosen["min_score"] == pytest.approx(sorted(best)[3], abs=2e-3)  # float16 memories, four digits
     loaded = CLaRaForRAG.from_pretrained(checkpoint_copy)
     refused = [answer.abstained for answer in loaded.answer(texts, documents=documents, max_new_tokens=1)]
-    assert refused == [score < chosen["min_score"] for score in best]
+    assert refused == [score < chosen["min_score"] for score in best] and 0 < sum(refused) < len(refused)
+    assert calibrate.main([*options, "--write", "--overlap-weight", "0"]) == 0
+    alone = json.loads(config.read_bytes())
+    assert alone["overlap_weight"] == 0.0 and alone["min_score"] < chosen["min_score"]
 
 
 def test_training_starts_without_the_threshold_of_its_checkpoint(checkpoint_copy, build):
@@ -118,6 +126,7 @@ def test_errors_and_files_without_the_wanted_questions(checkpoint, files, capsys
     swapped = [*files[:2], "--unanswerable", files[1], "--limit", "2"]
     for model, options, message in (
         ("org/nowhere", [*files, "--max-loss", "1"], "--max-loss must be from 0 to below 1, got 1.0"),
+        ("org/nowhere", [*files, "--overlap-weight", "nan"], "--overlap-weight must be from 0 to 1, got nan"),
         ("org/nowhere", [*files, "--write", "--limit", "1"], "--write needs a checkpoint in a folder"),
         (str(checkpoint), swapped, "must have questions with `answers: []` and documents"),
     ):

@@ -78,7 +78,7 @@ def test_the_text_reader_reads_the_retrieved_texts_in_its_own_prompt(bench, text
     hits = retrieve(bench, SYSTEMS[name], tasks, Clock())
     tuned, plainly = predict(bench, name, tasks), predict(bench, plain, tasks)
     for task, mine, row, other in zip(tasks, hits, tuned, plainly, strict=True):
-        texts = [bench.spans.document(row) for row in rows_to_read(bench, SYSTEMS[name], mine)]
+        texts = [bench.spans.document(row) for row in rows_to_read(bench, SYSTEMS[name], task, mine)]
         answer = generate(text_reader, task.question.text, texts, "generator")
         assert (row["prediction"] or "") == answer and (row["failure"] is None) == bool(answer)
         prompt = text_reader.processor.build_prompt(task.question.text, 0, 4, text_documents=texts)

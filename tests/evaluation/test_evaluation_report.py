@@ -246,6 +246,10 @@ def test_the_card_says_what_the_threshold_of_a_model_refuses(folder):
     calibration |= {"data": ["hotpotqa.jsonl"], "unanswerable": ["squad2.jsonl"]}
     text = report.calibration_text(calibration)
     assert "cosine of 0.4312" in text and "31.0% of 435 (same subject)" in text and "1,200 answerable" in text
+    assert "`overlap_weight`" not in text  # measured without words, or before there were some
+    calibration["overlap_weight"] = 0.25
+    text = report.calibration_text(calibration)
+    assert "less up to 0.25 for" in text
     assert "loses 4.5% (hotpotqa.jsonl, squad2.jsonl, first half; 20 candidates each)" in text
     update_card(folder, [valid_results()])
     assert "0.4312" not in (folder / "README.md").read_text()

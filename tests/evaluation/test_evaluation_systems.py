@@ -11,6 +11,7 @@ import torch
 from evaluation_runs import assert_same
 from evaluation_systems import DOCUMENTS, N_TOKENS, PLACES, generate, make_data, nothing, predict, stored, text_of
 
+from modeling_clara.text_clara import word_overlap
 from recipes.evaluation.evaluation import weights_digest
 from recipes.evaluation.formats import Question
 from recipes.evaluation.systems import SYSTEMS, Clock, read, retrieve, rows_to_read, span_bytes, time_one, wrong_rows
@@ -97,7 +98,7 @@ def test_text_reads_the_texts_that_clara_retrieved(bench, tasks):
     for task, mine, other, found in zip(tasks, memory, text, hits, strict=True):
         for key in ("retrieved", "scores", "read"):
             assert mine[key] == other[key]
-        rows = rows_to_read(bench, SYSTEMS["text"], found)
+        rows = rows_to_read(bench, SYSTEMS["text"], task, found)
         chosen = [bench.spans.document(number) for number in rows]
         assert [bench.spans.document_ids[number] for number in rows] == other["read"]
         assert (other["prediction"] or "") == generate(bench.model, task.question.text, chosen, None)
@@ -226,17 +227,24 @@ def test_min_score_abstains(bench, tasks):
                 assert row["prediction"] == (None if row["abstained"] else free["prediction"])
 
 
-def test_min_score_means_what_it_means_in_the_config_of_a_model(bench, tasks, model):
+@pytest.mark.parametrize("weight, top_k", [(0.0, 2), (0.5, 1)])
+def test_min_score_means_what_it_means_in_the_config_of_a_model(bench, tasks, model, weight, top_k, monkeypatch):
     """The same questions are refused, and documents of a lower cosine are read beside one that reaches it."""
-    best = [row["scores"][0] for row in predict(bench, "clara", tasks)]
+    best = [
+        score + weight * word_overlap(task.question.text, bench.spans.texts[row])
+        for task, found in zip(tasks, predict(bench, "clara", tasks), strict=True)
+        for row, score in [(bench.spans.rows_of([found["retrieved"][0]])[0], found["scores"][0])]
+    ]
     bench.min_score = model.config.min_score = float(np.median(best)) + 1e-5
+    bench.top_k, model.config.overlap_weight = top_k, weight
+    monkeypatch.setattr(bench.model.config, "overlap_weight", weight)
     model.config.retrieval_memory_size = bench.retrieval_memory_size
     rows = predict(bench, "clara", tasks)
     for task, row in zip(tasks, rows, strict=True):
         given = stored(bench.spans, bench.spans.rows_of(task.candidates))
-        (answer,) = model.answer([task.question.text], documents=given, top_k=2, max_new_tokens=1)
+        (answer,) = model.answer([task.question.text], documents=given, top_k=top_k, max_new_tokens=1)
         assert answer.abstained == row["abstained"]
-        assert len(answer.sources) == len(row["read"]) == (0 if row["abstained"] else 2)
+        assert len(answer.sources) == len(row["read"]) == (0 if row["abstained"] else top_k)
     assert 0 < sum(row["abstained"] for row in rows) < len(rows)
 
 

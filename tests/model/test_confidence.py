@@ -82,6 +82,19 @@ def test_a_stream_of_both_readings_is_the_answer(shared_model, expand_below):
     assert "".join(pieces).strip() == answer.text and (len(pieces) == 1) == (expand_below == NEVER)
 
 
+def test_what_does_not_fit_with_its_text_is_read_from_memory(shared_model):
+    documents = [" ".join(["Seine"] * 50)] * 12
+    options = {"documents": documents, "top_k": 12, "max_new_tokens": 4}
+    with pytest.raises(ValueError, match="window of 512"):
+        shared_model.answer(["q"], expand=12, **options)
+    unsure = {"expand": 12, "expand_below": ALWAYS, **options}
+    (from_memory,) = shared_model.answer(["q"], **options)
+    assert shared_model.answer(["q"], **unsure) == [from_memory]
+    assert read_stream(shared_model.stream("q", **unsure))[1] == from_memory
+    with pytest.raises(ValueError, match="window of 512"):  # the memories themselves have to fit
+        shared_model.answer(["q"], **{**unsure, "max_new_tokens": 500})
+
+
 @pytest.mark.parametrize("call", ["answer", "stream"])
 def test_a_question_without_sources_is_not_read_at_all(shared_model, call):
     options = {"documents": DOCUMENTS, "min_score": 1.0, "expand": 1, "expand_below": 0.5}

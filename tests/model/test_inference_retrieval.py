@@ -8,6 +8,7 @@ from readings import ExactScan, corpus_documents, cosines, greedy_reference, ran
 from tiny import DOCUMENTS, HIDDEN, QUESTIONS
 
 from modeling_clara import Answer, CompressedCorpus
+from modeling_clara.candidates_clara import least_score
 
 ABSTAINED = Answer("", [], None, abstained=True)
 
@@ -96,6 +97,23 @@ def test_the_threshold_of_a_checkpoint_is_the_default_of_answering(model):
     assert model.answer(QUESTIONS, min_score=-1, **options) == before
     assert read_stream(model.stream(QUESTIONS[0], min_score=-1, **options))[1] == before[0]
     assert model.answer(QUESTIONS, min_score=1.1, **options) == [ABSTAINED] * 2
+
+
+def test_a_source_with_words_of_the_question_needs_less_of_a_cosine(model):
+    documents = ["The Danube rises in the Black Forest.", "Colours of Lima", "x"]
+    asked = ["Where does the Danube rise?", "?"]  # words in common: the, Danube; none
+    options = {"documents": [[text] for text in documents[:2]], "max_new_tokens": 2}
+    before = model.answer(asked, **options)
+    model.config.min_score = 1.0
+    assert model.answer(asked, **options) == [ABSTAINED] * 2
+    model.config.overlap_weight = 1.0
+    scores = [row[0].score for row in model.retrieve(asked, documents=options["documents"])]
+    least = 1 - (3**2 + 5**2) / (5**2 + 4**2 + 3**2 + 5**2 + 4**2)
+    found = [least_score(model.config, q, a.sources[0]) for q, a in zip(asked, before, strict=True)]
+    assert found == pytest.approx([least, 1.0])
+    model.config.min_score = min(1.0, 1.0 - least + scores[0]) - 1e-4  # what the first source just reaches
+    assert model.answer(asked, **options) == [before[0], ABSTAINED]
+    assert read_stream(model.stream(asked[0], documents=documents[:1], max_new_tokens=2))[1].text == before[0].text
 
 
 def test_min_score_keeps_what_reaches_it_and_minus_one_everything(shared_model):

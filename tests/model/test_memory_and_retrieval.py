@@ -5,7 +5,7 @@ import doctest
 import pytest
 import torch
 
-from modeling_clara import memory_clara, retrieval_clara
+from modeling_clara import memory_clara, retrieval_clara, text_clara
 from modeling_clara.memory_clara import (
     check_slots,
     memory_alignment_loss,
@@ -103,7 +103,7 @@ def test_contrastive_loss_is_the_negative_log_probability_of_the_positives():
     assert masked[1] == 0
 
 
-@pytest.mark.parametrize("module", [memory_clara, retrieval_clara])
+@pytest.mark.parametrize("module", [memory_clara, retrieval_clara, text_clara])
 def test_docstring_examples(module):
     assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0
 

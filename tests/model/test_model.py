@@ -197,6 +197,8 @@ def test_forward_names_contradicting_inputs(shared_model, joint_inputs):
         ({"retrieval_temperature": 0.0}, "retrieval_temperature"),
         ({"min_score": 1.5}, "`min_score` must be None or a cosine from -1 to 1, got 1.5"),
         ({"min_score": float("nan")}, "min_score"),
+        ({"overlap_weight": -0.1}, "`overlap_weight` must be a number from 0 to 1, got -0.1"),
+        ({"overlap_weight": float("nan")}, "overlap_weight"),
         ({"alignment_weight": -1.0}, "alignment_weight"),
         ({"contrastive_weight": -1.0}, "contrastive_weight"),
         ({"document_max_length": 4}, "document_max_length"),

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CODE = [*(ROOT / "modeling_clara").rglob("*.py"), *(ROOT / "recipes").rglob("*.py"), ROOT / "upload.py"]
 FILES = [*CODE, *(ROOT / "tests").rglob("*.py")]
-TRAVELLING_FILES, TRAVELLING_LINES = 25, 6_120
+TRAVELLING_FILES, TRAVELLING_LINES = 25, 6_180
 FILE_LINES, FUNCTION_LINES = 400, 60
 
 

@@ -86,6 +86,18 @@ def test_a_users_corpus_serves_the_joint_stage(train, shared_model, tmp_path, ca
         assert hits[0]["document_id"].startswith("mine-")
 
 
+def test_what_is_only_compared_needs_no_larger_memory(train, shared_model, tmp_path):
+    """The contrastive stage draws no k to read: a corpus of the vectors that are compared serves it."""
+    documents = [{"id": name, "title": name, "text": f"{name} lives in {city}."} for name, city in HOMES]
+    CompressedCorpus.build(shared_model, documents, tmp_path / "small", memory_size=2)
+    options = {"data_options": {**CORPUS, "add_gold": True, "corpus": str(tmp_path / "small")}}
+    compared = {"retrieval_memory_size": 2}
+    trainer = train("contrastive", model_options=compared, **options)
+    assert all(map(math.isfinite, loss_curve(trainer))) and trainer.unwrapped.config.retrieval_memory_size == 2
+    with pytest.raises(ValueError, match="memory"):
+        train("joint", "reads", model_options=compared, **options)
+
+
 def first_step(train, stage: str, name: str, weight: float | None, **data_options) -> dict:
     options = {} if weight is None else {"contrastive_weight": weight}
     return train(stage, name, model_options=options, data_options=data_options, max_steps=1).state.log_history[0]
