@@ -160,7 +160,8 @@ class CLaRaForRAG(CLaRaCheckpoint):
                 than that of the sources reads all as text. The prompt has the memories first, then the text.
             expand_below: a confidence, above 0 and at most 1. All sources are read from memory, and only a question
                 whose `Answer.confidence` is lower then is asked again with `expand`, if the prompt fits into the
-                backbone's window. Default: `expand` always holds.
+                backbone's window. Texts of no more tokens than a memory has vectors are read at once: they cost no
+                more. Default: `expand` always holds.
         """
         searched = (documents, corpus, top_k, retrieval_memory_size, min_score)
         hits, words = self.search_to_read(questions, searched, memory_size, expand, explain)

@@ -36,11 +36,14 @@ def prepare_readings(
 ) -> list[Reading]:
     """What the generator reads: once, or with `expand_below` all memories and, if these leave it unsure, again.
 
-    What does not fit into the backbone's window with the text is read from memory alone.
+    Texts of no more tokens than their memories have vectors are read at once. What does not fit into the backbone's
+    window with the text is read from memory alone.
     """
-    numbers = [expand] if expand_below is None else [0, expand]
     given, readings = (model, question, hits, memory_size), []
-    for n_texts in numbers:
+    most = model.config.check_memory_size(memory_size)
+    lengths = token_counts(model, [(source.title, source.text) for source, _ in hits[:expand]])
+    is_once = expand_below is None or all(0 < length <= most for length in lengths)
+    for n_texts in [expand] if is_once else [0, expand]:
         with contextlib.suppress(WindowError) if readings else contextlib.nullcontext():
             readings.append(prepare_reading(*given, n_texts, generation, name))
     return readings
@@ -70,7 +73,9 @@ def prepare_reading(
                 f"got {source.text!r}. Pass expand=0, which reads memories only, or store the text in the corpus."
             )
     documents = [{"title": source.title, "text": source.text} for source in texts]
-    lengths = token_counts(model, [(source.title, source.text) for source in remembered])
+    lengths = [0] * len(remembered)
+    if model.config.memory_layout == "windows":
+        lengths = token_counts(model, [(source.title, source.text) for source in remembered])
     if memory_size is None:
         memory_size = default_memory_size(model, lengths)
     prompt = text_processor(model).build_prompt(
@@ -85,9 +90,7 @@ def prepare_reading(
 
 
 def token_counts(model: CLaRaPasses, documents: list[tuple[str, str]]) -> list[int]:
-    """Tokens of each (title, text) as the compressor read it for windows; 0 if not known or longer than a chunk."""
-    if model.config.memory_layout == "tokens":
-        return [0] * len(documents)
+    """Tokens of each (title, text) as the compressor read it; 0 if not known or longer than a chunk."""
     split = text_processor(model).split_document
     counts = []
     for title, text in documents:

@@ -82,6 +82,21 @@ def test_a_stream_of_both_readings_is_the_answer(shared_model, expand_below):
     assert "".join(pieces).strip() == answer.text and (len(pieces) == 1) == (expand_below == NEVER)
 
 
+@pytest.mark.parametrize("memory_size", [None, 2])
+def test_a_text_no_longer_than_its_memory_is_read_at_once(shared_model, memory_size):
+    """It costs no more, and says what it says."""
+    most, ways = memory_size or shared_model.config.max_memory_size, set()
+    for text in ("x", "ab", "Oslo", "Oslo is the capital of Norway."):
+        n_tokens = shared_model.processor.split_document(text)[0]["n_tokens"]
+        given = {"documents": [text], "memory_size": memory_size, "max_new_tokens": 4, "expand": 1}
+        (found,) = shared_model.answer(QUESTIONS[:1], expand_below=NEVER, **given)
+        (as_text,) = shared_model.answer(QUESTIONS[:1], **given)
+        assert (found == as_text) == (found.sources[0].read_as == "text") == (n_tokens <= most)
+        assert read_stream(shared_model.stream(QUESTIONS[0], expand_below=NEVER, **given))[1] == found
+        ways.add(found.sources[0].read_as)
+    assert ways == {"text", "memory"}
+
+
 def test_what_does_not_fit_with_its_text_is_read_from_memory(shared_model):
     documents = [" ".join(["Seine"] * 50)] * 12
     options = {"documents": documents, "top_k": 12, "max_new_tokens": 4}
