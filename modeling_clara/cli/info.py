@@ -145,6 +145,7 @@ def describe_checkpoint(path: str, revision: str | None = None) -> dict:
             "document_max_length": config.document_max_length,
             "retrieval_top_k": config.retrieval_top_k,
             "min_score": config.min_score,
+            "overlap_weight": config.overlap_weight,
             "memory_layout": config.memory_layout,
             "lora_rank": {role: config.lora[role]["rank"] for role in ROLES},
         }
