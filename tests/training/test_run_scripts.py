@@ -48,7 +48,7 @@ PICO, SMOLLM2, EVALUATION = "recipes.models.pico", "recipes.models.smollm2_135m"
 MEASURE = [f"{EVALUATION}.calibrate", *["recipes.evaluate"] * 3, f"{EVALUATION}.update_card"]
 STEPS = {
     "pico": [f"{PICO}.facts", f"{PICO}.backbone", TRAIN, TRAIN, TRAIN, f"{PICO}.evaluate"],
-    "smollm2_135m": [f"{SMOLLM2}.data", *[TRAIN] * 4, f"{SMOLLM2}.publish", *MEASURE],
+    "smollm2_135m": [f"{SMOLLM2}.data", *[TRAIN] * 5, f"{SMOLLM2}.publish", *MEASURE],
 }
 
 

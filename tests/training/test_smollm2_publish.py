@@ -43,7 +43,8 @@ def home(tmp_path_factory):
     try:
         save_backbone(folder / "backbone", max_position_embeddings=2048)
         data.write_files(write_source(folder / "source"), folder / "data" / "smollm2")
-        run("reading", "backbone=backbone", "lora_rank=2", "memory_sizes=[2, 4]", "retrieval_memory_size=2")
+        for first in ("reading", "text_reader"):
+            run(first, "backbone=backbone", "lora_rank=2", "memory_sizes=[2, 4]", "retrieval_memory_size=2")
         for later in CHAIN[1:]:
             run(later, "backbone=backbone", "retrieval_memory_size=2")
         assert publish.main(["runs/smollm2/finding", "published", "--backbone", "backbone"]) == 0
@@ -107,6 +108,31 @@ def test_the_shipped_checkpoint_is_the_model_rounded_in_memory(home, documents, 
     assert [answer.text for answer in ours] == [answer.text for answer in theirs]
     round_weights(rounded, torch.bfloat16, with_backbone=True)
     assert all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in rounded.state_dict().values())
+
+
+def test_the_generator_has_a_share_of_the_reader_of_text(home, tmp_path):
+    """Of both updates, the largest singular values; everything else is that of the chain."""
+    options = ["--text-run", "runs/smollm2/text_reader", "--backbone", "backbone"]
+    assert publish.main(["runs/smollm2/finding", str(tmp_path / "mixed"), *options]) == 0
+    mixed, chain, text = (
+        CLaRaForRAG.from_pretrained(folder, backbone="backbone", dtype=torch.float32)
+        for folder in (tmp_path / "mixed", "runs/smollm2/finding", "runs/smollm2/text_reader")
+    )
+    for layer, own, other in zip(mixed.roles.layers, chain.roles.layers, text.roles.layers, strict=True):
+        share = publish.TEXT_SHARE
+        wanted = (1 - share) * own.get_delta_weight("generator") + share * other.get_delta_weight("generator")
+        lost = (layer.get_delta_weight("generator") - wanted).norm().item()
+        least = torch.linalg.svdvals(wanted)[2:].norm().item()  # of the best approximation of rank 2
+        assert lost == pytest.approx(least, rel=0.05, abs=0.01 * wanted.norm().item())  # bfloat16
+        assert not torch.equal(layer.lora_A["generator"].weight, own.lora_A["generator"].weight)
+    for part in ("compressor/adapter_model.safetensors", "reasoner/adapter_model.safetensors", "clara.safetensors"):
+        assert (tmp_path / "mixed" / part).read_bytes() == (home / "published" / part).read_bytes()
+    log = json.loads((tmp_path / "mixed" / "training_log.json").read_text())
+    assert [*log] == [*CHAIN, "text_reader"] and log["text_reader"]["data"] == ["reading"]
+    assert card_row(tmp_path / "mixed", "text_reader").endswith("| a CPU | 3 |  |")
+    said = f"{1 - publish.TEXT_SHARE} of the chain's and {publish.TEXT_SHARE} of that one"
+    cards = [(folder / "README.md").read_text() for folder in (tmp_path / "mixed", home / "published")]
+    assert [said in card for card in cards] == [True, False]
 
 
 def test_the_card_and_the_log(home):

@@ -1,7 +1,8 @@
-"""clara-smollm2-135m as it is shipped: `python -m recipes.models.smollm2_135m.publish RUN FOLDER [--backbone PATH]`.
+"""clara-smollm2-135m as it is shipped: `python -m recipes.models.smollm2_135m.publish RUN FOLDER [--text-run RUN]`.
 
-RUN is the last run of a chain, which its run.json tells. FOLDER gets the checkpoint with bfloat16 adapters and without
-the backbone, the log of all runs, and a card to which `update_card.py` adds the results.
+RUN is the last run of a chain, which its run.json tells. With a run of a generator that reads text alone the published
+generator has a share of it. FOLDER gets the checkpoint with bfloat16 adapters and without the backbone, the log of all
+runs, and a card to which `update_card.py` adds the results.
 """
 
 import argparse
@@ -19,13 +20,34 @@ from recipes.publishing.runs import round_weights, training_log, write_folder
 from recipes.training.preparation import initialise_reasoner, is_untrained
 
 CARD = Path(__file__).with_name("card.yaml")
+TEXT_SHARE = 0.15  # docs/experiments.md, "A share of the reader of text"
 
 
-def write(run: Path, folder: Path, backbone: str | None) -> None:
-    """Write the checkpoint of a finished run into a folder that has none."""
+@torch.no_grad()
+def mix_generators(model: CLaRaForRAG, other: CLaRaForRAG, share: float) -> None:
+    """Give the generator (1 - share) of its update of the backbone and `share` of another model's, in its own rank.
+
+    A rank holds no sum of two updates: the largest singular values stay, as in `add_weighted_adapter` of PEFT with
+    "svd". Weights are float32.
+    """
+    for layer, others in zip(model.roles.layers, other.roles.layers, strict=True):
+        update = layer.get_delta_weight("generator").lerp(others.get_delta_weight("generator"), share)
+        left, values, right = torch.linalg.svd(update, full_matrices=False)
+        rank = layer.r["generator"]
+        root = (values[:rank] / layer.scaling["generator"]).sqrt()
+        layer.lora_A["generator"].weight.copy_(root[:, None] * right[:rank])
+        layer.lora_B["generator"].weight.copy_(left[:, :rank] * root)
+
+
+def write(run: Path, folder: Path, backbone: str | None, text_run: Path | None = None) -> None:
+    """Write the checkpoint of finished runs into a folder that has none."""
     if (folder / "config.json").exists():
         raise FileExistsError(f"{folder} has a checkpoint already. Remove it, or name another folder.")
-    log, model = training_log(run), CLaRaForRAG.from_pretrained(run, backbone=backbone, dtype=torch.float32)
+    options = {"backbone": backbone, "dtype": torch.float32}
+    log, model = training_log(run), CLaRaForRAG.from_pretrained(run, **options)
+    if text_run is not None:
+        log |= training_log(text_run)
+        mix_generators(model, CLaRaForRAG.from_pretrained(text_run, **options), TEXT_SHARE)
     if is_untrained(model, "reasoner"):
         initialise_reasoner(model, "compressor")
     round_weights(model, torch.bfloat16)
@@ -43,10 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of the last run, such as runs/smollm2/finding")
     parser.add_argument("folder", type=Path, help="of the checkpoint; new")
+    parser.add_argument("--text-run", type=Path, help="folder of the run that reads text, runs/smollm2/text_reader")
     parser.add_argument("--backbone", help="where the backbone is (default: where the run had it)")
     arguments = parser.parse_args(argv)
     try:
-        write(arguments.run, arguments.folder, arguments.backbone)
+        write(arguments.run, arguments.folder, arguments.backbone, arguments.text_run)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

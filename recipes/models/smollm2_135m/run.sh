@@ -23,14 +23,14 @@ skipped() { [ -e "$2" ] && echo "$1: finished"; }
 skipped data $DATA/counts.json ||
     "$PYTHON" -m recipes.models.smollm2_135m.data "$SOURCE" --output $DATA
 
-for run in reading reading_hard reading_passages finding; do
+for run in reading reading_hard reading_passages finding text_reader; do
     skipped $run $RUNS/$run/config.json && continue
     "$PYTHON" -m recipes.train --config "$HERE/$run.yaml" ${key[@]+"${key[@]}"} "$@"
     [ -e $RUNS/$run/config.json ] || exit 0 # stopped by max_minutes
 done
 
 skipped publish $MODEL/config.json ||
-    "$PYTHON" -m recipes.models.smollm2_135m.publish $RUNS/finding $MODEL ${option[@]+"${option[@]}"}
+    "$PYTHON" -m recipes.models.smollm2_135m.publish $RUNS/finding $MODEL --text-run $RUNS/text_reader ${option[@]+"${option[@]}"}
 
 skipped calibrate $MODEL/calibration.json ||
     "$PYTHON" -m recipes.evaluation.calibrate $MODEL --data $DATA/dev/passages_{squad,nq}.jsonl \
