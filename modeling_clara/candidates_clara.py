@@ -149,7 +149,12 @@ def least_score(config: CLaRaConfig, question: str, source: Source, min_score: f
     min_score = config.min_score if min_score is None else min_score
     if min_score is None:
         return None
-    return min_score - config.overlap_weight * word_overlap(question, f"{source.title or ''} {source.text or ''}")
+    return min_score - config.overlap_weight * source_overlap(question, source)
+
+
+def source_overlap(question: str, source: Source) -> float:
+    """`word_overlap` of a question with the title and the text of a source."""
+    return word_overlap(question, f"{source.title or ''} {source.text or ''}")
 
 
 def open_corpus(model: CLaRaPasses, corpus):

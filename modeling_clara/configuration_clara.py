@@ -19,7 +19,7 @@ LORA_SETTINGS = ("rank", "alpha", "dropout", "target_modules")
 
 
 class WindowError(ValueError):
-    """A prompt does not fit into the backbone's window."""
+    """A prompt does not fit into the backbone's window; the message says what to shorten or lower."""
 
 
 @strict

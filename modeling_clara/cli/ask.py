@@ -70,8 +70,8 @@ def add_expand_options(parser: argparse.ArgumentParser) -> None:
         "--expand-below",
         type=float,
         metavar="P",
-        help="read the text only where the answer from memory has a confidence below P (default: "
-        f"{UNSURE}, unless --expand is given)",
+        help="read the text only where the answer from memory has a confidence below P, or the text is no longer than "
+        f"its memory (default: {UNSURE}, unless --expand is given)",
     )
 
 

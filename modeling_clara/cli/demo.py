@@ -25,7 +25,7 @@ TRAINED_MODEL = Path(__file__).parents[2] / "model_cards" / "clara-smollm2-135m"
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 FOLDER_QUESTION = "What is this text about?"
 UNANSWERABLE = "Who wrote the novel Moby-Dick?"  # no packaged passage says it
-EXPANDED = " (the best text was read as well)"
+EXPANDED = " (the best text was read)"
 COUNTED = {"refused": "abstained", "expanded": "expanded"}
 UNTRAINED = (
     "The adapters are fresh, because no trained model of this backbone is here: answers from memory are not meaningful"
@@ -276,7 +276,7 @@ def _summary(right: Mapping[str, int]) -> str:
         f"\nOf {right['questions']} questions with a known answer {right['memory']} answers from memory and "
         f"{right['text']} from text contain it"
         + (f"; from memory {right['refused']} were refused" if right["refused"] else "")
-        + (f"; for {right['expanded']} the best text was read as well" if right["expanded"] else "")
+        + (f"; for {right['expanded']} the best text was read" if right["expanded"] else "")
         + ".\n"
     )
 

@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from modeling_clara import CLaRaForRAG
+from modeling_clara.candidates_clara import source_overlap
 from modeling_clara.cli.console import allow_any_console
 from modeling_clara.storage_clara import replacing, write_json
-from modeling_clara.text_clara import word_overlap
 from recipes.evaluation.abstention import LOSSES, area_under_curve, signals, trade_off
 from recipes.evaluation.formats import Question
 from recipes.evaluation.questions import HALVES, EvaluationData, read_data
@@ -67,7 +67,7 @@ def measure(model: CLaRaForRAG, documents: Mapping[str, Mapping], asked: Asked) 
         spans = open_memories(model, Path(folder), "float16", len(documents))
         return [
             [
-                (cosine, word_overlap(text, f"{spans.titles[row]} {spans.texts[row]}"))
+                (cosine, source_overlap(text, spans.source(row)))
                 for row, cosine in spans.cosines(query, spans.rows_of(names), model.config.retrieval_top_k)
             ]
             for query, (text, names) in zip(queries, asked, strict=True)

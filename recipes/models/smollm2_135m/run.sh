@@ -34,7 +34,7 @@ skipped publish $MODEL/config.json ||
 
 skipped calibrate $MODEL/calibration.json ||
     "$PYTHON" -m recipes.evaluation.calibrate $MODEL --data $DATA/dev/passages_{squad,nq}.jsonl \
-        --unanswerable "$SOURCE"/unanswerable_*.jsonl.gz --half first --write ${option[@]+"${option[@]}"}
+        --unanswerable "$SOURCE"/unanswerable_*.jsonl.gz --half first --max-loss 0.02 --write ${option[@]+"${option[@]}"}
 
 for name in nq squad; do
     skipped "evaluate $name" $RUNS/evaluation/$name/results.json ||
